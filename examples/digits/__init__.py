@@ -1,0 +1,1 @@
+"""The testbed: a small DiT-MoE trained on scikit-learn's handwritten digits."""

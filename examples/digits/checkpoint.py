@@ -1,0 +1,75 @@
+"""Checkpoints: one safetensors file that holds the weights, with the sizes of the model in its metadata."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from examples.digits.classifier import DigitsClassifier
+from examples.digits.model import DigitsConfig, DigitsDiT
+
+HERE = Path(__file__).resolve().parent
+MODEL_PATH = HERE / "digits.safetensors"
+CLASSIFIER_PATH = HERE / "classifier.safetensors"
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged, or of another model; the message says which file and what to do."""
+
+
+def save_weights(module: nn.Module, path: Path, **metadata: object) -> None:
+    """Write ``module``'s parameters and persistent buffers to ``path``; metadata values go in as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    partial = path.with_suffix(".partial")  # a reader never meets half a file
+    save_file(weights, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
+    partial.replace(path)
+
+
+def save_model(model: DigitsDiT, path: Path, **metadata: object) -> None:
+    save_weights(model, path, config=asdict(model.cfg), **metadata)
+
+
+def read_weights(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Weights and metadata of ``path``. Raises CheckpointError, with ``remedy``, if it cannot be read."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    return weights, metadata
+
+
+def load_into(module: nn.Module, weights: dict[str, Tensor], path: Path, remedy: str) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds another model's weights ({error}); {remedy}") from error
+
+
+def load_model(path: Path = MODEL_PATH) -> DigitsDiT:
+    """The trained DiT in evaluation mode. Raises CheckpointError."""
+    remedy = f"python {HERE / 'train.py'} --out {path} makes it"
+    weights, metadata = read_weights(path, remedy)
+    try:
+        config = DigitsConfig(**metadata["config"])  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has no configuration of this model ({error!r}); {remedy}") from error
+    model = DigitsDiT(config)
+    load_into(model, weights, path, remedy)
+    return model.eval().requires_grad_(False)
+
+
+def load_classifier(path: Path = CLASSIFIER_PATH) -> DigitsClassifier:
+    """The trained classifier in evaluation mode. Raises CheckpointError."""
+    remedy = f"python {HERE / 'train.py'} --classifier --out {path} makes it"
+    weights, _ = read_weights(path, remedy)
+    classifier = DigitsClassifier()
+    load_into(classifier, weights, path, remedy)
+    return classifier.eval().requires_grad_(False)

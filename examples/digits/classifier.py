@@ -1,0 +1,26 @@
+"""A small convolutional classifier of the digits: the judge of samples, and features for the Frechet distance."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEATURES = 64
+
+
+class DigitsClassifier(nn.Module):
+    """Images [B, 1, 8, 8] in [-1, 1] -> logits [B, 10]."""
+
+    def __init__(self, width: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, stride=2)
+        self.hidden = nn.Linear(2 * width * 16, FEATURES)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(FEATURES, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The penultimate activations, [B, 64]."""
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(x)))
