@@ -1,0 +1,162 @@
+"""MoecaConfig: defaults, recipes, normal forms, and errors that name the field, the value, what is allowed."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeca_compile.config import RECIPES, UNSET, ConfigError, MoecaConfig
+
+# One wrong value or more for each field, with a piece of what the error must offer instead.
+WRONG = [
+    ("recipe", "moecca", "'moeca-forecast'"),
+    ("recipe", None, "'moeca'"),
+    ("full_every", 0, ">= 1"),
+    ("full_every", 2.5, "whole number"),
+    ("full_every", True, "whole number"),
+    ("full_steps", (), "contains 0"),
+    ("full_steps", (4, 8), "contains 0"),
+    ("full_steps", (0, -3), ">= 0"),
+    ("full_steps", 5, "list or tuple"),
+    ("attention_every", 0, "None or a whole number"),
+    ("experts_every", "4", "None or a whole number"),
+    ("tau0", -0.1, "[0, inf)"),
+    ("tau0", float("nan"), "finite"),
+    ("tau0", None, "finite"),
+    ("alpha", 1.0, "[0, 1)"),
+    ("beta", 1, "[0, 1)"),
+    ("lambda1", float("inf"), "finite"),
+    ("lambda2", -1e-9, "[0, inf)"),
+    ("keys_values", "some", "'chosen'"),
+    ("mask_source", "layer", "'previous'"),
+    ("shared", True, "'always'"),
+    ("entropy", "log2", "'minmax'"),
+    ("statistic", "token", "'batch'"),
+    ("score_weights", "softmax", "'raw'"),
+    ("score", ["paper"], "'staleness'"),
+    ("overwrite", 1, "True | False"),
+    ("budget", 1.5, "[0, 1]"),
+    ("forecast", "attention", "list or tuple"),
+    ("forecast", ("attention", "keys"), "'experts'"),
+    ("capacities", (), "end in 1.0"),
+    ("capacities", (0.5,), "end in 1.0"),
+    ("capacities", (0.5, 0.25, 1.0), "ascending"),
+    ("capacities", (0.0, 1.0), "(0, 1]"),
+    ("max_generations", 0, ">= 1"),
+    ("validate", "yes", "True | False"),
+    ("tolerance", 0, "(0, inf)"),
+    ("cache_dtype", "int8", "torch.bfloat16"),
+    ("cache_dtype", torch.int64, "torch.bfloat16"),
+]
+
+
+def test_defaults_are_the_paper_s():
+    config = MoecaConfig()
+    assert config.recipe == "moeca"
+    assert (config.full_every, config.tau0, config.alpha, config.beta) == (4, 0.8, 0.6, 0.65)
+    assert (config.lambda1, config.lambda2, config.score, config.entropy) == (1.0, 0.6, "paper", "log")
+    assert config.forecast == () and config.budget is None and config.full_steps is None
+    assert config.capacities == (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_complete_and_round_trips(recipe):
+    config = MoecaConfig(recipe=recipe)
+    values = dataclasses.asdict(config)
+    assert UNSET not in values.values()
+    assert MoecaConfig(**values) == config == MoecaConfig.from_options(values)
+    assert hash(MoecaConfig(**values)) == hash(config)
+
+
+def test_a_recipe_sets_only_what_is_left_unset():
+    assert MoecaConfig(recipe="moeca-forecast").forecast == ("attention", "experts", "shared")
+    assert MoecaConfig(recipe="moeca-forecast", forecast=("attention",)).forecast == ("attention",)
+    assert MoecaConfig(recipe="fora-forecast").forecast == ("attention", "experts")
+    assert MoecaConfig(recipe="stack-forecast").forecast == ("stack",)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_family_is_the_recipe_without_forecast(recipe):
+    config = MoecaConfig(recipe=recipe)
+    assert config.family == recipe.split("-")[0]
+    assert bool(config.forecast) == recipe.endswith("-forecast")
+
+
+def test_no_options_are_the_defaults():
+    assert MoecaConfig.from_options(None) == MoecaConfig.from_options({}) == MoecaConfig()
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoecaConfig().full_every = 5  # type: ignore[misc]
+
+
+def test_values_are_kept_in_one_form():
+    options = {
+        "full_steps": [9, 0, 4, 4],
+        "capacities": [0.5, 1],
+        "cache_dtype": "torch.bfloat16",
+        "forecast": ["shared", "attention"],
+        "tau0": 1,
+    }
+    config = MoecaConfig.from_options(json.loads(json.dumps(options)))
+    assert config.full_steps == (0, 4, 9)
+    assert config.capacities == (0.5, 1.0)
+    assert config.cache_dtype is torch.bfloat16
+    assert config.forecast == ("attention", "shared")
+    assert isinstance(config.tau0, float)
+
+
+@pytest.mark.parametrize(("field", "value", "offer"), WRONG)
+def test_a_wrong_value_names_field_value_and_what_is_allowed(field, value, offer):
+    with pytest.raises(ConfigError) as caught:
+        MoecaConfig.from_options({field: value})
+    assert isinstance(caught.value, ValueError)
+    assert (caught.value.field, caught.value.value) == (field, value) or value != value
+    message = str(caught.value)
+    assert repr(field) in message and repr(value) in message and offer in message
+
+
+def test_every_field_has_a_wrong_value():
+    assert {field for field, _, _ in WRONG} == {field.name for field in dataclasses.fields(MoecaConfig)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forecast", "offer"),
+    [
+        ("none", ("attention",), "()"),
+        ("moeca", ("stack",), "('attention', 'experts', 'shared')"),
+        ("fora", ("shared",), "('attention', 'experts')"),
+        ("stack", ("attention",), "('stack',)"),
+    ],
+)
+def test_a_recipe_forecasts_only_what_it_caches(recipe, forecast, offer):
+    with pytest.raises(ConfigError) as caught:
+        MoecaConfig(recipe=recipe, forecast=forecast)
+    assert offer in str(caught.value) and repr(recipe) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("ful_every", "full_every"), ("tau", "tau0"), ("capacity", "capacities")]
+)
+def test_an_unknown_option_gets_the_nearest_name(name, near):
+    with pytest.raises(ConfigError) as caught:
+        MoecaConfig.from_options({name: 1})
+    assert repr(name) in str(caught.value) and f"did you mean {near!r}" in str(caught.value)
+
+
+def test_an_option_like_no_other_gets_all_names():
+    with pytest.raises(ConfigError) as caught:
+        MoecaConfig.from_options({"zzz": 1})
+    assert "did you mean" not in str(caught.value)
+    assert all(field.name in str(caught.value) for field in dataclasses.fields(MoecaConfig))
+
+
+@given(st.sets(st.integers(1, 200)), st.floats(0, 0.999), st.floats(0, 1e6))
+def test_what_is_allowed_round_trips(steps, alpha, tau0):
+    config = MoecaConfig(full_steps=(0, *steps), alpha=alpha, tau0=tau0)
+    assert config.full_steps == (0, *sorted(steps))
+    assert MoecaConfig(**dataclasses.asdict(config)) == config
