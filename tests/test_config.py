@@ -1,4 +1,4 @@
-"""MoecaConfig: defaults, recipes, normal forms, and errors that name the field, the value, what is allowed."""
+"""MoecaConfig: defaults, recipes, normal forms, and errors that name the field, the value, the allowed."""
 
 import dataclasses
 import json

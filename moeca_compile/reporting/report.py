@@ -1,0 +1,183 @@
+"""What was found, what is cached, what it cost and what it saved, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .text import binary_bytes, count, flop_count, percent, plural, seconds
+
+KINDS = ("router", "experts", "attention", "feedforward")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that was recognised.
+
+    kind: "router", "experts", "attention" or "feedforward"; name: the module's path.
+    status: "cached" or "kept" (it runs as it was); reason: why it is kept, or how it is cached.
+    """
+
+    kind: str
+    name: str
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """where: file:line; reason: what could not be traced."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one model call: a full step, the mean over the steps run, their quotient.
+
+    Raises ValueError unless both are above 0.
+    """
+
+    full_step: float
+    mean_step: float
+
+    def __post_init__(self) -> None:
+        if not (self.full_step > 0 and self.mean_step > 0):
+            raise ValueError(f"FLOPs must be above 0, not {self.full_step} and {self.mean_step}")
+
+    @property
+    def speedup(self) -> float:
+        return self.full_step / self.mean_step
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of one compiled model when the report was made. Holds plain values and never runs anything.
+
+    graphs: graphs compiled; graph_breaks: where Dynamo had to stop.
+    regions: every recognised region; cache_bytes: bytes of all live caches.
+    compile_seconds: by stage, in the order of the stages; steps: calls by step kind.
+    match_ratio: branches found in the cache, of all branches on cache steps; reuse_ratio: branches whose
+        cached output was used, of the same; recomputed_branches_per_step: mean over cache steps. None before
+        the first cache step.
+    flops: None where no cost is known.
+    validation_errors: greatest error relative to the output's scale, by check.
+    device, dtype: those of the last call; config: the options in force.
+    """
+
+    graphs: int = 0
+    graph_breaks: tuple[GraphBreak, ...] = ()
+    regions: tuple[Region, ...] = ()
+    cache_bytes: int = 0
+    compile_seconds: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    match_ratio: float | None = None
+    reuse_ratio: float | None = None
+    recomputed_branches_per_step: float | None = None
+    flops: Flops | None = None
+    validation_errors: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    device: str | None = None
+    dtype: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-serialisable values."""
+        values = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        if self.flops is not None:
+            values["flops"]["speedup"] = self.flops.speedup
+        return values
+
+    def __str__(self) -> str:
+        parts = [
+            _title(self),
+            *_graph_lines(self),
+            *_region_lines(self),
+            *_cache_lines(self),
+            *_step_lines(self),
+            *_check_lines(self),
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)  # torch.dtype, torch.device
+
+
+def _title(report: Report) -> str:
+    known = [str(report.config.get("recipe", "")), report.device or "", report.dtype or ""]
+    return ", ".join(["moeca_compile report", *filter(None, known)])
+
+
+def _graph_lines(report: Report) -> list[str]:
+    if not report.graphs:
+        return ["nothing compiled yet: the model has not been called"]
+    breaks = plural(len(report.graph_breaks), "graph break") if report.graph_breaks else "no graph breaks"
+    lines = [f"{plural(report.graphs, 'graph')}, {breaks}"]
+    return lines + [f"  {item.where}: {item.reason}" for item in report.graph_breaks]
+
+
+def _region_lines(report: Report) -> list[str]:
+    if not report.graphs:
+        return []
+    if not report.regions:
+        return ["regions: nothing was found to cache; the model runs as torch.compile runs it"]
+    lines = ["regions:"]
+    for kind in sorted({r.kind for r in report.regions}, key=_kind_order):
+        of_kind = [region for region in report.regions if region.kind == kind]
+        cached = sum(region.status == "cached" for region in of_kind)
+        lines.append(f"  {kind}: {len(of_kind)} found, {cached} cached")
+        lines += [
+            f"    kept {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"
+        ]
+    return lines
+
+
+def _kind_order(kind: str) -> tuple[int, str]:
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
+
+
+def _cache_lines(report: Report) -> list[str]:
+    lines = [f"cache: {binary_bytes(report.cache_bytes)}"] if report.cache_bytes else []
+    if report.compile_seconds:
+        stages = ", ".join(f"{stage} {seconds(time)}" for stage, time in report.compile_seconds.items())
+        lines.append(f"compile time: {seconds(sum(report.compile_seconds.values()))} ({stages})")
+    return lines
+
+
+def _step_lines(report: Report) -> list[str]:
+    lines = []
+    if report.steps:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in report.steps.items())
+        lines.append(f"steps: {sum(report.steps.values())} ({kinds})")
+    ratios = {"matched": report.match_ratio, "reused": report.reuse_ratio}
+    known = [f"{percent(ratio)} {name}" for name, ratio in ratios.items() if ratio is not None]
+    if known:
+        lines.append(f"branches on cache steps: {', '.join(known)}")
+    if report.recomputed_branches_per_step is not None:
+        lines.append(f"recomputed branches per cache step: {count(report.recomputed_branches_per_step)}")
+    if report.flops is not None:
+        full, mean = flop_count(report.flops.full_step), flop_count(report.flops.mean_step)
+        lines.append(
+            f"FLOPs: {full} a full step, {mean} a step on average, {report.flops.speedup:.2f}x fewer"
+        )
+    return lines
+
+
+def _check_lines(report: Report) -> list[str]:
+    if not report.validation_errors:
+        return []
+    errors = ", ".join(f"{check} {error:.1e}" for check, error in report.validation_errors.items())
+    return [f"validation, greatest relative error: {errors}"]
