@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEATURES = 64
+FEATURES = 32
 
 
 class DigitsClassifier(nn.Module):
@@ -18,7 +18,7 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """The penultimate activations, [B, 64]."""
+        """The penultimate activations, [B, 32]."""
         x = F.relu(self.conv2(F.relu(self.conv1(x))))
         return F.relu(self.hidden(x.flatten(1)))
 

@@ -1,0 +1,50 @@
+"""How far cached samples are from uncached ones, and how good either is."""
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from examples.digits.classifier import DigitsClassifier
+
+DATA_RANGE = 2.0  # images span [-1, 1]
+EXACT_DB = 150.0  # what equal images are given instead of infinity, which JSON has no word for
+
+
+def _displayed(images: Tensor) -> np.ndarray:
+    return images.detach().float().cpu().clamp(-1, 1).numpy()
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of the batch [B, 1, H, W]; at most 150."""
+    shown, wished = _displayed(images), _displayed(reference)
+    if np.array_equal(shown, wished):
+        return EXACT_DB
+    return min(EXACT_DB, float(peak_signal_noise_ratio(wished, shown, data_range=DATA_RANGE)))
+
+
+def ssim(images: Tensor, reference: Tensor) -> float:
+    """Structural similarity, the mean over the batch [B, 1, H, W]."""
+    pairs = zip(_displayed(reference)[:, 0], _displayed(images)[:, 0], strict=True)
+    return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE) for a, b in pairs]))
+
+
+@torch.no_grad()
+def agreement(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
+    """Share of images [B, 1, 8, 8] that the classifier takes for the wished class [B]."""
+    predicted = classifier(images.float().cpu().clamp(-1, 1)).argmax(dim=1)
+    return (predicted == labels.cpu()).float().mean().item()
+
+
+@torch.no_grad()
+def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, 1, 8, 8].
+
+    It is biased upwards for few images, so compare only figures from equally many.
+    """
+    first, second = (classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference))
+    covariance_1, covariance_2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    # The trace of the product's square root, from its eigenvalues: real and >= 0 but for rounding.
+    mixed = np.sqrt(np.linalg.eigvals(covariance_1 @ covariance_2).real.clip(min=0)).sum()
+    shift = first.mean(axis=0) - second.mean(axis=0)
+    return float(shift @ shift + np.trace(covariance_1 + covariance_2) - 2 * mixed)
