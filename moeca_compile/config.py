@@ -186,19 +186,19 @@ class MoecaConfig:
 
     Score, equation 9:
     lambda1, lambda2: weight of the temporal drift and of the historical contribution, >= 0.
-    score: "paper" is eq. 9; "drift" keeps its drift term alone, lambda1 * |w - w_cached|; "staleness"
-        adds to eq. 9 the steps since the slot was last computed, over full_every.
+    score: "paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds to eq. 9 the steps since the
+        slot was last computed, times 0.25 / full_every.
     score_weights: w in eq. 9 is "normalised" over the token's branches, or the model's "raw" weight. The
         output, eq. 8, has the model's own weights either way.
-    budget: recompute this fraction of each sample's branches, the highest-ranked ones (unmatched before
+    budget: recompute this fraction of a sample's branches, rounded, the highest-ranked ones (unmatched before
         matched, then by score); None recomputes what exceeds the threshold.
 
     Reuse, equation 8 and section 4.1:
     keys_values: on a cache step keys and values are computed anew for "all" tokens, for the "chosen" ones
         (those with a recomputed branch), or for "none".
-    mask_source: routing of a cache step comes from the layer's own "probe" (its router on x + gate *
-        cached attention), or the recompute mask is the "previous" MoE layer's (the first layer has its
-        probe).
+    mask_source: "probe" decides on the layer's router on x + gate * cached attention, then refreshes the
+        attention of the chosen tokens; "previous" refreshes that of the previous MoE layer's chosen tokens,
+        then routes and decides (the first layer has a probe either way).
     shared: the shared expert runs on tokens with "any" recomputed branch, "always" on all, or "never".
     overwrite: recomputed branches replace their slot in the cache.
     forecast: cached tensors that are extrapolated to first order in the step count, from the last two

@@ -1,0 +1,416 @@
+"""MoECa as plain loops over blocks, tokens and branches: what the compiled policy is tested against.
+
+Written from the paper (section 4, equations 7 to 12) and the options of MoecaConfig, without the compiler. It
+simulates `tests.models.TinyDiTMoE` over whole generations. Where the paper is silent, this file decides:
+
+- The decision and the routing of a cache step are taken once, on the probe: the router on the block's input
+  plus the gated *cached* attention. Recomputed branches then run on the refreshed input.
+- With mask_source "previous" there is no probe but in the first MoE layer: attention is refreshed for the
+  chosen tokens of the MoE layer before, then the router runs and decides.
+- Blocks without MoE follow the chosen tokens of the nearest MoE layer before them; blocks before the first
+  MoE layer reuse all.
+- A branch whose expert is in the token's cache has that slot; the others take the free slots in order.
+- An unmatched branch is scored against the slot that it takes; its score only serves to rank it.
+- The contribution of a slot comes from the norm of its output when that was last computed.
+- A token past the capacity reuses all its slots, with the current weights.
+- A forecast tensor is value + slope * (steps since the last full step). A refreshed entry keeps its slope,
+  and its value is set so that value + slope * d is the fresh output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeca_compile.config import MoecaConfig
+from tests.models import Attention, Block, MoE, TinyDiTMoE, modulate, rotate
+
+TINY = 1e-20  # keeps quotients of all-zero rows at zero
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one MoE layer decided on a cache step; all but `thresholds` are (B, N, k) by current branch."""
+
+    ids: Tensor  # experts, the probe's
+    weights: Tensor  # the model's own
+    slots: Tensor  # place of each branch in the token's cache
+    matched: Tensor  # bool: the expert is in the token's cache
+    scores: Tensor  # equation 9
+    thresholds: Tensor  # (B, E), equation 12
+    wanted: Tensor  # bool: to be recomputed, by threshold or budget
+    recomputed: Tensor  # bool: `wanted` within the capacity
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One call of the model: its step kind, its output, and the decisions by index of the MoE block."""
+
+    kind: str
+    output: Tensor
+    decisions: dict[int, Decision] = field(default_factory=dict)
+
+    @property
+    def match_ratio(self) -> float | None:
+        """Branches found in the cache, of all branches of this step; None on a full step."""
+        return _mean([decision.matched for decision in self.decisions.values()])
+
+    @property
+    def reuse_ratio(self) -> float | None:
+        """Branches whose cached output was used, of all branches of this step; None on a full step."""
+        return _mean([~decision.recomputed for decision in self.decisions.values()])
+
+    @property
+    def recomputed_branches(self) -> int:
+        return sum(int(decision.recomputed.sum()) for decision in self.decisions.values())
+
+
+def _mean(masks: list[Tensor]) -> float | None:
+    return torch.stack(masks).float().mean().item() if masks else None
+
+
+class Cached:
+    """A cached tensor: its value at the last full step, and its slope per step (zero without forecast)."""
+
+    def __init__(self, forecast: bool) -> None:
+        self.forecast = forecast
+        self.value: Tensor | None = None
+        self.slope: Tensor | None = None
+
+    def store(self, new: Tensor, gap: int) -> None:
+        known = self.forecast and self.value is not None
+        self.slope = (new - self.value) / gap if known else torch.zeros_like(new)
+        self.value = new.clone()
+
+    def at(self, d: int) -> Tensor:
+        return self.value + self.slope * d
+
+    def put(self, where: tuple[int, ...], fresh: Tensor, d: int) -> None:
+        self.value[where] = fresh - self.slope[where] * d
+
+
+class Branches(Cached):
+    """The branch cache of one MoE layer, equation 7: each slot's expert, weight, output and norm."""
+
+    def store_slots(self, ids: Tensor, weights: Tensor, outputs: Tensor, step: int, gap: int) -> None:
+        """A full step: slot p holds branch p. Its slope is zero unless its expert held a slot before."""
+        slope = torch.zeros_like(outputs)
+        if self.forecast and self.value is not None:
+            for b, n, p in _indices(ids):
+                for q in range(ids.shape[-1]):
+                    if self.ids[b, n, q] == ids[b, n, p]:
+                        slope[b, n, p] = (outputs[b, n, p] - self.value[b, n, q]) / gap
+        self.value, self.slope = outputs.clone(), slope
+        self.ids, self.weights = ids.clone(), weights.clone()
+        self.norms = outputs.norm(dim=-1)
+        self.computed_at = torch.full_like(ids, step)
+
+    def overwrite(
+        self, slot: tuple[int, int, int], expert: int, weight: Tensor, fresh: Tensor, d: int, step: int
+    ) -> None:
+        self.put(slot, fresh, d)
+        self.ids[slot], self.weights[slot] = expert, weight
+        self.norms[slot], self.computed_at[slot] = fresh.norm(), step
+
+    def contributions(self) -> Tensor:
+        """o of equation 9, (B, N, k) by slot."""
+        return self.norms / self.norms.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+def _indices(tensor: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(index) for index in torch.ones_like(tensor, dtype=torch.bool).nonzero().tolist()]
+
+
+class BlockState:
+    """All that one block keeps between steps."""
+
+    def __init__(self, forecast: tuple[str, ...]) -> None:
+        self.attention = Cached("attention" in forecast)  # (B, N, D), before the gate
+        self.keys: Tensor | None = None  # (B, H, N, D/H), as SDPA gets them
+        self.values: Tensor | None = None
+        self.dense = Cached("experts" in forecast)  # (B, N, D), before the gate
+        self.branches = Branches("experts" in forecast)
+        self.shared = Cached("shared" in forecast)  # (B, N, D)
+        self.statistic: Tensor | float = 0.0  # (B, E, N), equation 10
+
+
+class Simulation:
+    """A generation of `model` under `config`: call `step` once a sampling step.
+
+    capacity: most tokens that a sample may recompute in one MoE layer on a cache step; None is all.
+    """
+
+    def __init__(self, model: TinyDiTMoE, config: MoecaConfig, capacity: int | None = None) -> None:
+        if config.family != "moeca" or config.attention_every or config.experts_every:
+            raise ValueError("the simulation has the moeca recipes with one common interval only")
+        self.model, self.config = model, config
+        self.capacity = model.sizes.tokens if capacity is None else capacity
+        self.states = [BlockState(config.forecast) for _ in model.blocks]
+        self.next_step, self.last_full = 0, 0
+
+    @torch.no_grad()
+    def step(self, x: Tensor, t: Tensor, y: Tensor) -> StepResult:
+        """x (B, C, H, W), t (B,), y (B,), as the model takes them."""
+        h, c = self.model.embed_inputs(x, t, y)
+        run = self._full_step if self._is_full(self.next_step) else self._cache_step
+        result = run(h, c)
+        self.next_step += 1
+        return result
+
+    def _is_full(self, step: int) -> bool:
+        if self.config.full_steps is not None:
+            return step in self.config.full_steps
+        return step % self.config.full_every == 0
+
+    # Full step: the model as it is, and every cache filled.
+
+    def _full_step(self, h: Tensor, c: Tensor) -> StepResult:
+        gap = self.next_step - self.last_full
+        self.last_full = self.next_step
+        for block, state in zip(self.model.blocks, self.states, strict=True):
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.adaln(c).chunk(6, dim=1)
+            q, state.keys, state.values = self._qkv(block.attn, modulate(block.norm1(h), shift1, scale1))
+            attention = attend(block.attn, q, state.keys, state.values)
+            state.attention.store(attention, gap)
+            h = h + gate1.unsqueeze(1) * attention
+            z = modulate(block.norm2(h), shift2, scale2)
+            h = h + gate2.unsqueeze(1) * self._full_feed_forward(block, state, z, gap)
+        return StepResult("full", self.model.finish(h, c))
+
+    def _full_feed_forward(self, block: Block, state: BlockState, z: Tensor, gap: int) -> Tensor:
+        if not isinstance(block.mlp, MoE):
+            state.dense.store(block.mlp(z), gap)
+            return state.dense.value
+        ids, weights = block.mlp.gate(z)
+        outputs = torch.stack([block.mlp.experts[int(ids[i])](z[i[:2]]) for i in _indices(ids)])
+        outputs = outputs.view(*ids.shape, -1)
+        state.branches.store_slots(ids, score_weights(weights, self.config), outputs, self.next_step, gap)
+        state.shared.store(block.mlp.shared_experts(z), gap)
+        state.statistic = update_statistic(state.statistic, ids, block.mlp.gate.weight.shape[0], self.config)
+        return (weights.unsqueeze(-1) * outputs).sum(-2) + state.shared.value
+
+    # Cache step: reuse all but the recomputed branches and their tokens.
+
+    def _cache_step(self, h: Tensor, c: Tensor) -> StepResult:
+        decisions: dict[int, Decision] = {}
+        chosen = torch.zeros(h.shape[:2], dtype=torch.bool)  # (B, N): tokens of the nearest MoE layer before
+        for i, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
+            moe = isinstance(block.mlp, MoE)
+            probing = moe and (self.config.mask_source == "probe" or not decisions)
+            if probing:
+                decisions[i] = self._decide(block, state, self._ffn_input(block, state, h, c))
+                chosen = decisions[i].recomputed.any(-1)
+            if decisions:
+                self._refresh_attention(block, state, h, c, chosen)
+            z = self._ffn_input(block, state, h, c)
+            if moe and not probing:
+                decisions[i] = self._decide(block, state, z)
+                chosen = decisions[i].recomputed.any(-1)
+            gate1, gate2 = block.adaln(c).chunk(6, dim=1)[2::3]
+            h = h + gate1.unsqueeze(1) * state.attention.at(self._d)
+            out = (
+                self._moe(block.mlp, state, z, decisions[i]) if moe else self._dense(block, state, z, chosen)
+            )
+            h = h + gate2.unsqueeze(1) * out
+        return StepResult("cache", self.model.finish(h, c), decisions)
+
+    @property
+    def _d(self) -> int:
+        return self.next_step - self.last_full
+
+    def _ffn_input(self, block: Block, state: BlockState, h: Tensor, c: Tensor) -> Tensor:
+        """What the feed-forward of the block reads, with the attention that the cache holds now."""
+        _, _, gate1, shift2, scale2, _ = block.adaln(c).chunk(6, dim=1)
+        return modulate(block.norm2(h + gate1.unsqueeze(1) * state.attention.at(self._d)), shift2, scale2)
+
+    def _refresh_attention(
+        self, block: Block, state: BlockState, h: Tensor, c: Tensor, chosen: Tensor
+    ) -> None:
+        """Keys and values first, as keys_values says, then the attention output of the chosen tokens."""
+        shift1, scale1 = block.adaln(c).chunk(6, dim=1)[:2]
+        q, k, v = self._qkv(block.attn, modulate(block.norm1(h), shift1, scale1))
+        fresh = {"all": torch.ones_like(chosen), "chosen": chosen, "none": torch.zeros_like(chosen)}
+        for b, n in fresh[self.config.keys_values].nonzero().tolist():
+            state.keys[b, :, n], state.values[b, :, n] = k[b, :, n], v[b, :, n]
+        attention = attend(block.attn, q, state.keys, state.values)
+        for b, n in chosen.nonzero().tolist():
+            state.attention.put((b, n), attention[b, n], self._d)
+
+    def _dense(self, block: Block, state: BlockState, z: Tensor, chosen: Tensor) -> Tensor:
+        for b, n in chosen.nonzero().tolist():
+            state.dense.put((b, n), block.mlp(z[b, n]), self._d)
+        return state.dense.at(self._d)
+
+    def _moe(self, moe: MoE, state: BlockState, z: Tensor, decision: Decision) -> Tensor:
+        """Equation 8: current weights over recomputed and cached branch outputs, and the shared expert."""
+        used = state.branches.at(self._d)  # (B, N, k, D) by slot
+        weights = score_weights(decision.weights, self.config)
+        routed = torch.zeros_like(z)
+        for b, n, p in _indices(decision.ids):
+            slot, expert = (b, n, int(decision.slots[b, n, p])), int(decision.ids[b, n, p])
+            output = used[slot]
+            if decision.recomputed[b, n, p]:
+                output = moe.experts[expert](z[b, n])
+                if self.config.overwrite:
+                    state.branches.overwrite(slot, expert, weights[b, n, p], output, self._d, self.next_step)
+            routed[b, n] += decision.weights[b, n, p] * output
+        return routed + self._shared(moe, state, z, decision.recomputed.any(-1))
+
+    def _shared(self, moe: MoE, state: BlockState, z: Tensor, chosen: Tensor) -> Tensor:
+        fresh = {"any": chosen, "always": torch.ones_like(chosen), "never": torch.zeros_like(chosen)}
+        for b, n in fresh[self.config.shared].nonzero().tolist():
+            state.shared.put((b, n), moe.shared_experts(z[b, n]), self._d)
+        return state.shared.at(self._d)
+
+    def _decide(self, block: Block, state: BlockState, probe: Tensor) -> Decision:
+        ids, weights = block.mlp.gate(probe)
+        cache, config = state.branches, self.config
+        state.statistic = update_statistic(state.statistic, ids, block.mlp.gate.weight.shape[0], config)
+        slots, matched = match(ids, cache.ids)
+        ages = self.next_step - cache.computed_at
+        current = score_weights(weights, config)
+        scores = branch_scores(current, cache.weights, cache.contributions(), ages, slots, config)
+        thresholds = expert_thresholds(state.statistic, config).expand(ids.shape[0], -1)
+        wanted = over_threshold(scores, ids, matched, thresholds)
+        if config.budget is not None:
+            wanted = within_budget(scores, matched, config.budget)
+        recomputed = within_capacity(wanted, scores, matched, self.capacity)
+        return Decision(ids, weights, slots, matched, scores, thresholds, wanted, recomputed)
+
+    def _qkv(self, attn: Attention, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, N, D/H) each, as SDPA gets them."""
+        batch, tokens, width = z.shape
+        q, k, v = attn.qkv(z).view(batch, tokens, 3, attn.heads, width // attn.heads).permute(2, 0, 3, 1, 4)
+        cos, sin = self.model.cos, self.model.sin
+        return rotate(q, cos, sin), rotate(k, cos, sin), v.clone()
+
+
+def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention and output projection, (B, N, D)."""
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    out = (weights @ v).transpose(1, 2)
+    return attn.proj(out.reshape(*out.shape[:2], -1))
+
+
+def score_weights(weights: Tensor, config: MoecaConfig) -> Tensor:
+    """w of equation 9, (B, N, k)."""
+    if config.score_weights == "raw":
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+def update_statistic(old: Tensor | float, ids: Tensor, experts: int, config: MoecaConfig) -> Tensor:
+    """Equation 10: (B, E, N), or (1, E, N) where one statistic serves the batch."""
+    batch, tokens, _ = ids.shape
+    routed = torch.zeros(batch, experts, tokens)
+    for b, n, p in _indices(ids):
+        routed[b, ids[b, n, p], n] = 1.0
+    if config.statistic == "batch":
+        routed = routed.mean(0, keepdim=True)
+    return config.beta * old + (1 - config.beta) * routed
+
+
+def normalised_entropy(statistic: Tensor, config: MoecaConfig) -> Tensor:
+    """Equation 11, (B, E) in [0, 1]; an expert that no token was ever routed to has 0."""
+    p = statistic / statistic.sum(-1, keepdim=True).clamp_min(TINY)
+    entropy = torch.special.entr(p).sum(-1)
+    if config.entropy == "log":
+        return entropy / math.log(statistic.shape[-1])
+    low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
+    return (entropy - low) / (high - low).clamp_min(TINY)
+
+
+def expert_thresholds(statistic: Tensor, config: MoecaConfig) -> Tensor:
+    """Equation 12, (B, E)."""
+    return config.tau0 * (1 + config.alpha * (2 * normalised_entropy(statistic, config) - 1))
+
+
+def match(ids: Tensor, cached_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot of each current branch, and whether it holds the branch's expert; both (B, N, k)."""
+    slots, matched = torch.full_like(ids, -1), torch.zeros_like(ids, dtype=torch.bool)
+    batch, tokens, k = ids.shape
+    for b in range(batch):
+        for n in range(tokens):
+            held = cached_ids[b, n].tolist()
+            for p, expert in enumerate(ids[b, n].tolist()):
+                if expert in held:
+                    slots[b, n, p], matched[b, n, p] = held.index(expert), True
+            free = [q for q in range(k) if q not in slots[b, n].tolist()]
+            for p in range(k):
+                if not matched[b, n, p]:
+                    slots[b, n, p] = free.pop(0)
+    return slots, matched
+
+
+def branch_scores(
+    weights: Tensor,
+    cached_weights: Tensor,
+    contributions: Tensor,
+    ages: Tensor,
+    slots: Tensor,
+    config: MoecaConfig,
+) -> Tensor:
+    """Equation 9, (B, N, k) by branch; cached_weights, contributions and ages (in steps) are by slot."""
+    drift = (weights - cached_weights.gather(-1, slots)).abs()
+    if config.score == "drift":
+        return drift
+    scores = weights + config.lambda1 * drift + config.lambda2 * contributions.gather(-1, slots)
+    if config.score == "staleness":
+        scores = scores + 0.25 * ages.gather(-1, slots) / config.full_every
+    return scores
+
+
+def over_threshold(scores: Tensor, ids: Tensor, matched: Tensor, thresholds: Tensor) -> Tensor:
+    """Branches to recompute, (B, N, k): unmatched, or with a score above their expert's threshold."""
+    wanted = ~matched
+    for b, n, p in _indices(ids):
+        wanted[b, n, p] |= scores[b, n, p] > thresholds[b, ids[b, n, p]]
+    return wanted
+
+
+def within_budget(scores: Tensor, matched: Tensor, budget: float) -> Tensor:
+    """The round(budget * N * k) highest-ranked branches of each sample, unmatched ones first, (B, N, k)."""
+    wanted = torch.zeros_like(matched)
+    for b in range(scores.shape[0]):
+        places = _indices(scores[b])
+        places.sort(key=lambda place: (bool(matched[b][place]), -float(scores[b][place]), place))
+        for place in places[: round(budget * len(places))]:
+            wanted[b][place] = True
+    return wanted
+
+
+def within_capacity(wanted: Tensor, scores: Tensor, matched: Tensor, capacity: int) -> Tensor:
+    """`wanted`, for the `capacity` highest-ranked tokens of each sample only, (B, N, k)."""
+    recomputed = torch.zeros_like(wanted)
+    for b in range(wanted.shape[0]):
+        tokens = wanted[b].any(-1).nonzero().flatten().tolist()
+        tokens.sort(key=lambda n: _rank(wanted[b, n], scores[b, n], matched[b, n], n))
+        for n in tokens[:capacity]:
+            recomputed[b, n] = wanted[b, n]
+    return recomputed
+
+
+def _rank(wanted: Tensor, scores: Tensor, matched: Tensor, n: int) -> tuple[bool, float, int]:
+    """First tokens with an unmatched wanted branch, then by highest wanted score, then lower index."""
+    unmatched = bool((wanted & ~matched).any())
+    return (not unmatched, -float(scores[wanted].max()), n)
+
+
+def simulate(
+    model: TinyDiTMoE,
+    config: MoecaConfig,
+    noise: Tensor,
+    labels: Tensor,
+    steps: int,
+    capacity: int | None = None,
+) -> tuple[Tensor, list[StepResult]]:
+    """`steps` Euler steps of rectified flow from t = 1 to 0: the picture, and the results by step."""
+    simulation, x, results = Simulation(model, config, capacity), noise, []
+    for step in range(steps):
+        t = torch.full((len(x),), 1 - step / steps)
+        results.append(simulation.step(x, t, labels))
+        x = x - results[-1].output / steps
+    return x, results
