@@ -1,0 +1,15 @@
+"""Capture: a model whose MoE dispatch breaks Dynamo's graph becomes one graph with marker ops, its code untouched.
+
+    install.py    wraps the methods that an idiom recognises (idioms/: one file an idiom)
+    gate.py       is this trace for our backend?
+    trust.py      is the equivalent right for this layer? checked with numbers
+    refusals.py   what was left as it was, and why
+    suspects.py   what looks like dispatch but matches no idiom
+
+The methods' code is read by source.py and dataflow.py.
+"""
+
+from moeca_compile.capture.install import install, uninstall
+from moeca_compile.capture.refusals import CaptureWarning, Refusal, refusals
+
+__all__ = ["CaptureWarning", "Refusal", "install", "refusals", "uninstall"]

@@ -1,0 +1,243 @@
+"""Where a method's values come from: its straight-line meaning as a graph of values.
+
+`follow(tree)` runs a method's code once, symbolically: every local name stands for the value last bound to it, a
+loop's body is gone through once, both sides of an `if` one after the other. The result answers the questions the
+idioms ask ("is what is returned scattered from rows of which parameter?") whatever the locals are called and however
+the expressions are nested. It is an approximation on purpose: an idiom that it recognises is checked with numbers
+before it is used (trust.py).
+
+`torch.f(a, b)` and `a.f(b)` become the same `call f(a, b)`; an in-place call or an augmented assignment rebinds the
+name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, sets `unsupported`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """One value. `kind` is self, parameter, global, constant, attribute, call, index, element, counter or operation.
+
+    call:      `name` is the function's last name ("" when a value is called), `operands` the receiver, if it is a
+               value, then the arguments
+    index:     (base, subscript)
+    element:   (iterable,), a loop variable
+    operation: `name` is the operator or the syntax node, e.g. Mult, FloorDiv, Eq, Slice, IfExp
+    """
+
+    kind: str
+    name: str = ""
+    operands: tuple[Value, ...] = ()
+
+    def ancestors(self) -> Iterator[Value]:
+        """This value and everything it is made from, each once."""
+        seen: set[int] = set()
+        pending = [self]
+        while pending:
+            value = pending.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield value
+                pending.extend(value.operands)
+
+    def calls(self, *names: str) -> list[Value]:
+        """The calls of functions with one of these names among the ancestors."""
+        return [value for value in self.ancestors() if value.kind == "call" and value.name in names]
+
+    def needs(self, other: Value) -> bool:
+        return any(value is other for value in self.ancestors())
+
+
+@dataclass
+class Flow:
+    """What `follow` found: the parameters without self, the returned values, why it is not the whole truth."""
+
+    parameters: tuple[str, ...]
+    returned: list[Value] = field(default_factory=list)
+    called: list[Value] = field(default_factory=list)
+    unsupported: str | None = None
+
+
+def follow(tree: ast.FunctionDef) -> Flow:
+    """The values of a method (see the module's docstring). The first parameter is taken for self."""
+    arguments = tree.args
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    if not names:
+        return Flow((), unsupported="it takes no self")
+    flow = Flow(tuple(names[1:]))
+    if arguments.vararg or arguments.kwarg or arguments.defaults or any(arguments.kw_defaults):
+        flow.unsupported = "it has optional or variable arguments"
+    walker = _Walker(flow, names[0])
+    walker.block(tree.body)
+    return flow
+
+
+class _Walker:
+    """Goes through statements in order and keeps the value of every local name."""
+
+    def __init__(self, flow: Flow, self_name: str) -> None:
+        self.flow = flow
+        self.values = {name: Value("parameter", name) for name in flow.parameters}
+        self.values[self_name] = Value("self")
+
+    # statements
+
+    def block(self, statements: Sequence[ast.stmt]) -> None:
+        for statement in statements:
+            self.statement(statement)
+
+    def statement(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.Assign):
+            value = self.value(node.value)
+            for target in node.targets:
+                self.bind(target, value)
+        elif isinstance(node, ast.AnnAssign):
+            if node.value is not None:
+                self.bind(node.target, self.value(node.value))
+        elif isinstance(node, ast.AugAssign):
+            self.augment(node)
+        elif isinstance(node, ast.For):
+            self.bind_loop(node.target, self.value(node.iter))
+            self.block([*node.body, *node.orelse])
+        elif isinstance(node, ast.If):
+            self.block([*node.body, *node.orelse])
+        elif isinstance(node, ast.With) and all(_is_no_grad(item.context_expr) for item in node.items):
+            self.block(node.body)
+        elif isinstance(node, ast.Return):
+            self.flow.returned.append(self.value(node.value) if node.value else Value("constant", "None"))
+        elif isinstance(node, ast.Expr):
+            self.effect(node.value)
+        elif not isinstance(node, (ast.Continue, ast.Pass, ast.Assert, ast.Raise)):
+            self.unsupported(node, type(node).__name__.lower())
+
+    def effect(self, node: ast.expr) -> None:
+        """An expression for its effect: an in-place call on a local rebinds it, anything else is not followed."""
+        if isinstance(node, ast.Constant):
+            return
+        value = self.value(node)
+        root = _root_name(node)
+        if root in self.values and isinstance(node, ast.Call):
+            self.rebind(node, root, value)
+        else:
+            self.unsupported(node, "a call whose effect is not on a local tensor")
+
+    def augment(self, node: ast.AugAssign) -> None:
+        root = _root_name(node.target)
+        if root not in self.values:
+            return self.unsupported(node, "an assignment to something that is no local")
+        old, change = self.values[root], self.value(node.value)
+        if isinstance(node.target, ast.Subscript):
+            name = "index_add_" if isinstance(node.op, ast.Add) else "index_put_"
+            change = Value("call", name, (old, self.value(node.target.slice), change))
+        else:
+            change = Value("operation", type(node.op).__name__, (old, change))
+        self.rebind(node, root, change)
+
+    def bind(self, target: ast.expr, value: Value) -> None:
+        if isinstance(target, ast.Name):
+            self.values[target.id] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            for position, part in enumerate(target.elts):
+                self.bind(part, _part(value, position, len(target.elts)))
+        elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+            old = self.value(target.value)
+            written = Value("call", "index_put_", (old, self.value(target.slice), value))
+            self.rebind(target, target.value.id, written)
+        else:
+            self.unsupported(target, "an assignment to something that is no local")
+
+    def bind_loop(self, target: ast.expr, iterable: Value) -> None:
+        """Bind a loop's variables, through enumerate and zip, to elements of what is looped over."""
+        targets = target.elts if isinstance(target, (ast.Tuple, ast.List)) else []
+        if iterable.kind == "call" and iterable.name == "enumerate" and len(targets) == 2:
+            self.bind(targets[0], Value("counter"))
+            self.bind_loop(targets[1], iterable.operands[0])
+        elif iterable.kind == "call" and iterable.name == "zip" and len(targets) == len(iterable.operands):
+            for part, source in zip(targets, iterable.operands, strict=True):
+                self.bind_loop(part, source)
+        else:
+            self.bind(target, Value("element", "", (iterable,)))
+
+    def rebind(self, node: ast.AST, name: str, value: Value) -> None:
+        if self.values[name].kind in ("parameter", "self"):
+            self.unsupported(node, "it changes self or an argument")
+        self.values[name] = value
+
+    def unsupported(self, node: ast.AST, what: str) -> None:
+        line = getattr(node, "lineno", 0)
+        self.flow.unsupported = self.flow.unsupported or f"line {line} of it is not followed: {what}"
+
+    # expressions
+
+    def value(self, node: ast.expr) -> Value:
+        if isinstance(node, ast.Name):
+            return self.values.get(node.id) or Value("global", node.id)
+        if isinstance(node, ast.Constant):
+            return Value("constant", repr(node.value))
+        if isinstance(node, ast.Attribute):
+            return Value("attribute", node.attr, (self.value(node.value),))
+        if isinstance(node, ast.Subscript):
+            return Value("index", "", (self.value(node.value), self.value(node.slice)))
+        if isinstance(node, ast.Call):
+            return self.call(node)
+        return Value("operation", _operator(node), tuple(self.children(node)))
+
+    def call(self, node: ast.Call) -> Value:
+        arguments = [self.value(argument) for argument in node.args]
+        arguments += [self.value(keyword.value) for keyword in node.keywords]
+        name, receiver = "", []
+        if isinstance(node.func, ast.Attribute):
+            name, base = node.func.attr, self.value(node.func.value)
+            if base.kind == "self":
+                self.unsupported(node, "a call of a method or module of self")
+            receiver = [] if _is_module_path(base) else [base]
+        elif isinstance(node.func, ast.Name) and node.func.id not in self.values:
+            name = node.func.id
+        else:
+            receiver = [self.value(node.func)]
+        value = Value("call", name, (*receiver, *arguments))
+        self.flow.called.append(value)
+        return value
+
+    def children(self, node: ast.expr) -> Iterator[Value]:
+        outer = dict(self.values)
+        for generator in getattr(node, "generators", []):
+            self.bind_loop(generator.target, self.value(generator.iter))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                yield self.value(child)
+        self.values = outer
+
+
+def _is_no_grad(node: ast.expr) -> bool:
+    function = node.func if isinstance(node, ast.Call) else None
+    return isinstance(function, ast.Attribute) and function.attr in ("no_grad", "inference_mode")
+
+
+def _operator(node: ast.expr) -> str:
+    if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp)):
+        return type(node.op).__name__
+    return type(node.ops[0]).__name__ if isinstance(node, ast.Compare) else type(node).__name__
+
+
+def _part(value: Value, position: int, count: int) -> Value:
+    if value.kind == "operation" and value.name in ("Tuple", "List") and len(value.operands) == count:
+        return value.operands[position]
+    return Value("operation", f"part {position}", (value,))
+
+
+def _root_name(node: ast.expr) -> str:
+    """The name that `a.b[c].d(...)` starts from; "" where it starts from none."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_module_path(value: Value) -> bool:
+    """Whether a receiver is a Python module such as `torch` or `torch.nn.functional`, and no value."""
+    while value.kind == "attribute":
+        value = value.operands[0]
+    return value.kind == "global"

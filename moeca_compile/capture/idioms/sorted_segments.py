@@ -1,0 +1,121 @@
+"""Dispatch over sorted segments: sort the branches by expert, run every expert on its slice, add the rows back.
+
+    order = flat_index.argsort()
+    ends = flat_index.bincount().cpu().numpy().cumsum(0)
+    rows = order // k
+    for e, end in enumerate(ends):
+        start = 0 if e == 0 else ends[e - 1]
+        y = self.experts[e](x[rows[start:end]]) * flat_weight[order[start:end]]
+        out.index_add_(0, rows[start:end], y)
+
+Told by its data flow: what is returned was accumulated, starting from zeros, from outputs of a list of modules of
+self, each multiplied by entries of one argument (the weights) and run on rows of another (x), both picked by the
+sort of a third (the expert ids), whose bincount went to the host.
+"""
+
+from __future__ import annotations
+
+from moeca_compile.capture.dataflow import Value, follow
+from moeca_compile.capture.idioms import routed
+from moeca_compile.capture.idioms.base import Idiom, Recognised
+from moeca_compile.capture.source import Method
+
+SORTS = ("argsort", "sort")
+TO_HOST = ("cpu", "numpy", "tolist", "item", "int")
+VIEWS = (
+    "view",
+    "reshape",
+    "flatten",
+    "unsqueeze",
+    "squeeze",
+    "contiguous",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "long",
+)
+ACCUMULATES = ("scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add", "index_add_", "index_add")
+ZEROS = ("zeros_like", "new_zeros", "zeros")
+
+
+def recognise(method: Method) -> Recognised | None:
+    """The roles in `method` if it dispatches over sorted segments, else None."""
+    flow = follow(method.tree)
+    if flow.unsupported or len(flow.returned) != 1 or len(flow.parameters) != 3:
+        return None
+    result = flow.returned[0]
+    added = _accumulated(result)
+    call = routed.expert_call(result)
+    order = _order(result)
+    if added is None or call is None or order is None or not added.needs(call):
+        return None
+    index = _parameter(order.operands[0])
+    x = _gathered(routed.rows_of(call), order)
+    weight = _weight(added, call, order)
+    if not index or not _counted_on_host(result, index) or len({x, index, weight, None}) != 4:
+        return None
+    assert x and weight  # by the set above; for the type checker
+    return Recognised(routed.list_of(call), flow.parameters, x, index, weight)
+
+
+def _accumulated(result: Value) -> Value | None:
+    """The scatter that built the returned value, if it started from zeros."""
+    value = _without_views(result)
+    base = _without_views(value.operands[0]) if value.operands else value
+    from_zeros = base.kind == "call" and base.name in ZEROS
+    return value if value.kind == "call" and value.name in ACCUMULATES and from_zeros else None
+
+
+def _order(result: Value) -> Value | None:
+    sorts = result.calls(*SORTS)
+    return sorts[0] if len(sorts) == 1 and sorts[0].operands else None
+
+
+def _counted_on_host(result: Value, index: str) -> bool:
+    """Whether the number of branches of each expert was counted and read by the host."""
+    counts = [call for call in result.calls("bincount") if _parameter(call.operands[0]) == index]
+    return any(host.needs(count) for host in result.calls(*TO_HOST) for count in counts)
+
+
+def _weight(added: Value, call: Value, order: Value) -> str | None:
+    """The parameter whose entries, picked by the order, multiply the expert's output."""
+    for product in added.ancestors():
+        if product.name in ("Mult", "mul", "mul_", "multiply") and len(product.operands) == 2:
+            for output, factor in (product.operands, product.operands[::-1]):
+                if output.needs(call) and not factor.needs(call):
+                    return _gathered(_without_views(factor), order)
+    return None
+
+
+def _gathered(value: Value, order: Value) -> str | None:
+    """The parameter of which `value` is rows picked by the order, through any number of slices; None if none is."""
+    by_order = False
+    while True:
+        value = _without_views(value)
+        if value.kind == "index" or (value.kind == "call" and value.name == "index_select"):
+            by_order = by_order or any(subscript.needs(order) for subscript in value.operands[1:])
+            value = value.operands[0]
+        else:
+            return value.name if value.kind == "parameter" and by_order else None
+
+
+def _parameter(value: Value) -> str | None:
+    value = _without_views(value)
+    return value.name if value.kind == "parameter" else None
+
+
+def _without_views(value: Value) -> Value:
+    while value.kind == "call" and value.name in VIEWS and value.operands:
+        value = value.operands[0]
+    return value
+
+
+IDIOM = Idiom(
+    name="sorted segments",
+    hints=frozenset({"bincount"}),
+    recognise=recognise,
+    facts=routed.facts,
+    trial=routed.trial,
+    equivalent=routed.equivalent,
+)

@@ -1,0 +1,150 @@
+"""Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
+
+`install()` looks through the subclasses of nn.Module, now and before each compilation, and wraps the methods that an
+idiom recognises. A wrapped method runs its original code, in eager and under every other backend; only where Dynamo
+traces it for a backend of ours, without gradients, in eval mode, and its check passed (trust.py), it is traced as its
+equivalent.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from moeca_compile._torch_private import not_on_compile_start, on_every_compile_start
+from moeca_compile.capture import suspects
+from moeca_compile.capture.gate import tracing_for_moeca
+from moeca_compile.capture.idioms import IDIOMS
+from moeca_compile.capture.idioms.base import Facts, Idiom, Recognised, Trusted
+from moeca_compile.capture.refusals import Refusal, refuse
+from moeca_compile.capture.source import Method, innermost, read_method
+from moeca_compile.capture.trust import Untrusted, vouch
+
+_lock = threading.Lock()
+_seen: WeakSet[type] = WeakSet()
+_wrapped: dict[tuple[type, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # wrapper, original
+
+
+def install() -> None:
+    """Wrap the MoE dispatch of every nn.Module class there is, and of those to come before each compilation."""
+    on_every_compile_start(_wrap_new_classes)
+    _wrap_new_classes()
+
+
+def uninstall() -> None:
+    """Give every class its own methods back."""
+    not_on_compile_start(_wrap_new_classes)
+    with _lock:
+        for (owner, name), (wrapper, original) in _wrapped.items():
+            if owner.__dict__.get(name) is wrapper:
+                setattr(owner, name, original)
+        _wrapped.clear()
+        _seen.clear()
+
+
+def _wrap_new_classes(*_: Any) -> None:
+    with _lock:
+        for owner in _subclasses(nn.Module):
+            if owner not in _seen:
+                _seen.add(owner)
+                _wrap_methods(owner)
+
+
+def _subclasses(root: type) -> Iterator[type]:
+    """Every subclass once, torch's own excepted."""
+    met: set[type] = set()
+    pending = [root]
+    while pending:
+        for owner in type.__subclasses__(pending.pop()):
+            if owner not in met:
+                met.add(owner)
+                pending.append(owner)
+                if not owner.__module__.startswith("torch."):
+                    yield owner
+
+
+def _wrap_methods(owner: type) -> None:
+    for name, function in list(owner.__dict__.items()):
+        if isinstance(function, FunctionType):
+            wrapper = _wrapper(function)
+            if wrapper is not None:
+                setattr(owner, name, wrapper)
+                _wrapped[owner, name] = wrapper, function
+
+
+def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What stands for `function` if it is, or looks like, MoE dispatch."""
+    code = getattr(innermost(function), "__code__", None)
+    if code is None:
+        return None
+    idioms = [idiom for idiom in IDIOMS if idiom.hints.issubset(code.co_names)]
+    suspicious = suspects.may_be_suspect(code)
+    method = read_method(function) if idioms or suspicious else None
+    if method is None:
+        return None
+    for idiom in idioms:
+        recognised = idiom.recognise(method)
+        if recognised is not None:
+            return _with_equivalent(function, method, idiom, recognised)
+    lists = suspects.expert_lists(method)
+    return _with_warning(function, method, lists) if lists else None
+
+
+def _with_equivalent(
+    original: Callable[..., Any], method: Method, idiom: Idiom, recognised: Recognised
+) -> Callable[..., Any]:
+    facts_of, equivalent = idiom.facts, idiom.equivalent
+
+    @torch.compiler.assume_constant_result
+    def vouched(module: nn.Module, facts: Facts | str) -> Trusted | None:
+        try:
+            if isinstance(facts, str):
+                raise Untrusted(facts)
+            return vouch(idiom, recognised, original, module, facts)
+        except Untrusted as reason:
+            advice = "Write it so that this no longer holds, or add an idiom (docs/adding-an-idiom.md)."
+            refuse(Refusal(method.where, method.name, str(reason)), advice)
+            return None
+
+    def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
+            trusted = vouched(self, facts_of(recognised, args, kwargs))
+            if trusted is not None:
+                return equivalent(recognised, trusted, self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    return _dressed_as(original, dispatch)
+
+
+def _with_warning(original: Callable[..., Any], method: Method, lists: tuple[str, ...]) -> Callable[..., Any]:
+    @torch.compiler.assume_constant_result
+    def warned(module: nn.Module) -> bool:
+        if suspects.holds_modules(module, lists):
+            refuse(Refusal(method.where, method.name, suspects.REASON), suspects.ADVICE)
+        return True
+
+    def suspect(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
+            warned(self)
+        return original(self, *args, **kwargs)
+
+    return _dressed_as(original, suspect)
+
+
+def _caching_is_wanted(module: nn.Module) -> bool:
+    return not torch.is_grad_enabled() and not module.training
+
+
+def _dressed_as(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """functools.wraps, without the marks by which Dynamo would skip the wrapper as it does the original."""
+    functools.update_wrapper(wrapper, original)
+    for mark in [name for name in vars(wrapper) if name.startswith("_torchdynamo")]:
+        delattr(wrapper, mark)
+    return wrapper

@@ -1,0 +1,44 @@
+"""What capture met and left as it was, and why: one warning each, and a list for the report."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+
+class CaptureWarning(UserWarning):
+    """A MoE layer is compiled as plain torch.compile would, with graph breaks and without caching."""
+
+
+class Refusal(NamedTuple):
+    """where: "file:line" of the method; method: its qualified name; reason: a sentence."""
+
+    where: str
+    method: str
+    reason: str
+
+
+_refusals: dict[Refusal, None] = {}  # in order, each once
+
+
+def refusals() -> tuple[Refusal, ...]:
+    """The methods that capture left as they were since the process began, in the order in which they were met."""
+    return tuple(_refusals)
+
+
+def refuse(refusal: Refusal, advice: str) -> None:
+    """Record `refusal`; warn the first time that its method is refused."""
+    known = any(other[:2] == refusal[:2] for other in _refusals)
+    _refusals.setdefault(refusal)
+    if not known:
+        warnings.warn(
+            f"{refusal.where}: {refusal.method} runs as torch.compile would run it (graph breaks, nothing cached): "
+            f"{refusal.reason}. {advice}",
+            CaptureWarning,
+            stacklevel=2,
+        )
+
+
+def forget_refusals() -> None:
+    """Forget them all, so that each would be warned of again. For tests."""
+    _refusals.clear()

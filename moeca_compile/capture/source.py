@@ -1,0 +1,38 @@
+"""The code of a method, as the recognisers read it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's code: its qualified name, `where` ("file:line") and its syntax tree."""
+
+    name: str
+    where: str
+    tree: ast.FunctionDef
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that someone wrote, under decorators such as `torch.no_grad`, which hide its code object."""
+    return inspect.unwrap(function)
+
+
+def read_method(function: Callable[..., Any]) -> Method | None:
+    """The code of `function`; None where Python cannot show it (built in, made by exec, source file gone)."""
+    written = innermost(function)
+    try:
+        source = textwrap.dedent(inspect.getsource(written))
+        tree = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    code = written.__code__
+    return Method(written.__qualname__, f"{code.co_filename}:{code.co_firstlineno}", tree)

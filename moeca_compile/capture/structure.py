@@ -1,0 +1,67 @@
+"""Whether the experts of a layer are the same but for their parameters, as the marker ops take for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile.capture.idioms.base import Path
+
+Structure = tuple[Any, ...]
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def named_tensors(expert: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """An expert's parameters, then its buffers: the order of `params` in the marker op."""
+    return chain(expert.named_parameters(), expert.named_buffers())
+
+
+def tensor_paths(expert: nn.Module) -> tuple[Path, ...]:
+    return tuple(tuple(name.split(".")) for name, _ in named_tensors(expert))
+
+
+def structure(expert: nn.Module) -> Structure:
+    """What has to be equal among the experts: modules, plain attributes, shapes, dtypes and devices of tensors."""
+    modules = tuple(
+        (name, type(module), _plain_attributes(module)) for name, module in expert.named_modules()
+    )
+    tensors = tuple(
+        (name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in named_tensors(expert)
+    )
+    return modules, tensors
+
+
+def unlike(experts: nn.ModuleList) -> str | None:
+    """Why the experts cannot stand for each other; None where they can."""
+    first = structure(experts[0])
+    for number, expert in enumerate(experts):
+        if structure(expert) != first:
+            return f"expert {number} is built differently from expert 0"
+        reason = _with_a_life_of_its_own(expert)
+        if reason:
+            return f"expert {number} {reason}"
+    return None
+
+
+def _with_a_life_of_its_own(expert: nn.Module) -> str | None:
+    for module in expert.modules():
+        if module.training:
+            return "is in training mode"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "has forward hooks"
+        if any(isinstance(value, Tensor) for value in vars(module).values()):
+            return "holds a tensor that is neither a parameter nor a buffer"
+    return None
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Numbers, names and the like; objects are left to the numerical check."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, _PLAIN) and not name.startswith("_")
+    )

@@ -1,0 +1,65 @@
+"""Methods that look like MoE dispatch but match no idiom: worth a warning once they are met.
+
+Told by their data flow: modules of a list of self are called on rows that were picked by what the data say, a
+`nonzero`, a `bincount`, a comparison. A loop over a network's blocks calls them on all rows and is no suspect.
+"""
+
+from __future__ import annotations
+
+import dis
+from types import CodeType
+
+from torch import nn
+
+from moeca_compile.capture.dataflow import Value, follow
+from moeca_compile.capture.source import Method
+
+ADVICE = "docs/adding-an-idiom.md says how to teach moeca_compile this way of writing it"
+REASON = "it looks like MoE dispatch, but no idiom matches it"
+
+_DATA_DEPENDENT = frozenset({"bincount", "nonzero", "one_hot", "unique", "argwhere", "where", "histc"})
+_COMPARISONS = frozenset({"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "eq"})
+_PICKS = ("index_select", "masked_select", "gather", "split", "tensor_split")
+_FOR = dis.opmap["FOR_ITER"]
+_HINTS = _DATA_DEPENDENT | {"any", "sum", "item", "tolist", "argsort", "sort"}
+
+
+def may_be_suspect(code: CodeType) -> bool:
+    """Cheap: whether it is worth reading the source."""
+    return not _HINTS.isdisjoint(code.co_names) and _FOR in code.co_code[::2]
+
+
+def expert_lists(method: Method) -> tuple[str, ...]:
+    """The attributes of self whose modules `method` calls on rows picked by the data; () if it is no suspect."""
+    called = (call for call in follow(method.tree).called if call.name in ("", "forward"))
+    found = {_list_of(call.operands[0]): None for call in called if any(map(_is_picked, call.operands[1:]))}
+    return tuple(name for name in found if name)
+
+
+def holds_modules(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(isinstance(getattr(module, name, None), (nn.ModuleList, nn.ModuleDict)) for name in names)
+
+
+def _list_of(callee: Value) -> str:
+    source = callee.operands[0] if callee.kind in ("index", "element") else callee
+    while (
+        source.kind in ("call", "operation") and source.operands
+    ):  # enumerate(self.experts[a:b]) and the like
+        source = source.operands[0]
+    return source.name if source.kind == "attribute" and source.operands[0].kind == "self" else ""
+
+
+def _is_picked(rows: Value) -> bool:
+    for value in rows.ancestors():
+        picks = value.kind == "index" or (value.kind == "call" and value.name in _PICKS)
+        if picks and any(_by_the_data(subscript) for subscript in value.operands[1:]):
+            return True
+    return False
+
+
+def _by_the_data(subscript: Value) -> bool:
+    return any(
+        (value.kind == "call" and value.name in _DATA_DEPENDENT)
+        or (value.kind == "operation" and value.name in _COMPARISONS)
+        for value in subscript.ancestors()
+    )

@@ -1,0 +1,53 @@
+"""Marker ops: what a MoE layer means, written into the graph at capture and lowered by the later passes.
+
+    expert_rows(x)                                          the rows that enter an expert's body
+    experts(x, index, weight, body_out, params, E) -> out   out[t] = sum_j weight[t, j] * expert_index[t, j](x[t])
+
+Between the two stands the body of expert 0, run on every row; `params` holds the same parameters of all experts,
+so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of `params[:P]`. This keeps
+the graph small: one body a layer, not one an expert.
+
+Both ops are functional and have no autograd formula: capture emits them with gradients off only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moeca"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("expert_rows(Tensor x) -> Tensor")
+_library.define(
+    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) -> Tensor"
+)
+
+
+def _expert_rows(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _experts(
+    x: Tensor, index: Tensor, weight: Tensor, body_out: Tensor, params: list[Tensor], num_experts: int
+) -> Tensor:
+    raise NotImplementedError(
+        f"moeca::experts ({num_experts} experts, {index.shape[-1]} a token) was run before it was lowered. It only "
+        "marks a MoE layer: the experts' body is in the graph around it, so a pass has to replace it first."
+    )
+
+
+def _expert_rows_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _experts_fake(
+    x: Tensor, index: Tensor, weight: Tensor, body_out: Tensor, params: list[Tensor], num_experts: int
+) -> Tensor:
+    return body_out.new_empty((x.shape[0], body_out.shape[1]))
+
+
+_library.impl("expert_rows", _expert_rows, "CompositeExplicitAutograd")
+_library.impl("experts", _experts, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::expert_rows", _expert_rows_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::experts", _experts_fake, lib=_library)
