@@ -4,7 +4,8 @@ Written from the paper (section 4, equations 7 to 12) and the options of MoecaCo
 simulates `tests.models.TinyDiTMoE` over whole generations. Where the paper is silent, this file decides:
 
 - The decision and the routing of a cache step are taken once, on the probe: the router on the block's input
-  plus the gated *cached* attention. Recomputed branches then run on the refreshed input.
+  plus the gated *cached* attention. Recomputed branches then run on the refreshed input. With `reroute`,
+  chosen tokens are routed again on it, and slots that get another expert by that are recomputed as well.
 - With mask_source "previous" there is no probe but in the first MoE layer: attention is refreshed for the
   chosen tokens of the MoE layer before, then the router runs and decides.
 - Blocks without MoE follow the chosen tokens of the nearest MoE layer before them; blocks before the first
@@ -20,7 +21,7 @@ simulates `tests.models.TinyDiTMoE` over whole generations. Where the paper is s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,16 +34,24 @@ TINY = 1e-20  # keeps quotients of all-zero rows at zero
 
 @dataclass(frozen=True)
 class Decision:
-    """What one MoE layer decided on a cache step; all but `thresholds` are (B, N, k) by current branch."""
+    """What one MoE layer decided on a cache step; all but `thresholds` are (B, N, k) by current branch.
 
-    ids: Tensor  # experts, the probe's
+    After rerouting, the first four are by rerouted branch in the rows of the chosen tokens; the rest is the
+    probe's.
+    """
+
+    ids: Tensor  # experts
     weights: Tensor  # the model's own
     slots: Tensor  # place of each branch in the token's cache
+    recomputed: Tensor  # bool: `wanted` within the capacity
     matched: Tensor  # bool: the expert is in the token's cache
     scores: Tensor  # equation 9
     thresholds: Tensor  # (B, E), equation 12
     wanted: Tensor  # bool: to be recomputed, by threshold or budget
-    recomputed: Tensor  # bool: `wanted` within the capacity
+
+    def recomputed_slots(self) -> Tensor:
+        """`recomputed` by slot instead of by branch, (B, N, k)."""
+        return torch.zeros_like(self.recomputed).scatter(-1, self.slots, self.recomputed)
 
 
 @dataclass(frozen=True)
@@ -141,12 +150,15 @@ class Simulation:
     """A generation of `model` under `config`: call `step` once a sampling step.
 
     capacity: most tokens that a sample may recompute in one MoE layer on a cache step; None is all.
+    reroute: route chosen tokens again on their refreshed input.
     """
 
-    def __init__(self, model: TinyDiTMoE, config: MoecaConfig, capacity: int | None = None) -> None:
+    def __init__(
+        self, model: TinyDiTMoE, config: MoecaConfig, capacity: int | None = None, reroute: bool = False
+    ) -> None:
         if config.family != "moeca" or config.attention_every or config.experts_every:
             raise ValueError("the simulation has the moeca recipes with one common interval only")
-        self.model, self.config = model, config
+        self.model, self.config, self.reroute = model, config, reroute
         self.capacity = model.sizes.tokens if capacity is None else capacity
         self.states = [BlockState(config.forecast) for _ in model.blocks]
         self.next_step, self.last_full = 0, 0
@@ -209,6 +221,8 @@ class Simulation:
             if moe and not probing:
                 decisions[i] = self._decide(block, state, z)
                 chosen = decisions[i].recomputed.any(-1)
+            if moe and self.reroute:
+                decisions[i] = self._rerouted(block.mlp, state, z, decisions[i])
             gate1, gate2 = block.adaln(c).chunk(6, dim=1)[2::3]
             h = h + gate1.unsqueeze(1) * state.attention.at(self._d)
             out = (
@@ -278,7 +292,21 @@ class Simulation:
         if config.budget is not None:
             wanted = within_budget(scores, matched, config.budget)
         recomputed = within_capacity(wanted, scores, matched, self.capacity)
-        return Decision(ids, weights, slots, matched, scores, thresholds, wanted, recomputed)
+        return Decision(ids, weights, slots, recomputed, matched, scores, thresholds, wanted)
+
+    def _rerouted(self, moe: MoE, state: BlockState, z: Tensor, decision: Decision) -> Decision:
+        """The decision with the chosen tokens routed on their refreshed input z."""
+        chosen = decision.recomputed.any(-1, keepdim=True)
+        ids, weights = moe.gate(z)
+        slots, matched = match(ids, state.branches.ids)
+        recomputed = ~matched | decision.recomputed_slots().gather(-1, slots)
+        return replace(
+            decision,
+            ids=torch.where(chosen, ids, decision.ids),
+            weights=torch.where(chosen, weights, decision.weights),
+            slots=torch.where(chosen, slots, decision.slots),
+            recomputed=torch.where(chosen, recomputed, decision.recomputed),
+        )
 
     def _qkv(self, attn: Attention, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, N, D/H) each, as SDPA gets them."""
@@ -406,9 +434,10 @@ def simulate(
     labels: Tensor,
     steps: int,
     capacity: int | None = None,
+    reroute: bool = False,
 ) -> tuple[Tensor, list[StepResult]]:
     """`steps` Euler steps of rectified flow from t = 1 to 0: the picture, and the results by step."""
-    simulation, x, results = Simulation(model, config, capacity), noise, []
+    simulation, x, results = Simulation(model, config, capacity, reroute), noise, []
     for step in range(steps):
         t = torch.full((len(x),), 1 - step / steps)
         results.append(simulation.step(x, t, labels))

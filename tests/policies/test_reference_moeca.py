@@ -172,25 +172,54 @@ def test_an_unchanged_input_gives_the_model_s_output_whatever_is_recomputed(
             assert result.reuse_ratio == (0.0 if tau0 == 0 else 1.0)
 
 
-def test_everything_recomputed_lacks_only_the_refreshed_routing():
-    """One MoE block whose experts all run, so that its probe can be wrong in the weights alone."""
-    model = make_model(Sizes(depth=2, top_k=2, experts=2))
+@pytest.fixture(scope="module")
+def moe_first():
+    """A model without a block before its first MoE layer, which no mask could refresh."""
+    model = make_model(Sizes(depth=4), seed=3)
     model.blocks = model.blocks[1:]
-    start = make_inputs(model)
+    return model
+
+
+def test_everything_recomputed_and_rerouted_is_the_model(moe_first):
+    noise, labels = make_inputs(moe_first)
     config = MoecaConfig(tau0=0.0, full_every=STEPS)
-    _, results = simulate(model, config, *start, STEPS)
-    assert [result.recomputed_branches for result in results] == [0] + [2 * 16 * 2] * (STEPS - 1)
-    assert all(result.match_ratio == 1.0 for result in results[1:])
-    x = torch.randn(2, 1, 8, 8)
-    simulation = Simulation(model, config)
-    t, y = torch.full((2,), 0.5), start[1]
-    simulation.step(start[0], t, y)
-    recomputed = simulation.step(x, t, y).output
-    reusing = Simulation(model, MoecaConfig(tau0=100.0, full_every=STEPS))
-    reusing.step(start[0], t, y)
-    reused = reusing.step(x, t, y).output
-    exact = model(x, t, y)
-    assert (recomputed - exact).norm() < 0.2 * (reused - exact).norm()
+    x, results = simulate(moe_first, config, noise, labels, STEPS, reroute=True)
+    torch.testing.assert_close(x, uncached(moe_first, (noise, labels)), atol=1e-5, rtol=0)
+    assert [result.kind for result in results] == ["full"] + ["cache"] * (STEPS - 1)
+    assert all(result.reuse_ratio == 0 for result in results[1:])
+
+
+def test_everything_recomputed_without_rerouting_lacks_the_fresh_routing_alone(moe_first):
+    noise, labels = make_inputs(moe_first)
+    exact = uncached(moe_first, (noise, labels))
+
+    def error(tau0):
+        x, _ = simulate(moe_first, MoecaConfig(tau0=tau0, full_every=STEPS), noise, labels, STEPS)
+        return (x - exact).norm().item()
+
+    assert 0 < error(0.0) < 0.3 * error(100.0)
+
+
+def test_rerouting_changes_chosen_tokens_only(model, start):
+    config, (x, labels), t = MoecaConfig(), start, torch.tensor([0.9, 0.9])
+    decisions = []
+    for reroute in (False, True):
+        simulation = Simulation(model, config, reroute=reroute)
+        simulation.step(x, t, labels)
+        decisions.append(simulation.step(x * 0.7, t - 0.2, labels).decisions[1])
+    probed, rerouted = decisions
+    chosen = probed.recomputed.any(-1)
+    assert torch.equal(rerouted.recomputed.any(-1), chosen)
+    assert torch.equal(rerouted.weights[~chosen], probed.weights[~chosen])
+    assert not torch.allclose(rerouted.weights[chosen], probed.weights[chosen])
+
+
+def test_recomputed_slots_are_the_mask_by_slot(model, start):
+    _, results = simulate(model, MoecaConfig(), *start, STEPS)
+    decision = results[1].decisions[1]
+    by_slot = decision.recomputed_slots()
+    assert torch.equal(by_slot.gather(-1, decision.slots), decision.recomputed)
+    assert by_slot.sum() == decision.recomputed.sum()
 
 
 def test_more_recomputation_comes_nearer_to_the_model(model, start):
