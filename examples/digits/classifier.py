@@ -1,4 +1,4 @@
-"""A small convolutional classifier of the digits: the judge of samples, and features for the Frechet distance."""
+"""A small convolutional classifier: it judges samples, and its features serve the Frechet distance."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -27,4 +27,8 @@ def load_split(seed: int = 0) -> tuple[Digits, Digits]:
     train, held_out = train_test_split(
         np.arange(len(labels)), test_size=HELD_OUT_SHARE, random_state=seed, stratify=labels
     )
-    return tuple(Digits(torch.from_numpy(images[i]), torch.from_numpy(labels[i])) for i in (train, held_out))
+
+    def part(rows: np.ndarray) -> Digits:
+        return Digits(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+
+    return part(train), part(held_out)

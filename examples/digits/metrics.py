@@ -42,7 +42,9 @@ def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Te
 
     It is biased upwards for few images, so compare only figures from equally many.
     """
-    first, second = (classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference))
+    first, second = (
+        classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference)
+    )
     covariance_1, covariance_2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     # The trace of the product's square root, from its eigenvalues: real and >= 0 but for rounding.
     mixed = np.sqrt(np.linalg.eigvals(covariance_1 @ covariance_2).real.clip(min=0)).sum()

@@ -35,7 +35,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def rotary_table_2d(side: int, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [side * side, head_dim]: half the pairs turn with the row, half with the column."""
+    """Cosines and sines, each [side * side, head_dim]: half the pairs turn by row, half by column."""
     quarter = head_dim // 4
     frequencies = base ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -61,7 +61,7 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(self.frequencies, dtype=torch.float32, device=t.device) / self.frequencies
         angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)[None]
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -78,6 +78,9 @@ class LabelEmbedder(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions: [B, T, D] -> [B, T, D]."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, width: int, heads: int, side: int) -> None:
         super().__init__()
@@ -253,8 +256,9 @@ class DigitsDiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.table.weight, std=0.02)
         # adaLN-zero: every block starts as the identity, the head as zero.
-        for modulation in [b.adaLN_modulation for b in self.blocks] + [self.final_layer.adaLN_modulation]:
-            nn.init.zeros_(modulation[-1].weight)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name:
+                nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def moe_layers(self) -> list[SparseMoE]:

@@ -6,6 +6,7 @@ DDPM sampler needs no second checkpoint.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ NULL_CLASS = 10
 IMAGE_SHAPE = (1, 8, 8)
 
 
-def make_scheduler(sampler: str, steps: int):  # noqa: ANN201 (diffusers' schedulers share no useful base)
+def make_scheduler(sampler: str, steps: int) -> Any:
     """A diffusers scheduler set to ``steps`` steps. Raises ValueError for an unknown sampler."""
+    scheduler: Any  # diffusers' schedulers share no base class with these methods
     if sampler == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 if not __package__:  # run as a script: the repository root, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -33,6 +34,9 @@ LOG_EVERY = 100
 SAVE_EVERY = 250
 
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Factor on the peak rate: linear warm-up, then a cosine down to 1%."""
     warmup = min(WARMUP_STEPS, max(1, steps // 10))
@@ -54,10 +58,11 @@ def flow_loss(model: DigitsDiT, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def balance_loss(model: DigitsDiT) -> Tensor:
-    return torch.stack([layer.gate.balance_loss for layer in model.moe_layers()]).mean()
+    losses = [layer.gate.balance_loss for layer in model.moe_layers()]
+    return torch.stack([loss for loss in losses if loss is not None]).mean()
 
 
-def ema_update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+def ema_update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
     """A short memory at first, so that early checkpoints are of use."""
     decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -72,6 +77,7 @@ def train_model(args: argparse.Namespace, console: Console) -> None:
     data, _ = load_split()
     model = DigitsDiT().to(args.device).train()
     ema = AveragedModel(model, multi_avg_fn=ema_update)
+    averaged = cast(DigitsDiT, ema.module)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -96,7 +102,7 @@ def train_model(args: argparse.Namespace, console: Console) -> None:
         if step % SAVE_EVERY == 0 or step == args.steps:
             path = args.out if step == args.steps else args.work / f"step{step:06d}.safetensors"
             recipe = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
-            save_model(ema.module, path, step=step, training=recipe)
+            save_model(averaged, path, step=step, training=recipe)
             console.print(f"wrote {path} after {time.perf_counter() - start:.0f} s")
 
 

@@ -1,0 +1,198 @@
+"""Run policies side by side on one model: paired timings, and every policy's images from the same seeds.
+
+A *policy* is a way to make pictures: a compiled model, a sampler and a number of steps.
+"""
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moeca_compile
+from examples.digits import metrics
+from examples.digits.classifier import DigitsClassifier
+from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
+
+BASELINE = "torch.compile"
+UNCACHED = "none"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One generation: ``batch`` images in ``steps`` steps. Repeat r has seed ``seed + r``."""
+
+    batch: int = 20
+    steps: int = 50
+    guidance: float = 2.0
+    sampler: str = "euler"
+    seed: int = 0
+    repeats: int = 3
+    full_every: int = 4
+
+    @property
+    def labels(self) -> Tensor:
+        """The wished classes, 0 to 9 in turn: [batch]."""
+        return torch.arange(self.batch) % 10
+
+
+@dataclass
+class Policy:
+    """``flops_speedup`` is relative to the same number of images from the uncached run."""
+
+    name: str
+    model: VelocityModel
+    steps: int
+    sampler: str
+    flops_speedup: float = 1.0
+    warmup_seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # one a repeat
+    images: list[Tensor] = field(default_factory=list)  # one batch a repeat
+
+
+@dataclass(frozen=True)
+class Row:
+    """A policy's line of the table. Speed-ups are medians over the repeats of paired ratios."""
+
+    policy: str
+    steps: int
+    sampler: str
+    seconds: float
+    warmup_seconds: float
+    speedup_over_compile: float
+    speedup_over_uncached: float
+    flops_speedup: float
+    psnr: float
+    ssim: float
+    agreement: float
+    frechet: float
+
+
+def timed_generation(
+    policy: Policy,
+    setting: Setting,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[], None],
+) -> tuple[Tensor, float]:
+    """Images and wall-clock seconds of one generation."""
+    labels = setting.labels.to(device)
+    start = time.perf_counter()
+    images = generate(
+        policy.model,
+        labels,
+        steps=policy.steps,
+        guidance=setting.guidance,
+        sampler=policy.sampler,
+        seed=seed,
+        on_step=on_step,
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images, time.perf_counter() - start
+
+
+def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: object) -> Policy:
+    """``model`` under plain torch.compile (``BASELINE``) or under one of our recipes; compiled at first use.
+
+    Each policy has a copy of the model to itself, so that no compiled code is shared between them.
+    """
+    own = copy.deepcopy(model)
+    if name == BASELINE:
+        compiled = torch.compile(own)
+    else:
+        chosen: dict[str, Any] = {"recipe": name, "full_every": setting.full_every, **options}
+        compiled = torch.compile(own, backend="moeca", options=chosen)
+    return Policy(name, compiled, setting.steps, setting.sampler)
+
+
+def warm_up(policy: Policy, setting: Setting, device: torch.device, on_step: Callable[[], None]) -> None:
+    """One whole generation, which compiles every kind of step; then the FLOPs are known too."""
+    _, policy.warmup_seconds = timed_generation(policy, setting, setting.seed, device, on_step)
+    if policy.name != BASELINE:
+        policy.flops_speedup = float(moeca_compile.report(policy.model).to_dict()["flops"]["speedup"])
+
+
+def step_reductions(baseline: Policy, target: Policy, setting: Setting) -> Iterator[Policy]:
+    """The uncached model at ``target``'s FLOPs: fewer steps of the same sampler, and of a better solver."""
+    steps = max(1, round(setting.steps / target.flops_speedup))
+    speedup = setting.steps / steps
+    yield Policy(f"fewer steps ({steps})", baseline.model, steps, setting.sampler, speedup)
+    if setting.sampler in DETERMINISTIC and setting.sampler != "multistep":
+        yield Policy(f"multistep solver ({steps})", baseline.model, steps, "multistep", speedup)
+
+
+def run_paired(
+    policies: list[Policy],
+    setting: Setting,
+    device: torch.device,
+    on_step: Callable[[str], None],
+) -> None:
+    """Every policy in turn, repeat after repeat, so that drift of the machine meets all of them alike.
+
+    ``on_step`` gets the policy's name after each sampling step.
+    """
+    for repeat in range(setting.repeats):
+        for policy in policies:
+            advance = partial(on_step, policy.name)
+            images, seconds = timed_generation(policy, setting, setting.seed + repeat, device, advance)
+            policy.images.append(images)
+            policy.seconds.append(seconds)
+
+
+def paired_speedup(reference: Policy, policy: Policy) -> float:
+    return median(slow / fast for slow, fast in zip(reference.seconds, policy.seconds, strict=True))
+
+
+def make_rows(
+    policies: list[Policy], setting: Setting, classifier: DigitsClassifier, real: Tensor
+) -> list[Row]:
+    """The table. PSNR and SSIM are to the base line's images, Frechet distance to ``real`` [*, 1, 8, 8]."""
+    by_name = {policy.name: policy for policy in policies}
+    baseline, uncached = by_name[BASELINE], by_name[UNCACHED]
+    reference = torch.cat(baseline.images)
+    labels = setting.labels.repeat(setting.repeats)
+    rows = []
+    for policy in policies:
+        images = torch.cat(policy.images)
+        rows.append(
+            Row(
+                policy=policy.name,
+                steps=policy.steps,
+                sampler=policy.sampler,
+                seconds=median(policy.seconds),
+                warmup_seconds=policy.warmup_seconds,
+                speedup_over_compile=paired_speedup(baseline, policy),
+                speedup_over_uncached=paired_speedup(uncached, policy),
+                flops_speedup=policy.flops_speedup,
+                psnr=metrics.psnr(images, reference),
+                ssim=metrics.ssim(images, reference),
+                agreement=metrics.agreement(classifier, images, labels),
+                frechet=metrics.frechet_distance(classifier, images, real),
+            )
+        )
+    return rows
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """What a timing depends on: device, threads, dtype and versions."""
+    on_gpu = device.type == "cuda"
+    packages = {name: version(name) for name in ("torch", "diffusers", "moeca-compile")}
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def as_json(rows: list[Row], setting: Setting, where: dict[str, str | int]) -> dict[str, object]:
+    return {"environment": where, "setting": asdict(setting), "rows": [asdict(row) for row in rows]}

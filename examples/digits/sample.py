@@ -1,0 +1,223 @@
+"""Sample digits with and without caching, and print what it gains and what it costs.
+
+python examples/digits/sample.py
+python examples/digits/sample.py --recipe moeca --recipe fora-forecast --sampler ddpm --json figures.json
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository root, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from examples.digits.checkpoint import MODEL_PATH, CheckpointError, load_classifier, load_model
+from examples.digits.compare import (
+    BASELINE,
+    UNCACHED,
+    Policy,
+    Row,
+    Setting,
+    as_json,
+    compiled_policy,
+    environment,
+    make_rows,
+    run_paired,
+    step_reductions,
+    warm_up,
+)
+from examples.digits.data import load_split
+from examples.digits.model import DigitsDiT
+from examples.digits.picture import save_picture
+from examples.digits.sampling import SAMPLERS, TRAIN_TIMESTEPS
+from moeca_compile.config import RECIPES
+
+DEFAULT_RECIPES = ("moeca", "moeca-forecast", "stack-forecast")
+PICTURE_FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a whole number {allowed}")
+        return value
+
+    return parse
+
+
+def guidance_scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give a number >= 0 (1 is no guidance)")
+    return value
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """An argparse type: a file in an existing folder, with one of ``suffixes`` if any are given."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r}: the name must end in {' or '.join(suffixes)}")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
+        return path
+
+    return parse
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**63 - 1), default=0, help="seed of the first generation"
+    )
+    parser.add_argument(
+        "--steps", type=whole_number(1, TRAIN_TIMESTEPS), default=50, help="sampling steps (50)"
+    )
+    parser.add_argument("--batch", type=whole_number(2), default=20, help="images in a generation (20)")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=3, help="timed generations of each policy (3)"
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help=f"a policy, may be given several times; of {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
+    )
+    parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
+    parser.add_argument("--guidance", type=guidance_scale, default=2.0, help="classifier-free guidance (2)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="diffusers' scheduler (euler)")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the table as JSON too")
+    parser.add_argument(
+        "--out",
+        type=output_file(*PICTURE_FORMATS),
+        default="samples.png",
+        metavar="PICTURE",
+        help="(samples.png)",
+    )
+    parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
+    args = parser.parse_args(argv)
+    args.recipe = list(dict.fromkeys(args.recipe or DEFAULT_RECIPES))
+    return args
+
+
+def make_policies(
+    model: DigitsDiT, args: argparse.Namespace, setting: Setting, progress: Progress
+) -> list[Policy]:
+    """Compile the base line and each recipe, then add step reductions at the FLOPs of the cheapest recipe."""
+    names = [BASELINE, *dict.fromkeys([UNCACHED, *args.recipe])]
+    policies = [compiled_policy(model, name, setting) for name in names]
+    task = progress.add_task("", total=len(policies) * setting.steps)
+    for policy in policies:
+        progress.update(task, description=f"compile {policy.name}")
+        warm_up(policy, setting, args.device, lambda: progress.advance(task))
+    cached = [policy for policy in policies if policy.name not in (BASELINE, UNCACHED)]
+    target = max(
+        cached, key=lambda policy: (policy.name.startswith("moeca"), policy.flops_speedup), default=None
+    )
+    return policies + ([] if target is None else list(step_reductions(policies[0], target, setting)))
+
+
+def run(model: DigitsDiT, args: argparse.Namespace, setting: Setting, console: Console) -> list[Policy]:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        policies = make_policies(model, args, setting, progress)
+        total = setting.repeats * sum(policy.steps for policy in policies)
+        task = progress.add_task("", total=total)
+        run_paired(
+            policies,
+            setting,
+            args.device,
+            lambda name: progress.update(task, advance=1, description=f"sample {name}"),
+        )
+        progress.update(task, description="sample")
+    return policies
+
+
+def make_table(rows: list[Row], setting: Setting) -> Table:
+    images = setting.batch * setting.repeats
+    table = Table(
+        title=f"{images} images, {setting.sampler}, {setting.steps} steps, guidance {setting.guidance:g}",
+        caption="wall-clock: medians of paired runs; PSNR and SSIM: to plain torch.compile, same seeds; "
+        "Frechet: classifier features, to held-out digits",
+    )
+    table.add_column("policy", no_wrap=True)
+    headers = (
+        "over torch.compile",
+        "over uncached",
+        "FLOPs",
+        "PSNR dB",
+        "SSIM",
+        "agreement",
+        "Frechet",
+        "warm-up s",
+    )
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.speedup_over_compile:.2f}x",
+            f"{row.speedup_over_uncached:.2f}x",
+            f"{row.flops_speedup:.2f}x",
+            "-" if row.policy == BASELINE else f"{row.psnr:.1f}",
+            "-" if row.policy == BASELINE else f"{row.ssim:.4f}",
+            f"{row.agreement:.1%}",
+            f"{row.frechet:.2f}",
+            f"{row.warmup_seconds:.1f}" if row.warmup_seconds else "-",
+        )
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    try:
+        model, classifier = load_model(args.checkpoint), load_classifier()
+    except CheckpointError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 1
+    setting = Setting(
+        args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.full_every
+    )
+    dtype = getattr(torch, args.dtype)
+    where = environment(args.device, dtype)
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
+    policies = run(model.to(args.device, dtype), args, setting, console)
+    rows = make_rows(policies, setting, classifier, load_split()[1].images)
+    console.print(make_table(rows, setting))
+    if args.json:
+        args.json.write_text(json.dumps(as_json(rows, setting, where), indent=2) + "\n")
+    shown = [policy for policy in policies if policy.name not in (BASELINE, UNCACHED)]
+    save_picture(args.out, policies[0], shown, rows)
+    console.print(f"wrote {args.out}" + (f" and {args.json}" if args.json else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
