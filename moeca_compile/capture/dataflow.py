@@ -155,8 +155,8 @@ class _Walker:
         if iterable.kind == "call" and iterable.name == "enumerate" and len(targets) == 2:
             self.bind(targets[0], Value("counter"))
             self.bind_loop(targets[1], iterable.operands[0])
-        elif iterable.kind == "call" and iterable.name == "zip" and len(targets) == len(iterable.operands):
-            for part, source in zip(targets, iterable.operands, strict=True):
+        elif iterable.kind == "call" and iterable.name == "zip" and 0 < len(targets) <= len(iterable.operands):
+            for part, source in zip(targets, iterable.operands, strict=False):  # without zip's own `strict`
                 self.bind_loop(part, source)
         else:
             self.bind(target, Value("element", "", (iterable,)))
