@@ -1,4 +1,4 @@
-"""Capture: a model whose MoE dispatch breaks Dynamo's graph becomes one graph with marker ops, its code untouched.
+"""Capture: a model whose MoE dispatch breaks Dynamo's graph becomes one graph with marker ops.
 
     install.py    wraps the methods that an idiom recognises (idioms/: one file an idiom)
     gate.py       is this trace for our backend?
@@ -6,7 +6,8 @@
     refusals.py   what was left as it was, and why
     suspects.py   what looks like dispatch but matches no idiom
 
-The methods' code is read by source.py and dataflow.py.
+The methods' code is read by source.py and dataflow.py. No model's code is edited: eager and every other
+backend run it as it is.
 """
 
 from moeca_compile.capture.install import install, uninstall

@@ -1,13 +1,14 @@
 """Where a method's values come from: its straight-line meaning as a graph of values.
 
-`follow(tree)` runs a method's code once, symbolically: every local name stands for the value last bound to it, a
-loop's body is gone through once, both sides of an `if` one after the other. The result answers the questions the
-idioms ask ("is what is returned scattered from rows of which parameter?") whatever the locals are called and however
-the expressions are nested. It is an approximation on purpose: an idiom that it recognises is checked with numbers
-before it is used (trust.py).
+`follow(tree)` runs a method's code once, symbolically: every local name stands for the value last bound to
+it, a loop's body is gone through once, both sides of an `if` one after the other. The result answers the
+questions the idioms ask ("is what is returned scattered from rows of which parameter?") whatever the locals
+are called and however the expressions are nested. It is an approximation on purpose: an idiom that it
+recognises is checked with numbers before it is used (trust.py).
 
-`torch.f(a, b)` and `a.f(b)` become the same `call f(a, b)`; an in-place call or an augmented assignment rebinds the
-name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, sets `unsupported`.
+`torch.f(a, b)` and `a.f(b)` become the same `call f(a, b)`; an in-place call or an augmented assignment
+rebinds the name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, sets
+`unsupported`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """One value. `kind` is self, parameter, global, constant, attribute, call, index, element, counter or operation.
+    """One value; `operands` are what it is made from, `name` is told by `kind`:
 
-    call:      `name` is the function's last name ("" when a value is called), `operands` the receiver, if it is a
-               value, then the arguments
+    self, counter (of an enumerate), constant, parameter and global (their names)
+    attribute: of (base,)
     index:     (base, subscript)
-    element:   (iterable,), a loop variable
-    operation: `name` is the operator or the syntax node, e.g. Mult, FloorDiv, Eq, Slice, IfExp
+    call:      the function's last name, "" when a value is called; (receiver if it is a value, *arguments)
+    element:   of (iterable,), a loop variable
+    operation: the operator or the syntax node, e.g. Mult, FloorDiv, Eq, Slice, IfExp
     """
 
     kind: str
@@ -53,7 +55,7 @@ class Value:
 
 @dataclass
 class Flow:
-    """What `follow` found: the parameters without self, the returned values, why it is not the whole truth."""
+    """What `follow` found: parameters without self, returned values, calls, what it could not follow."""
 
     parameters: tuple[str, ...]
     returned: list[Value] = field(default_factory=list)
@@ -114,7 +116,7 @@ class _Walker:
             self.unsupported(node, type(node).__name__.lower())
 
     def effect(self, node: ast.expr) -> None:
-        """An expression for its effect: an in-place call on a local rebinds it, anything else is not followed."""
+        """An expression for its effect: an in-place call on a local rebinds it, others are not followed."""
         if isinstance(node, ast.Constant):
             return
         value = self.value(node)
@@ -155,7 +157,9 @@ class _Walker:
         if iterable.kind == "call" and iterable.name == "enumerate" and len(targets) == 2:
             self.bind(targets[0], Value("counter"))
             self.bind_loop(targets[1], iterable.operands[0])
-        elif iterable.kind == "call" and iterable.name == "zip" and 0 < len(targets) <= len(iterable.operands):
+        elif (
+            iterable.kind == "call" and iterable.name == "zip" and 0 < len(targets) <= len(iterable.operands)
+        ):
             for part, source in zip(targets, iterable.operands, strict=False):  # without zip's own `strict`
                 self.bind_loop(part, source)
         else:

@@ -1,9 +1,9 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
-`install()` looks through the subclasses of nn.Module, now and before each compilation, and wraps the methods that an
-idiom recognises. A wrapped method runs its original code, in eager and under every other backend; only where Dynamo
-traces it for a backend of ours, without gradients, in eval mode, and its check passed (trust.py), it is traced as its
-equivalent.
+`install()` looks through the subclasses of nn.Module, now and before each compilation, and wraps the methods
+that an idiom recognises. A wrapped method runs its original code, in eager and under every other backend;
+only where Dynamo traces it for a backend of ours, without gradients, in eval mode, and its check passed
+(trust.py), it is traced as its equivalent.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from moeca_compile.capture.idioms import IDIOMS
 from moeca_compile.capture.idioms.base import Facts, Idiom, Recognised, Trusted
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
-from moeca_compile.capture.trust import Untrusted, vouch
+from moeca_compile.capture.trust import UntrustedError, vouch
 
 _lock = threading.Lock()
 _seen: WeakSet[type] = WeakSet()
-_wrapped: dict[tuple[type, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # wrapper, original
+_ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wraps
 
 
 def install() -> None:
-    """Wrap the MoE dispatch of every nn.Module class there is, and of those to come before each compilation."""
+    """Wrap the MoE dispatch of every nn.Module class, and before each compilation that of new ones."""
     on_every_compile_start(_wrap_new_classes)
     _wrap_new_classes()
 
@@ -42,10 +42,10 @@ def uninstall() -> None:
     """Give every class its own methods back."""
     not_on_compile_start(_wrap_new_classes)
     with _lock:
-        for (owner, name), (wrapper, original) in _wrapped.items():
-            if owner.__dict__.get(name) is wrapper:
-                setattr(owner, name, original)
-        _wrapped.clear()
+        for owner in list(_seen):
+            for name, function in list(vars(owner).items()):
+                if isinstance(function, FunctionType) and hasattr(function, _ORIGINAL):
+                    setattr(owner, name, getattr(function, _ORIGINAL))
         _seen.clear()
 
 
@@ -60,9 +60,11 @@ def _wrap_new_classes(*_: Any) -> None:
 def _subclasses(root: type) -> Iterator[type]:
     """Every subclass once, torch's own excepted."""
     met: set[type] = set()
-    pending = [root]
+    pending: list[type] = [root]
     while pending:
-        for owner in type.__subclasses__(pending.pop()):
+        parent = pending.pop()
+        children: list[type] = parent.__subclasses__()
+        for owner in children:
             if owner not in met:
                 met.add(owner)
                 pending.append(owner)
@@ -71,12 +73,11 @@ def _subclasses(root: type) -> Iterator[type]:
 
 
 def _wrap_methods(owner: type) -> None:
-    for name, function in list(owner.__dict__.items()):
-        if isinstance(function, FunctionType):
+    for name, function in list(vars(owner).items()):
+        if isinstance(function, FunctionType) and not hasattr(function, _ORIGINAL):
             wrapper = _wrapper(function)
             if wrapper is not None:
                 setattr(owner, name, wrapper)
-                _wrapped[owner, name] = wrapper, function
 
 
 def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -106,9 +107,9 @@ def _with_equivalent(
     def vouched(module: nn.Module, facts: Facts | str) -> Trusted | None:
         try:
             if isinstance(facts, str):
-                raise Untrusted(facts)
+                raise UntrustedError(facts)
             return vouch(idiom, recognised, original, module, facts)
-        except Untrusted as reason:
+        except UntrustedError as reason:
             advice = "Write it so that this no longer holds, or add an idiom (docs/adding-an-idiom.md)."
             refuse(Refusal(method.where, method.name, str(reason)), advice)
             return None
@@ -147,4 +148,5 @@ def _dressed_as(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Ca
     functools.update_wrapper(wrapper, original)
     for mark in [name for name in vars(wrapper) if name.startswith("_torchdynamo")]:
         delattr(wrapper, mark)
+    setattr(wrapper, _ORIGINAL, original)
     return wrapper

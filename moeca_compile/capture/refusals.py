@@ -22,7 +22,7 @@ _refusals: dict[Refusal, None] = {}  # in order, each once
 
 
 def refusals() -> tuple[Refusal, ...]:
-    """The methods that capture left as they were since the process began, in the order in which they were met."""
+    """The methods that capture left as they were in this process, in the order in which they were met."""
     return tuple(_refusals)
 
 
@@ -31,12 +31,12 @@ def refuse(refusal: Refusal, advice: str) -> None:
     known = any(other[:2] == refusal[:2] for other in _refusals)
     _refusals.setdefault(refusal)
     if not known:
-        warnings.warn(
-            f"{refusal.where}: {refusal.method} runs as torch.compile would run it (graph breaks, nothing cached): "
-            f"{refusal.reason}. {advice}",
-            CaptureWarning,
-            stacklevel=2,
+        message = (
+            f"{refusal.where}: {refusal.method} runs as torch.compile would run it (graph breaks, nothing "
+            f"cached): {refusal.reason}. {advice}"
         )
+        file, _, line = refusal.where.rpartition(":")
+        warnings.warn_explicit(message, CaptureWarning, file, int(line))
 
 
 def forget_refusals() -> None:

@@ -20,7 +20,7 @@ class Method:
 
 
 def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that someone wrote, under decorators such as `torch.no_grad`, which hide its code object."""
+    """The function that someone wrote, under decorators such as `torch.no_grad`, which hide its code."""
     return inspect.unwrap(function)
 
 

@@ -1,9 +1,10 @@
-"""Whether the experts of a layer are the same but for their parameters, as the marker ops take for granted."""
+"""Whether the experts of a layer are the same but for their parameters, as the markers take for granted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moeca_compile.capture.idioms.base import Path
 
 Structure = tuple[Any, ...]
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, type, BuiltinFunctionType)
 
 
 def named_tensors(expert: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -25,7 +26,7 @@ def tensor_paths(expert: nn.Module) -> tuple[Path, ...]:
 
 
 def structure(expert: nn.Module) -> Structure:
-    """What has to be equal among the experts: modules, plain attributes, shapes, dtypes and devices of tensors."""
+    """What has to be equal among the experts: modules, their attributes, all of the tensors but values."""
     modules = tuple(
         (name, type(module), _plain_attributes(module)) for name, module in expert.named_modules()
     )
@@ -39,11 +40,11 @@ def unlike(experts: nn.ModuleList) -> str | None:
     """Why the experts cannot stand for each other; None where they can."""
     first = structure(experts[0])
     for number, expert in enumerate(experts):
-        if structure(expert) != first:
-            return f"expert {number} is built differently from expert 0"
         reason = _with_a_life_of_its_own(expert)
         if reason:
             return f"expert {number} {reason}"
+        if structure(expert) != first:
+            return f"expert {number} is built differently from expert 0"
     return None
 
 
@@ -59,9 +60,12 @@ def _with_a_life_of_its_own(expert: nn.Module) -> str | None:
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Numbers, names and the like; objects are left to the numerical check."""
-    return tuple(
-        (name, value)
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, _PLAIN) and not name.startswith("_")
-    )
+    """Numbers, names, functions; other objects are left to the numerical check."""
+    public = ((name, value) for name, value in sorted(vars(module).items()) if not name.startswith("_"))
+    comparable = ((name, _code_of(value)) for name, value in public)
+    return tuple((name, value) for name, value in comparable if isinstance(value, (*_PLAIN, CodeType)))
+
+
+def _code_of(value: Any) -> Any:
+    """A lambda made in `__init__` is another object in each expert: its code is what counts."""
+    return value.__code__ if isinstance(value, FunctionType) else value

@@ -1,7 +1,7 @@
 """Methods that look like MoE dispatch but match no idiom: worth a warning once they are met.
 
-Told by their data flow: modules of a list of self are called on rows that were picked by what the data say, a
-`nonzero`, a `bincount`, a comparison. A loop over a network's blocks calls them on all rows and is no suspect.
+Told by their data flow: modules of a list of self are called on rows that were picked by what the data say,
+a `nonzero`, a `bincount`, a comparison. A loop over a network's blocks calls them on all rows: no suspect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def may_be_suspect(code: CodeType) -> bool:
 
 
 def expert_lists(method: Method) -> tuple[str, ...]:
-    """The attributes of self whose modules `method` calls on rows picked by the data; () if it is no suspect."""
+    """The attributes of self whose modules `method` calls on rows picked by the data; often ()."""
     called = (call for call in follow(method.tree).called if call.name in ("", "forward"))
     found = {_list_of(call.operands[0]): None for call in called if any(map(_is_picked, call.operands[1:]))}
     return tuple(name for name in found if name)

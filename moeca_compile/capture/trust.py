@@ -1,8 +1,8 @@
 """Before a layer's equivalent is used, it is checked against the original method, on random inputs, in eager.
 
-The meaning that is checked is the marker op's (ops/markers.py), as a plain loop: the body of expert 0 with each
-expert's own parameters, run on single choices, weighted and summed. Runs once for each class, method, structure of
-the experts and kind of call.
+The meaning that is checked is the marker op's (ops/markers.py), as a plain loop: the body of expert 0 with
+each expert's own parameters, run on single choices, weighted and summed. Runs once for each class, method,
+structure of the experts and kind of call.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _TOLERANCE_TF32 = 5e-3  # float32 on a GPU, where products may be taken in TF32
 _verdicts: WeakKeyDictionary[type, dict[Any, Verdict]] = WeakKeyDictionary()
 
 
-class Untrusted(Exception):
+class UntrustedError(Exception):
     """The equivalent may not stand for the original; the message says why."""
 
 
 def vouch(
     idiom: Idiom, recognised: Recognised, original: Original, module: nn.Module, facts: Facts
 ) -> Trusted:
-    """What the equivalent of `original` on `module` needs, for calls with these facts. Raises Untrusted."""
+    """What the equivalent of `original` on `module` needs, for such calls. Raises UntrustedError."""
     experts = getattr(module, recognised.experts, None)
     if not isinstance(experts, nn.ModuleList) or len(experts) == 0:
-        raise Untrusted(f"self.{recognised.experts} is no ModuleList of experts")
+        raise UntrustedError(f"self.{recognised.experts} is no ModuleList of experts")
     reason = unlike(experts)
     if reason:
-        raise Untrusted(reason)
+        raise UntrustedError(reason)
     verdicts = _verdicts.setdefault(type(module), {})
     key = (original, recognised, len(experts), structure(experts[0]), facts, _autocast())
     if key not in verdicts:
         verdicts[key] = _check(idiom, recognised, original, module, facts)
     verdict = verdicts[key]
     if isinstance(verdict, str):
-        raise Untrusted(verdict)
+        raise UntrustedError(verdict)
     return tensor_paths(experts[0]), verdict
 
 
@@ -68,7 +68,7 @@ def _check(
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
         try:
             return _compare(idiom, recognised, original, module, facts)
-        except Untrusted as refusal:
+        except UntrustedError as refusal:
             return str(refusal)
         except Exception as error:
             return f"trying it on random rows raised {type(error).__name__}: {error}"
@@ -89,9 +89,9 @@ def _compare(
         got = _without_side_effects(original, module, trial)
         want = meaning(body, experts, trial)
         if got.shape != want.shape:
-            raise Untrusted(f"it returns shape {tuple(got.shape)} where {tuple(want.shape)} is expected")
+            raise UntrustedError(f"it returns shape {tuple(got.shape)} where {tuple(want.shape)} is expected")
         if not _close(got, want, tolerance):
-            raise Untrusted("its result is not the sum of its experts' weighted outputs")
+            raise UntrustedError("its result is not the sum of its experts' weighted outputs")
     return got.dtype
 
 
@@ -113,29 +113,29 @@ def _require_row_wise(body: nn.Module, x: Tensor, tolerance: float) -> None:
     before = [tensor.clone() for _, tensor in named_tensors(body)]
     whole = body(x)
     if not isinstance(whole, Tensor) or whole.dim() != 2 or len(whole) != len(x):
-        raise Untrusted("an expert does not turn rows (tokens, width) into rows")
+        raise UntrustedError("an expert does not turn rows (tokens, width) into rows")
     if not _close(body(x), whole, tolerance):
-        raise Untrusted("an expert is random or changes from call to call")
+        raise UntrustedError("an expert is random or changes from call to call")
     if any(not torch.equal(old, new) for old, (_, new) in zip(before, named_tensors(body), strict=True)):
-        raise Untrusted("an expert changes its own parameters or buffers")
+        raise UntrustedError("an expert changes its own parameters or buffers")
     order = torch.randperm(len(x), device=x.device)
     parts = torch.cat([body(x[:5]), body(x[5:])])
     if not _close(body(x[order]), whole[order], tolerance) or not _close(parts, whole, tolerance):
-        raise Untrusted("an expert's output for a token depends on the other tokens")
+        raise UntrustedError("an expert's output for a token depends on the other tokens")
 
 
 def _without_side_effects(original: Original, module: nn.Module, trial: Trial) -> Tensor:
     arguments = [argument.clone() for argument in trial.arguments]
     result = original(module, *arguments)
     if any(not torch.equal(old, new) for old, new in zip(trial.arguments, arguments, strict=True)):
-        raise Untrusted("it changes its arguments")
+        raise UntrustedError("it changes its arguments")
     if not isinstance(result, Tensor):
-        raise Untrusted(f"it returns a {type(result).__name__}, not a tensor")
+        raise UntrustedError(f"it returns a {type(result).__name__}, not a tensor")
     return result
 
 
 def _tells_something(experts: nn.ModuleList, x: Tensor) -> bool:
-    """Whether the experts' parameters are fit for a comparison: not zero (as before training), not infinite."""
+    """Whether the parameters are fit for a comparison: not zero (as before training), not infinite."""
     outputs = [expert(x[:1]) for expert in experts]
     return all(isinstance(out, Tensor) and bool(out.any()) and bool(out.isfinite().all()) for out in outputs)
 

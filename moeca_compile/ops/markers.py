@@ -1,11 +1,12 @@
 """Marker ops: what a MoE layer means, written into the graph at capture and lowered by the later passes.
 
-    expert_rows(x)                                          the rows that enter an expert's body
-    experts(x, index, weight, body_out, params, E) -> out   out[t] = sum_j weight[t, j] * expert_index[t, j](x[t])
+    expert_rows(x) -> rows                                       the rows that enter an expert's body
+    experts(x, index, weight, body_out, params, num_experts) -> out
+                                      out[t] = sum_j weight[t, j] * expert_index[t, j](x[t])
 
-Between the two stands the body of expert 0, run on every row; `params` holds the same parameters of all experts,
-so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of `params[:P]`. This keeps
-the graph small: one body a layer, not one an expert.
+Between the two stands the body of expert 0, run on every row; `params` holds the same parameters of all
+experts, so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of
+`params[:P]`. This keeps the graph small: one body a layer, not one an expert.
 
 Both ops are functional and have no autograd formula: capture emits them with gradients off only.
 """
@@ -20,7 +21,8 @@ NAMESPACE = "moeca"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
-    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) -> Tensor"
+    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) "
+    "-> Tensor"
 )
 
 
@@ -32,8 +34,8 @@ def _experts(
     x: Tensor, index: Tensor, weight: Tensor, body_out: Tensor, params: list[Tensor], num_experts: int
 ) -> Tensor:
     raise NotImplementedError(
-        f"moeca::experts ({num_experts} experts, {index.shape[-1]} a token) was run before it was lowered. It only "
-        "marks a MoE layer: the experts' body is in the graph around it, so a pass has to replace it first."
+        f"moeca::experts ({num_experts} experts, {index.shape[-1]} a token) was run before it was lowered. "
+        "It only marks a MoE layer: the experts' body is in the graph around it; a pass has to replace it."
     )
 
 

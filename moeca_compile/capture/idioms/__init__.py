@@ -1,6 +1,7 @@
 """The idioms of MoE dispatch that capture knows, in the order in which they are tried.
 
-docs/adding-an-idiom.md says how to write one. Nothing registers itself: an idiom is in use once it stands here.
+docs/adding-an-idiom.md tells how to write one. Nothing registers itself:
+an idiom is in use once it stands here.
 """
 
 from moeca_compile.capture.idioms import sorted_segments

@@ -1,7 +1,7 @@
-"""What an idiom is: a way of writing MoE dispatch, recognised in code, with a traceable form of the same meaning.
+"""What an idiom is: a way of writing MoE dispatch, recognised in code, and its traceable equivalent.
 
-An idiom whose method is handed the rows, the expert ids and the weights (most are) writes `recognise` only and takes
-the other three functions from `routed.py`.
+An idiom whose method is handed the rows, the expert ids and the weights (most are) writes `recognise` only
+and takes the other three functions from `routed.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Path = tuple[str, ...]
 """The way to a parameter from its expert: ("mlp", "0", "weight")."""
 
 Trusted = tuple[tuple[Path, ...], torch.dtype]
-"""What a checked layer hands to its equivalent: the paths of an expert's parameters, the dtype of the result."""
+"""What an equivalent needs of a layer: the paths of an expert's parameters, the dtype of the result."""
 
 Facts = tuple[Any, ...]
-"""Constants about the arguments of one call, known while tracing: sizes that matter, dtypes, layouts, device."""
+"""Constants about the arguments of one call, known while tracing: sizes, dtypes, layouts, device."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Trial:
-    """Random arguments of the original method (in its order) and the same as x (T, D), index and weight (T, k)."""
+    """Random arguments of the original method, in its order; the same as x (T, D), index, weight (T, k)."""
 
     arguments: tuple[Tensor, ...]
     x: Tensor
@@ -56,12 +56,12 @@ class Idiom:
     """One way of writing MoE dispatch.
 
     name: for messages
-    hints: names that occur in every such method (attributes, methods, globals): a cheap test on its code object
-    recognise: the roles in a method's code, None where it is no such method; sees code, never names of classes
-    facts: traceable; what trial and check must know about a call, or a sentence saying why it is not supported
-    trial: random calls to check the equivalent with, for a layer with so many experts; together they use every
-        expert and leave each of at least two without a token in turn, where there are enough experts
-    equivalent: traceable; (recognised, trusted, module, args, kwargs) -> what the method returns, through markers
+    hints: names that occur in every such method (attributes, methods, globals): a cheap test on its code
+    recognise: the roles in a method's code, None where it is no such method; never by names of classes
+    facts: traceable; what `trial` and the check must know about a call, or why it is not supported
+    trial: random calls, for a layer of so many experts; together they use every expert and leave the first
+        and the last without a token in turn, where k allows it
+    equivalent: traceable; (recognised, trusted, module, args, kwargs) -> the method's result, through markers
     """
 
     name: str

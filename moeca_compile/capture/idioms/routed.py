@@ -1,4 +1,4 @@
-"""Shared by idioms whose method is handed the rows x (T, D), the expert ids and the weights of their branches.
+"""For idioms whose method is handed the rows x (T, D), the expert ids and the weights of their branches.
 
 Ids and weights may be flat, (T * k,) or (T * k, 1) with a token's branches beside each other, or (T, k).
 """
@@ -22,7 +22,7 @@ TRIAL_SEED = 0
 
 
 def expert_call(result: Value) -> Value | None:
-    """The one call of an expert, `self.<experts>[i](rows)`, that `result` is made from; None if there is no such."""
+    """The one call of an expert, `self.<experts>[i](rows)`, that `result` is made from, or None."""
     calls = [value for value in result.ancestors() if value.kind == "call" and _is_expert(value)]
     return calls[0] if len(calls) == 1 and len(calls[0].operands) == 2 else None
 
@@ -49,10 +49,12 @@ def _is_expert(call: Value) -> bool:
 
 
 def facts(recognised: Recognised, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts | str:
-    """Traceable: (k, D, dtypes, layouts, device) of a call's arguments as constants, or why it is not supported."""
+    """Traceable: k, D, dtypes, device and layouts of a call as constants, or why it is not supported."""
     x, index, weight = _roles(recognised, args, kwargs)
     if x.dim() != 2:
         return f"`{recognised.x}` has {x.dim()} dimensions where rows (tokens, width) are expected"
+    if x.shape[0] == 0:
+        return f"`{recognised.x}` has no rows"
     # len(range()) makes a plain number of a symbolic size; the number of branches and the width never vary.
     top_k, width = len(range(index.numel() // x.shape[0])), len(range(x.shape[1]))
     if top_k * x.shape[0] != index.numel() or index.numel() != weight.numel():
@@ -74,7 +76,7 @@ def equivalent(
 def emit_experts(
     experts: nn.ModuleList, trusted: Trusted, rows: tuple[Tensor, ...], index: Tensor, weight: Tensor
 ) -> Tensor:
-    """Traceable: one MoE layer as markers. rows: x and any further per-token inputs of an expert, each (T, ...)."""
+    """Traceable: one MoE layer as markers. rows: x and any further per-token inputs of an expert."""
     paths, dtype = trusted
     body_out = experts[0](*[torch.ops.moeca.expert_rows(each) for each in rows])
     params = [_get(expert, path) for expert in experts for path in paths]
@@ -90,9 +92,7 @@ def _roles(recognised: Recognised, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_flat(tensor: Tensor, x: Tensor) -> bool:
-    if tensor.shape[0] == x.shape[0]:  # an `if`, so that tracing decides it for symbolic sizes
-        return False
-    return True
+    return True if tensor.shape[0] != x.shape[0] else False  # noqa: SIM210  (decides symbolic sizes)
 
 
 def _get(module: nn.Module, path: Path) -> Tensor:
@@ -106,7 +106,7 @@ def _get(module: nn.Module, path: Path) -> Tensor:
 
 
 def trial(recognised: Recognised, facts: Facts, num_experts: int) -> Iterator[Trial]:
-    """Random calls, first without a token for the last expert, then without one for the first (if k allows it)."""
+    """Random calls, first without a token for the last expert, then without one for the first."""
     top_k, width, dtype, device, index_layout, weight_layout = facts
     generator = torch.Generator().manual_seed(TRIAL_SEED)
     usable = max(top_k, num_experts - 1)
@@ -124,7 +124,7 @@ def trial(recognised: Recognised, facts: Facts, num_experts: int) -> Iterator[Tr
 
 
 def _choices(num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:
-    """Expert ids (T, k), distinct in a row: some rows at random, the rest so that every expert has a token."""
+    """Expert ids (T, k), distinct in a row: some rows at random, the rest so that every expert has one."""
     at_random = torch.rand(TRIAL_ROWS, num_experts, generator=generator).topk(top_k).indices
     rows = -(-num_experts // top_k)
     every = torch.arange(rows * top_k).reshape(rows, top_k) % num_experts
@@ -132,6 +132,6 @@ def _choices(num_experts: int, top_k: int, generator: torch.Generator) -> Tensor
 
 
 def _laid_out(branches: Tensor, dtype: torch.dtype, dims: int, flat: bool) -> Tensor:
-    """(T, k) in the layout of the real call: (T * k, 1, ...) or (T, k, 1, ...), with `dims` dimensions."""
+    """(T, k) as the real call has it: (T * k, 1, ...) or (T, k, 1, ...), with `dims` dimensions."""
     leading = (branches.numel(),) if flat else tuple(branches.shape)
     return branches.reshape((*leading, 1, 1, 1)[:dims]).to(dtype)

@@ -1,4 +1,4 @@
-"""Dispatch over sorted segments: sort the branches by expert, run every expert on its slice, add the rows back.
+"""Dispatch over sorted segments: sort the branches by expert, run each on its slice, add the rows back.
 
     order = flat_index.argsort()
     ends = flat_index.bincount().cpu().numpy().cumsum(0)
@@ -8,9 +8,9 @@
         y = self.experts[e](x[rows[start:end]]) * flat_weight[order[start:end]]
         out.index_add_(0, rows[start:end], y)
 
-Told by its data flow: what is returned was accumulated, starting from zeros, from outputs of a list of modules of
-self, each multiplied by entries of one argument (the weights) and run on rows of another (x), both picked by the
-sort of a third (the expert ids), whose bincount went to the host.
+Told by its data flow: what is returned was accumulated, starting from zeros, from outputs of a list of
+modules of self, each multiplied by entries of one argument (the weights) and run on rows of another (x), both
+picked by the sort of a third (the expert ids), whose bincount went to the host.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _weight(added: Value, call: Value, order: Value) -> str | None:
 
 
 def _gathered(value: Value, order: Value) -> str | None:
-    """The parameter of which `value` is rows picked by the order, through any number of slices; None if none is."""
+    """The parameter of which `value` is rows picked by the order, through any number of slices, or None."""
     by_order = False
     while True:
         value = _without_views(value)

@@ -1,0 +1,116 @@
+"""Every private torch API that the package uses, one small function each, and nothing else.
+
+Checked by the tests on torch 2.13 only; look here first when another version misbehaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.callback import CallbackArgs, callback_handler
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch.aot_autograd import aot_export_module
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+CompileStart = Callable[[CallbackArgs], None]
+
+_lasting: list[CompileStart] = []
+
+
+def tracing_backend() -> Iterator[Any]:
+    """The backend that Dynamo is tracing for now, then what each of torch's wrappers around it holds."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None:
+        yield backend
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+
+
+class _StartCallbacks(list[CompileStart]):
+    """Dynamo's list, in which ours outlast `torch._dynamo.reset()`: they are no compiled state to be cleared."""
+
+    def clear(self) -> None:
+        self[:] = [callback for callback in self if callback in _lasting]
+
+
+def on_every_compile_start(callback: CompileStart) -> None:
+    """Call `callback` before each compilation in this process, until `not_on_compile_start(callback)`."""
+    if not isinstance(callback_handler.start_callbacks, _StartCallbacks):
+        callback_handler.start_callbacks = _StartCallbacks(callback_handler.start_callbacks)
+    if callback not in callback_handler.start_callbacks:
+        _lasting.append(callback)
+        callback_handler.start_callbacks.append(callback)
+
+
+def not_on_compile_start(callback: CompileStart) -> None:
+    """Undo `on_every_compile_start`."""
+    for callbacks in (_lasting, callback_handler.start_callbacks):
+        if callback in callbacks:
+            callbacks.remove(callback)
+
+
+def traced_wrapper() -> Any:
+    """The object that `torch.compile` made for this compilation; it lives as long as the compiled model."""
+    return list(tracing_backend())[1]
+
+
+def wrapper_of(compiled: Any) -> Any:
+    """The same object, from what `torch.compile(model)` returned; None for anything else."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    backend = getattr(context, "callback", None)
+    while backend is not None and type(backend).__name__ != "_TorchCompileWrapper":
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+    return backend
+
+
+def graph_break() -> tuple[str, str] | None:
+    """(file:line, reason) where Dynamo ends the graph that it is handing over before the function's end."""
+    reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}" if frame else "unknown"
+    return where, reason.reason.split("\n")[0]
+
+
+def root_module() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is tracing for now: the first argument of the outermost frame."""
+    translator = InstructionTranslator.current_tx().output.root_tx
+    arguments = translator.f_code.co_varnames[: translator.f_code.co_argcount]
+    value = translator.f_locals.get(arguments[0]) if arguments else None
+    value = getattr(value, "value", value)
+    return value if isinstance(value, torch.nn.Module) else None
+
+
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a parameter or buffer (or attribute) of a module, not an argument."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if "NNModule" in type(source).__name__ or "ParamBuffer" in type(source).__name__:
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Functional pre-dispatch ATen of Dynamo's graph; one placeholder per input, in order."""
+    exported, _ = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+    result: fx.GraphModule = exported
+    return result
+
+
+def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
+    """Trace a function of pytrees of tensors to ATen on fake tensors; its placeholders are the flat arguments."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)  # type: ignore[no-any-return]
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one."""
+    with torch.no_grad():
+        return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]

@@ -1,0 +1,61 @@
+"""Match self-attention whose queries, keys and values come row by row from a residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.regions import Attention, Kept, between, module_path
+from moeca_compile.passes.residuals import residual_around
+from moeca_compile.passes.token_axis import Layouts, shape_of
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Every attention of the graph, in order."""
+    return [node for node in graph.nodes if node.target is SDPA]
+
+
+def match_attention(sdpa: fx.Node, layouts: Layouts) -> Attention | Kept:
+    """The attention region around `sdpa`, or the reason why it stays as it is."""
+    query, key, value = sdpa.args[:3]
+    name = module_path(sdpa)
+    reason = _why_not(sdpa, layouts)
+    residual = residual_around(sdpa)
+    if reason is None and residual is None:
+        reason = "its output reaches no residual addition with the stream that it reads"
+    if reason is None and residual is not None and residual.output not in layouts:
+        reason = "its output is not computed token by token from the attention"
+    if reason is not None or residual is None:
+        return Kept("attention", name, reason or "")
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    return Attention(name, residual, sdpa, query, key, value)
+
+
+def sdpa_options(sdpa: fx.Node) -> dict[str, object]:
+    """The arguments of the attention after query, key and value, by name, defaults filled in."""
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), sdpa.args[3:], strict=False))
+    return {**_DEFAULTS, **given, **sdpa.kwargs}
+
+
+def _why_not(sdpa: fx.Node, layouts: Layouts) -> str | None:
+    options = sdpa_options(sdpa)
+    if options["dropout_p"]:
+        return "it drops out at random"
+    if options["is_causal"] or options["attn_mask"] is not None:
+        return "a mask ties its queries to their positions"
+    for operand, role in zip(sdpa.args[:3], ("queries", "keys", "values"), strict=False):
+        if operand not in layouts:
+            return f"its {role} are not computed token by token from the residual stream"
+    if len({layouts[operand] for operand in sdpa.args[:3]}) != 1:  # type: ignore[index]
+        return "its queries and keys are laid out differently"
+    return None
+
+
+def work_between(source: fx.Node, output: fx.Node) -> bool:
+    """Whether anything worth caching (a matrix product) lies between the two."""
+    aten = torch.ops.aten
+    heavy = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+    return any(node.target in heavy for node in between(source, [output])) and len(shape_of(output)) > 1

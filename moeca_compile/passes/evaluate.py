@@ -1,0 +1,80 @@
+"""Evaluate the graph with some of its values replaced: tracing this evaluation is how a graph is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from moeca_compile.passes.regions import between
+
+Replacement = Callable[[], Any]
+
+
+class Evaluation:
+    """Values of the graph's nodes, each computed once and only when asked for.
+
+    Args:
+        graph: the exported graph.
+        inputs: one value per placeholder, in order.
+        replacements: what a node's value is instead of its op's result; called at most once.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[Any], replacements: Mapping[fx.Node, Replacement]) -> None:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self.values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+        self.graph = graph
+        self.replacements = replacements
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            missing = [arg for arg in self._inputs(current) if arg not in self.values]
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if current not in self.values:
+                self.values[current] = self._compute(current)
+        return self.values[node]
+
+    def run(self) -> Any:
+        """The graph's outputs. Goes through the needed nodes in graph order, so replacements run in order too."""
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        needed = self._needed(output.all_input_nodes)
+        for node in self.graph.nodes:
+            if node in needed:
+                _ = self[node]
+        return fx.map_arg(output.args[0], lambda node: self.values[node])
+
+    def instead(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
+        """Values of `wanted` had the nodes of `known` these values; everything else is as it is here."""
+        changed = dict(known)
+        for source in known:
+            for node in sorted(between(source, wanted)):
+                args = fx.map_arg(node.args, lambda n: changed[n] if n in changed else self[n])
+                kwargs = fx.map_arg(node.kwargs, lambda n: changed[n] if n in changed else self[n])
+                changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [changed[node] if node in changed else self[node] for node in wanted]
+
+    def _inputs(self, node: fx.Node) -> Iterable[fx.Node]:
+        return () if node in self.values or node in self.replacements else node.all_input_nodes
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node in self.replacements:
+            return self.replacements[node]()
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        stack = list(outputs)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(self._inputs(node))
+        return needed

@@ -1,0 +1,110 @@
+"""Match mixture-of-experts layers from their markers: router choice, expert body, shared experts, probe."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from moeca_compile.ops import bodies
+from moeca_compile.passes.attention import work_between
+from moeca_compile.passes.regions import (
+    Attention,
+    ExpertBody,
+    Experts,
+    FeedForward,
+    Kept,
+    Residual,
+    ancestors,
+    between,
+    module_path,
+)
+from moeca_compile.passes.residuals import residual_around
+from moeca_compile.passes.rows import _RESIZED
+from moeca_compile.symbolic.costs import node_flops
+from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
+
+MARKER = torch.ops.moeca.experts.default
+ENTRY = torch.ops.moeca.expert_rows.default
+
+
+def expert_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Every MoE layer's marker, in graph order."""
+    return [node for node in graph.nodes if node.target is MARKER]
+
+
+def match_experts(
+    marker: fx.Node, body: ExpertBody, layouts: Layouts, attentions: tuple[Attention, ...]
+) -> Experts | Kept:
+    """The MoE layer of `marker`, or the reason why it stays as it is."""
+    rows, index, weight = marker.args[:3]
+    assert isinstance(rows, fx.Node) and isinstance(index, fx.Node) and isinstance(weight, fx.Node)
+    name = module_path(marker)
+    residual = residual_around(marker)
+    reason = None
+    if residual is None:
+        reason = "its output reaches no residual addition with the stream that it reads"
+    elif any(node not in layouts for node in (rows, index, weight, marker, residual.output)):
+        reason = "its router or its input is not computed token by token from the residual stream"
+    elif not any(node.target is torch.ops.aten.topk.default for node in ancestors([index], stop=(residual.stream,))):
+        reason = "its expert ids come from no top-k"
+    if reason is not None or residual is None:
+        return Kept("experts", name, reason or "")
+    shared = _shared_experts(marker, residual, layouts)
+    return Experts(name, residual, marker, index, weight, body, shared, _probe(residual, attentions))
+
+
+def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
+    """The attention right before the router: its residual addition is the stream that the MoE layer reads."""
+    return next((a for a in attentions if a.residual.add is residual.stream), None)
+
+
+def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tuple[FeedForward, ...]:
+    """Row-wise networks beside the routed experts: what joins the path from the marker to the output."""
+    path = between(marker, [residual.output]) | {marker}
+    joining = {arg for node in path - {marker} for arg in node.all_input_nodes if arg not in path}
+    return tuple(
+        FeedForward(f"{module_path(node)}", residual.stream, node)
+        for node in sorted(joining)
+        if node in layouts and work_between(residual.stream, node)
+    )
+
+
+def expert_body(marker: fx.Node) -> ExpertBody:
+    """Take the traced body of expert 0 out of the graph as a function of (rows..., parameters...)."""
+    output, params, experts = marker.args[3:6]
+    assert isinstance(output, fx.Node) and isinstance(params, (list, tuple)) and isinstance(experts, int)
+    per_expert = len(params) // experts
+    own = list(params[:per_expert])
+    inside = ancestors([output], stop=[n for n in ancestors([output]) if n.target is ENTRY])
+    entries = tuple(sorted(n for n in inside if n.target is ENTRY))
+    body = _extract(output, entries, own, inside)
+    rows = tuple(entry.args[0] for entry in entries)
+    flops = sum(node_flops(node) for node in inside) // shape_of(entries[0])[0]
+    return ExpertBody(bodies.register(body), rows, tuple(params), experts, flops)  # type: ignore[arg-type]
+
+
+def _extract(output: fx.Node, entries: tuple[fx.Node, ...], own: list[fx.Node], inside: set[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(f"rows_{i}") for i, node in enumerate(entries)}
+    copies |= {node: graph.placeholder(f"parameter_{i}") for i, node in enumerate(own)}
+    rows = shape_of(entries[0])[0]
+    layouts: Layouts = {}
+    for entry in entries:
+        layouts |= token_layouts(output.graph, entry, Layout(0, 0, 1, rows))
+    for node in sorted(inside):
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            _free_row_count(copies[node], node, layouts)
+    graph.output(copies[output])
+    return fx.GraphModule({}, graph)
+
+
+def _free_row_count(copy: fx.Node, node: fx.Node, layouts: Layouts) -> None:
+    """A literal row count in a view becomes -1: an expert sees as many rows as are routed to it."""
+    if node.target in _RESIZED and node in layouts and node.target is not operator.getitem:
+        size = list(shape_of(node))
+        size[layouts[node].token] = -1
+        copy.target = torch.ops.aten.reshape.default
+        copy.args = (copy.args[0], size)

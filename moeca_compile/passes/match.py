@@ -1,0 +1,76 @@
+"""Find all regions of one graph. Structure decides, never names; nothing here edits the graph."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from moeca_compile.passes.attention import attention_nodes, match_attention, work_between
+from moeca_compile.passes.experts import expert_body, expert_nodes, match_experts
+from moeca_compile.passes.regions import Attention, Experts, FeedForward, Kept, Regions, Residual, between, module_path
+from moeca_compile.passes.residuals import residual_around, residual_at
+from moeca_compile.passes.timestep import find_timestep
+from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
+
+
+def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
+    """Match attentions, MoE layers, feed-forwards and the residual chain that they form.
+
+    `user_inputs` are the placeholders that are arguments of the model (not its parameters and buffers).
+    """
+    timestep = find_timestep(graph, user_inputs)
+    bodies = {node: expert_body(node) for node in expert_nodes(graph)}
+    seed = _stream_start(graph)
+    if seed is None:
+        return Regions(bodies=bodies, timestep=timestep, kept=_everything_kept(graph))
+    layouts = token_layouts(graph, seed, Layout(0, 1, *shape_of(seed)[:2]))
+    found = [match_attention(node, layouts) for node in attention_nodes(graph)]
+    attentions = tuple(a for a in found if isinstance(a, Attention))
+    layers = [match_experts(node, body, layouts, attentions) for node, body in bodies.items()]
+    experts = tuple(e for e in layers if isinstance(e, Experts))
+    residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
+    feedforwards = _feedforwards(graph, residuals)
+    kept = tuple(k for k in (*found, *layers) if isinstance(k, Kept))
+    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timestep, kept)
+
+
+def _stream_start(graph: fx.Graph) -> fx.Node | None:
+    """The residual stream before the first block: what the first attention or MoE layer is added to."""
+    anchors = sorted(attention_nodes(graph) + expert_nodes(graph))
+    streams = [found.stream for found in map(residual_around, anchors) if found is not None]
+    return next((s for s in streams if len(shape_of(s)) == 3), None)
+
+
+def _everything_kept(graph: fx.Graph) -> tuple[Kept, ...]:
+    reason = "no residual stream of shape (batch, tokens, width) runs around it"
+    nodes = [("attention", n) for n in attention_nodes(graph)] + [("experts", n) for n in expert_nodes(graph)]
+    return tuple(Kept(kind, module_path(node), reason) for kind, node in nodes)
+
+
+def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) -> tuple[Residual, ...]:
+    """The known residual branches and the plain feed-forwards between them, in graph order."""
+    chain = {residual.add: residual for residual in known}
+    inside = {node for r in known for node in between(r.stream, [r.add])} - set(chain)
+    tokens = set(layouts)
+    for add in graph.nodes:
+        if add in chain or add in inside or add not in tokens:
+            continue
+        residual = residual_at(add, tokens)
+        if residual and work_between(residual.stream, residual.output) and not _spans(residual, chain):
+            chain[add] = residual
+    return tuple(chain[add] for add in sorted(chain))
+
+
+def _spans(residual: Residual, chain: dict[fx.Node, Residual]) -> bool:
+    """A skip connection over whole blocks is no feed-forward."""
+    inner = between(residual.stream, [residual.output])
+    return any(add in inner for add in chain)
+
+
+def _feedforwards(graph: fx.Graph, residuals: tuple[Residual, ...]) -> tuple[FeedForward, ...]:
+    """Residual branches without attention or experts of their own."""
+    anchors = {*attention_nodes(graph), *expert_nodes(graph)}
+    return tuple(
+        FeedForward(module_path(r.output), r.stream, r.output)
+        for r in residuals
+        if not anchors & between(r.stream, [r.output])
+    )

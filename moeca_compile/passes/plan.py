@@ -1,0 +1,122 @@
+"""Plan: what is cached, in which tensors, at which costs. Frozen; nothing here edits the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+
+import sympy
+from torch import fx
+
+from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.experts import ENTRY
+from moeca_compile.passes.regions import Experts, Regions, ancestors, between
+from moeca_compile.passes.token_axis import shape_of
+from moeca_compile.policies.step import CacheSpec
+from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of one graph under one policy.
+
+    Attributes:
+        caches: every cached tensor of one stream.
+        capacities: the ladder, in tokens a sample.
+        full_flops: of a full step, in B and N.
+        cache_flops: of a cache step, in B, N, c (fraction of tokens chosen) and r (of branches recomputed).
+        sizes: the values of B and N for this graph.
+    """
+
+    caches: tuple[CacheSpec, ...]
+    capacities: tuple[int, ...]
+    full_flops: sympy.Expr
+    cache_flops: sympy.Expr
+    sizes: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches of one stream."""
+        return sum(spec.nbytes for spec in self.caches)
+
+    def flops(self, full: bool, chosen: float = 0.0, recomputed: float = 0.0) -> float:
+        """FLOPs of a step at this graph's sizes."""
+        values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
+        return float((self.full_flops if full else self.cache_flops).subs(values))
+
+
+def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], config: MoecaConfig) -> Plan:
+    """Costs and capacities of the recipe on this graph."""
+    layout = next(iter(regions.layouts.values()), None)
+    sizes = (layout.samples, layout.tokens) if layout else (1, 1)
+    full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts) + _branch_flops(regions)
+    return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, full - _saved(graph, regions, config), sizes)
+
+
+def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int, ...]:
+    """The ladder in tokens; a rank budget needs one rung only, and none at 0."""
+    if config.budget is not None and regions.experts:
+        k = max(shape_of(layer.index)[-1] for layer in regions.experts)
+        return (min(tokens, round(config.budget * tokens * k)),)
+    return tuple(sorted({ceil(fraction * tokens) for fraction in config.capacities}))
+
+
+def _outside_bodies(graph: fx.Graph, regions: Regions) -> set[fx.Node]:
+    """All nodes but the traced bodies of expert 0, which stand for work that the branches are counted by."""
+    traced = {node for marker in regions.bodies for node in _body_nodes(marker)}
+    return set(graph.nodes) - traced
+
+
+def _body_nodes(marker: fx.Node) -> set[fx.Node]:
+    output = marker.args[3]
+    assert isinstance(output, fx.Node)
+    entries = [node for node in ancestors([output]) if node.target is ENTRY]
+    return {node for entry in entries for node in between(entry, [output])}
+
+
+def _branch_flops(regions: Regions) -> sympy.Expr:
+    return sum((_layer_flops(marker, body.flops_per_row) for marker, body in regions.bodies.items()), sympy.Integer(0))
+
+
+def _layer_flops(marker: fx.Node, flops_per_row: int) -> sympy.Expr:
+    return sympy.Integer(flops_per_row * shape_of(marker.args[1])[-1]) * BATCH * TOKENS  # type: ignore[arg-type]
+
+
+def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> sympy.Expr:
+    """What a cache step does not compute."""
+    if config.family == "stack" and regions.residuals:
+        skipped = between(regions.residuals[0].stream, [regions.residuals[-1].add])
+        inside = symbolic_flops(skipped & _outside_bodies(graph, regions), regions.layouts)
+        return inside + _branch_flops(regions)
+    if config.family == "fora":
+        spans = [between(r.stream, [r.output]) for r in regions.residuals]
+        skipped = set().union(*spans) & _outside_bodies(graph, regions) if spans else set()
+        return symbolic_flops(skipped, regions.layouts) + _branch_flops(regions)
+    if config.family == "moeca" and regions.experts:
+        return _saved_by_moeca(regions, config)
+    return sympy.Integer(0)
+
+
+def _saved_by_moeca(regions: Regions, config: MoecaConfig) -> sympy.Expr:
+    saved = sympy.Integer(0)
+    skipped = 1 - CHOSEN
+    for attention in regions.attentions:
+        span = between(attention.residual.stream, [attention.residual.output])
+        key_value = between(attention.residual.stream, [attention.key, attention.value])
+        fresh = key_value if config.keys_values == "all" else set()
+        saved += skipped * symbolic_flops(span - fresh, regions.layouts)
+    for feedforward in regions.feedforwards:
+        saved += skipped * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
+    for layer in regions.experts:
+        saved += (1 - RECOMPUTED) * _layer_flops(layer.marker, layer.body.flops_per_row)
+        saved += _saved_by_shared(layer, regions, config)
+    return saved
+
+
+def _saved_by_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
+    skipped = {"any": 1 - CHOSEN, "never": sympy.Integer(1), "always": sympy.Integer(0)}[config.shared]
+    router = between(layer.residual.stream, [layer.index, layer.weight])
+    nodes = {n for s in layer.shared for n in between(s.stream, [s.output])} - router
+    return skipped * symbolic_flops(nodes, regions.layouts)
+

@@ -1,0 +1,133 @@
+"""What matching finds: frozen descriptions of routers, experts, attentions and feed-forwards in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from moeca_compile.passes.token_axis import Layouts
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A residual branch: `add = stream + gate * output`, where `output` is computed from `stream`.
+
+    `output` is the branch's value before its gate (the adaLN gate of the current step stays fresh).
+    """
+
+    stream: fx.Node
+    output: fx.Node
+    add: fx.Node
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node."""
+
+    name: str
+    residual: Residual
+    sdpa: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+
+
+@dataclass(frozen=True)
+class ExpertBody:
+    """One expert as a function of rows and its parameters, shared by all experts of a layer.
+
+    `key` names it in the registry of `ops.bodies`; `rows` are the values that enter it row by row.
+    """
+
+    key: str
+    rows: tuple[fx.Node, ...]
+    parameters: tuple[fx.Node, ...]
+    experts: int
+    flops_per_row: int
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A row-wise network from `stream` to `output`: a dense feed-forward or an MoE layer's shared expert."""
+
+    name: str
+    stream: fx.Node
+    output: fx.Node
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture-of-experts layer: router choice (`index`, `weight`, both (rows, k)), body, combined output."""
+
+    name: str
+    residual: Residual
+    marker: fx.Node
+    index: fx.Node
+    weight: fx.Node
+    body: ExpertBody
+    shared: tuple[FeedForward, ...]
+    probe: Attention | None
+    """The attention whose output the router reads with nothing but row-wise work between, if there is one."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that looks like a region and stays as it was, with the reason in the user's terms."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Everything that was understood of one graph, in graph order."""
+
+    residuals: tuple[Residual, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    experts: tuple[Experts, ...] = ()
+    feedforwards: tuple[FeedForward, ...] = ()
+    bodies: dict[fx.Node, ExpertBody] = field(default_factory=dict)
+    """The expert body behind every MoE marker of the graph, matched or not."""
+    layouts: Layouts = field(default_factory=dict)
+    timestep: fx.Node | None = None
+    kept: tuple[Kept, ...] = ()
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node was traced from (for reports only), "" where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values()))), "")
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """`L['self']._modules['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
+    path = path.replace("._modules['", ".").replace("']", "").replace("L['self", "").replace("L['", "")
+    return path.lstrip(".")
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that `nodes` are computed from, themselves included, not looking past `stop`."""
+    found: set[fx.Node] = set()
+    ends = set(stop)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in ends:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def between(source: fx.Node, outputs: Iterable[fx.Node], carried: Layouts | None = None) -> set[fx.Node]:
+    """Nodes on a path from `source` to `outputs`, without the source."""
+    inside = ancestors(outputs, stop=(source,))
+    reached = {source}
+    for node in sorted(inside):
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return reached & inside - {source}

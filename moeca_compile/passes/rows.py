@@ -1,0 +1,172 @@
+"""Run part of the graph on chosen tokens only: the heart of the rewrite.
+
+A slice of the graph that treats tokens independently gives, on the rows `h[:, sel]` of its inputs, the rows
+`sel` of its outputs. What such a slice reads besides its inputs is taken as it is when it holds no tokens
+(weights, conditioning), and gathered with the same rows when it does (rotary tables, other activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.passes.token_axis import Layout, Layouts, is_pointwise, shape_of
+
+aten = torch.ops.aten
+
+
+class NotRowWise(Exception):
+    """The slice cannot be run on chosen tokens; the message names the op that stops it."""
+
+
+def take_rows(value: Tensor, layout: Layout, chosen: Tensor) -> Tensor:
+    """Rows `chosen` (samples, C) of `value`: the token dim goes from `layout.tokens` to C, all else stays."""
+    if layout.merged:
+        apart = value.unflatten(layout.token, (layout.samples, layout.tokens))
+        rows = take_rows(apart, split_layout(layout), chosen)
+        return rows.flatten(layout.batch, layout.batch + 1)
+    return value.gather(layout.token, _row_index(chosen, layout, value.shape))
+
+
+def put_rows(value: Tensor, layout: Layout, chosen: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    """`value` with its rows `chosen` (samples, C) replaced by `rows` where `valid` (samples, C) is true."""
+    if layout.merged:
+        apart = value.unflatten(layout.token, (layout.samples, layout.tokens))
+        fresh = rows.unflatten(layout.token, (layout.samples, chosen.shape[1]))
+        return put_rows(apart, split_layout(layout), chosen, fresh, valid).flatten(layout.batch, layout.batch + 1)
+    index = _row_index(chosen, layout, value.shape)
+    keep = _along(valid, layout, value.ndim)
+    return value.scatter(layout.token, index, torch.where(keep, rows, value.gather(layout.token, index)))
+
+
+def split_layout(layout: Layout) -> Layout:
+    """The layout of a merged value once its dim is taken apart into samples and tokens."""
+    return Layout(layout.batch, layout.batch + 1, layout.samples, layout.tokens)
+
+
+def _along(per_row: Tensor, layout: Layout, ndim: int) -> Tensor:
+    """(samples, C) viewed so that it broadcasts against a value of `ndim` dims with this layout."""
+    shape = [1] * ndim
+    shape[layout.batch], shape[layout.token] = per_row.shape
+    ordered = per_row if layout.batch < layout.token else per_row.t()
+    return ordered.reshape(shape)
+
+
+def _row_index(chosen: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    size = list(shape)
+    size[layout.token] = chosen.shape[1]
+    return _along(chosen, layout, len(shape)).expand(size)
+
+
+class Rows:
+    """Values of the graph on chosen tokens, computed on demand.
+
+    Args:
+        chosen: (samples, C) token indices, distinct within a sample.
+        layouts: the token-axis analysis of the graph.
+        whole: gives a node's value for all tokens (used for what is read from outside the slice).
+        sources: nodes whose rows are gathered, not computed: the inputs of the slice.
+    """
+
+    def __init__(
+        self,
+        chosen: Tensor,
+        layouts: Layouts,
+        whole: Callable[[fx.Node], Any],
+        sources: Iterable[fx.Node],
+    ) -> None:
+        self.chosen = chosen
+        self.layouts = layouts
+        self.whole = whole
+        self.sources = set(sources)
+        self.values: dict[fx.Node, Any] = {}
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        """The value of `node` on the chosen tokens. Raises NotRowWise where it has no token layout."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            missing = [arg for arg in self._inputs(current) if arg not in self.values]
+            if current in self.values or not missing:
+                stack.pop()
+                self._settle(current)
+            else:
+                stack.extend(missing)
+        return self.values[node]
+
+    def set(self, node: fx.Node, rows: Any) -> None:
+        """Give the rows of `node` instead of computing them."""
+        self.values[node] = rows
+
+    def _settle(self, node: fx.Node) -> None:
+        if node in self.values:
+            return
+        if node in self.sources:
+            self.values[node] = take_rows(self.whole(node), self.layouts[node], self.chosen)
+        else:
+            self.values[node] = self._compute(node)
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        if node in self.sources or node in self.values:
+            return []
+        if node not in self.layouts:
+            raise NotRowWise(f"{node.target} has no token axis")
+        return [arg for arg in node.all_input_nodes if arg in self.layouts]
+
+    def _compute(self, node: fx.Node) -> Any:
+        layout = self.layouts[node]
+
+        def value(arg: fx.Node) -> Any:
+            return self.values[arg] if arg in self.layouts else self._from_outside(node, arg, layout)
+
+        args = fx.map_arg(node.args, value)
+        kwargs = fx.map_arg(node.kwargs, value)
+        resized = _RESIZED.get(node.target)
+        if resized is not None:
+            return resized(args, self._row_shape(node))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _row_shape(self, node: fx.Node) -> list[int]:
+        """The node's shape with as many tokens as were chosen."""
+        layout, shape = self.layouts[node], list(shape_of(node))
+        count = self.chosen.shape[1]
+        shape[layout.token] = layout.samples * count if layout.merged else count
+        return shape
+
+    def _from_outside(self, node: fx.Node, arg: fx.Node, layout: Layout) -> Any:
+        """A value without tokens of its own; one indexed by position (a rotary table) gives its rows."""
+        value = self.whole(arg)
+        if not isinstance(value, Tensor) or not _aligns_inputs(node.target):
+            return value
+        dim = layout.token - (len(shape_of(node)) - value.ndim)
+        if dim < 0 or value.shape[dim] != shape_of(node)[layout.token] or value.shape[dim] == 1:
+            return value
+        return take_rows(self._over_samples(value, len(shape_of(node)), layout), layout, self.chosen)
+
+    @staticmethod
+    def _over_samples(value: Tensor, ndim: int, layout: Layout) -> Tensor:
+        """A table shared by all samples, seen once a sample: its rows differ where the choices do."""
+        shape = [1] * (ndim - value.ndim) + list(value.shape)
+        if not layout.merged:
+            shape[layout.batch] = layout.samples
+        return value.expand(shape)
+
+
+def _aligns_inputs(target: object) -> bool:
+    return is_pointwise(target) or target in (aten.cat.default, aten.stack.default)
+
+
+_RESIZED: dict[object, Callable[[Any, list[int]], Tensor]] = {
+    op: (lambda args, shape: args[0].reshape(shape))
+    for op in (
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+    )
+} | {aten.expand.default: lambda args, shape: args[0].expand(shape)}
+"""Ops that carry literal sizes: on chosen tokens the token count among them is the chosen count."""

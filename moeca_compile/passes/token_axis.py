@@ -1,0 +1,364 @@
+"""Which dimension of each value indexes tokens: the analysis that lets any region run on chosen tokens.
+
+Before: a graph in which `h` (batch, tokens, width) is the residual stream.
+After: a `Layout` for every value computed from `h` by ops that treat tokens independently, so that evaluating
+them on rows `h[:, sel]` gives the rows `sel` of the same values. An op without a rule here ends the layout:
+whatever mixes tokens (a convolution, a norm over tokens, the keys of an attention) simply has none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimensions of a value that index samples and tokens; equal when the two are merged, batch outermost.
+
+    `samples` and `tokens` are the sizes of the two (their product is the size of a merged dimension).
+    """
+
+    batch: int
+    token: int
+    samples: int
+    tokens: int
+
+    def moved(self, move: Callable[[int], int]) -> Layout:
+        """The same layout after each dimension d became move(d)."""
+        return replace(self, batch=move(self.batch), token=move(self.token))
+
+    @property
+    def merged(self) -> bool:
+        return self.batch == self.token
+
+
+Layouts = dict[fx.Node, Layout]
+Rule = Callable[[fx.Node, Layouts], "Layout | None"]
+
+
+def token_layouts(graph: fx.Graph, seed: fx.Node, layout: Layout) -> Layouts:
+    """Propagate `layout` of the node `seed` to everything computed from it, op by op."""
+    found: Layouts = {seed: layout}
+    for node in graph.nodes:
+        if node in found or node.op != "call_function":
+            continue
+        if any(arg in found for arg in node.all_input_nodes):
+            rule = _rule_for(node)
+            result = rule(node, found) if rule else None
+            if result is not None:
+                found[node] = result
+    return found
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Static shape of the node's value; of its first output where it has several."""
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return tuple(first.shape) if isinstance(first, torch.Tensor) else ()
+
+
+def is_pointwise(target: object) -> bool:
+    """Ops whose every output element depends on the aligned elements of broadcast inputs only."""
+    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in _COPIES)
+
+
+_COPIES = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.type_as.default,
+    torch.ops.moeca.expert_rows.default,
+}
+
+
+def _normalise(dim: int, ndim: int) -> int:
+    return dim % ndim
+
+
+def _pointwise(node: fx.Node, layouts: Layouts) -> Layout | None:
+    ndim = len(shape_of(node))
+    aligned = set()
+    for arg in node.all_input_nodes:
+        if arg in layouts:
+            shift = ndim - len(shape_of(arg))
+            aligned.add(layouts[arg].moved(lambda d, shift=shift: d + shift))
+    return aligned.pop() if len(aligned) == 1 else None
+
+
+def _carried(node: fx.Node, layouts: Layouts) -> tuple[fx.Node, Layout] | None:
+    """The first argument with its layout, where no other argument carries tokens."""
+    first = node.args[0]
+    others = [arg for arg in node.all_input_nodes if arg is not first and arg in layouts]
+    if not isinstance(first, fx.Node) or first not in layouts or others:
+        return None
+    return first, layouts[first]
+
+
+def _same_unless_last(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """linear and the like: only the last dimension is contracted."""
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    last = len(shape_of(source)) - 1
+    return layout if last not in (layout.batch, layout.token) else None
+
+
+def _layer_norm(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    kept = len(shape_of(source)) - len(node.args[1])  # type: ignore[arg-type]
+    return layout if max(layout.batch, layout.token) < kept else None
+
+
+def _along_dim(position: int, default: int | None = None, keepdim: int | None = None) -> Rule:
+    """Ops that mix one or more dims (softmax, sum, topk): the token dim must not be among them.
+
+    `keepdim` is the position of that flag for reductions, None for ops that keep the shape.
+    """
+
+    def rule(node: fx.Node, layouts: Layouts) -> Layout | None:
+        carried = _carried(node, layouts)
+        if carried is None:
+            return None
+        source, layout = carried
+        ndim = len(shape_of(source))
+        dims = _argument(node, position, "dim", default)
+        if dims is None:
+            return None
+        reduced = {_normalise(d, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+        if {layout.batch, layout.token} & reduced:
+            return None
+        if keepdim is None or _argument(node, keepdim, "keepdim", False):
+            return layout
+        return layout.moved(lambda d: d - sum(r < d for r in reduced))
+
+    return rule
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _view(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    return viewed_layout(layout, shape_of(source), shape_of(node))
+
+
+def viewed_layout(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
+    """Follow the batch and token dims through a reshape; they may merge into one dim or come apart again."""
+    if layout.merged:
+        return _split(layout, before, after) or _merge(layout, before, after)
+    token = _dim_spanning(before, after, layout.token, layout.token)
+    batch = _dim_spanning(before, after, layout.batch, layout.batch)
+    if token is not None and batch is not None:
+        return replace(layout, batch=batch, token=token)
+    return _merge(layout, before, after) if layout.token == layout.batch + 1 else None
+
+
+def _merge(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
+    both = _dim_spanning(before, after, layout.batch, layout.token)
+    return replace(layout, batch=both, token=both) if both is not None else None
+
+
+def _split(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
+    outer = prod(before[: layout.token])
+    for dim in range(len(after) - 1):
+        if prod(after[:dim]) == outer and tuple(after[dim : dim + 2]) == (layout.samples, layout.tokens):
+            return replace(layout, batch=dim, token=dim + 1)
+    return None
+
+
+def _dim_spanning(before: Sequence[int], after: Sequence[int], first: int, last: int) -> int | None:
+    """The output dim that covers exactly the input dims first..last, if there is one."""
+    outer, size, inner = prod(before[:first]), prod(before[first : last + 1]), prod(before[last + 1 :])
+    for dim, extent in enumerate(after):
+        if extent == size and prod(after[:dim]) == outer and prod(after[dim + 1 :]) == inner:
+            return dim
+    return None
+
+
+def _permute(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    ndim = len(shape_of(source))
+    order = list(range(ndim))
+    if node.target is aten.permute.default:
+        order = [_normalise(d, ndim) for d in node.args[1]]  # type: ignore[union-attr]
+    elif node.target is aten.t.default:
+        order = order[::-1]
+    else:
+        a, b = (_normalise(d, ndim) for d in node.args[1:3])  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+    return layout.moved(order.index)
+
+
+def _insert_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    new = _normalise(node.args[1], len(shape_of(node)))  # type: ignore[arg-type]
+    return carried[1].moved(lambda d: d + (new <= d))
+
+
+def _remove_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """squeeze.dim, select.int and unbind.int take one dim away."""
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    dim = _normalise(_argument(node, 1, "dim", 0), len(shape_of(source)))  # type: ignore[arg-type]
+    if len(shape_of(node)) == len(shape_of(source)):
+        return layout  # squeeze of a dim that is not 1
+    if dim in (layout.batch, layout.token):
+        return None
+    return layout.moved(lambda d: d - (dim < d))
+
+
+def _within_dim(position: int) -> Rule:
+    """slice, split and chunk cut one dim; tokens stay whole when it is another one."""
+
+    def rule(node: fx.Node, layouts: Layouts) -> Layout | None:
+        carried = _carried(node, layouts)
+        if carried is None:
+            return None
+        source, layout = carried
+        dim = _normalise(_argument(node, position, "dim", 0), len(shape_of(source)))  # type: ignore[arg-type]
+        return layout if dim not in (layout.batch, layout.token) else None
+
+    return rule
+
+
+def _expand(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    shift = len(shape_of(node)) - len(shape_of(source))
+    result = layout.moved(lambda d: d + shift)
+    same = all(shape_of(node)[d + shift] == shape_of(source)[d] for d in (layout.batch, layout.token))
+    return result if same else None
+
+
+def _getitem(node: fx.Node, layouts: Layouts) -> Layout | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.target is aten.native_layer_norm.default and node.args[1] != 0:
+        return None
+    return layouts.get(source)
+
+
+def _cat(node: fx.Node, layouts: Layouts) -> Layout | None:
+    found = {layouts[arg] for arg in node.all_input_nodes if arg in layouts}
+    if len(found) != 1:
+        return None
+    layout = found.pop()
+    ndim = len(shape_of(node))
+    dim = _normalise(_argument(node, 1, "dim", 0), ndim)  # type: ignore[arg-type]
+    if node.target is aten.stack.default:
+        return layout.moved(lambda d: d + (dim <= d))
+    return layout if dim not in (layout.batch, layout.token) else None
+
+
+def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """Rows times a matrix that holds no tokens."""
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    ndim = len(shape_of(source))
+    same_rank = len(shape_of(node)) == ndim
+    return layout if same_rank and ndim - 1 not in (layout.batch, layout.token) else None
+
+
+def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """Queries are rows, keys and values are kept whole: the output has the queries' layout."""
+    query = node.args[0]
+    layout = layouts.get(query) if isinstance(query, fx.Node) else None
+    is_rows = layout is not None and not layout.merged and layout.token == len(shape_of(query)) - 2  # type: ignore[arg-type]
+    return layout if is_rows else None
+
+
+def _gather(node: fx.Node, layouts: Layouts) -> Layout | None:
+    source, dim, index = node.args[:3]
+    if source not in layouts or layouts.get(index) != layouts[source]:  # type: ignore[index, arg-type]
+        return None
+    layout = layouts[source]  # type: ignore[index]
+    return layout if _normalise(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None  # type: ignore[arg-type]
+
+
+def _experts(node: fx.Node, layouts: Layouts) -> Layout | None:
+    return layouts.get(node.args[0])  # type: ignore[arg-type]
+
+
+def _rule_for(node: fx.Node) -> Rule | None:
+    if is_pointwise(node.target):
+        return _pointwise
+    return _RULES.get(node.target)
+
+
+_RULES: dict[object, Rule] = {
+    aten.linear.default: _same_unless_last,
+    aten.rms_norm.default: _layer_norm,
+    aten.layer_norm.default: _layer_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.softmax.int: _along_dim(1),
+    aten._softmax.default: _along_dim(1),
+    aten.log_softmax.int: _along_dim(1),
+    aten.topk.default: _along_dim(2, default=-1),
+    aten.sort.default: _along_dim(1, default=-1),
+    aten.cumsum.default: _along_dim(1),
+    aten.sum.dim_IntList: _along_dim(1, keepdim=2),
+    aten.mean.dim: _along_dim(1, keepdim=2),
+    aten.amax.default: _along_dim(1, keepdim=2),
+    aten.amin.default: _along_dim(1, keepdim=2),
+    aten.linalg_vector_norm.default: _along_dim(2, keepdim=3),
+    aten.view.default: _view,
+    aten.reshape.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.flatten.using_ints: _view,
+    aten.unflatten.int: _view,
+    aten.permute.default: _permute,
+    aten.transpose.int: _permute,
+    aten.t.default: _permute,
+    aten.unsqueeze.default: _insert_dim,
+    aten.squeeze.dim: _remove_dim,
+    aten.select.int: _remove_dim,
+    aten.unbind.int: _remove_dim,
+    aten.slice.Tensor: _within_dim(1),
+    aten.split.Tensor: _within_dim(2),
+    aten.split_with_sizes.default: _within_dim(2),
+    aten.chunk.default: _within_dim(2),
+    aten.expand.default: _expand,
+    aten.cat.default: _cat,
+    aten.stack.default: _cat,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.gather.default: _gather,
+    aten.scaled_dot_product_attention.default: _attention,
+    operator.getitem: _getitem,
+    torch.ops.moeca.experts.default: _experts,
+}
+"""One rule an op. To teach the analysis an op, add its rule here and a case to its tests."""

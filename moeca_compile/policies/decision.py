@@ -1,0 +1,131 @@
+"""MoECa's reuse decision (paper, section 4): which branches are recomputed, and on which tokens.
+
+Everything here is in *slot order*: slot q of a token holds one cached branch, and each current branch has one
+slot. A matched branch has the slot of its expert; unmatched branches take the slots left over, in order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeca_compile.config import MoecaConfig
+
+_UNMATCHED_FIRST = 100.0
+"""Added to the rank of what is unmatched. Scores stay well below it, and float32 still tells them apart."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Current branches by slot, each (B, N, k): expert ids, the model's weights, and whether the cache has them."""
+
+    index: Tensor
+    weight: Tensor
+    matched: Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a cache step recomputes in one layer.
+
+    Attributes:
+        routing: the current branches by slot.
+        recompute: (B, N, k) bool by slot, before the capacity.
+        chosen: (B, C) tokens, best rank first; valid: (B, C) whether that token is recomputed at all.
+    """
+
+    routing: Routing
+    recompute: Tensor
+    chosen: Tensor
+    valid: Tensor
+
+
+def match(index: Tensor, weight: Tensor, cached_index: Tensor) -> Routing:
+    """Match current branches (..., k) to cached slots (..., k) by expert id within a token (paper, eq. 7)."""
+    same = index[..., :, None] == cached_index[..., None, :]  # (..., branch, slot)
+    matched, taken = same.any(-1), same.any(-2)
+    free_branch = _count_before(~matched)[..., :, None] == _count_before(~taken)[..., None, :]
+    place = same | (free_branch & ~matched[..., :, None] & ~taken[..., None, :])
+    by_slot = place.transpose(-1, -2)  # (..., slot, branch), one true each
+    return Routing(
+        (by_slot * index[..., None, :]).sum(-1),
+        torch.where(by_slot, weight[..., None, :], 0).sum(-1),
+        taken,
+    )
+
+
+def _count_before(flags: Tensor) -> Tensor:
+    """For each position of the last dim, how many of the positions before it are true."""
+    k = flags.shape[-1]
+    earlier = torch.ones(k, k, dtype=torch.bool, device=flags.device).tril(-1)
+    return (flags[..., None, :] & earlier).sum(-1)
+
+
+def normalised(weight: Tensor) -> Tensor:
+    """Weights that sum to 1 over a token's branches; the score and tau0 assume such."""
+    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+def score(config: MoecaConfig, weight: Tensor, cached_weight: Tensor, norms: Tensor, age: Tensor) -> Tensor:
+    """Branch-level recomputation score (paper, eq. 9); all arguments (B, N, k) by slot.
+
+    `norms` are those of the cached branch outputs, `age` the steps since a branch was computed.
+    """
+    drift = (weight - cached_weight).abs()
+    if config.score == "drift":
+        return drift
+    contribution = norms / norms.sum(-1, keepdim=True).clamp_min(1e-20)
+    paper = weight + config.lambda1 * drift + config.lambda2 * contribution
+    return paper + 0.25 * age / config.full_every if config.score == "staleness" else paper
+
+
+def activation(config: MoecaConfig, previous: Tensor, index: Tensor) -> Tensor:
+    """Spatial activation statistic C_e (paper, eq. 10): previous (B, N, E), index (B, N, k) -> (B, N, E)."""
+    experts = torch.arange(previous.shape[-1], device=index.device)
+    routed = (index[..., None] == experts).any(-2).to(previous.dtype)
+    return config.beta * previous + (1 - config.beta) * routed
+
+
+def thresholds(config: MoecaConfig, statistic: Tensor) -> Tensor:
+    """Expert-aware thresholds (paper, eqs. 11 and 12): statistic (B, N, E) -> (B, E)."""
+    if config.statistic == "batch":
+        statistic = statistic.mean(0, keepdim=True).expand_as(statistic)
+    share = statistic / statistic.sum(1, keepdim=True).clamp_min(1e-20)
+    entropy = torch.special.entr(share).sum(1)
+    if config.entropy == "minmax":
+        low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
+        entropy = (entropy - low) / (high - low).clamp_min(1e-20)
+    else:
+        entropy = entropy / math.log(statistic.shape[1])
+    return config.tau0 * (1 + config.alpha * (2 * entropy - 1))
+
+
+def over_threshold(scores: Tensor, threshold: Tensor, index: Tensor) -> Tensor:
+    """s > tau_e per branch: scores (B, N, k), threshold (B, E), index (B, N, k) -> (B, N, k) bool."""
+    per_token = threshold[:, None, :].expand(-1, index.shape[1], -1)
+    return scores > per_token.gather(-1, index)
+
+
+def within_budget(scores: Tensor, matched: Tensor, budget: float) -> Tensor:
+    """The best-ranked fraction `budget` of a sample's branches, unmatched ones first: (B, N, k) bool."""
+    rank = (scores + _UNMATCHED_FIRST * ~matched).flatten(1)
+    count = round(budget * rank.shape[1])
+    if count == 0:
+        return torch.zeros_like(matched)
+    first = rank.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(rank, dtype=torch.bool).scatter(1, first, True).view_as(matched)
+
+
+def choose_tokens(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """At most `capacity` tokens a sample: those with an unmatched branch first, then by their highest score.
+
+    Ties go to the lower token index. Returns (B, capacity) tokens and whether each is to be recomputed.
+    """
+    needed = recompute.any(-1)
+    best = torch.where(recompute, scores.to(torch.float32), 0.0).amax(-1)
+    rank = needed * (1.0 + best + _UNMATCHED_FIRST * (recompute & ~matched).any(-1))
+    order = rank.sort(dim=-1, descending=True, stable=True)
+    return order.indices[:, :capacity], order.values[:, :capacity] > 0

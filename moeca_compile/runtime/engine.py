@@ -1,0 +1,109 @@
+"""The callable behind one captured graph: picks the step kind, binds the caches, runs the compiled graph."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.config import MoecaConfig
+from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.runtime.record import Record
+from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.runtime.session import Position, Timestep
+from moeca_compile.runtime.specialisation import Specialisation
+
+_MOST_SHAPES = 8
+"""Input shapes for which compiled graphs are kept."""
+
+
+class Engine:
+    """Runs one graph of a model over the steps of its generations.
+
+    Args:
+        gm: Dynamo's graph.
+        user_inputs: which of its placeholders are arguments of the model.
+        config, record: options, and where to note what happens.
+    """
+
+    def __init__(self, gm: fx.GraphModule, user_inputs: Sequence[bool], config: MoecaConfig, record: Record) -> None:
+        self.gm, self.user_inputs, self.config, self.record = gm, list(user_inputs), config, record
+        self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def prepare(self, inputs: Sequence[Any]) -> Specialisation:
+        """Capture, match and plan for the shapes of `inputs`, unless that was done before."""
+        key = tuple(_signature(value) for value, user in zip(inputs, self.user_inputs, strict=True) if user)
+        with self._lock:
+            if key not in self.by_shape:
+                self.by_shape[key] = Specialisation(self.gm, inputs, self.user_inputs, self.config, self.record)
+                if len(self.by_shape) > _MOST_SHAPES:
+                    self.by_shape.popitem(last=False)
+            self.by_shape.move_to_end(key)
+            return self.by_shape[key]
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        shapes = self.prepare(inputs)
+        if not shapes.caching:
+            return self._uncached(shapes, inputs)
+        with self._lock:
+            position = shapes.sessions.enter(shapes.timestep(inputs))
+            fresh = shapes.sessions.due(position)
+        kind = shapes.kind(fresh, position, inputs)
+        return self._run(shapes, kind, fresh, position, inputs)
+
+    def _uncached(self, shapes: Specialisation, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
+        outputs = shapes.program(StepKind(), inputs, {}, clock)(inputs, {}, clock).outputs
+        self._note(shapes, StepKind(), None)
+        return outputs
+
+    def _run(
+        self, shapes: Specialisation, kind: StepKind, fresh: Fresh, position: Position, inputs: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        stream = position.stream
+        clock = shapes.clock(stream.clock(position.place))
+        result = shapes.program(kind, inputs, stream.state, clock)(inputs, stream.state, clock)
+        stream.state.update(result.updates)
+        stream.passed(fresh, position.place)
+        self._note(shapes, kind, result.counts)
+        if result.counts is not None:
+            shapes.promote(stream, result.counts)
+        return result.outputs
+
+    def _note(self, shapes: Specialisation, kind: StepKind, counts: Tensor | None) -> None:
+        record, plan = self.record, shapes.plan
+        record.steps["full" if kind.full else "cache"] += 1
+        record.flops_if_full += shapes.full_flops
+        if kind.full:
+            record.flops += shapes.full_flops
+            return
+        record.cache_steps += 1
+        values = dict.fromkeys(COUNTERS, 0.0)
+        if counts is not None:
+            values = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
+        for name, value in values.items():
+            record.counts[name] += value
+        recomputed = values["recomputed"] / values["branches"] if values["branches"] else 0.0
+        record.flops += shapes.step_flops(kind, plan, recomputed)
+
+    def reset(self) -> None:
+        """Drop all caches."""
+        for shapes in self.by_shape.values():
+            shapes.sessions.reset()
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.stride()
+    return value
+
+
+Original = Callable[..., Any]
+"""What runs in place of an engine where nothing may be cached."""
+
+__all__ = ["Engine", "Original", "Timestep", "torch"]

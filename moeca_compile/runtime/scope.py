@@ -1,0 +1,65 @@
+"""Explicit marks around a generation and its streams, for when timesteps cannot tell them apart."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_numbers = itertools.count(1)
+_live: set[int] = set()
+_generation: ContextVar[int | None] = ContextVar("moeca_generation", default=None)
+_stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
+
+
+@contextmanager
+def generation() -> Iterator[None]:
+    """Everything called inside is one generation, with caches of its own.
+
+    Needed where generations cannot be told apart by their timesteps: models without a timestep input, requests
+    that interleave on one thread, samplers that go back in time. Caches are dropped when the context ends.
+    """
+    number = next(_numbers)
+    _live.add(number)
+    token = _generation.set(number)
+    try:
+        yield
+    finally:
+        _generation.reset(token)
+        _live.discard(number)
+
+
+@contextmanager
+def stream(name: str) -> Iterator[None]:
+    """Calls inside belong to one stream of the generation: `stream("cond")`, `stream("uncond")`.
+
+    Needed where separate calls at one timestep do not always come in the same order.
+    """
+    token = _stream.set(name)
+    try:
+        yield
+    finally:
+        _stream.reset(token)
+
+
+def current_generation() -> tuple[str, int]:
+    """A key of the generation under way: the context's, else the thread's."""
+    number = _generation.get()
+    return ("scope", number) if number is not None else ("thread", threading.get_ident())
+
+
+def ended(key: tuple[object, ...]) -> bool:
+    """Whether the context that a generation's key stands for has ended."""
+    return key[0] == "scope" and key[1] not in _live
+
+
+def in_scope() -> bool:
+    """Whether a generation was marked by hand."""
+    return _generation.get() is not None
+
+
+def current_stream() -> str | None:
+    """The stream marked by hand, if any."""
+    return _stream.get()

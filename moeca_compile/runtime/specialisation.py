@@ -1,0 +1,141 @@
+"""One graph at one set of input shapes: exported, matched, planned; its programs by step kind; its sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.collapse_views import collapse_views
+from moeca_compile.passes.export import to_functional_aten
+from moeca_compile.passes.match import match_regions
+from moeca_compile.passes.plan import Plan, plan_step
+from moeca_compile.passes.rewrite import step_function
+from moeca_compile.policies import Plain, policy_for
+from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.runtime.program import Program
+from moeca_compile.runtime.record import Record
+from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
+from moeca_compile.runtime.validate import Validator
+
+
+class Specialisation:
+    """See the module's docstring. Built from real inputs, whose parameters are those of the model."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        user_inputs: Sequence[bool],
+        config: MoecaConfig,
+        record: Record,
+    ) -> None:
+        self.config, self.record = config, record
+        with record.timed("capture"):
+            self.graph = to_functional_aten(gm, inputs).graph
+        with record.timed("match"):
+            collapse_views(self.graph)
+            self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+            arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
+            self.regions = match_regions(self.graph, arguments)
+        self.device = next(v.device for v in inputs if isinstance(v, Tensor))
+        self.programs: dict[StepKind, Program] = {}
+        self._plan()
+        self.validator = Validator(self, record) if config.validate else None
+        self.caching = bool(self.sessions.specs)
+        self._warn_if_idle()
+
+    def _plan(self) -> None:
+        with self.record.timed("plan"):
+            self.policy = policy_for(self.config, self.regions)
+            self.plan: Plan = plan_step(self.graph, self.regions, self.policy.specs(), self.config)
+            self.sessions = Sessions(self.config, self.plan.caches, self.device)
+            self.full_flops = self.plan.flops(full=True)
+
+    def _warn_if_idle(self) -> None:
+        if self.config.recipe == "none" or not self.caching:
+            return
+        if self.regions.timestep is None:
+            self.caching = False
+            self.record.warn(
+                "no timestep was found among the model's inputs, so steps and generations cannot be told apart: "
+                "the model runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding."
+            )
+
+    # --- a step ---------------------------------------------------------------------------------------------
+
+    def timestep(self, inputs: Sequence[Any]) -> Timestep | None:
+        """The call's timesteps, read on the host."""
+        if self.regions.timestep is None:
+            return None
+        value = inputs[self.placeholders.index(self.regions.timestep)]
+        return tuple(value.detach().flatten().tolist()) if isinstance(value, Tensor) else (float(value),)
+
+    def clock(self, values: list[list[float]]) -> Tensor:
+        """The clock of a step (policies.step.Step) on the model's device."""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def kind(self, fresh: Fresh, position: Position, inputs: Sequence[Any]) -> StepKind:
+        """The step kind; a stream's first cache step finds out how large a capacity it needs."""
+        if fresh.attention and fresh.experts:
+            return StepKind()
+        if fresh.experts or not self.regions.experts or self.config.family != "moeca":
+            return StepKind(fresh.attention, fresh.experts)
+        if position.stream.capacity is None:
+            position.stream.capacity = self._first_capacity(fresh, position, inputs)
+        return StepKind(fresh.attention, fresh.experts, position.stream.capacity)
+
+    def _first_capacity(self, fresh: Fresh, position: Position, inputs: Sequence[Any]) -> int:
+        if len(self.plan.capacities) == 1:
+            return self.plan.capacities[0]
+        probe = StepKind(fresh.attention, fresh.experts, self.plan.sizes[1])
+        clock = self.clock(position.stream.clock(position.place))
+        counts = self.eager(probe, inputs, position.stream.state, clock).counts
+        return self._rung(counts[:, COUNTERS.index("needed")].amax().item())
+
+    def _rung(self, needed: float) -> int:
+        return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])
+
+    def promote(self, stream: Stream, counts: Tensor) -> None:
+        """A step that dropped tokens gets the next steps a larger capacity."""
+        if len(self.plan.capacities) > 1 and counts[:, COUNTERS.index("dropped")].amax().item():
+            stream.capacity = self._rung(counts[:, COUNTERS.index("needed")].amax().item())
+
+    # --- programs ---------------------------------------------------------------------------------------------
+
+    def function(self, kind: StepKind, policy: Any = None) -> Any:
+        """The step of this kind as an eager function."""
+        return step_function(self.graph, self.regions, policy or self.policy, kind)
+
+    def eager(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> Any:
+        """Run a step without compilation on copies of the state."""
+        with torch.no_grad():
+            copies = {name: tensor.clone() for name, tensor in state.items()}
+            return self.function(kind)(inputs, copies, clock)
+
+    def original(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The captured model run eagerly without any cache."""
+        plain = Plain(self.config, self.regions)
+        with torch.no_grad():
+            return self.function(StepKind(), plain)(inputs, {}, self.clock([[0.0, 0.0], [0.0, 0.0]])).outputs  # type: ignore[no-any-return]
+
+    def program(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> Program:
+        """The compiled step of this kind, made and checked when first asked for."""
+        if kind not in self.programs:
+            with self.record.timed("rewrite"):
+                program = Program(self.function(kind), inputs, state, clock)
+            with self.record.timed("lower"):
+                program.lower(inputs, state, clock)
+            if self.validator is not None:
+                with self.record.timed("validate"):
+                    self.validator.check(kind, program, inputs, state, clock)
+            self.programs[kind] = program
+        return self.programs[kind]
+
+    def step_flops(self, kind: StepKind, plan: Plan, recomputed: float) -> float:
+        """FLOPs of a cache step at which a fraction of the branches was recomputed."""
+        return plan.flops(full=False, chosen=kind.capacity / plan.sizes[1], recomputed=recomputed)

@@ -1,0 +1,1 @@
+"""Costs of a graph as expressions in its sizes."""

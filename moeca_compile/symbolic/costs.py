@@ -1,0 +1,50 @@
+"""Floating-point operations: of one node, of a graph, and of a region as an expression in batch and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import sympy
+import torch
+from torch import fx
+
+from moeca_compile.passes.token_axis import Layouts, shape_of
+
+aten = torch.ops.aten
+
+BATCH, TOKENS = sympy.symbols("B N", positive=True)
+"""Samples and tokens a sample."""
+CHOSEN, RECOMPUTED = sympy.symbols("c r", nonnegative=True)
+"""On a cache step: the fraction of tokens that are chosen, and of branches that are recomputed."""
+
+
+def node_flops(node: fx.Node) -> int:
+    """Multiply-adds count two. Only matrix products, attentions and convolutions are counted."""
+    out = shape_of(node) if "val" in node.meta else ()
+    if node.target is aten.linear.default:
+        return 2 * prod(out) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    if node.target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+        return 2 * prod(out) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    if node.target is aten.addmm.default:
+        return 2 * prod(out) * shape_of(node.args[1])[-1]  # type: ignore[arg-type]
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key = shape_of(node.args[0]), shape_of(node.args[1])  # type: ignore[arg-type]
+        return 2 * prod(query[:-1]) * key[-2] * (query[-1] + out[-1])
+    if node.target in (aten.convolution.default, aten.conv2d.default):
+        return 2 * prod(out) * prod(shape_of(node.args[1])[1:])  # type: ignore[arg-type]
+    return 0
+
+
+def symbolic_flops(nodes: Iterable[fx.Node], layouts: Layouts) -> sympy.Expr:
+    """FLOPs of `nodes` in B and N: row-wise work grows with both, attention with the square of N."""
+    total = sympy.Integer(0)
+    for node in nodes:
+        flops = sympy.Integer(node_flops(node))
+        if flops and node in layouts:
+            size = layouts[node].samples * layouts[node].tokens
+            flops = flops / size * BATCH * TOKENS
+            if node.target is aten.scaled_dot_product_attention.default:
+                flops = flops / layouts[node].tokens * TOKENS
+        total += flops
+    return total
