@@ -19,6 +19,18 @@ class Digits(NamedTuple):
     labels: Tensor
 
 
+def of_classes(data: Digits, labels: Tensor) -> Tensor:
+    """Images [B, 1, 8, 8] of the classes ``labels`` [B], each the next of its class; all differ.
+
+    Raises ValueError where a class has too few.
+    """
+    queues = {label: (data.labels == label).nonzero()[:, 0].tolist() for label in labels.unique().tolist()}
+    for label, count in zip(*labels.unique(return_counts=True), strict=True):
+        if count > len(queues[label.item()]):
+            raise ValueError(f"{count} digits of class {label} wished, there are {len(queues[label.item()])}")
+    return data.images[[queues[label].pop(0) for label in labels.tolist()]]
+
+
 def load_split(seed: int = 0) -> tuple[Digits, Digits]:
     """The training and the held-out digits, split by class with a fixed seed."""
     bunch = load_digits()

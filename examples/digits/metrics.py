@@ -1,11 +1,15 @@
 """How far cached samples are from uncached ones, and how good either is."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from examples.digits.classifier import DigitsClassifier
+from examples.digits.model import DigitsDiT, MoEGate
 
 DATA_RANGE = 2.0  # images span [-1, 1]
 EXACT_DB = 150.0  # what equal images are given instead of infinity, which JSON has no word for
@@ -27,6 +31,27 @@ def ssim(images: Tensor, reference: Tensor) -> float:
     """Structural similarity, the mean over the batch [B, 1, H, W]."""
     pairs = zip(_displayed(reference)[:, 0], _displayed(images)[:, 0], strict=True)
     return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE) for a, b in pairs]))
+
+
+@contextmanager
+def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Counts routed branches while open. Gives a function: layer name -> share of each expert [E]."""
+    counts = {
+        name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)
+    }
+
+    def count(name: str, indices: Tensor) -> None:
+        counts[name] += indices.flatten().bincount(minlength=model.cfg.experts).cpu()
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: count(name, out[0]))
+        for name in counts
+    ]
+    try:
+        yield lambda: {name: total / total.sum() for name, total in counts.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -17,31 +17,30 @@ COLUMNS = 5
 AMPLIFIED = 5  # differences are shown this many times larger
 
 
-def mosaic(images: Tensor) -> Tensor:
-    """The first ten images [B, 1, 8, 8] as one picture of five columns, a dark line between them."""
-    shown = torch.nn.functional.pad(images[:SHOWN, 0].float().cpu(), (0, 1, 0, 1), value=-1.0)
+def mosaic(images: Tensor, empty: float) -> Tensor:
+    """The first ten images [B, 1, 8, 8] as one picture of five columns, with lines of ``empty`` between."""
+    shown = torch.nn.functional.pad(images[:SHOWN, 0].float().cpu(), (0, 1, 0, 1), value=empty)
     missing = -len(shown) % COLUMNS
-    shown = torch.cat([shown, torch.full((missing, *shown.shape[1:]), -1.0)])
+    shown = torch.cat([shown, torch.full((missing, *shown.shape[1:]), empty)])
     rows = shown.reshape(-1, COLUMNS, *shown.shape[1:])  # [rows, columns, 9, 9]
     return rows.permute(0, 2, 1, 3).reshape(rows.shape[0] * rows.shape[2], -1)[:-1, :-1]
 
 
 def show_samples(axes: Axes, images: Tensor, title: str) -> None:
-    axes.imshow(mosaic(images), cmap="gray", vmin=-1, vmax=1)
+    axes.imshow(mosaic(images, empty=-1.0), cmap="gray", vmin=-1, vmax=1)
     axes.set_title(title, fontsize=9)
 
 
 def show_difference(axes: Axes, images: Tensor, reference: Tensor) -> None:
-    difference = (AMPLIFIED * (images.clamp(-1, 1) - reference.clamp(-1, 1))).cpu()
-    padded = torch.nn.functional.pad(difference[:SHOWN], (0, 0, 0, 0))
-    axes.imshow(mosaic(padded), cmap="RdBu", vmin=-2, vmax=2)
+    difference = AMPLIFIED * (images.clamp(-1, 1) - reference.clamp(-1, 1))
+    axes.imshow(mosaic(difference, empty=0.0), cmap="RdBu", vmin=-2, vmax=2)
 
 
 def save_picture(path: Path, reference: Policy, policies: list[Policy], rows: list[Row]) -> None:
     """Write the picture of the first batch of every policy to ``path``, in the format of its suffix."""
     by_name = {row.policy: row for row in rows}
     figure, grid = plt.subplots(
-        2, len(policies) + 1, figsize=(2.6 * (len(policies) + 1), 2.9), squeeze=False, layout="constrained"
+        2, len(policies) + 1, figsize=(2.6 * (len(policies) + 1), 2.6), squeeze=False, layout="constrained"
     )
     for axes in grid.flat:
         axes.set_axis_off()

@@ -8,6 +8,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +22,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from examples.digits.checkpoint import CLASSIFIER_PATH, MODEL_PATH, save_model, save_weights
+from examples.digits.arguments import output_file, usable_device, whole_number
+from examples.digits.checkpoint import CLASSIFIER_PATH, MODEL_PATH, load_classifier, save_model, save_weights
 from examples.digits.classifier import DigitsClassifier
 from examples.digits.data import Digits, load_split
+from examples.digits.metrics import agreement, expert_load
 from examples.digits.model import DigitsDiT
+from examples.digits.sampling import generate
 
 LABEL_DROPOUT = 0.1
 BALANCE_WEIGHT = 0.02
@@ -68,42 +72,61 @@ def ema_update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def random_batch(data: Digits, size: int, device: str) -> tuple[Tensor, Tensor]:
+def random_batch(data: Digits, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = torch.randint(len(data.labels), (size,))
     return data.images[rows].to(device), data.labels[rows].to(device)
 
 
-def train_model(args: argparse.Namespace, console: Console) -> None:
+def optimize(
+    model: DigitsDiT, args: argparse.Namespace, progress: Iterable[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Take the steps that ``progress`` counts from 1, and yield each with its flow loss, detached."""
     data, _ = load_split()
-    model = DigitsDiT().to(args.device).train()
-    ema = AveragedModel(model, multi_avg_fn=ema_update)
-    averaged = cast(DigitsDiT, ema.module)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
-    mean_loss, start = 0.0, time.perf_counter()
-    for step in track(range(1, args.steps + 1), "training", console=console):
+    for step in progress:
         loss = flow_loss(model, *random_batch(data, args.batch, args.device))
-        balance = balance_loss(model)
-        (loss + BALANCE_WEIGHT * balance).backward()
+        (loss + BALANCE_WEIGHT * balance_loss(model)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        yield step, loss.detach()
+
+
+def train_model(args: argparse.Namespace, console: Console) -> None:
+    model = DigitsDiT().to(args.device).train()
+    ema = AveragedModel(model, multi_avg_fn=ema_update)
+    averaged = cast(DigitsDiT, ema.module)
+    training = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
+    losses: list[Tensor] = []
+    start = time.perf_counter()
+    for step, loss in optimize(model, args, track(range(1, args.steps + 1), "training", console=console)):
         ema.update_parameters(model)
-        mean_loss += loss.item() / LOG_EVERY
+        losses.append(loss)
         if step % LOG_EVERY == 0:
+            mean_loss = torch.stack(losses[-LOG_EVERY:]).mean().item()
             rate = step * args.batch / (time.perf_counter() - start)
-            console.print(
-                f"step {step}: loss {mean_loss:.4f}, balance {balance.item():.3f}, {rate:.0f} samples/s"
-            )
-            mean_loss = 0.0
-        if step % SAVE_EVERY == 0 or step == args.steps:
-            path = args.out if step == args.steps else args.work / f"step{step:06d}.safetensors"
-            recipe = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
-            save_model(averaged, path, step=step, training=recipe)
-            console.print(f"wrote {path} after {time.perf_counter() - start:.0f} s")
+            console.print(f"step {step}: loss {mean_loss:.4f}, {rate:.0f} samples/s")
+        if step % SAVE_EVERY == 0:
+            save_model(averaged, args.work / f"step{step:06d}.safetensors", step=step, training=training)
+    save_model(averaged, args.out, step=args.steps, training=training)
+    console.print(f"wrote {args.out} after {time.perf_counter() - start:.0f} s")
+    judge(averaged, console)
+
+
+def judge(model: DigitsDiT, console: Console) -> None:
+    """Print how evenly the experts are used in sampling, and how many samples are what was wished for."""
+    labels = torch.arange(200) % 10
+    device = next(model.parameters()).device
+    with expert_load(model.eval()) as load:
+        images = generate(model, labels.to(device), steps=20)
+    for name, shares in load().items():
+        console.print(f"{name}: load {' '.join(f'{share:.1%}' for share in shares.tolist())}")
+    if CLASSIFIER_PATH.is_file():
+        console.print(f"classifier agreement {agreement(load_classifier(), images, labels):.1%}")
 
 
 def train_classifier(args: argparse.Namespace, console: Console) -> None:
@@ -132,12 +155,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--classifier", action="store_true", help="train the judge instead of the DiT")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default 6500, classifier 1500)")
-    parser.add_argument("--batch", type=int, help="images a step (default 32, classifier 128)")
+    parser.add_argument(
+        "--steps", type=whole_number(1), help="optimizer steps (default 6500, classifier 1500)"
+    )
+    parser.add_argument("--batch", type=whole_number(1), help="images a step (default 32, classifier 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the DiT")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="checkpoint to write")
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=default_device, help=f"({default_device})")
+    parser.add_argument("--out", type=output_file(".safetensors"), help="checkpoint to write")
     parser.add_argument(
         "--work", type=Path, default=Path(__file__).parent / "runs", help="intermediate checkpoints"
     )
