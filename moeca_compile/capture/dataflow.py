@@ -1,7 +1,7 @@
 """Where a method's values come from: its straight-line meaning as a graph of values.
 
-`follow(tree)` runs a method's code once, symbolically: every local name stands for the value last bound to
-it, a loop's body is gone through once, both sides of an `if` one after the other. The result answers the
+`follow(tree)` runs a method's code once, in eval mode, symbolically: every local name stands for the value last
+bound to it, a loop's body is gone through once, both sides of an `if` one after the other. The result answers the
 questions the idioms ask ("is what is returned scattered from rows of which parameter?") whatever the locals
 are called and however the expressions are nested. It is an approximation on purpose: an idiom that it
 recognises is checked with numbers before it is used (trust.py).
@@ -105,7 +105,8 @@ class _Walker:
             self.bind_loop(node.target, self.value(node.iter))
             self.block([*node.body, *node.orelse])
         elif isinstance(node, ast.If):
-            self.block([*node.body, *node.orelse])
+            self.block([] if self.in_training_only(node.test) else node.body)
+            self.block([] if self.in_training_only(_negated(node.test)) else node.orelse)
         elif isinstance(node, ast.With) and all(_is_no_grad(item.context_expr) for item in node.items):
             self.block(node.body)
         elif isinstance(node, ast.Return):
@@ -114,6 +115,13 @@ class _Walker:
             self.effect(node.value)
         elif not isinstance(node, (ast.Continue, ast.Pass, ast.Assert, ast.Raise)):
             self.unsupported(node, type(node).__name__.lower())
+
+    def in_training_only(self, test: ast.expr | None) -> bool:
+        """Whether a condition cannot hold in eval mode: `self.training`, alone or in an `and`."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return any(self.in_training_only(part) for part in test.values)
+        value = self.value(test) if isinstance(test, ast.Attribute) else None
+        return value is not None and value.name == "training" and value.operands[0].kind == "self"
 
     def effect(self, node: ast.expr) -> None:
         """An expression for its effect: an in-place call on a local rebinds it, others are not followed."""
@@ -214,6 +222,10 @@ class _Walker:
             if isinstance(child, ast.expr):
                 yield self.value(child)
         self.values = outer
+
+
+def _negated(test: ast.expr) -> ast.expr | None:
+    return test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else None
 
 
 def _is_no_grad(node: ast.expr) -> bool:

@@ -1,7 +1,8 @@
 """Methods that look like MoE dispatch but match no idiom: worth a warning once they are met.
 
 Told by their data flow: modules of a list of self are called on rows that were picked by what the data say,
-a `nonzero`, a `bincount`, a comparison. A loop over a network's blocks calls them on all rows: no suspect.
+a `nonzero`, a `bincount`, a comparison, for each turn of a loop anew. A loop over a network's blocks calls them
+on all rows, or on the same rows: no suspect.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ def _is_picked(rows: Value) -> bool:
 
 
 def _by_the_data(subscript: Value) -> bool:
-    return any(
+    """Whether a subscript says which rows belong to the loop's expert: it needs the data and the loop's variable."""
+    made_from = list(subscript.ancestors())
+    loops = any(value.kind in ("counter", "element") for value in made_from)
+    return loops and any(
         (value.kind == "call" and value.name in _DATA_DEPENDENT)
         or (value.kind == "operation" and value.name in _COMPARISONS)
-        for value in subscript.ancestors()
+        for value in made_from
     )

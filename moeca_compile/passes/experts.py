@@ -71,13 +71,20 @@ def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tu
     )
 
 
+def body_nodes(marker: fx.Node) -> set[fx.Node]:
+    """The traced body of expert 0 with its entries and parameters."""
+    output = marker.args[3]
+    assert isinstance(output, fx.Node)
+    return ancestors([output], stop=[node for node in ancestors([output]) if node.target is ENTRY])
+
+
 def expert_body(marker: fx.Node) -> ExpertBody:
     """Take the traced body of expert 0 out of the graph as a function of (rows..., parameters...)."""
     output, params, experts = marker.args[3:6]
     assert isinstance(output, fx.Node) and isinstance(params, (list, tuple)) and isinstance(experts, int)
     per_expert = len(params) // experts
     own = list(params[:per_expert])
-    inside = ancestors([output], stop=[n for n in ancestors([output]) if n.target is ENTRY])
+    inside = body_nodes(marker)
     entries = tuple(sorted(n for n in inside if n.target is ENTRY))
     body = _extract(output, entries, own, inside)
     rows = tuple(entry.args[0] for entry in entries)

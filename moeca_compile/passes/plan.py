@@ -10,8 +10,8 @@ import sympy
 from torch import fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.experts import ENTRY
-from moeca_compile.passes.regions import Experts, Regions, ancestors, between
+from moeca_compile.passes.experts import ENTRY, body_nodes
+from moeca_compile.passes.regions import Experts, Regions, between
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec
 from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
@@ -64,15 +64,8 @@ def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int
 
 def _outside_bodies(graph: fx.Graph, regions: Regions) -> set[fx.Node]:
     """All nodes but the traced bodies of expert 0, which stand for work that the branches are counted by."""
-    traced = {node for marker in regions.bodies for node in _body_nodes(marker)}
+    traced = {node for marker in regions.bodies for node in body_nodes(marker) if node.target is not ENTRY}
     return set(graph.nodes) - traced
-
-
-def _body_nodes(marker: fx.Node) -> set[fx.Node]:
-    output = marker.args[3]
-    assert isinstance(output, fx.Node)
-    entries = [node for node in ancestors([output]) if node.target is ENTRY]
-    return {node for entry in entries for node in between(entry, [output])}
 
 
 def _branch_flops(regions: Regions) -> sympy.Expr:
