@@ -12,9 +12,11 @@ from tests.harness import nodes_of
 
 
 def run_with_markers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run a graph in which `moeca::experts` takes its meaning: the body of expert 0 with each expert's parameters.
+    """Run a graph in which `moeca::experts` takes its meaning: the body of expert 0 with each expert's
+    parameters.
 
-    gm: Dynamo's graph or its functional export; inputs: one for each placeholder. Returns what the graph returns.
+    gm: Dynamo's graph or its functional export; inputs: one for each placeholder. Returns what the graph
+    returns.
     """
     with torch.no_grad():
         return _MarkerInterpreter(gm).run(*inputs)
@@ -42,7 +44,7 @@ class _MarkerInterpreter(fx.Interpreter):
         return out
 
     def value(self, node: fx.Node, replaced: dict[fx.Node, Any]) -> Any:
-        """The value of `node` with other values for some nodes; back to the marker that the body starts from."""
+        """The value of `node` with other values for some nodes; back to the marker the body starts from."""
         if node not in replaced:
             if node.op in ("placeholder", "get_attr") or node in nodes_of(
                 self.module, torch.ops.moeca.expert_rows

@@ -1,8 +1,8 @@
 """Methods that look like MoE dispatch but match no idiom: worth a warning once they are met.
 
 Told by their data flow: modules of a list of self are called on rows that were picked by what the data say,
-a `nonzero`, a `bincount`, a comparison, for each turn of a loop anew. A loop over a network's blocks calls them
-on all rows, or on the same rows: no suspect.
+a `nonzero`, a `bincount`, a comparison, for each turn of a loop anew. A loop over a network's blocks calls
+them on all rows, or always on the same: no suspect.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _is_picked(rows: Value) -> bool:
 
 
 def _by_the_data(subscript: Value) -> bool:
-    """Whether a subscript says which rows belong to the loop's expert: it needs the data and the loop's variable."""
+    """Whether a subscript depends on the data and on a loop's variable, as the rows of one expert do."""
     made_from = list(subscript.ancestors())
     loops = any(value.kind in ("counter", "element") for value in made_from)
     return loops and any(

@@ -101,7 +101,7 @@ class RunningStart(MoE):
 
 
 class SortedFirst(MoE):
-    """Rows and weights sorted before the loop, experts in the loop's head, scatter_add, flat weights (T * k,)."""
+    """Rows and weights sorted before the loop, experts in the loop's head, scatter_add, weights (T * k,)."""
 
     def route_to_experts(self, rows, index, weight):
         return self.combine(index.reshape(-1), rows, weight.reshape(-1))
@@ -156,5 +156,5 @@ def stack(*layers: nn.Module) -> nn.Module:
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
-    """(2, 9, WIDTH) from a fixed seed."""
-    return torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    """(2, 10, WIDTH) from a fixed seed."""
+    return torch.randn(2, 10, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
