@@ -1,7 +1,7 @@
 """Where a method's values come from: its straight-line meaning as a graph of values.
 
-`follow(tree)` runs a method's code once, in eval mode, symbolically: every local name stands for the value
-last bound to it, a loop's body is gone through once, both sides of an `if` one after the other. The result answers
+`follow(tree)` runs a method's code once, in eval mode, symbolically: every local name stands for the
+value last bound to it, a loop's body is gone through once, both sides of an `if` in turn. The result answers
 the questions the idioms ask ("is what is returned scattered from rows of which parameter?") whatever the
 locals are called and however the expressions are nested. It is an approximation on purpose: an idiom that it
 recognises is checked with numbers before it is used (trust.py).
