@@ -1,0 +1,73 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.digits import sample, train
+
+SCRIPTS = Path(sample.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: '0' is not allowed: give a whole number from 1 to 1000"),
+        (["--steps", "many"], "'many' is not allowed"),
+        (["--steps", "1001"], "from 1 to 1000"),
+        (["--batch", "1"], "--batch: '1' is not allowed: give a whole number at least 2"),
+        (["--recipe", "moca"], "'stack-forecast'"),
+        (["--sampler", "heun"], "'multistep'"),
+        (["--guidance", "nan"], "give a number >= 0"),
+        (["--full-every", "0"], "at least 1"),
+        (["--device", "abacus"], "give cpu or cuda"),
+        (["--out", "picture.gif"], "must end in .png"),
+        (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_allowed(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.parse_arguments(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_defaults():
+    args = sample.parse_arguments([])
+    assert args.recipe == list(sample.DEFAULT_RECIPES)
+    assert args.steps == 50
+
+
+def test_recipes_given_twice_run_once():
+    args = sample.parse_arguments(["--recipe", "fora", "--recipe", "moeca", "--recipe", "fora"])
+    assert args.recipe == ["fora", "moeca"]
+
+
+def test_missing_checkpoint_stops_before_any_work(tmp_path, capsys):
+    assert sample.main(["--checkpoint", str(tmp_path / "gone.safetensors")]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "gone.safetensors" in err
+    assert "train.py" in err
+
+
+def test_damaged_checkpoint_stops_before_any_work(tmp_path, capsys):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"\x00" * 40)
+    assert sample.main(["--checkpoint", str(path)]) == 1
+    assert "bad.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+def test_scripts_run_from_any_folder(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--steps" in done.stdout
+
+
+def test_training_refuses_bad_arguments(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--steps", "0"])
+    assert "at least 1" in capsys.readouterr().err
