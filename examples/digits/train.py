@@ -36,6 +36,7 @@ EMA_DECAY = 0.999
 WARMUP_STEPS = 200
 LOG_EVERY = 100
 SAVE_EVERY = 250
+JUDGED = 200  # images sampled when training is done
 
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -119,7 +120,7 @@ def train_model(args: argparse.Namespace, console: Console) -> None:
 
 def judge(model: DigitsDiT, console: Console) -> None:
     """Print how evenly the experts are used in sampling, and how many samples are what was wished for."""
-    labels = torch.arange(200) % 10
+    labels = torch.arange(JUDGED) % 10
     device = next(model.parameters()).device
     with expert_load(model.eval()) as load:
         images = generate(model, labels.to(device), steps=20)

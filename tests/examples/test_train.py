@@ -10,13 +10,13 @@ SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
 
 def test_a_short_run_lowers_the_loss_and_repeats_with_its_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "DigitsDiT", lambda: DigitsDiT(SMALL))
-    monkeypatch.setattr(train, "LOG_EVERY", 15)
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    monkeypatch.setattr(train, "JUDGED", 10)
     for name in ("first", "again"):
         path = tmp_path / f"{name}.safetensors"
-        train.main(["--steps", "60", "--batch", "16", "--device", "cpu", "--out", str(path)])
-    losses = [
-        float(line.split()[3].rstrip(",")) for line in capsys.readouterr().out.splitlines() if "step " in line
-    ]
+        train.main(["--steps", "40", "--batch", "16", "--device", "cpu", "--out", str(path)])
+    log = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    losses = [float(line.split()[3].rstrip(",")) for line in log]
     assert losses[3] < 0.8 * losses[0]
     first, again = (load_model(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
     assert first.cfg == SMALL
