@@ -20,7 +20,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
     # branch-wise caching, the paper's method
     "moeca": {},
-    "moeca-forecast": {"forecast": ("attention", "experts", "shared")},
+    # the same with first-order forecast; recomputing branches bought nothing beside it (docs/policies.md)
+    "moeca-forecast": {"forecast": ("attention", "experts", "shared"), "budget": 0.0},
     # layer-wise caching: attention and feed-forward outputs of every block
     "fora": {},
     "fora-forecast": {"forecast": ("attention", "experts")},
@@ -231,9 +232,9 @@ class MoecaConfig:
     beta: float = setting(0.65, real(0, 1, open_high=True))
     lambda1: float = setting(1.0, real(0))
     lambda2: float = setting(0.6, real(0))
-    keys_values: str = setting("all", one_of("all", "chosen", "none"))
+    keys_values: str = setting("chosen", one_of("all", "chosen", "none"))
     mask_source: str = setting("probe", one_of("probe", "previous"))
-    shared: str = setting("any", one_of("any", "always", "never"))
+    shared: str = setting("never", one_of("any", "always", "never"))
     entropy: str = setting("log", one_of("log", "minmax"))
     statistic: str = setting("sample", one_of("sample", "batch"))
     score_weights: str = setting("normalised", one_of("normalised", "raw"))

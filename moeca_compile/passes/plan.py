@@ -13,7 +13,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.experts import ENTRY, body_nodes
 from moeca_compile.passes.regions import Experts, Regions, between
 from moeca_compile.passes.token_axis import shape_of
-from moeca_compile.policies.step import CacheSpec
+from moeca_compile.policies.step import CacheSpec, StepKind
 from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
 
 
@@ -25,14 +25,15 @@ class Plan:
         caches: every cached tensor of one stream.
         capacities: the ladder, in tokens a sample.
         full_flops: of a full step, in B and N.
-        cache_flops: of a cache step, in B, N, c (fraction of tokens chosen) and r (of branches recomputed).
+        saved: what a cache step saves in each part (attention, experts), in B, N, c (fraction of tokens chosen)
+            and r (fraction of branches recomputed).
         sizes: the values of B and N for this graph.
     """
 
     caches: tuple[CacheSpec, ...]
     capacities: tuple[int, ...]
     full_flops: sympy.Expr
-    cache_flops: sympy.Expr
+    saved: tuple[sympy.Expr, sympy.Expr]
     sizes: tuple[int, int]
 
     @property
@@ -40,10 +41,12 @@ class Plan:
         """Bytes of the caches of one stream."""
         return sum(spec.nbytes for spec in self.caches)
 
-    def flops(self, full: bool, chosen: float = 0.0, recomputed: float = 0.0) -> float:
+    def flops(self, kind: StepKind, chosen: float = 0.0, recomputed: float = 0.0) -> float:
         """FLOPs of a step at this graph's sizes."""
         values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
-        return float((self.full_flops if full else self.cache_flops).subs(values))
+        fresh = (kind.attention, kind.experts)
+        cost = self.full_flops - sum(saved for saved, is_fresh in zip(self.saved, fresh, strict=True) if not is_fresh)
+        return float(sympy.sympify(cost).subs(values))
 
 
 def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], config: MoecaConfig) -> Plan:
@@ -51,7 +54,7 @@ def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], co
     layout = next(iter(regions.layouts.values()), None)
     sizes = (layout.samples, layout.tokens) if layout else (1, 1)
     full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts) + _branch_flops(regions)
-    return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, full - _saved(graph, regions, config), sizes)
+    return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, _saved(graph, regions, config), sizes)
 
 
 def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int, ...]:
@@ -76,40 +79,52 @@ def _layer_flops(marker: fx.Node, flops_per_row: int) -> sympy.Expr:
     return sympy.Integer(flops_per_row * shape_of(marker.args[1])[-1]) * BATCH * TOKENS  # type: ignore[arg-type]
 
 
-def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> sympy.Expr:
-    """What a cache step does not compute."""
+def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[sympy.Expr, sympy.Expr]:
+    """What a cache step does not compute, by part."""
+    nothing = sympy.Integer(0)
     if config.family == "stack" and regions.residuals:
-        skipped = between(regions.residuals[0].stream, [regions.residuals[-1].add])
-        inside = symbolic_flops(skipped & _outside_bodies(graph, regions), regions.layouts)
-        return inside + _branch_flops(regions)
+        # The whole stack goes at once; it counts as one part, and its steps have both parts cached.
+        return _span_flops(graph, regions, [(regions.residuals[0].stream, regions.residuals[-1].add)]), nothing
     if config.family == "fora":
-        spans = [between(r.stream, [r.output]) for r in regions.residuals]
-        skipped = set().union(*spans) & _outside_bodies(graph, regions) if spans else set()
-        return symbolic_flops(skipped, regions.layouts) + _branch_flops(regions)
+        attention = {a.residual for a in regions.attentions}
+        spans = [[(r.stream, r.output) for r in regions.residuals if (r in attention) == wanted] for wanted in (True, False)]
+        return _span_flops(graph, regions, spans[0]), _span_flops(graph, regions, spans[1])
     if config.family == "moeca" and regions.experts:
-        return _saved_by_moeca(regions, config)
-    return sympy.Integer(0)
+        return _saved_attention(regions, config), _saved_experts(regions, config)
+    return nothing, nothing
 
 
-def _saved_by_moeca(regions: Regions, config: MoecaConfig) -> sympy.Expr:
+def _span_flops(graph: fx.Graph, regions: Regions, spans: list[tuple[fx.Node, fx.Node]]) -> sympy.Expr:
+    """All work between the ends of `spans`, branches included."""
+    inside: set[fx.Node] = set().union(*(between(source, [output]) for source, output in spans))
+    branches = sum(
+        (_layer_flops(m, body.flops_per_row) for m, body in regions.bodies.items() if m in inside), sympy.Integer(0)
+    )
+    return symbolic_flops(inside & _outside_bodies(graph, regions), regions.layouts) + branches
+
+
+def _saved_attention(regions: Regions, config: MoecaConfig) -> sympy.Expr:
     saved = sympy.Integer(0)
-    skipped = 1 - CHOSEN
     for attention in regions.attentions:
         span = between(attention.residual.stream, [attention.residual.output])
-        key_value = between(attention.residual.stream, [attention.key, attention.value])
-        fresh = key_value if config.keys_values == "all" else set()
-        saved += skipped * symbolic_flops(span - fresh, regions.layouts)
-    for feedforward in regions.feedforwards:
-        saved += skipped * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
-    for layer in regions.experts:
-        saved += (1 - RECOMPUTED) * _layer_flops(layer.marker, layer.body.flops_per_row)
-        saved += _saved_by_shared(layer, regions, config)
+        fresh = between(attention.residual.stream, [attention.key, attention.value])
+        kept = fresh if config.keys_values == "all" else set()
+        saved += (1 - CHOSEN) * symbolic_flops(span - kept, regions.layouts)
     return saved
 
 
-def _saved_by_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
+def _saved_experts(regions: Regions, config: MoecaConfig) -> sympy.Expr:
+    saved = sympy.Integer(0)
+    for feedforward in regions.feedforwards:
+        saved += (1 - CHOSEN) * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
+    for layer in regions.experts:
+        saved += (1 - RECOMPUTED) * _layer_flops(layer.marker, layer.body.flops_per_row)
+        saved += _saved_shared(layer, regions, config)
+    return saved
+
+
+def _saved_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
     skipped = {"any": 1 - CHOSEN, "never": sympy.Integer(1), "always": sympy.Integer(0)}[config.shared]
     router = between(layer.residual.stream, [layer.index, layer.weight])
     nodes = {n for s in layer.shared for n in between(s.stream, [s.output])} - router
     return skipped * symbolic_flops(nodes, regions.layouts)
-

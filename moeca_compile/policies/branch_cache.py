@@ -155,10 +155,10 @@ class BranchCache:
     def _count(self, step: Step, decision: Decision, mask: Tensor) -> None:
         """Counters of this layer and step, in the order of COUNTERS."""
         matched = decision.routing.matched
-        needed = decision.recompute.any(-1).sum(-1)
-        dropped = needed.sum() - decision.valid.sum()
+        needed = decision.recompute.any(-1).sum()
+        dropped = needed - decision.valid.sum()
         total = torch.full_like(dropped, matched.numel())
-        step.counts.append(torch.stack([total, matched.sum(), mask.sum(), dropped, needed.amax()]))
+        step.counts.append(torch.stack([total, matched.sum(), mask.sum(), dropped, needed]))
 
     def _for_score(self, weight: Tensor) -> Tensor:
         if self.config.score_weights == "normalised":

@@ -20,7 +20,7 @@ ATTENTION, EXPERTS = 0, 1
 
 COUNTERS = ("branches", "matched", "recomputed", "dropped", "needed")
 """What a layer counts on a cache step: its branches, those matched, those recomputed, tokens dropped past the
-capacity, and the most tokens that any one sample needed."""
+capacity, and tokens that needed recomputation."""
 
 
 @dataclass(frozen=True)

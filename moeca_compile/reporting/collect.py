@@ -7,9 +7,10 @@ from typing import Any
 
 from moeca_compile import capture
 from moeca_compile._torch_private import wrapper_of
-from moeca_compile.passes.regions import Regions
+from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 from moeca_compile.runtime.record import Record, record_of
+from moeca_compile.runtime.specialisation import Specialisation
 
 
 def report(model: Any) -> Report:
@@ -21,23 +22,23 @@ def report(model: Any) -> Report:
     if record is None:
         return Report(warnings=_refusals())
     shapes = [s for engine in record.engines for s in engine.by_shape.values()]
-    regions = [region for s in shapes[-1:] for region in _regions(s.regions, s.caching, s.config.family)]
-    counts = record.counts
+    counts, cache_steps = _counts(shapes)
+    last = shapes[-1] if shapes else None
     return Report(
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
-        regions=tuple(regions),
+        regions=tuple(_regions(last)) if last else (),
         cache_bytes=sum(s.sessions.nbytes for s in shapes),
         compile_seconds=dict(record.seconds),
-        steps=dict(record.steps),
+        steps=_steps(shapes),
         match_ratio=_ratio(counts["matched"], counts["branches"]),
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
-        recomputed_branches_per_step=_ratio(counts["recomputed"], record.cache_steps if counts["branches"] else 0),
-        flops=_flops(record),
+        recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
+        flops=_flops(shapes),
         validation_errors=dict(record.errors),
         warnings=(*record.warnings, *_refusals()),
-        device=record.device,
-        dtype=record.dtype,
+        device=str(last.device) if last else None,
+        dtype=str(last.dtype) if last else None,
         config=dataclasses.asdict(record.config),
     )
 
@@ -61,9 +62,10 @@ def _record(model: Any) -> Record | None:
     return record_of(wrapper)
 
 
-def _regions(regions: Regions, caching: bool, family: str) -> list[Region]:
-    status = "cached" if caching and family != "none" else "kept"
-    reason = "" if status == "cached" else "the recipe caches nothing" if family == "none" else "see the warnings"
+def _regions(shapes: Specialisation) -> list[Region]:
+    regions, family = shapes.regions, shapes.config.family
+    status = "cached" if shapes.caching else "kept"
+    reason = "" if shapes.caching else "the recipe caches nothing" if family == "none" else "see the warnings"
     found = [Region("attention", a.name, status, reason) for a in regions.attentions]
     for layer in regions.experts:
         found += [Region("router", layer.name, status, reason), Region("experts", layer.name, status, reason)]
@@ -72,15 +74,35 @@ def _regions(regions: Regions, caching: bool, family: str) -> list[Region]:
     return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.kept]
 
 
+def _counts(shapes: list[Specialisation]) -> tuple[dict[str, float], int]:
+    """Counters summed over layers and steps, and the number of cache steps."""
+    counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
+    for kind, tally in ((k, t) for s in shapes for k, t in s.tallies.items() if not k.full):
+        steps += tally.steps
+        if tally.counts is not None:
+            for name, value in zip(COUNTERS, tally.counts.sum(0).tolist(), strict=True):
+                counts[name] += value
+    return counts, steps
+
+
+def _steps(shapes: list[Specialisation]) -> dict[str, int]:
+    """Steps by kind."""
+    steps: dict[str, int] = {}
+    for kind, tally in ((k, t) for s in shapes for k, t in s.tallies.items()):
+        steps[kind.name] = steps.get(kind.name, 0) + tally.steps
+    return steps
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _flops(record: Record) -> Flops | None:
-    calls = sum(record.steps.values())
-    if not calls or not record.flops:
-        return None
-    return Flops(record.flops_if_full / calls, record.flops / calls)
+def _flops(shapes: list[Specialisation]) -> Flops | None:
+    tallies = [(s, kind, tally.steps) for s in shapes for kind, tally in s.tallies.items()]
+    calls = sum(steps for _, _, steps in tallies)
+    full = sum(steps * s.plan.flops(StepKind()) for s, _, steps in tallies)
+    spent = sum(s.flops(kind) for s, kind, _ in tallies)
+    return Flops(full / calls, spent / calls) if calls and full else None
 
 
 def _refusals() -> tuple[str, ...]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
-from moeca_compile.runtime.session import Position, Timestep
+from moeca_compile.runtime.session import Position
 from moeca_compile.runtime.specialisation import Specialisation
 
 _MOST_SHAPES = 8
@@ -59,7 +58,7 @@ class Engine:
     def _uncached(self, shapes: Specialisation, inputs: Sequence[Any]) -> tuple[Any, ...]:
         clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
         outputs = shapes.program(StepKind(), inputs, {}, clock)(inputs, {}, clock).outputs
-        self._note(shapes, StepKind(), None)
+        shapes.tally(StepKind(), None)
         return outputs
 
     def _run(
@@ -70,26 +69,10 @@ class Engine:
         result = shapes.program(kind, inputs, stream.state, clock)(inputs, stream.state, clock)
         stream.state.update(result.updates)
         stream.passed(fresh, position.place)
-        self._note(shapes, kind, result.counts)
+        shapes.tally(kind, result.counts)
         if result.counts is not None:
             shapes.promote(stream, result.counts)
         return result.outputs
-
-    def _note(self, shapes: Specialisation, kind: StepKind, counts: Tensor | None) -> None:
-        record, plan = self.record, shapes.plan
-        record.steps["full" if kind.full else "cache"] += 1
-        record.flops_if_full += shapes.full_flops
-        if kind.full:
-            record.flops += shapes.full_flops
-            return
-        record.cache_steps += 1
-        values = dict.fromkeys(COUNTERS, 0.0)
-        if counts is not None:
-            values = dict(zip(COUNTERS, counts.sum(0).tolist(), strict=True))
-        for name, value in values.items():
-            record.counts[name] += value
-        recomputed = values["recomputed"] / values["branches"] if values["branches"] else 0.0
-        record.flops += shapes.step_flops(kind, plan, recomputed)
 
     def reset(self) -> None:
         """Drop all caches."""
@@ -102,8 +85,3 @@ def _signature(value: Any) -> Any:
         return tuple(value.shape), value.dtype, value.device, value.stride()
     return value
 
-
-Original = Callable[..., Any]
-"""What runs in place of an engine where nothing may be cached."""
-
-__all__ = ["Engine", "Original", "Timestep", "torch"]

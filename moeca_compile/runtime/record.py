@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,15 +26,8 @@ class Record:
     """Graphs that run as torch.compile would run them."""
     breaks: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    steps: Counter[str] = field(default_factory=Counter)
-    flops: float = 0.0
-    flops_if_full: float = 0.0
-    counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    cache_steps: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    device: str | None = None
-    dtype: str | None = None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

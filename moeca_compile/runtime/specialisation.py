@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.validate import Validator
+
+
+@dataclass
+class Tally:
+    """Steps of one kind, and the sum of their counters (layers, COUNTERS)."""
+
+    steps: int = 0
+    counts: Tensor | None = None
 
 
 class Specialisation:
@@ -43,7 +52,9 @@ class Specialisation:
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)
         self.device = next(v.device for v in inputs if isinstance(v, Tensor))
+        self.dtype = next(v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point())
         self.programs: dict[StepKind, Program] = {}
+        self.tallies: dict[StepKind, Tally] = {}
         self._plan()
         self.validator = Validator(self, record) if config.validate else None
         self.caching = bool(self.sessions.specs)
@@ -54,7 +65,6 @@ class Specialisation:
             self.policy = policy_for(self.config, self.regions)
             self.plan: Plan = plan_step(self.graph, self.regions, self.policy.specs(), self.config)
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
-            self.full_flops = self.plan.flops(full=True)
 
     def _warn_if_idle(self) -> None:
         if self.config.recipe == "none" or not self.caching:
@@ -95,15 +105,30 @@ class Specialisation:
         probe = StepKind(fresh.attention, fresh.experts, self.plan.sizes[1])
         clock = self.clock(position.stream.clock(position.place))
         counts = self.eager(probe, inputs, position.stream.state, clock).counts
-        return self._rung(counts[:, COUNTERS.index("needed")].amax().item())
+        return self._rung(self._needed(counts))
+
+    def _needed(self, counts: Tensor) -> float:
+        """Tokens to recompute in a sample: the mean over samples in the layer that needs most."""
+        return float(counts[:, COUNTERS.index("needed")].amax()) / self.plan.sizes[0]
 
     def _rung(self, needed: float) -> int:
         return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])
 
     def promote(self, stream: Stream, counts: Tensor) -> None:
-        """A step that dropped tokens gets the next steps a larger capacity."""
-        if len(self.plan.capacities) > 1 and counts[:, COUNTERS.index("dropped")].amax().item():
-            stream.capacity = self._rung(counts[:, COUNTERS.index("needed")].amax().item())
+        """Give the next steps a larger capacity where the mean sample needed more than this step had.
+
+        Samples above the mean drop their lowest-ranked tokens instead. On an accelerator nothing waits for the
+        counters, so there the first capacity stays.
+        """
+        if len(self.plan.capacities) > 1 and self.device.type == "cpu" and stream.capacity is not None:
+            stream.capacity = max(stream.capacity, self._rung(self._needed(counts)))
+
+    def tally(self, kind: StepKind, counts: Tensor | None) -> None:
+        """Count a step and what it counted; nothing is read from the device."""
+        tally = self.tallies.setdefault(kind, Tally())
+        tally.steps += 1
+        if counts is not None:
+            tally.counts = counts if tally.counts is None else tally.counts + counts
 
     # --- programs ---------------------------------------------------------------------------------------------
 
@@ -136,6 +161,12 @@ class Specialisation:
             self.programs[kind] = program
         return self.programs[kind]
 
-    def step_flops(self, kind: StepKind, plan: Plan, recomputed: float) -> float:
-        """FLOPs of a cache step at which a fraction of the branches was recomputed."""
-        return plan.flops(full=False, chosen=kind.capacity / plan.sizes[1], recomputed=recomputed)
+    def flops(self, kind: StepKind) -> float:
+        """FLOPs of all steps of a kind so far; the cost is linear in the branches recomputed, so their mean does."""
+        tally = self.tallies[kind]
+        recomputed = 0.0
+        if tally.counts is not None:
+            sums = dict(zip(COUNTERS, tally.counts.sum(0).tolist(), strict=True))
+            recomputed = sums["recomputed"] / sums["branches"]
+        each = self.plan.flops(kind, kind.capacity / self.plan.sizes[1], recomputed)
+        return tally.steps * each
