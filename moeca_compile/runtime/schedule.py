@@ -19,11 +19,14 @@ def fresh_parts(config: MoecaConfig, number: int) -> Fresh:
     """What step `number` (from 0) of a generation computes anew.
 
     Every part has its own interval (`attention_every`, `experts_every`), else `full_every`; an explicit list
-    of full steps takes the place of `full_every`.
+    of full steps takes the place of `full_every`. The stack is one part: only a full step refreshes it.
     """
     if config.recipe == "none":
         return Fresh(True, True)
-    return Fresh(_due(config, config.attention_every, number), _due(config, config.experts_every, number))
+    attention = _due(config, config.attention_every, number)
+    experts = _due(config, config.experts_every, number)
+    both = attention and experts
+    return Fresh(both, both) if config.family == "stack" else Fresh(attention, experts)
 
 
 def _due(config: MoecaConfig, interval: int | None, number: int) -> bool:
