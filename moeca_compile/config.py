@@ -202,7 +202,7 @@ class MoecaConfig:
         then routes and decides (the first layer has a probe either way).
     shared: the shared expert runs on tokens with "any" recomputed branch, "always" on all, or "never".
     overwrite: recomputed branches replace their slot in the cache.
-    forecast: cached tensors that are extrapolated to first order in the step count, from the last two
+    forecast: cached tensors that are extrapolated to first order in the timestep, from the last two
         full steps: "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared" for the moeca recipes; "attention" and "experts" (whole feed-forward
         outputs) for fora; "stack" for stack. A name that the recipe does not cache is an error.
