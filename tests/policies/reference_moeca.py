@@ -15,7 +15,8 @@ simulates `tests.models.TinyDiTMoE` over whole generations. Where the paper is s
 - The contribution of a slot comes from the norm of its output when that was last computed.
 - A token past the capacity reuses all its slots, with the current weights.
 - A forecast tensor is value + slope * (steps since the last full step). A refreshed entry keeps its slope,
-  and its value is set so that value + slope * d is the fresh output.
+  and its value is set so that value + slope * d is the fresh output. A slot that another expert takes loses
+  its slope.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Branches(Cached):
     def overwrite(
         self, slot: tuple[int, int, int], expert: int, weight: Tensor, fresh: Tensor, d: int, step: int
     ) -> None:
+        if self.ids[slot] != expert:
+            self.slope[slot] = 0  # how another expert's output changed says nothing of this one's
         self.put(slot, fresh, d)
         self.ids[slot], self.weights[slot] = expert, weight
         self.norms[slot], self.computed_at[slot] = fresh.norm(), step

@@ -23,6 +23,8 @@ from tests.policies.reference_moeca import (
 )
 
 STEPS = 12
+ALL = ("attention", "experts", "shared")
+FRESH = {"keys_values": "all", "shared": "any"}  # everything that a chosen token's recomputation can refresh
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +146,22 @@ def test_a_forecast_tensor_extrapolates_and_takes_refreshed_entries():
 # Whole generations.
 
 
-@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast"])
-def test_full_steps_only_are_the_model(model, start, recipe):
-    x, results = simulate(model, MoecaConfig(recipe=recipe, full_every=1), *start, STEPS)
+@pytest.mark.parametrize("forecast", [(), ALL])
+def test_full_steps_only_are_the_model(model, start, forecast):
+    x, results = simulate(model, MoecaConfig(forecast=forecast, full_every=1), *start, STEPS)
     torch.testing.assert_close(x, uncached(model, start), atol=1e-5, rtol=0)
     assert {result.kind for result in results} == {"full"}
     assert all(result.match_ratio is None for result in results)
 
 
-@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast"])
+@pytest.mark.parametrize("forecast", [(), ALL])
 @pytest.mark.parametrize("tau0", [0.0, 0.8, 100.0])
 @pytest.mark.parametrize("keys_values", ["all", "chosen", "none"])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_an_unchanged_input_gives_the_model_s_output_whatever_is_recomputed(
-    model, start, recipe, tau0, keys_values, overwrite
+    model, start, forecast, tau0, keys_values, overwrite
 ):
-    options = {"recipe": recipe, "tau0": tau0, "keys_values": keys_values, "overwrite": overwrite}
+    options = {"forecast": forecast, "tau0": tau0, "keys_values": keys_values, "overwrite": overwrite}
     simulation = Simulation(model, MoecaConfig.from_options(options))
     x, y = start
     t = torch.full((len(x),), 0.6)
@@ -182,7 +184,7 @@ def moe_first():
 
 def test_everything_recomputed_and_rerouted_is_the_model(moe_first):
     noise, labels = make_inputs(moe_first)
-    config = MoecaConfig(tau0=0.0, full_every=STEPS)
+    config = MoecaConfig(**FRESH, tau0=0.0, full_every=STEPS)
     x, results = simulate(moe_first, config, noise, labels, STEPS, reroute=True)
     torch.testing.assert_close(x, uncached(moe_first, (noise, labels)), atol=1e-5, rtol=0)
     assert [result.kind for result in results] == ["full"] + ["cache"] * (STEPS - 1)
@@ -194,7 +196,7 @@ def test_everything_recomputed_without_rerouting_lacks_the_fresh_routing_alone(m
     exact = uncached(moe_first, (noise, labels))
 
     def error(tau0):
-        x, _ = simulate(moe_first, MoecaConfig(tau0=tau0, full_every=STEPS), noise, labels, STEPS)
+        x, _ = simulate(moe_first, MoecaConfig(**FRESH, tau0=tau0, full_every=STEPS), noise, labels, STEPS)
         return (x - exact).norm().item()
 
     assert 0 < error(0.0) < 0.3 * error(100.0)
@@ -225,7 +227,7 @@ def test_recomputed_slots_are_the_mask_by_slot(model, start):
 def test_more_recomputation_comes_nearer_to_the_model(model, start):
     exact = uncached(model, start)
     errors = [
-        (simulate(model, MoecaConfig(budget=budget), *start, STEPS)[0] - exact).norm().item()
+        (simulate(model, MoecaConfig(**FRESH, budget=budget), *start, STEPS)[0] - exact).norm().item()
         for budget in (0.0, 0.25, 1.0)
     ]
     assert errors[0] > errors[1] > errors[2] > 0
@@ -233,8 +235,8 @@ def test_more_recomputation_comes_nearer_to_the_model(model, start):
 
 def test_forecasting_comes_nearer_to_the_model(model, start):
     exact = uncached(model, start, 24)
-    plain, _ = simulate(model, MoecaConfig(full_every=3), *start, 24)
-    forecast, _ = simulate(model, MoecaConfig(recipe="moeca-forecast", full_every=3), *start, 24)
+    plain, _ = simulate(model, MoecaConfig(**FRESH, full_every=3), *start, 24)
+    forecast, _ = simulate(model, MoecaConfig(**FRESH, forecast=ALL, full_every=3), *start, 24)
     assert (forecast - exact).norm() < (plain - exact).norm()
 
 
@@ -312,7 +314,7 @@ def test_each_option_changes_the_result(model, start):
         {"forecast": ("experts",)},
         {"forecast": ("shared",)},
     ]
-    pictures = [simulate(model, MoecaConfig(**option), *start, STEPS)[0] for option in options]
+    pictures = [simulate(model, MoecaConfig(**FRESH | option), *start, STEPS)[0] for option in options]
     for i, picture in enumerate(pictures):
         for j in range(i):
             assert not torch.allclose(picture, pictures[j], atol=1e-6), (options[i], options[j])

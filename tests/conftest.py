@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import moeca_compile  # noqa: F401  (registers the ops and installs capture)
+from moeca_compile.passes.export import to_functional_aten
+from moeca_compile.runtime import program, specialisation
+from tests.harness import EagerProgram
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are traced to graphs as always, and these run as they are: Inductor takes 10 seconds each."""
+    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+
+
+@pytest.fixture
+def eager_steps(monkeypatch: pytest.MonkeyPatch, export_once: Callable[..., Any]) -> None:
+    """Steps run as eager functions, neither traced nor compiled, and a captured graph is exported only once."""
+    monkeypatch.setattr(specialisation, "Program", EagerProgram)
+    monkeypatch.setattr(specialisation, "to_functional_aten", export_once)
+
+
+@pytest.fixture(scope="session")
+def export_once() -> Callable[..., Any]:
+    known: dict[Any, fx.GraphModule] = {}
+
+    def export(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        key = (gm, *(tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs))
+        if key not in known:
+            known[key] = to_functional_aten(gm, inputs)
+        return known[key]
+
+    return export
