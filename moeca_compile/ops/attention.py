@@ -27,7 +27,7 @@ def attend_rows(
     """Write the chosen tokens' keys and values into the caches, then attend from their queries to all tokens.
 
     Args:
-        keys, values: (B, H, N, d) caches, written in place.
+        keys, values: (B, N, H, d) caches, written in place; a token's heads lie together, so one row is one copy.
         query, key, value: (B, H, C, d) of the chosen tokens.
         chosen: (B, C) token indices, distinct within a sample; valid: (B, C), false entries are not written.
         scale, enable_gqa: as in scaled_dot_product_attention.
@@ -35,14 +35,20 @@ def attend_rows(
     Returns:
         (B, H, C, d) attention outputs of the chosen tokens (also of those that are not valid).
     """
+    samples, tokens = keys.shape[:2]
+    first = torch.arange(samples, device=chosen.device)[:, None] * tokens
+    kept = valid.flatten().nonzero().squeeze(1)
+    places = (chosen + first).flatten()[kept]
     for cache, fresh in ((keys, key), (values, value)):
-        index = chosen[:, None, :, None].expand_as(fresh)
-        keep = valid[:, None, :, None]
-        cache.scatter_(2, index, torch.where(keep, fresh.to(cache.dtype), cache.gather(2, index)))
-    result = F.scaled_dot_product_attention(
-        query, keys.to(query.dtype), values.to(query.dtype), scale=scale, enable_gqa=enable_gqa
-    )
-    return result.contiguous()
+        rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, kept)
+        cache.flatten(0, 1).index_copy_(0, places, rows.to(cache.dtype))
+    return attend(query, keys, values, scale, enable_gqa).contiguous()
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+    """Queries (B, H, C, d) against cached keys and values (B, N, H, d)."""
+    keys, values = (cache.transpose(1, 2).to(query.dtype) for cache in (keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=enable_gqa)
 
 
 _library.impl("attend_rows", attend_rows, "CompositeExplicitAutograd")

@@ -49,6 +49,8 @@ def _why_not(sdpa: fx.Node, layouts: Layouts) -> str | None:
     for operand, role in zip(sdpa.args[:3], ("queries", "keys", "values"), strict=False):
         if operand not in layouts:
             return f"its {role} are not computed token by token from the residual stream"
+    if any(len(shape_of(operand)) != 4 or layouts[operand].batch != 0 for operand in sdpa.args[:3]):  # type: ignore[arg-type, index]
+        return "its queries, keys and values are not (batch, heads, tokens, width)"
     if len({layouts[operand] for operand in sdpa.args[:3]}) != 1:  # type: ignore[index]
         return "its queries and keys are laid out differently"
     return None

@@ -16,9 +16,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.ops.attention import attend
 from moeca_compile.passes.attention import sdpa_options
 from moeca_compile.passes.regions import Attention, Experts, FeedForward, Regions
 from moeca_compile.passes.rows import Rows
@@ -62,7 +63,7 @@ class Moeca:
             return []
         dtype = self.config.cache_dtype
         pairs = (("keys", attention.key), ("values", attention.value))
-        return [CacheSpec(f"attention.{i}.{n}", shape_of(v), dtype or v.meta["val"].dtype) for n, v in pairs]
+        return [CacheSpec(f"attention.{i}.{n}", _row_major(v), dtype or v.meta["val"].dtype) for n, v in pairs]
 
     def install(self, step: Step) -> MoecaStep:
         """Replace, for this step, the values that come from the cache. Call `finish` after it has run."""
@@ -100,7 +101,7 @@ class MoecaStep:
                 for spec, node in zip(
                     policy._key_value_specs(i, attention), (attention.key, attention.value), strict=False
                 ):
-                    step.updates[spec.name] = step[node].to(spec.dtype).contiguous()
+                    step.updates[spec.name] = step[node].transpose(1, 2).to(spec.dtype).contiguous()
         if step.kind.experts:
             for region, cached in (*policy.feedforward.items(), *policy.shared.items()):
                 cached.store(step, step[region.output])
@@ -139,8 +140,7 @@ class MoecaStep:
         i = list(self.policy.attention).index(attention)
         keys, values = step.state[f"attention.{i}.keys"], step.state[f"attention.{i}.values"]
         if fresh == "none" and not step.kind.forced:
-            keys, values = keys.to(query.dtype), values.to(query.dtype)
-            return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=gqa)  # type: ignore[arg-type]
+            return attend(query, keys, values, scale, gqa)  # type: ignore[arg-type]
         return torch.ops.moeca.attend_rows(  # type: ignore[no-any-return]
             keys, values, query, rows[attention.key], rows[attention.value], chosen, valid, scale, gqa
         )
@@ -189,6 +189,12 @@ class MoecaStep:
             rows = self.step.rows(chosen, region.stream)
             cached.refresh(self.step, chosen, rows[region.output], valid)
         return cached.read(self.step)
+
+
+def _row_major(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a cache of keys or values (B, H, N, d), kept as (B, N, H, d)."""
+    samples, heads, tokens, width = shape_of(node)
+    return samples, tokens, heads, width
 
 
 def _every_token(step: Step) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,6 @@ class Program:
         results = self.compiled(*self._flat(inputs, state, clock))
         return self._unflatten(tuple(results))
 
-    def eager(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:
-        """The same step without compilation, on copies of the state."""
-        with torch.no_grad():
-            return self.function(inputs, {name: tensor.clone() for name, tensor in state.items()}, clock)
-
     def _trace(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> fx.GraphModule:
         def flat_function(*arguments: Tensor) -> list[Tensor]:
             tensors = list(arguments)

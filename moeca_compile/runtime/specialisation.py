@@ -14,14 +14,14 @@ from moeca_compile.passes.collapse_views import collapse_views
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.plan import Plan, plan_step
-from moeca_compile.passes.rewrite import step_function
-from moeca_compile.policies import Plain, policy_for
+from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
+from moeca_compile.policies import policy_for
 from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.runtime.program import Program
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
-from moeca_compile.runtime.validate import Validator
+from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
 
 
 @dataclass
@@ -53,10 +53,12 @@ class Specialisation:
             self.regions = match_regions(self.graph, arguments)
         self.device = next(v.device for v in inputs if isinstance(v, Tensor))
         self.dtype = next(v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point())
-        self.programs: dict[StepKind, Program] = {}
+        self.programs: dict[StepKind, StepFunction] = {}
         self.tallies: dict[StepKind, Tally] = {}
+        if config.validate:
+            with record.timed("validate"):
+                self.regions = sound_regions(self.graph, self.regions, config, inputs, record)
         self._plan()
-        self.validator = Validator(self, record) if config.validate else None
         self.caching = bool(self.sessions.specs)
         self._warn_if_idle()
 
@@ -132,34 +134,41 @@ class Specialisation:
 
     # --- programs ---------------------------------------------------------------------------------------------
 
-    def function(self, kind: StepKind, policy: Any = None) -> Any:
-        """The step of this kind as an eager function."""
-        return step_function(self.graph, self.regions, policy or self.policy, kind)
+    def function(self, kind: StepKind) -> StepFunction:
+        """The step of this kind as an eager function; it may change some of the state in place."""
+        return step_function(self.graph, self.regions, self.policy, kind)
 
-    def eager(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> Any:
+    def eager(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:
         """Run a step without compilation on copies of the state."""
         with torch.no_grad():
             copies = {name: tensor.clone() for name, tensor in state.items()}
             return self.function(kind)(inputs, copies, clock)
 
-    def original(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The captured model run eagerly without any cache."""
-        plain = Plain(self.config, self.regions)
-        with torch.no_grad():
-            return self.function(StepKind(), plain)(inputs, {}, self.clock([[0.0, 0.0], [0.0, 0.0]])).outputs  # type: ignore[no-any-return]
-
-    def program(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> Program:
+    def program(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepFunction:
         """The compiled step of this kind, made and checked when first asked for."""
         if kind not in self.programs:
             with self.record.timed("rewrite"):
                 program = Program(self.function(kind), inputs, state, clock)
             with self.record.timed("lower"):
                 program.lower(inputs, state, clock)
-            if self.validator is not None:
-                with self.record.timed("validate"):
-                    self.validator.check(kind, program, inputs, state, clock)
-            self.programs[kind] = program
+            with self.record.timed("validate"):
+                self.programs[kind] = self._checked(kind, program, inputs, state, clock)
         return self.programs[kind]
+
+    def _checked(
+        self, kind: StepKind, program: Program, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor
+    ) -> StepFunction:
+        """The program, or the same step run eagerly where what lowering made of it gives other outputs."""
+        if not self.config.validate:
+            return program
+        eager = self.eager(kind, inputs, state, clock)
+        compiled = program(inputs, {name: tensor.clone() for name, tensor in state.items()}, clock)
+        try:
+            same_outputs("full" if kind.full else "cache", compiled.outputs, eager.outputs, self.config, self.record)
+        except ValidationError as error:
+            self.record.warn(f"Inductor's code is wrong here ({error}), so {kind.name} steps run without it")
+            return self.function(kind)
+        return program
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of all steps of a kind so far; the cost is linear in the branches recomputed, so their mean does."""

@@ -1,19 +1,24 @@
-"""Validation: every rewritten graph is run on the real first inputs against the original before it is used."""
+"""Validation on the real first inputs: no rewritten graph is used before it has been compared with the original.
+
+`sound_regions` checks the rewrite, before anything is compiled, and takes out of the plan what fails.
+`same_outputs` checks what lowering made of a graph, when a program is first used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from moeca_compile.policies.step import StepKind
-from moeca_compile.runtime.program import Program
+from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.regions import Attention, Experts, FeedForward, Kept, Regions
+from moeca_compile.passes.rewrite import step_function
+from moeca_compile.policies import Plain, policy_for
+from moeca_compile.policies.step import StepKind, samples_and_tokens
 from moeca_compile.runtime.record import Record
-
-if TYPE_CHECKING:
-    from moeca_compile.runtime.specialisation import Specialisation
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Greatest error that passes. For float32 and float64 it is the greatest difference over the greatest magnitude;
@@ -21,50 +26,92 @@ in lower precision a few routings flip by rounding, so there it is the root mean
 
 
 class ValidationError(RuntimeError):
-    """A compiled step differs from what it stands for; the model must not use it."""
+    """A compiled step differs from what it stands for."""
 
 
-class Validator:
-    """Checks the programs of one specialisation and notes the errors."""
+def sound_regions(
+    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], record: Record
+) -> Regions:
+    """The regions whose rewrite is right on these inputs; the others are moved to `kept` with the reason."""
+    reason = _fault(graph, regions, config, inputs, record)
+    if reason is None:
+        return regions
+    faults = {part: _fault(graph, _alone(regions, part), config, inputs, None) for part in _parts(regions)}
+    rest = _without(regions, {part: why for part, why in faults.items() if why is not None})
+    left = _fault(graph, rest, config, inputs, record)
+    if left is not None:
+        record.warn(f"the rewritten step differs from the model ({left}), so the model runs uncached")
+        rest = _without(rest, dict.fromkeys(_parts(rest), left))
+        return replace(rest, residuals=())
+    for kept in rest.kept[len(regions.kept) :]:
+        record.warn(f"{kept.kind} {kept.name} stays as it is: {kept.reason}")
+    return rest
 
-    def __init__(self, shapes: Specialisation, record: Record) -> None:
-        self.shapes, self.record = shapes, record
 
-    def check(
-        self, kind: StepKind, program: Program, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor
-    ) -> None:
-        """Compare the compiled step with its eager original on copies of the state.
+def _fault(
+    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], record: Record | None
+) -> str | None:
+    """Why a full step, or a cache step with everything recomputed right after it, is not the model; else None."""
+    policy = policy_for(config, regions)
+    if not policy.specs():
+        return None
+    device = next(value.device for value in inputs if isinstance(value, Tensor))
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in policy.specs()}
+    clock = torch.zeros(2, 2, device=device)
+    everything = StepKind(False, False, samples_and_tokens(regions)[1], forced=True)
+    try:
+        with torch.no_grad():
+            full = step_function(graph, regions, policy, StepKind())(inputs, state, clock)
+            again = step_function(graph, regions, policy, everything)(inputs, {**state, **full.updates}, clock)
+            original = step_function(graph, regions, Plain(config, regions), StepKind())(inputs, {}, clock)
+        same_outputs("rewritten", full.outputs, original.outputs, config, record)
+        same_outputs("recomputed", again.outputs, original.outputs, config, record)
+    except Exception as error:
+        # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
 
-        A full step is compared with the captured model. A cache step is compared with the same step run eagerly,
-        which shows what lowering did to it; `recomputed` shows what the rewrite did.
-        Raises ValidationError where they differ.
-        """
-        copies = {name: tensor.clone() for name, tensor in state.items()}
-        compiled = program(inputs, copies, clock)
-        if kind.full:
-            self._compare("full", compiled.outputs, self.shapes.original(inputs))
-            if self.shapes.caching:
-                self.recomputed(inputs, {**copies, **compiled.updates}, compiled.outputs)
-            return
-        eager = self.shapes.eager(kind, inputs, state, clock)
-        self._compare("cache", compiled.outputs, eager.outputs)
 
-    def recomputed(self, inputs: Sequence[Any], state: dict[str, Tensor], outputs: Sequence[Any]) -> None:
-        """A cache step with everything recomputed, right after a full step, must equal the full step."""
-        if self.shapes.config.family != "moeca" or not self.shapes.regions.experts:
-            return
-        forced = StepKind(attention=False, experts=False, capacity=self.shapes.plan.sizes[1], forced=True)
-        result = self.shapes.eager(forced, inputs, state, self.shapes.clock([[0.0, 0.0], [0.0, 0.0]]))
-        self._compare("recomputed", result.outputs, outputs)
+def _parts(regions: Regions) -> list[Attention | Experts | FeedForward]:
+    return [*regions.attentions, *regions.experts, *regions.feedforwards]
 
-    def _compare(self, check: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
-        for one, other in zip(found, wanted, strict=True):
-            if isinstance(one, Tensor) and one.is_floating_point():
-                error = relative_error(one, other)
-                self.record.worst(check, error)
-                allowed = self.shapes.config.tolerance or TOLERANCE.get(one.dtype, 1e-4)
-                if not error <= allowed:
-                    raise ValidationError(f"{check} step: error {error:.2e} exceeds {allowed:.0e}")
+
+def _alone(regions: Regions, part: Attention | Experts | FeedForward) -> Regions:
+    return _only(regions, [part])
+
+
+def _only(regions: Regions, parts: Sequence[Attention | Experts | FeedForward]) -> Regions:
+    """The regions without all but `parts`; residual branches go with the region that they belong to."""
+    attentions = tuple(a for a in regions.attentions if a in parts)
+    experts = tuple(e for e in regions.experts if e in parts)
+    feedforwards = tuple(f for f in regions.feedforwards if f in parts)
+    outputs = {f.output for f in feedforwards}
+    residuals = tuple(
+        r
+        for r in regions.residuals
+        if r in {a.residual for a in attentions} | {e.residual for e in experts} or r.output in outputs
+    )
+    return replace(regions, attentions=attentions, experts=experts, feedforwards=feedforwards, residuals=residuals)
+
+
+def _without(regions: Regions, faults: dict[Attention | Experts | FeedForward, str]) -> Regions:
+    kept = tuple(Kept(type(part).__name__.lower(), part.name, why) for part, why in faults.items())
+    good = [part for part in _parts(regions) if part not in faults]
+    return replace(_only(regions, good), kept=(*regions.kept, *kept))
+
+
+def same_outputs(
+    check: str, found: Sequence[Any], wanted: Sequence[Any], config: MoecaConfig, record: Record | None
+) -> None:
+    """Compare outputs and note the error. Raises ValidationError where it exceeds the tolerance."""
+    for one, other in zip(found, wanted, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            error = relative_error(one, other)
+            allowed = config.tolerance or TOLERANCE.get(one.dtype, 1e-4)
+            if record is not None:
+                record.worst(check, error)
+            if not error <= allowed:
+                raise ValidationError(f"{check} step: error {error:.2e} exceeds {allowed:.0e}")
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
