@@ -141,7 +141,7 @@ def _along_dim(position: int, default: int | None = None, keepdim: int | None = 
         source, layout = carried
         ndim = len(shape_of(source))
         dims = _argument(node, position, "dim", default)
-        if dims is None:
+        if dims is None or dims == []:  # both mean all dims
             return None
         reduced = {_normalise(d, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
         if {layout.batch, layout.token} & reduced:
