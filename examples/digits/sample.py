@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"a policy, may be given several times; of {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
     )
     parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
-    parser.add_argument("--guidance", type=guidance_scale, default=2.0, help="classifier-free guidance (2)")
+    parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="diffusers' scheduler (euler)")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=default_device, help=f"({default_device})")

@@ -75,7 +75,7 @@ def generate(
     labels: Tensor,
     *,
     steps: int = 50,
-    guidance: float = 2.0,
+    guidance: float = 1.5,
     sampler: str = "euler",
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
