@@ -114,3 +114,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one."""
     with torch.no_grad():
         return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def is_size(placeholder: fx.Node) -> bool:
+    """Whether a number among the inputs of Dynamo's graph is the size of a tensor input."""
+    return type(getattr(placeholder, "_dynamo_source", None)).__name__ == "TensorPropertySource"

@@ -21,6 +21,7 @@ import moeca_compile.ops.markers  # noqa: F401
 from moeca_compile import capture
 from moeca_compile._torch_private import graph_break, is_module_state, root_module, traced_wrapper
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record, attach, record_of
 
@@ -53,7 +54,8 @@ def moeca_backend(
     if not _worth_rewriting(gm):
         return _as_torch_compile_would(gm, inputs, record)
     user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    engine = Engine(gm, user_inputs, config, record)
+    numbers = scalar_inputs_to_tensors(gm, inputs)
+    engine = Engine(gm, user_inputs, numbers, config, record)
     record.engines.append(engine)
     return engine
 

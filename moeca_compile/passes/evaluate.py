@@ -65,6 +65,8 @@ class Evaluation:
     def _compute(self, node: fx.Node) -> Any:
         if node in self.replacements:
             return self.replacements[node]()
+        if node.op == "get_attr":  # a constant that tracing found in the model's code
+            return getattr(self.graph.owning_module, str(node.target))
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -59,8 +59,8 @@ def token_layouts(graph: fx.Graph, seed: fx.Node, layout: Layout) -> Layouts:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Static shape of the node's value; of its first output where it has several."""
-    value = node.meta["val"]
+    """Static shape of the node's value, of its first output where it has several; () for a number."""
+    value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
     return tuple(first.shape) if isinstance(first, torch.Tensor) else ()
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
@@ -26,11 +27,20 @@ class Engine:
     Args:
         gm: Dynamo's graph.
         user_inputs: which of its placeholders are arguments of the model.
+        numbers: positions of inputs that come as Python numbers and go in as 0-dim tensors.
         config, record: options, and where to note what happens.
     """
 
-    def __init__(self, gm: fx.GraphModule, user_inputs: Sequence[bool], config: MoecaConfig, record: Record) -> None:
-        self.gm, self.user_inputs, self.config, self.record = gm, list(user_inputs), config, record
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        user_inputs: Sequence[bool],
+        numbers: Sequence[int],
+        config: MoecaConfig,
+        record: Record,
+    ) -> None:
+        self.gm, self.user_inputs, self.numbers = gm, list(user_inputs), list(numbers)
+        self.config, self.record = config, record
         self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -46,6 +56,8 @@ class Engine:
             return self.by_shape[key]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        if self.numbers:
+            inputs = tuple(torch.tensor(v) if i in self.numbers else v for i, v in enumerate(inputs))
         shapes = self.prepare(inputs)
         if not shapes.caching:
             return self._uncached(shapes, inputs)

@@ -15,7 +15,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
-from moeca_compile.policies import policy_for
+from moeca_compile.policies import Plain, Policy, policy_for
 from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.runtime.program import Program
 from moeca_compile.runtime.record import Record
@@ -45,7 +45,8 @@ class Specialisation:
     ) -> None:
         self.config, self.record = config, record
         with record.timed("capture"):
-            self.graph = to_functional_aten(gm, inputs).graph
+            self.module = to_functional_aten(gm, inputs)
+            self.graph = self.module.graph
         with record.timed("match"):
             collapse_views(self.graph)
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -64,7 +65,7 @@ class Specialisation:
 
     def _plan(self) -> None:
         with self.record.timed("plan"):
-            self.policy = policy_for(self.config, self.regions)
+            self.policy: Policy = policy_for(self.config, self.regions)
             self.plan: Plan = plan_step(self.graph, self.regions, self.policy.specs(), self.config)
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
 
@@ -72,7 +73,7 @@ class Specialisation:
         if self.config.recipe == "none" or not self.caching:
             return
         if self.regions.timestep is None:
-            self.caching = False
+            self.caching, self.policy = False, Plain(self.config, self.regions)
             self.record.warn(
                 "no timestep was found among the model's inputs, so steps and generations cannot be told apart: "
                 "the model runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding."
