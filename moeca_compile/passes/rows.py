@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from moeca_compile.passes.token_axis import Layout, Layouts, is_pointwise, shape_of
 
 aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class NotRowWise(Exception):
@@ -68,7 +69,8 @@ class Rows:
         chosen: (samples, C) token indices, distinct within a sample.
         layouts: the token-axis analysis of the graph.
         whole: gives a node's value for all tokens (used for what is read from outside the slice).
-        sources: nodes whose rows are gathered, not computed: the inputs of the slice.
+        sources: nodes whose rows are gathered, not computed: the inputs of the slice. What lies before all of
+            them in the graph cannot depend on them, and is gathered too.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class Rows:
         self.layouts = layouts
         self.whole = whole
         self.sources = set(sources)
+        self.first = min(self.sources)
         self.values: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
-        """The value of `node` on the chosen tokens. Raises NotRowWise where it has no token layout."""
+        """The value of `node` on the chosen tokens. Raises NotRowWise where it cannot be computed from rows."""
         stack = [node]
         while stack:
             current = stack[-1]
@@ -104,17 +107,22 @@ class Rows:
     def _settle(self, node: fx.Node) -> None:
         if node in self.values:
             return
-        if node in self.sources:
+        if self._gathered(node):
             self.values[node] = take_rows(self.whole(node), self.layouts[node], self.chosen)
         else:
             self.values[node] = self._compute(node)
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
-        if node in self.sources or node in self.values:
+        if node in self.values or self._gathered(node):
             return []
         if node not in self.layouts:
             raise NotRowWise(f"{node.target} has no token axis")
+        if node.target is _ATTENTION and any(arg in self.layouts for arg in node.args[1:3]):
+            raise NotRowWise(f"{node.target} needs the keys and values of all tokens")
         return [arg for arg in node.all_input_nodes if arg in self.layouts]
+
+    def _gathered(self, node: fx.Node) -> bool:
+        return node in self.layouts and (node in self.sources or node < self.first)
 
     def _compute(self, node: fx.Node) -> Any:
         layout = self.layouts[node]
@@ -141,10 +149,11 @@ class Rows:
         value = self.whole(arg)
         if not isinstance(value, Tensor) or not _aligns_inputs(node.target):
             return value
-        dim = layout.token - (len(shape_of(node)) - value.ndim)
-        if dim < 0 or value.shape[dim] != shape_of(node)[layout.token] or value.shape[dim] == 1:
+        shape, layout = _operand(node, layout)
+        dim = layout.token - (len(shape) - value.ndim)
+        if dim < 0 or value.shape[dim] != shape[layout.token] or value.shape[dim] == 1:
             return value
-        return take_rows(self._over_samples(value, len(shape_of(node)), layout), layout, self.chosen)
+        return take_rows(self._over_samples(value, len(shape), layout), layout, self.chosen)
 
     @staticmethod
     def _over_samples(value: Tensor, ndim: int, layout: Layout) -> Tensor:
@@ -153,6 +162,15 @@ class Rows:
         if not layout.merged:
             shape[layout.batch] = layout.samples
         return value.expand(shape)
+
+
+def _operand(node: fx.Node, layout: Layout) -> tuple[tuple[int, ...], Layout]:
+    """Shape and layout that the inputs of `node` are aligned with: its own, before `stack` inserted a dim."""
+    shape = shape_of(node)
+    if node.target is not aten.stack.default:
+        return shape, layout
+    new = (node.args[1] if len(node.args) > 1 else 0) % len(shape)  # type: ignore[operator]
+    return shape[:new] + shape[new + 1 :], layout.moved(lambda d: d - (new < d))
 
 
 def _aligns_inputs(target: object) -> bool:
