@@ -114,7 +114,7 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: object) -> Policy:
-    """``model`` under plain torch.compile (``BASELINE``) or under a recipe of ours; compiled when first run."""
+    """``model`` under plain torch.compile (``BASELINE``) or one of our recipes; compiled when first run."""
     own = private_copy(model)
     if name == BASELINE:
         compiled = torch.compile(own)
