@@ -12,10 +12,12 @@ import torch
 from torch import fx
 from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext, tracing
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 CompileStart = Callable[[CallbackArgs], None]
 
@@ -112,7 +114,9 @@ def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphMod
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one."""
-    with torch.no_grad():
+    # Inductor's cache of compiled graphs wants a shape environment, though all sizes are static.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with torch.no_grad(), tracing(TracingContext(mode)):
         return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
 
 

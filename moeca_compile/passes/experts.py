@@ -102,7 +102,9 @@ def _extract(output: fx.Node, entries: tuple[fx.Node, ...], own: list[fx.Node], 
         layouts |= token_layouts(output.graph, entry, Layout(0, 0, 1, rows))
     for node in sorted(inside):
         if node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            # Names that say nothing of the layer: equal bodies get equal code, and so one key.
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs, f"value_{len(copies)}")
             _free_row_count(copies[node], node, layouts)
     graph.output(copies[output])
     return fx.GraphModule({}, graph)
