@@ -10,7 +10,8 @@ from torch import fx
 import moeca_compile  # noqa: F401  (registers the ops and installs capture)
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime import program, specialisation
-from tests.harness import EagerProgram
+from tests.harness import Captured, EagerProgram, captured
+from tests.models import TinyDiTMoE, make_inputs, make_model
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch, export_once: Callable[..., Any]) -> None:
-    """Steps run as eager functions, neither traced nor compiled, and a captured graph is exported only once."""
+    """Steps run as eager functions, neither traced nor compiled; a captured graph is exported only once."""
     monkeypatch.setattr(specialisation, "Program", EagerProgram)
     monkeypatch.setattr(specialisation, "to_functional_aten", export_once)
 
@@ -37,3 +38,16 @@ def export_once() -> Callable[..., Any]:
         return known[key]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def model() -> TinyDiTMoE:
+    """A DiT-MoE of 4 blocks, the second and fourth with experts. Treat it as constant."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def graph(model: TinyDiTMoE) -> Captured:
+    """The model as the backend gets it, at a batch of 2."""
+    noise, labels = make_inputs(model)
+    return captured(model, noise, torch.ones(len(noise)), labels)

@@ -8,21 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import Captured, captured
-from tests.models import Block, TinyDiTMoE, make_inputs, make_model, modulate
+from tests.models import Block, TinyDiTMoE, make_inputs, modulate
 
 STEPS, EVERY = 10, 3
-
-
-@pytest.fixture(scope="module")
-def model() -> TinyDiTMoE:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def graph(model) -> Captured:
-    noise, labels = make_inputs(model)
-    return captured(model, noise, torch.ones(len(noise)), labels)
 
 
 class Held:

@@ -15,8 +15,8 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite import StepResult
 from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.runtime.engine import Engine
-from tests.harness import Captured, captured
-from tests.models import TinyDiTMoE, make_inputs, make_model
+from tests.harness import Captured
+from tests.models import TinyDiTMoE, make_inputs
 from tests.policies.reference_moeca import Decision, Simulation
 from tests.policies.reference_moeca import StepResult as Simulated
 
@@ -54,17 +54,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"full_every": 7},
     {"full_steps": (0, 1, 5, 6, 13)},
 ]
-
-
-@pytest.fixture(scope="module")
-def model() -> TinyDiTMoE:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def graph(model) -> Captured:
-    noise, labels = make_inputs(model)
-    return captured(model, noise, torch.ones(len(noise)), labels)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Self-attention from a residual stream; what looks like it and stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeca_compile.passes.attention import attention_nodes, match_attention, sdpa_options, work_between
+from moeca_compile.passes.regions import Attention, Kept
+from moeca_compile.passes.token_axis import Layout, token_layouts
+from tests.harness import exported, nodes_of, ops, placeholders
+
+B, N, D, H = 2, 6, 8, 2
+X, TABLE, TEXT = torch.randn(B, N, D), torch.randn(N, D // H), torch.randn(B, 7, D)
+QKV, PROJ, MASK = torch.randn(3 * D, D), torch.randn(D, D), torch.ones(N, N, dtype=torch.bool)
+INPUTS = (X, TABLE, TEXT, QKV, PROJ, MASK)
+
+
+def heads(x: Tensor, count: int = H) -> Tensor:
+    return x.view(*x.shape[:2], count, -1).transpose(1, 2)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def fused(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return F.linear(x, weight).view(B, N, 3, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def with_options(**options):
+    def block(x, table, text, qkv, proj, mask):
+        q, k, v = fused(x, qkv)
+        return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v, **options)), proj)
+
+    return block
+
+
+def rotary(x, table, text, qkv, proj, mask):
+    q, k, v = fused(F.layer_norm(x, (D,)), qkv)
+    return x + F.linear(flat(F.scaled_dot_product_attention(q * table, k * table, v)), proj)
+
+
+def three_projections(x, table, text, qkv, proj, mask):
+    q, k, v = (heads(F.linear(x, w)) for w in qkv.chunk(3))
+    return F.linear(flat(F.scaled_dot_product_attention(q, k, v)), proj) + x
+
+
+def grouped_queries(x, table, text, qkv, proj, mask):
+    q = heads(F.linear(x, proj))
+    k, v = (heads(F.linear(x, w), 1) for w in qkv[: D * 2].view(-1, D)[:D].chunk(2))
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)), proj)
+
+
+MATCHES = {
+    "fused": with_options(),
+    "scaled": with_options(scale=0.1),
+    "rotary": rotary,
+    "three projections": three_projections,
+    "grouped queries": grouped_queries,
+}
+
+
+def matched(block) -> tuple[list[Attention | Kept], object]:
+    gm = exported(block, *INPUTS)
+    before = ops(gm)
+    layouts = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
+    found = [match_attention(node, layouts) for node in attention_nodes(gm.graph)]
+    assert ops(gm) == before, "matching never edits"
+    return found, gm
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_match(name):
+    (attention,), gm = matched(MATCHES[name])
+    assert isinstance(attention, Attention)
+    (sdpa,) = nodes_of(gm, torch.ops.aten.scaled_dot_product_attention)
+    assert attention.sdpa is sdpa
+    assert (attention.query, attention.key, attention.value) == sdpa.args[:3]
+    assert attention.residual.stream is placeholders(gm)[0]
+    assert attention.residual.output is nodes_of(gm, torch.ops.aten.linear)[-1]
+
+
+def test_options_are_given_by_name_with_defaults():
+    (attention,), _ = matched(MATCHES["scaled"])
+    expected = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.1, "enable_gqa": False}
+    assert sdpa_options(attention.sdpa) == expected
+    (attention,), _ = matched(MATCHES["grouped queries"])
+    assert sdpa_options(attention.sdpa)["enable_gqa"] is True
+
+
+def masked(x, table, text, qkv, proj, mask):
+    q, k, v = fused(x, qkv)
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v, mask)), proj)
+
+
+def across(x, table, text, qkv, proj, mask):
+    k, v = (heads(F.linear(text, w)) for w in qkv[: 2 * D].chunk(2))
+    return x + F.linear(flat(F.scaled_dot_product_attention(heads(F.linear(x, proj)), k, v)), proj)
+
+
+def joint(x, table, text, qkv, proj, mask):
+    """Keys and values of picture and text together."""
+    q, k, v = fused(x, qkv)
+    k, v = (torch.cat([value, heads(text)], 2) for value in (k, v))
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v)), proj)
+
+
+def no_residual(x, table, text, qkv, proj, mask):
+    return F.linear(flat(F.scaled_dot_product_attention(*fused(x, qkv))), proj) * 2
+
+
+def mixed_output(x, table, text, qkv, proj, mask):
+    out = flat(F.scaled_dot_product_attention(*fused(x, qkv)))
+    return x + F.linear(out.softmax(1), proj)
+
+
+def over_heads(x, table, text, qkv, proj, mask):
+    """Attention among the heads of a token."""
+    q, k, v = F.linear(x, qkv).view(B, N, 3, H, D // H).unbind(2)
+    return x + F.linear(F.scaled_dot_product_attention(q, k, v).reshape(B, N, D), proj)
+
+
+def over_rows(x, table, text, qkv, proj, mask):
+    """One attention over the tokens of all samples, without a batch dim."""
+    q, k, v = F.linear(x, qkv).view(B * N, 3, H, D // H).permute(1, 2, 0, 3).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(B, N, D)
+    return x + F.linear(out, proj)
+
+
+NEAR_MISSES = {
+    "a causal mask": (with_options(is_causal=True), "mask"),
+    "a given mask": (masked, "mask"),
+    "dropout": (with_options(dropout_p=0.1), "drops out"),
+    "keys of another stream": (across, "keys are not computed"),
+    "keys of two streams": (joint, "keys are not computed"),
+    "no residual": (no_residual, "no residual addition"),
+    "an output that mixes tokens": (mixed_output, "not computed token by token"),
+    "attention over heads": (over_heads, ""),
+    "attention over all samples": (over_rows, ""),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name):
+    block, reason = NEAR_MISSES[name]
+    (kept,), _ = matched(block)
+    assert isinstance(kept, Kept)
+    assert kept.kind == "attention"
+    assert reason in kept.reason
+
+
+def test_work_between():
+    gm = exported(lambda x, w: (F.linear(x, w).relu(), x.relu() * 2), X, PROJ)
+    heavy, light = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    x = placeholders(gm)[0]
+    assert work_between(x, heavy)
+    assert not work_between(x, light)
+    assert not work_between(heavy, light)

@@ -1,0 +1,126 @@
+"""Residual branches: which additions end one, and where its gate is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from moeca_compile.passes.residuals import residual_around, residual_at
+from moeca_compile.passes.token_axis import Layout, token_layouts
+from tests.harness import exported, nodes_of, outputs, placeholders
+
+B, N, D = 2, 5, 4
+X, GATE, OTHER = torch.randn(B, N, D), torch.randn(B, D), torch.randn(B, N, D)
+W = torch.randn(D, D)
+aten = torch.ops.aten
+
+
+def branch(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, (D,)), w)
+
+
+BRANCHES = {
+    "no gate": lambda x, g, w, o: x + branch(x, w),
+    "the branch first": lambda x, g, w, o: branch(x, w) + x,
+    "a gate": lambda x, g, w, o: x + g.unsqueeze(1) * branch(x, w),
+    "a gate behind": lambda x, g, w, o: x + branch(x, w) * g.unsqueeze(1),
+    "a gate and the branch first": lambda x, g, w, o: g.unsqueeze(1) * branch(x, w) + x,
+    "a tanh gate": lambda x, g, w, o: x + g.tanh().unsqueeze(1) * branch(x, w),
+    "a clamped tanh gate": lambda x, g, w, o: x + (1 - g.clamp(max=0.5)).tanh()[:, None] * branch(x, w),
+    "two gates": lambda x, g, w, o: x + g.unsqueeze(1) * (g.exp().unsqueeze(1) * branch(x, w)),
+    "a scaled addition, whose scale stays": lambda x, g, w, o: torch.add(x, branch(x, w), alpha=2),
+    "a gate a token": lambda x, g, w, o: x + o * branch(x, w),
+}
+"""All with the same branch, so that its output is the linear."""
+
+
+def traced(function) -> tuple[fx.GraphModule, set[fx.Node], fx.Node]:
+    """(graph, nodes with the token axis of x, the node that is returned)."""
+    gm = exported(function, X, GATE, W, OTHER)
+    tokens = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
+    return gm, set(tokens), outputs(gm)[0]
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_is_found_from_its_addition(name):
+    gm, tokens, add = traced(BRANCHES[name])
+    residual = residual_at(add, tokens)
+    assert residual is not None
+    assert residual.stream is placeholders(gm)[0]
+    assert [residual.output] == nodes_of(gm, aten.linear)
+    assert residual.add is add
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_is_found_from_its_anchor(name):
+    gm, _, add = traced(BRANCHES[name])
+    (linear,) = nodes_of(gm, aten.linear)
+    residual = residual_around(linear)
+    assert residual is not None
+    assert (residual.stream, residual.output, residual.add) == (placeholders(gm)[0], linear, add)
+
+
+def test_the_first_addition_back_onto_the_stream_ends_the_branch():
+    gm, _, _ = traced(lambda x, g, w, o: (x + branch(x, w)) * 2 + x)
+    residual = residual_around(nodes_of(gm, aten.linear)[0])
+    assert residual is not None
+    assert residual.add is nodes_of(gm, aten.add)[0]
+
+
+def test_work_after_the_anchor_belongs_to_the_branch():
+    """A projection and an addition that is none of the stream's."""
+    gm, tokens, add = traced(lambda x, g, w, o: x + F.linear(branch(x, w).relu() + o, w))
+    first, last = nodes_of(gm, aten.linear)
+    residual = residual_around(first)
+    assert residual is not None
+    assert (residual.output, residual.add) == (last, add)
+    assert residual_at(add, tokens) == residual
+
+
+NEAR_MISSES = {
+    "a position embedding": lambda x, g, w, o: x + o,
+    "a position embedding through a product": lambda x, g, w, o: x + F.linear(o, w),
+    "a bias": lambda x, g, w, o: x + g.unsqueeze(1),
+    "an addition of a number": lambda x, g, w, o: branch(x, w) + 1,
+    "a doubled stream": lambda x, g, w, o: x + x,
+    "a sum of two branches, no stream": lambda x, g, w, o: branch(x, w) + F.linear(x, w),
+    "a difference": lambda x, g, w, o: x - branch(x, w),
+    "another shape": lambda x, g, w, o: x + branch(x, w).mean(-1, keepdim=True),
+    "a branch that mixes tokens": lambda x, g, w, o: x + F.linear(x.softmax(1), w),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name):
+    _, tokens, add = traced(NEAR_MISSES[name])
+    assert residual_at(add, tokens) is None
+
+
+def test_the_addition_of_modulate_is_none():
+    """x * (1 + scale) + shift: the other operand is no stream."""
+    gm, tokens, _ = traced(lambda x, g, w, o: F.layer_norm(x, (D,)) * (1 + g.unsqueeze(1)) + g.unsqueeze(1))
+    assert [residual_at(add, tokens) for add in nodes_of(gm, aten.add)] == [None, None]
+
+
+def test_the_gates_own_product_is_no_output():
+    """A gate that itself comes from the branch's path is part of the branch."""
+    gm, tokens, add = traced(lambda x, g, w, o: x + branch(x, w).sigmoid() * branch(x, w))
+    residual = residual_at(add, tokens)
+    assert residual is not None
+    assert [residual.output] == nodes_of(gm, aten.mul)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, g, w, o: branch(x, w) * 2,
+        lambda x, g, w, o: o + branch(x, w),
+        lambda x, g, w, o: x + (h := branch(x, w)) + h.relu(),
+    ],
+    ids=["no addition", "another stream", "a path that forks"],
+)
+def test_an_anchor_without_a_residual(function):
+    gm, _, _ = traced(function)
+    assert residual_around(nodes_of(gm, aten.linear)[0]) is None
