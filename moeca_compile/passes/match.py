@@ -55,15 +55,18 @@ def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) ->
         if add in chain or add in inside or add not in tokens:
             continue
         residual = residual_at(add, tokens)
-        if residual and work_between(residual.stream, residual.output) and not _spans(residual, chain):
-            chain[add] = residual
+        if residual and work_between(residual.stream, residual.output):
+            within = _within(residual, chain)
+            if not any(inner in known or inner.stream is residual.stream for inner in within):
+                chain = {end: r for end, r in chain.items() if r not in within} | {add: residual}
     return tuple(chain[add] for add in sorted(chain))
 
 
-def _spans(residual: Residual, chain: dict[fx.Node, Residual]) -> bool:
-    """A skip connection over whole blocks is no feed-forward."""
+def _within(residual: Residual, chain: dict[fx.Node, Residual]) -> list[Residual]:
+    """What was found inside the branch. A skip over whole blocks holds a region, or a branch of the same stream;
+    anything else is a detail of this feed-forward."""
     inner = between(residual.stream, [residual.output])
-    return any(add in inner for add in chain)
+    return [chain[add] for add in chain if add in inner]
 
 
 def _feedforwards(graph: fx.Graph, residuals: tuple[Residual, ...]) -> tuple[FeedForward, ...]:

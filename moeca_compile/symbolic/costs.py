@@ -12,6 +12,7 @@ from torch import fx
 from moeca_compile.passes.token_axis import Layouts, shape_of
 
 aten = torch.ops.aten
+_CONVOLUTIONS = (aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 BATCH, TOKENS = sympy.symbols("B N", positive=True)
 """Samples and tokens a sample."""
@@ -31,7 +32,7 @@ def node_flops(node: fx.Node) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = shape_of(node.args[0]), shape_of(node.args[1])  # type: ignore[arg-type]
         return 2 * prod(query[:-1]) * key[-2] * (query[-1] + out[-1])
-    if node.target in (aten.convolution.default, aten.conv2d.default):
+    if node.target in _CONVOLUTIONS:
         return 2 * prod(out) * prod(shape_of(node.args[1])[1:])  # type: ignore[arg-type]
     return 0
 
