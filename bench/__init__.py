@@ -1,0 +1,1 @@
+"""Benchmarks: one script a question; results are CSV rows that name device and versions."""

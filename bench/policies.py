@@ -1,0 +1,392 @@
+"""What each recipe and each option is worth on the digits testbed: quality and FLOPs, no timings.
+
+python -m bench.policies
+python -m bench.policies --question recipes --question intervals --out figures.csv
+
+Every case makes the same pictures as the uncached model, from the same seeds, and is compared with them. The
+step functions are traced as always but run eagerly, without Inductor, so that a case takes seconds: the
+numbers are those of the compiled steps up to rounding, the times mean nothing (examples/digits/sample.py
+measures those). Rows go to a CSV file, a table for each question to the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any, TextIO
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+import moeca_compile
+from examples.digits import metrics
+from examples.digits.arguments import guidance_scale, usable_device, whole_number
+from examples.digits.checkpoint import MODEL_PATH, CheckpointError, load_classifier, load_model
+from examples.digits.compare import environment
+from examples.digits.data import load_split
+from examples.digits.model import DigitsDiT
+from examples.digits.sampling import generate
+
+RESULTS = Path(__file__).resolve().parent / "results" / "policies.csv"
+FORECASTS = ("attention", "experts", "shared")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One way to make pictures: `options` of the backend, or the uncached model where they are None.
+
+    `steps` and `sampler` differ from the question's only for uncached runs with fewer steps.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None = None
+    steps: int | None = None
+    sampler: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Cases that answer one question. `images` a seed set and `sets` are the least that its answer needs."""
+
+    name: str
+    cases: tuple[Case, ...]
+    sampler: str = "euler"
+    images: int = 10
+    sets: int = 3
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality of a case's pictures against the uncached ones from the same seeds.
+
+    psnr: dB, of each image, then the mean; psnr_low, psnr_high: the same of the worst and best seed set;
+    psnr_worst: of the worst image. agreement: share of pictures that the classifier takes for the wished
+    class. frechet_real, frechet_uncached: distance in the classifier's features to held-out digits, and to
+    uncached pictures from other seeds.
+    """
+
+    psnr: float
+    psnr_low: float
+    psnr_high: float
+    psnr_worst: float
+    agreement: float
+    frechet_real: float
+    frechet_uncached: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a case computes and keeps; ratios are None where nothing is matched."""
+
+    flops_speedup: float
+    match_ratio: float | None = None
+    reuse_ratio: float | None = None
+    cache_bytes: int = 0
+
+
+@dataclass
+class Study:
+    """The model with its judge, and the uncached pictures by (sampler, images, sets) once they were made."""
+
+    checkpoint: Path
+    steps: int
+    guidance: float
+    device: torch.device
+    uncached: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
+
+    def model(self) -> DigitsDiT:
+        return load_model(self.checkpoint).to(self.device)
+
+
+# --- the questions ------------------------------------------------------------------------------------------
+
+
+def questions() -> tuple[Question, ...]:
+    return (
+        Question("recipes", (*_recipes((3, 4, 6)), *_fewer_steps(("euler", "multistep")))),
+        Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
+        Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
+        Question("intervals", tuple(_intervals()), sets=2),
+        Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
+    )
+
+
+def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
+    yield Case("none", {"recipe": "none"})
+    for every in intervals:
+        for recipe in ("fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast"):
+            yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
+
+
+def _fewer_steps(samplers: Sequence[str], counts: Sequence[int] = (25, 17, 13, 9)) -> Iterator[Case]:
+    for sampler in samplers:
+        for steps in counts:
+            yield Case(f"uncached, {steps} {sampler} steps", None, steps, sampler)
+
+
+def _variants(recipe: str, options: Sequence[Mapping[str, Any]]) -> tuple[Case, ...]:
+    """The recipe as it is, and with each of these options."""
+    changed = (Case(_describe(option), {"recipe": recipe, **option}) for option in options)
+    return (Case(recipe, {"recipe": recipe}), *changed)
+
+
+def _describe(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+_MOECA_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"keys_values": "all"},
+    {"keys_values": "none"},
+    {"mask_source": "previous"},
+    {"mask_source": "previous", "keys_values": "all"},
+    {"shared": "any"},
+    {"shared": "always"},
+    {"keys_values": "all", "shared": "any"},
+    {"entropy": "minmax"},
+    {"statistic": "batch"},
+    {"score_weights": "raw"},
+    {"score": "drift"},
+    {"score": "drift", "tau0": 0.05},
+    {"score": "staleness"},
+    {"overwrite": False},
+    {"tau0": 0.4},
+    {"tau0": 1.2},
+    {"alpha": 0.0},
+    {"budget": 0.0},
+    {"budget": 1 / 32},
+    {"budget": 1 / 16},
+    {"budget": 1 / 8},
+    {"budget": 1 / 4},
+    {"budget": 1 / 16, "score": "drift"},
+    {"budget": 1 / 16, "score": "staleness"},
+    {"budget": 1 / 16, "keys_values": "all"},
+    {"capacities": (1 / 4, 1.0)},
+    {"capacities": (1.0,)},
+    {"forecast": ("attention",)},
+    {"forecast": ("experts",)},
+    {"forecast": ("shared",)},
+    {"forecast": ("attention", "experts")},
+    {"forecast": FORECASTS},
+)
+
+_FORECAST_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"forecast": ("attention",)},
+    {"forecast": ("experts",)},
+    {"forecast": ("experts", "shared")},
+    {"forecast": ("attention", "experts")},
+    {"budget": 1 / 32},
+    {"budget": 1 / 16},
+    {"budget": 1 / 8},
+    {"budget": 1 / 4},
+    {"budget": None},
+    {"budget": 1 / 16, "keys_values": "all"},
+    {"budget": 1 / 16, "keys_values": "none"},
+    {"budget": 1 / 16, "score": "drift"},
+    {"budget": 1 / 16, "score": "staleness"},
+    {"budget": 1 / 16, "mask_source": "previous"},
+    {"budget": 1 / 16, "shared": "any"},
+    {"budget": 1 / 16, "overwrite": False},
+    {"shared": "always"},
+    {"cache_dtype": "bfloat16"},
+)
+
+
+def _intervals() -> Iterator[Case]:
+    for recipe in ("fora", "fora-forecast", "moeca", "moeca-forecast"):
+        for attention, experts in ((4, 4), (4, 8), (8, 4), (6, 6)):
+            name = f"{recipe}, attention {attention}, experts {experts}"
+            yield Case(name, {"recipe": recipe, "attention_every": attention, "experts_every": experts})
+
+
+# --- running them -------------------------------------------------------------------------------------------
+
+
+def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Costs]:
+    """Pictures of one case, scored, and what they cost."""
+    model: Any = study.model()
+    if case.options is not None:
+        options = {"validate": False, **case.options}
+        model = torch.compile(model, backend="moeca", options=options)
+    steps, sampler = case.steps or study.steps, case.sampler or question.sampler
+    with patch("moeca_compile.runtime.program.compile_graph", _uncompiled):
+        pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
+    costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
+    torch._dynamo.reset()
+    return _scores(study, question, pictures), costs
+
+
+def _uncompiled(graph: Callable[..., Any], inputs: Sequence[Any], *_: Any, **__: Any) -> Callable[..., Any]:
+    return graph
+
+
+def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
+    """[images, 1, 8, 8] from one seed, classes 0 to 9 in turn."""
+    labels = (torch.arange(question.images) % 10).to(study.device)
+    images = generate(model, labels, steps=steps, guidance=study.guidance, sampler=sampler, seed=seed)
+    return images.cpu()
+
+
+def _uncached(study: Study, question: Question) -> list[Tensor]:
+    """Uncached pictures of twice as many seeds: the first half for PSNR, the second for the distribution."""
+    key = (question.sampler, question.images, question.sets)
+    if key not in study.uncached:
+        seeds, model = range(2 * question.sets), study.model()
+        study.uncached[key] = [
+            _pictures(study, model, question, seed, study.steps, question.sampler) for seed in seeds
+        ]
+    return study.uncached[key]
+
+
+def _costs(model: Any) -> Costs:
+    report = moeca_compile.report(model)
+    assert report.flops is not None, "a compiled case has run"
+    return Costs(report.flops.speedup, report.match_ratio, report.reuse_ratio, report.cache_bytes)
+
+
+def _scores(study: Study, question: Question, pictures: list[Tensor]) -> Scores:
+    uncached = _uncached(study, question)
+    by_set = [
+        [metrics.psnr(a[None], b[None]) for a, b in zip(images, wished, strict=True)]
+        for images, wished in zip(pictures, uncached, strict=False)
+    ]
+    means = [mean(values) for values in by_set]
+    classifier, everything = load_classifier(), torch.cat(pictures)
+    labels = (torch.arange(question.images) % 10).repeat(question.sets)
+    other_seeds = torch.cat(uncached[question.sets :])
+    return Scores(
+        psnr=mean(means),
+        psnr_low=min(means),
+        psnr_high=max(means),
+        psnr_worst=min(min(values) for values in by_set),
+        agreement=metrics.agreement(classifier, everything, labels),
+        frechet_real=metrics.frechet_distance(classifier, everything, load_split()[1].images),
+        frechet_uncached=metrics.frechet_distance(classifier, everything, other_seeds),
+    )
+
+
+# --- rows, tables, command line -----------------------------------------------------------------------------
+
+
+def row_of(
+    study: Study, question: Question, case: Case, scores: Scores, costs: Costs, where: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One line of the CSV file."""
+    options = "" if case.options is None else _describe(case.options)
+    return {
+        "question": question.name,
+        "case": case.name,
+        "options": options,
+        "sampler": case.sampler or question.sampler,
+        "steps": case.steps or study.steps,
+        "guidance": study.guidance,
+        "images": question.images,
+        "seed_sets": question.sets,
+        **{name: _rounded(value) for name, value in (asdict(scores) | asdict(costs)).items()},
+        **where,
+    }
+
+
+def _rounded(value: float | int | None) -> float | int | str:
+    return "" if value is None else round(value, 4)
+
+
+def table_of(question: Question, rows: Sequence[Mapping[str, Any]]) -> Table:
+    title = f"{question.name}: {question.sampler}, {question.sets} x {question.images} images"
+    table = Table(title=title)
+    table.add_column("case")
+    columns = [item.name for item in (*fields(Costs), *fields(Scores))]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        shown = (row[column] for column in columns)
+        table.add_row(str(row["case"]), *(f"{v:.2f}" if isinstance(v, float) else str(v) for v in shown))
+    return table
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    names = [question.name for question in questions()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--question", action="append", choices=names, help="may be given several times (all)")
+    parser.add_argument("--images", type=whole_number(2), help="images a seed set (10, and 100 for ddpm)")
+    parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
+    parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
+    parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
+    parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
+    return parser.parse_args(argv)
+
+
+def chosen_questions(args: argparse.Namespace) -> list[Question]:
+    found = [q for q in questions() if not args.question or q.name in args.question]
+    return [Question(q.name, q.cases, q.sampler, args.images or q.images, args.sets or q.sets) for q in found]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    study, console = Study(args.checkpoint, args.steps, args.guidance, args.device), Console(width=180)
+    try:
+        study.model()
+    except CheckpointError as error:
+        print(f"policies.py: {error}", file=sys.stderr)
+        return 1
+    where = environment(args.device, torch.float32) | {"checkpoint": _fingerprint(args.checkpoint)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        tables = _answer(study, chosen_questions(args), where, console, file)
+    for table in tables:
+        console.print(table)
+    console.print(f"wrote {args.out}")
+    return 0
+
+
+def _answer(
+    study: Study, chosen: Sequence[Question], where: Mapping[str, Any], console: Console, file: TextIO
+) -> list[Table]:
+    """Run the cases, each a line in `file` once it is done; returns a table a question."""
+    columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: dict[Question, list[dict[str, Any]]] = {question: [] for question in chosen}
+    with Progress(*columns, console=console) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, once a compilation
+        pairs = [(question, case) for question in chosen for case in question.cases]
+        task = progress.add_task("", total=len(pairs))
+        for question, case in pairs:
+            progress.update(task, description=f"{question.name}: {case.name}")
+            scores, costs = run_case(study, question, case)
+            row = row_of(study, question, case, scores, costs, where)
+            _write(file, row, header=not any(rows.values()))
+            rows[question].append(row)
+            progress.advance(task)
+    return [table_of(question, answers) for question, answers in rows.items()]
+
+
+def _write(file: TextIO, row: Mapping[str, Any], header: bool) -> None:
+    writer = csv.DictWriter(file, list(row), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerow(row)
+    file.flush()
+
+
+def _fingerprint(path: Path) -> str:
+    """First digits of the checkpoint's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

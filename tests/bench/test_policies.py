@@ -1,0 +1,81 @@
+"""The study of options on a small untrained model: its cases run, and its rows mean what they say."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import policies
+from examples.digits.checkpoint import save_model
+from examples.digits.metrics import EXACT_DB
+from examples.digits.model import DigitsConfig, DigitsDiT
+from moeca_compile import MoecaConfig
+
+Run = Callable[..., dict[str, dict[str, str]]]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = DigitsDiT(DigitsConfig(width=32, depth=2, heads=2, experts=4, expert_width=32))
+    for parameter in model.parameters():
+        if not parameter.any():  # adaLN-zero would hide every branch
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_model(model, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run cases of one question on the small model; gives their CSV rows by case."""
+
+    def run(*cases: policies.Case, sampler: str = "euler") -> dict[str, dict[str, str]]:
+        question = policies.Question("test", cases, sampler, images=2, sets=1)
+        monkeypatch.setattr(policies, "questions", lambda: (question,))
+        threads, out = torch.get_num_threads(), tmp_path / "rows.csv"
+        argv = ["--steps", "6", "--checkpoint", str(checkpoint), "--out", str(out)]
+        assert policies.main([*argv, "--threads", str(threads)]) == 0
+        with out.open() as file:
+            return {row["case"]: row for row in csv.DictReader(file)}
+
+    return run
+
+
+def test_every_case_has_options_that_the_config_takes():
+    cases = [case for question in policies.questions() for case in question.cases]
+    configs = [MoecaConfig.from_options(case.options) for case in cases if case.options is not None]
+    assert {config.recipe for config in configs} == {
+        "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast",
+    }  # fmt: skip
+    for question in policies.questions():
+        assert len({case.name for case in question.cases}) == len(question.cases)
+
+
+def test_rows_hold_quality_costs_and_where_they_were_measured(run: Run):
+    rows = run(
+        policies.Case("same", {"recipe": "none"}),
+        policies.Case("cached", {"recipe": "moeca", "full_every": 3}),
+        policies.Case("fewer", None, 3, "euler"),
+    )
+    same, cached, fewer = rows["same"], rows["cached"], rows["fewer"]
+    assert float(same["psnr"]) > 100 and float(same["flops_speedup"]) == 1
+    assert 10 < float(cached["psnr"]) < float(same["psnr"])
+    assert float(cached["psnr_worst"]) <= float(cached["psnr"]) <= EXACT_DB
+    assert float(cached["flops_speedup"]) > 1 and 0 < float(cached["match_ratio"]) <= 1
+    assert int(cached["cache_bytes"]) > 0 and same["match_ratio"] == ""
+    assert float(fewer["flops_speedup"]) == 2 and int(fewer["steps"]) == 3
+    assert same["torch"] == torch.__version__ and same["dtype"] == "float32" and len(same["checkpoint"]) == 12
+
+
+def test_the_stochastic_sampler_gets_the_same_noise(run: Run):
+    rows = run(policies.Case("same", {"recipe": "none"}), sampler="ddpm")
+    assert float(rows["same"]["psnr"]) > 100
+
+
+def test_a_missing_checkpoint_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert policies.main(["--checkpoint", str(tmp_path / "none.safetensors")]) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
