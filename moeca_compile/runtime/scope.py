@@ -7,7 +7,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
+from weakref import WeakSet
 
+
+class Holder(Protocol):
+    """What keeps caches of generations."""
+
+    def drop_ended(self) -> None:
+        """Drop those whose context has ended."""
+
+
+_holders: WeakSet[Holder] = WeakSet()
 _numbers = itertools.count(1)
 _live: set[int] = set()
 _generation: ContextVar[int | None] = ContextVar("moeca_generation", default=None)
@@ -18,8 +29,9 @@ _stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
 def generation() -> Iterator[None]:
     """Everything called inside is one generation, with caches of its own.
 
-    Needed where generations cannot be told apart by their timesteps: models without a timestep input, requests
-    that interleave on one thread, samplers that go back in time. Caches are dropped when the context ends.
+    Needed where generations cannot be told apart by their timesteps: models without a timestep input,
+    requests that interleave on one thread, samplers that go back in time. Caches are dropped when the context
+    ends.
     """
     number = next(_numbers)
     _live.add(number)
@@ -29,6 +41,8 @@ def generation() -> Iterator[None]:
     finally:
         _generation.reset(token)
         _live.discard(number)
+        for holder in list(_holders):
+            holder.drop_ended()
 
 
 @contextmanager
@@ -42,6 +56,11 @@ def stream(name: str) -> Iterator[None]:
         yield
     finally:
         _stream.reset(token)
+
+
+def at_end(holder: Holder) -> None:
+    """Tell `holder`, as long as it lives, whenever the context of a generation ends."""
+    _holders.add(holder)
 
 
 def current_generation() -> tuple[str, int]:

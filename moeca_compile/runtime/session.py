@@ -1,11 +1,13 @@
 """Generations, steps and streams, told apart by the timesteps of the calls (or by marks of the user).
 
-A timestep equal to the last call's is the next stream of the same step (separate conditional and unconditional
-passes); one that goes on in the same direction is the next step; one that jumps back starts a new generation.
+A timestep equal to the last call's is the next stream of the same step (separate conditional and
+unconditional passes); one that goes on in the same direction is the next step; one that jumps back starts a
+new generation.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +56,8 @@ def _reach(full_at: Sequence[float], position: float) -> float:
 class Generation:
     """One generation: its streams, and where in time it stands."""
 
-    streams: dict[Hashable, Stream] = field(default_factory=dict)
+    streams: OrderedDict[Hashable, Stream] = field(default_factory=OrderedDict)
+    """The least recently used first."""
     timestep: Timestep | None = None
     direction: float = 0.0
     number: int = -1
@@ -87,40 +90,56 @@ class Position:
 
 
 class Sessions:
-    """The generations under way on one graph at one input shape, the least recently used dropped first."""
+    """The generations under way on one graph at one input shape; what is unused for longest is dropped first."""
 
     def __init__(self, config: MoecaConfig, specs: Sequence[CacheSpec], device: torch.device) -> None:
         self.config, self.specs, self.device = config, specs, device
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
+        self._lock = threading.RLock()
+        scope.at_end(self)
 
     def enter(self, timestep: Timestep | None) -> Position:
         """The position of the call that is about to run."""
         # An inference tensor cannot be changed outside inference mode, so the two never share caches.
         key = (*scope.current_generation(), torch.is_inference_mode_enabled())
-        self._drop_ended()
-        generation = self.generations.get(key)
-        if generation is None or (not scope.in_scope() and generation.restarts_at(timestep)):
-            generation = self.generations[key] = self._renewed(generation)
-        self.generations.move_to_end(key)
-        while len(self.generations) > self.config.max_generations:
-            self.generations.popitem(last=False)
-        name = generation.advance(timestep)
+        with self._lock:
+            generation = self.generations.get(key)
+            if generation is None or (not scope.in_scope() and generation.restarts_at(timestep)):
+                generation = self.generations[key] = self._renewed(generation)
+            self.generations.move_to_end(key)
+            stream = self._stream(generation, generation.advance(timestep))
+            self._make_room()
+        place = timestep[0] if timestep is not None else float(generation.number)
+        return Position(stream, generation.number, place)
+
+    def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
             generation.streams[name] = Stream(self._allocate())
-        place = timestep[0] if timestep is not None else float(generation.number)
-        return Position(generation.streams[name], generation.number, place)
+        generation.streams.move_to_end(name)
+        return generation.streams[name]
+
+    def _make_room(self) -> None:
+        """Keep no more than `max_generations` streams; the one in use is the last to go."""
+        while sum(len(g.streams) for g in self.generations.values()) > self.config.max_generations:
+            key, oldest = next(iter(self.generations.items()))
+            oldest.streams.popitem(last=False)
+            if not oldest.streams:
+                del self.generations[key]
 
     def due(self, position: Position) -> Fresh:
         """Which parts the call computes anew."""
         return position.stream.fresh(fresh_parts(self.config, position.number))
 
-    def _drop_ended(self) -> None:
-        for key in [key for key in self.generations if scope.ended(key)]:
-            del self.generations[key]
+    def drop_ended(self) -> None:
+        """Drop the caches of generations whose context has ended."""
+        with self._lock:
+            for key in [key for key in self.generations if scope.ended(key)]:
+                del self.generations[key]
 
     def reset(self) -> None:
         """Drop all caches."""
-        self.generations.clear()
+        with self._lock:
+            self.generations.clear()
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +148,9 @@ class Sessions:
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
 
     def _allocate(self) -> dict[str, Tensor]:
-        return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs}
+        return {
+            spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs
+        }
 
     def _renewed(self, old: Generation | None) -> Generation:
         """A new generation on the memory of the last one."""
