@@ -1,0 +1,255 @@
+"""Generations, steps and streams told apart, and their caches kept apart."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from moeca_compile.config import MoecaConfig
+from moeca_compile.policies.step import CacheSpec
+from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.runtime.scope import generation, stream
+from moeca_compile.runtime.session import Position, Sessions
+
+SPECS = [CacheSpec("a", (2, 3), torch.float32), CacheSpec("b", (4,), torch.int32)]
+
+
+def make_sessions(**options) -> Sessions:
+    return Sessions(MoecaConfig(**options), SPECS, torch.device("cpu"))
+
+
+def call(sessions: Sessions, *timestep: float) -> Position:
+    """A call at a timestep that is then run, as the engine does."""
+    position = sessions.enter(timestep or None)
+    position.stream.passed(sessions.due(position), position.place)
+    return position
+
+
+def numbers(positions: list[Position]) -> list[int]:
+    return [position.number for position in positions]
+
+
+def streams(positions: list[Position]) -> list[int]:
+    """Streams by the order in which they were first met."""
+    known: list[int] = []
+    for position in positions:
+        if id(position.stream) not in known:
+            known.append(id(position.stream))
+    return [known.index(id(position.stream)) for position in positions]
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.75, 0.5, 0.25), (0.0, 0.25, 0.5, 0.75), (999.0, 998.5, 1.0, 0.0)])
+def test_going_on_in_one_direction_are_steps(times):
+    sessions = make_sessions()
+    positions = [call(sessions, t) for t in times]
+    assert numbers(positions) == [0, 1, 2, 3]
+    assert streams(positions) == [0, 0, 0, 0]
+    assert [position.place for position in positions] == list(times)
+
+
+def test_equal_timesteps_are_streams_of_one_step():
+    sessions = make_sessions()
+    positions = [call(sessions, t) for t in (1.0, 1.0, 0.5, 0.5, 0.2, 0.2)]
+    assert numbers(positions) == [0, 0, 1, 1, 2, 2]
+    assert streams(positions) == [0, 1, 0, 1, 0, 1]
+
+
+def test_jumping_back_is_a_new_generation():
+    sessions = make_sessions()
+    positions = [call(sessions, t) for t in (1.0, 0.5, 0.1, 1.0, 0.5, 0.1, 0.8, 0.4)]
+    assert numbers(positions) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(sessions.generations) == 1
+
+
+def test_a_second_generation_stands_on_zeros_and_the_first_ones_memory():
+    sessions = make_sessions()
+    first = call(sessions, 1.0)
+    first.stream.state["a"].fill_(7)
+    call(sessions, 0.5)
+    again = call(sessions, 1.0)
+    assert again.stream is not first.stream
+    assert again.stream.state["a"] is first.stream.state["a"]
+    assert not again.stream.state["a"].any()
+    assert sessions.due(again) == Fresh(True, True)
+
+
+def test_caches_are_as_specified_and_zero():
+    sessions = make_sessions()
+    state = call(sessions, 1.0).stream.state
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
+        "a": ((2, 3), torch.float32),
+        "b": ((4,), torch.int32),
+    }
+    assert not any(tensor.any() for tensor in state.values())
+    assert sessions.nbytes == 2 * 3 * 4 + 4 * 4
+
+
+def test_a_stream_that_comes_later_begins_with_a_full_step():
+    """Guidance that sets in at the third step."""
+    sessions = make_sessions(full_every=4)
+    for t in (1.0, 0.9):
+        call(sessions, t)
+    conditional = sessions.enter((0.8,))
+    assert sessions.due(conditional) == Fresh(False, False)
+    unconditional = sessions.enter((0.8,))
+    assert unconditional.stream is not conditional.stream
+    assert sessions.due(unconditional) == Fresh(True, True)
+    assert unconditional.number == 2
+
+
+def test_timesteps_of_a_batch():
+    sessions = make_sessions()
+    positions = [call(sessions, *t) for t in ((1.0, 1.0), (1.0, 1.0), (0.5, 0.5), (0.5, 0.4), (1.0, 1.0))]
+    assert numbers(positions) == [0, 0, 1, 2, 0]
+
+
+def test_an_explicit_generation_has_caches_of_its_own():
+    sessions = make_sessions()
+    outside = call(sessions, 1.0)
+    with generation():
+        inside = [call(sessions, t) for t in (1.0, 0.5)]
+    assert numbers(inside) == [0, 1]
+    assert inside[0].stream is inside[1].stream is not outside.stream
+    after = call(sessions, 0.5)
+    assert after.stream is outside.stream
+    assert after.number == 1
+
+
+def test_two_explicit_generations_may_interleave():
+    sessions = make_sessions()
+    contexts = [generation(), generation()]
+    positions: list[list[Position]] = [[], []]
+    # contexts of one thread nest; those of two tasks do not, each task has its own
+    import contextvars
+
+    tasks = [contextvars.copy_context() for _ in contexts]
+    for task, context in zip(tasks, contexts, strict=True):
+        task.run(context.__enter__)
+    for t in (1.0, 0.9, 0.8):
+        for task, found in zip(tasks, positions, strict=True):
+            found.append(task.run(call, sessions, t))
+    assert [numbers(found) for found in positions] == [[0, 1, 2], [0, 1, 2]]
+    assert positions[0][0].stream is not positions[1][0].stream
+    for task, context in zip(tasks, contexts, strict=True):
+        task.run(context.__exit__, None, None, None)
+
+
+def test_inside_an_explicit_generation_time_may_go_back():
+    sessions = make_sessions()
+    with generation():
+        positions = [call(sessions, t) for t in (1.0, 0.8, 0.9, 0.7)]
+    assert numbers(positions) == [0, 1, 2, 3]
+    assert streams(positions) == [0, 0, 0, 0]
+
+
+def test_the_state_of_an_ended_context_is_dropped():
+    sessions = make_sessions()
+    with generation():
+        call(sessions, 1.0)
+    assert sessions.nbytes == 0
+    call(sessions, 1.0)
+    assert len(sessions.generations) == 1
+
+
+def test_named_streams_may_come_in_any_order():
+    sessions = make_sessions()
+    found: dict[str, list[Position]] = {"cond": [], "uncond": []}
+    for t, order in ((1.0, ("cond", "uncond")), (0.5, ("uncond", "cond")), (0.2, ("cond", "uncond"))):
+        for name in order:
+            with stream(name):
+                found[name].append(call(sessions, t))
+    assert [numbers(positions) for positions in found.values()] == [[0, 1, 2], [0, 1, 2]]
+    assert all(streams(positions) == [0, 0, 0] for positions in found.values())
+    assert found["cond"][0].stream is not found["uncond"][0].stream
+
+
+def test_threads_do_not_share():
+    sessions, found = make_sessions(), []
+    here = call(sessions, 1.0)
+    thread = threading.Thread(target=lambda: found.append(call(sessions, 0.5)))
+    thread.start()
+    thread.join()
+    assert found[0].number == 0
+    assert found[0].stream is not here.stream
+    assert call(sessions, 0.5).stream is here.stream
+
+
+def test_inference_mode_and_no_grad_do_not_share():
+    sessions = make_sessions()
+    outside = call(sessions, 1.0)
+    with torch.inference_mode():
+        inside = call(sessions, 0.5)
+        assert inside.stream.state["a"].is_inference()
+    assert inside.stream is not outside.stream
+    assert inside.number == 0
+    assert not call(sessions, 0.5).stream.state["a"].is_inference()
+
+
+def test_the_least_recently_used_state_is_dropped():
+    sessions = make_sessions(max_generations=2)
+    first = call(sessions, 1.0)
+    contexts = [generation(), generation()]
+    with contexts[0]:
+        call(sessions, 1.0)
+        assert len(sessions.generations) == 2
+        with contexts[1]:
+            call(sessions, 1.0)
+            assert len(sessions.generations) == 2  # the thread's own went
+        call(sessions, 0.5)
+    again = call(sessions, 0.5)
+    assert again.number == 0
+    assert again.stream is not first.stream
+
+
+def test_streams_are_bounded_too():
+    """Calls that always come at one timestep are streams of one step; their caches must not pile up."""
+    sessions = make_sessions(max_generations=3)
+    for _ in range(10):
+        call(sessions, 1.0)
+    assert sessions.nbytes == 3 * 40
+    assert call(sessions, 0.5).number == 1
+
+
+def test_reset_drops_everything():
+    sessions = make_sessions()
+    call(sessions, 1.0)
+    sessions.reset()
+    assert sessions.nbytes == 0
+    again = call(sessions, 0.5)
+    assert again.number == 0
+
+
+def test_without_a_timestep_every_call_is_a_step():
+    sessions = make_sessions()
+    with generation():
+        positions = [call(sessions) for _ in range(3)]
+    assert numbers(positions) == [0, 1, 2]
+    assert streams(positions) == [0, 0, 0]
+    assert [position.place for position in positions] == [0.0, 1.0, 2.0]
+
+
+# The clock: how far a forecast reaches, in units of the interval between the last two full steps.
+
+
+def test_the_clock_of_even_and_uneven_timesteps():
+    stream_ = make_sessions().enter((1.0,)).stream
+    both, attention = Fresh(True, True), Fresh(True, False)
+    assert stream_.clock(1.0) == [[0.0, 0.0], [0.0, 0.0]]
+    stream_.passed(both, 1.0)
+    assert stream_.clock(0.9) == [[0.0, 1.0], [0.0, 1.0]]  # one full step: nothing to extrapolate from yet
+    stream_.passed(both, 0.6)
+    assert stream_.clock(0.5) == [[pytest.approx(0.25), 1.0], [pytest.approx(0.25), 1.0]]
+    assert stream_.clock(0.1) == [[pytest.approx(1.25), 1.0], [pytest.approx(1.25), 1.0]]
+    stream_.passed(attention, 0.4)
+    assert stream_.clock(0.3) == [[pytest.approx(0.5), 1.0], [pytest.approx(0.75), 1.0]]
+
+
+def test_what_was_never_computed_is_due():
+    stream_ = make_sessions().enter((1.0,)).stream
+    assert stream_.fresh(Fresh(False, False)) == Fresh(True, True)
+    stream_.passed(Fresh(True, False), 1.0)
+    assert stream_.fresh(Fresh(False, False)) == Fresh(False, True)
+    stream_.passed(Fresh(False, True), 1.0)
+    assert stream_.fresh(Fresh(False, False)) == Fresh(False, False)
