@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext, tracing
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -101,15 +101,15 @@ def is_module_state(placeholder: fx.Node) -> bool:
 def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Functional pre-dispatch ATen of Dynamo's graph; one placeholder per input, in order."""
     exported, _ = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
-    result: fx.GraphModule = exported
-    return result
+    assert isinstance(exported, fx.GraphModule)
+    return exported
 
 
 def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     """Trace a function of pytrees of tensors to ATen on fake tensors; its placeholders are the flat arguments."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
-        return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)  # type: ignore[no-any-return]
+        return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -117,7 +117,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     # Inductor's cache of compiled graphs wants a shape environment, though all sizes are static.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with torch.no_grad(), tracing(TracingContext(mode)):
-        return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(gm, list(inputs))
+    return compiled
 
 
 def is_size(placeholder: fx.Node) -> bool:

@@ -73,10 +73,14 @@ def _why_original(inputs: Sequence[Any]) -> str | None:
 
 def _worth_rewriting(gm: fx.GraphModule) -> bool:
     """Whether the graph holds an MoE layer or an attention at all."""
-    wanted = (torch.ops.moeca.experts, torch.ops.moeca.experts.default, torch.nn.functional.scaled_dot_product_attention)
+    wanted = (
+        torch.ops.moeca.experts,
+        torch.ops.moeca.experts.default,
+        torch.nn.functional.scaled_dot_product_attention,
+    )
     return any(node.target in wanted for node in gm.graph.nodes)
 
 
 def _as_torch_compile_would(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
     record.untouched += 1
-    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))  # type: ignore[no-any-return]
+    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))

@@ -56,7 +56,10 @@ def _expert_by_expert(rows, expert, pairs, k, parameters, experts, body):  # typ
     for e, count in enumerate(counts):
         if count:
             segment = [value[start : start + count] for value in sorted_rows]
-            yield order[start : start + count], bodies.run(body, segment, parameters[e * each : (e + 1) * each])
+            yield (
+                order[start : start + count],
+                bodies.run(body, segment, parameters[e * each : (e + 1) * each]),
+            )
             start += count
 
 

@@ -21,8 +21,7 @@ NAMESPACE = "moeca"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
-    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) "
-    "-> Tensor"
+    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) -> Tensor"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -34,7 +36,7 @@ def match_attention(sdpa: fx.Node, layouts: Layouts) -> Attention | Kept:
     return Attention(name, residual, sdpa, query, key, value)
 
 
-def sdpa_options(sdpa: fx.Node) -> dict[str, object]:
+def sdpa_options(sdpa: fx.Node) -> dict[str, Any]:
     """The arguments of the attention after query, key and value, by name, defaults filled in."""
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), sdpa.args[3:], strict=False))
     return {**_DEFAULTS, **given, **sdpa.kwargs}

@@ -22,8 +22,8 @@ from moeca_compile.passes.regions import (
 )
 from moeca_compile.passes.residuals import residual_around
 from moeca_compile.passes.rows import _RESIZED
-from moeca_compile.symbolic.costs import node_flops
 from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
+from moeca_compile.symbolic.costs import node_flops
 
 MARKER = torch.ops.moeca.experts.default
 ENTRY = torch.ops.moeca.expert_rows.default
@@ -92,7 +92,9 @@ def expert_body(marker: fx.Node) -> ExpertBody:
     return ExpertBody(bodies.register(body), rows, tuple(params), experts, flops)  # type: ignore[arg-type]
 
 
-def _extract(output: fx.Node, entries: tuple[fx.Node, ...], own: list[fx.Node], inside: set[fx.Node]) -> fx.GraphModule:
+def _extract(
+    output: fx.Node, entries: tuple[fx.Node, ...], own: list[fx.Node], inside: set[fx.Node]
+) -> fx.GraphModule:
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"rows_{i}") for i, node in enumerate(entries)}
     copies |= {node: graph.placeholder(f"parameter_{i}") for i, node in enumerate(own)}

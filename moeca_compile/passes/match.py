@@ -6,7 +6,16 @@ from torch import fx
 
 from moeca_compile.passes.attention import attention_nodes, match_attention, work_between
 from moeca_compile.passes.experts import expert_body, expert_nodes, match_experts
-from moeca_compile.passes.regions import Attention, Experts, FeedForward, Kept, Regions, Residual, between, module_path
+from moeca_compile.passes.regions import (
+    Attention,
+    Experts,
+    FeedForward,
+    Kept,
+    Regions,
+    Residual,
+    between,
+    module_path,
+)
 from moeca_compile.passes.residuals import residual_around, residual_at
 from moeca_compile.passes.timestep import find_timestep
 from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts

@@ -72,7 +72,10 @@ def _outside_bodies(graph: fx.Graph, regions: Regions) -> set[fx.Node]:
 
 
 def _branch_flops(regions: Regions) -> sympy.Expr:
-    return sum((_layer_flops(marker, body.flops_per_row) for marker, body in regions.bodies.items()), sympy.Integer(0))
+    return sum(
+        (_layer_flops(marker, body.flops_per_row) for marker, body in regions.bodies.items()),
+        sympy.Integer(0),
+    )
 
 
 def _layer_flops(marker: fx.Node, flops_per_row: int) -> sympy.Expr:
@@ -87,7 +90,10 @@ def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[symp
         return _span_flops(graph, regions, [(regions.residuals[0].stream, regions.residuals[-1].add)]), nothing
     if config.family == "fora":
         attention = {a.residual for a in regions.attentions}
-        spans = [[(r.stream, r.output) for r in regions.residuals if (r in attention) == wanted] for wanted in (True, False)]
+        spans = [
+            [(r.stream, r.output) for r in regions.residuals if (r in attention) == wanted]
+            for wanted in (True, False)
+        ]
         return _span_flops(graph, regions, spans[0]), _span_flops(graph, regions, spans[1])
     if config.family == "moeca" and regions.experts:
         return _saved_attention(regions, config), _saved_experts(regions, config)
@@ -98,7 +104,8 @@ def _span_flops(graph: fx.Graph, regions: Regions, spans: list[tuple[fx.Node, fx
     """All work between the ends of `spans`, branches included."""
     inside: set[fx.Node] = set().union(*(between(source, [output]) for source, output in spans))
     branches = sum(
-        (_layer_flops(m, body.flops_per_row) for m, body in regions.bodies.items() if m in inside), sympy.Integer(0)
+        (_layer_flops(m, body.flops_per_row) for m, body in regions.bodies.items() if m in inside),
+        sympy.Integer(0),
     )
     return symbolic_flops(inside & _outside_bodies(graph, regions), regions.layouts) + branches
 

@@ -36,4 +36,3 @@ def step_function(graph: fx.Graph, regions: Regions, policy: Policy, kind: StepK
         return StepResult(tuple(outputs), step.updates, counts)
 
     return run
-

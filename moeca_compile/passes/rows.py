@@ -19,7 +19,7 @@ aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 
 
-class NotRowWise(Exception):
+class NotRowWiseError(Exception):
     """The slice cannot be run on chosen tokens; the message names the op that stops it."""
 
 
@@ -88,7 +88,7 @@ class Rows:
         self.values: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
-        """The value of `node` on the chosen tokens. Raises NotRowWise where it cannot be computed from rows."""
+        """The value of `node` on the chosen tokens. Raises NotRowWiseError where it cannot be computed from rows."""
         stack = [node]
         while stack:
             current = stack[-1]
@@ -116,9 +116,9 @@ class Rows:
         if node in self.values or self._gathered(node):
             return []
         if node not in self.layouts:
-            raise NotRowWise(f"{node.target} has no token axis")
+            raise NotRowWiseError(f"{node.target} has no token axis")
         if node.target is _ATTENTION and any(arg in self.layouts for arg in node.args[1:3]):
-            raise NotRowWise(f"{node.target} needs the keys and values of all tokens")
+            raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
         return [arg for arg in node.all_input_nodes if arg in self.layouts]
 
     def _gathered(self, node: fx.Node) -> bool:
@@ -169,7 +169,9 @@ def _operand(node: fx.Node, layout: Layout) -> tuple[tuple[int, ...], Layout]:
     shape = shape_of(node)
     if node.target is not aten.stack.default:
         return shape, layout
-    new = (node.args[1] if len(node.args) > 1 else 0) % len(shape)  # type: ignore[operator]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(dim, int)
+    new = dim % len(shape)
     return shape[:new] + shape[new + 1 :], layout.moved(lambda d: d - (new < d))
 
 

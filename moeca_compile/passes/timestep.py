@@ -13,7 +13,9 @@ _SINE = (aten.sin.default, aten.cos.default)
 
 def find_timestep(graph: fx.Graph, user_inputs: set[fx.Node]) -> fx.Node | None:
     """The one scalar or per-sample input whose sine and cosine are taken; None where none or several are."""
-    candidates = [node for node in user_inputs if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)]
+    candidates = [
+        node for node in user_inputs if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)
+    ]
     return candidates[0] if len(candidates) == 1 else None
 
 

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,6 +31,10 @@ class Layout:
     token: int
     samples: int
     tokens: int
+
+    def shifted(self, by: int) -> Layout:
+        """The same layout after `by` dimensions were put in front."""
+        return replace(self, batch=self.batch + by, token=self.token + by)
 
     def moved(self, move: Callable[[int], int]) -> Layout:
         """The same layout after each dimension d became move(d)."""
@@ -96,7 +101,7 @@ def _pointwise(node: fx.Node, layouts: Layouts) -> Layout | None:
     for arg in node.all_input_nodes:
         if arg in layouts:
             shift = ndim - len(shape_of(arg))
-            aligned.add(layouts[arg].moved(lambda d, shift=shift: d + shift))
+            aligned.add(layouts[arg].shifted(shift))
     return aligned.pop() if len(aligned) == 1 else None
 
 
@@ -124,7 +129,7 @@ def _layer_norm(node: fx.Node, layouts: Layouts) -> Layout | None:
     if carried is None:
         return None
     source, layout = carried
-    kept = len(shape_of(source)) - len(node.args[1])  # type: ignore[arg-type]
+    kept = len(shape_of(source)) - len(_argument(node, 1, "normalized_shape"))
     return layout if max(layout.batch, layout.token) < kept else None
 
 
@@ -153,7 +158,7 @@ def _along_dim(position: int, default: int | None = None, keepdim: int | None = 
     return rule
 
 
-def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+def _argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
@@ -206,11 +211,11 @@ def _permute(node: fx.Node, layouts: Layouts) -> Layout | None:
     ndim = len(shape_of(source))
     order = list(range(ndim))
     if node.target is aten.permute.default:
-        order = [_normalise(d, ndim) for d in node.args[1]]  # type: ignore[union-attr]
+        order = [_normalise(d, ndim) for d in _argument(node, 1, "dims")]
     elif node.target is aten.t.default:
         order = order[::-1]
     else:
-        a, b = (_normalise(d, ndim) for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = _normalise(_argument(node, 1, "dim0"), ndim), _normalise(_argument(node, 2, "dim1"), ndim)
         order[a], order[b] = order[b], order[a]
     return layout.moved(order.index)
 
@@ -219,7 +224,7 @@ def _insert_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
     carried = _carried(node, layouts)
     if carried is None:
         return None
-    new = _normalise(node.args[1], len(shape_of(node)))  # type: ignore[arg-type]
+    new = _normalise(_argument(node, 1, "dim"), len(shape_of(node)))
     return carried[1].moved(lambda d: d + (new <= d))
 
 
@@ -229,7 +234,7 @@ def _remove_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
     if carried is None:
         return None
     source, layout = carried
-    dim = _normalise(_argument(node, 1, "dim", 0), len(shape_of(source)))  # type: ignore[arg-type]
+    dim = _normalise(_argument(node, 1, "dim", 0), len(shape_of(source)))
     if len(shape_of(node)) == len(shape_of(source)):
         return layout  # squeeze of a dim that is not 1
     if dim in (layout.batch, layout.token):
@@ -245,7 +250,7 @@ def _within_dim(position: int) -> Rule:
         if carried is None:
             return None
         source, layout = carried
-        dim = _normalise(_argument(node, position, "dim", 0), len(shape_of(source)))  # type: ignore[arg-type]
+        dim = _normalise(_argument(node, position, "dim", 0), len(shape_of(source)))
         return layout if dim not in (layout.batch, layout.token) else None
 
     return rule
@@ -257,7 +262,7 @@ def _expand(node: fx.Node, layouts: Layouts) -> Layout | None:
         return None
     source, layout = carried
     shift = len(shape_of(node)) - len(shape_of(source))
-    result = layout.moved(lambda d: d + shift)
+    result = layout.shifted(shift)
     same = all(shape_of(node)[d + shift] == shape_of(source)[d] for d in (layout.batch, layout.token))
     return result if same else None
 
@@ -276,7 +281,7 @@ def _cat(node: fx.Node, layouts: Layouts) -> Layout | None:
         return None
     layout = found.pop()
     ndim = len(shape_of(node))
-    dim = _normalise(_argument(node, 1, "dim", 0), ndim)  # type: ignore[arg-type]
+    dim = _normalise(_argument(node, 1, "dim", 0), ndim)
     if node.target is aten.stack.default:
         return layout.moved(lambda d: d + (dim <= d))
     return layout if dim not in (layout.batch, layout.token) else None
@@ -295,22 +300,22 @@ def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
     """Queries are rows, keys and values are kept whole: the output has the queries' layout."""
-    query = node.args[0]
-    layout = layouts.get(query) if isinstance(query, fx.Node) else None
-    is_rows = layout is not None and not layout.merged and layout.token == len(shape_of(query)) - 2  # type: ignore[arg-type]
+    query = _argument(node, 0, "query")
+    layout = layouts.get(query)
+    is_rows = layout is not None and not layout.merged and layout.token == len(shape_of(query)) - 2
     return layout if is_rows else None
 
 
 def _gather(node: fx.Node, layouts: Layouts) -> Layout | None:
-    source, dim, index = node.args[:3]
-    if source not in layouts or layouts.get(index) != layouts[source]:  # type: ignore[index, arg-type]
+    source, dim, index = (_argument(node, i, name) for i, name in enumerate(("input", "dim", "index")))
+    if source not in layouts or layouts.get(index) != layouts[source]:
         return None
-    layout = layouts[source]  # type: ignore[index]
-    return layout if _normalise(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None  # type: ignore[arg-type]
+    layout = layouts[source]
+    return layout if _normalise(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None
 
 
 def _experts(node: fx.Node, layouts: Layouts) -> Layout | None:
-    return layouts.get(node.args[0])  # type: ignore[arg-type]
+    return layouts.get(_argument(node, 0, "x"))
 
 
 def _rule_for(node: fx.Node) -> Rule | None:

@@ -116,7 +116,9 @@ class BranchCache:
         rows = step.rows(chosen, self.layer.residual.stream)
         cached_index = _take(step.state[self.index], chosen)
         # Chosen tokens are routed anew on their refreshed input.
-        routing = decide.match(self._chosen(rows[self.layer.index]), self._chosen(rows[self.layer.weight]), cached_index)
+        routing = decide.match(
+            self._chosen(rows[self.layer.index]), self._chosen(rows[self.layer.weight]), cached_index
+        )
         mask = (~routing.matched | _take(decision.recompute, chosen)) & valid[..., None]
         weight = _put(decision.routing.weight, chosen, routing.weight, valid[..., None])
         cache, slope = step.state[self.branches], step.state[self.slope] if self.forecast else None
@@ -139,7 +141,7 @@ class BranchCache:
         if self.config.overwrite:
             self._keep_rows(step, chosen, mask, routing, norms)
         self._count(step, decision, mask)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _keep_rows(self, step: Step, chosen: Tensor, mask: Tensor, routing: Routing, norms: Tensor) -> None:
         fresh = {

@@ -41,9 +41,7 @@ class Moeca:
         self.feedforward = {
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
-        self.branches = {
-            e: BranchCache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)
-        }
+        self.branches = {e: BranchCache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
         shared = [(i, s) for i, e in enumerate(regions.experts) for s in e.shared if config.shared != "always"]
         self.shared = {s: self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, s) in enumerate(shared)}
 
@@ -55,7 +53,8 @@ class Moeca:
     def specs(self) -> list[CacheSpec]:
         """All cached tensors."""
         singles = [*self.attention.values(), *self.feedforward.values(), *self.shared.values()]
-        specs = [spec for cached in (*singles, *self.branches.values()) for spec in cached.specs()]
+        specs = [spec for cached in singles for spec in cached.specs()]
+        specs += [spec for branches in self.branches.values() for spec in branches.specs()]
         return specs + [spec for i, a in enumerate(self.attention) for spec in self._key_value_specs(i, a)]
 
     def _key_value_specs(self, i: int, attention: Attention) -> list[CacheSpec]:
@@ -76,7 +75,7 @@ class MoecaStep:
     def __init__(self, policy: Moeca, step: Step) -> None:
         self.policy, self.step, self.config = policy, step, policy.config
         self.decisions: dict[Experts, Decision] = {}
-        self.tokens = _every_token(step) if step.kind.forced else None
+        self.tokens = _forced_tokens(step) if step.kind.forced else None
         kind, replace = step.kind, step.replacements
         for layer, cache in policy.branches.items():
             replace[layer.marker] = partial(cache.run_all, step) if kind.experts else partial(self._experts, layer)
@@ -135,13 +134,17 @@ class MoecaStep:
         fresh = self.config.keys_values
         if fresh == "all":
             return F.scaled_dot_product_attention(
-                query, step[attention.key], step[attention.value], scale=scale, enable_gqa=gqa  # type: ignore[arg-type]
+                query,
+                step[attention.key],
+                step[attention.value],
+                scale=scale,
+                enable_gqa=gqa,
             )
         i = list(self.policy.attention).index(attention)
         keys, values = step.state[f"attention.{i}.keys"], step.state[f"attention.{i}.values"]
         if fresh == "none" and not step.kind.forced:
-            return attend(query, keys, values, scale, gqa)  # type: ignore[arg-type]
-        return torch.ops.moeca.attend_rows(  # type: ignore[no-any-return]
+            return attend(query, keys, values, scale, gqa)
+        return torch.ops.moeca.attend_rows(
             keys, values, query, rows[attention.key], rows[attention.value], chosen, valid, scale, gqa
         )
 
@@ -160,7 +163,7 @@ class MoecaStep:
             recompute = ~routing.matched | decide.over_threshold(scores, threshold, routing.index)
         chosen, valid = decide.choose_tokens(recompute, routing.matched, scores, step.kind.capacity)
         if step.kind.forced:
-            chosen, valid = _every_token(step)
+            chosen, valid = _forced_tokens(step)
         self.tokens = (chosen, valid)
         self.decisions[layer] = Decision(routing, recompute, chosen, valid)
         return self.decisions[layer]
@@ -197,7 +200,9 @@ def _row_major(node: fx.Node) -> tuple[int, ...]:
     return samples, tokens, heads, width
 
 
-def _every_token(step: Step) -> tuple[Tensor, Tensor]:
+def _forced_tokens(step: Step) -> tuple[Tensor, Tensor]:
+    """The kind's capacity of tokens, in an order of each sample's own: so rows that were not gathered show."""
     samples, tokens = samples_and_tokens(step.regions)
-    chosen = torch.arange(tokens, device=step.clock.device).expand(samples, tokens)
+    positions, offsets = (torch.arange(size, device=step.clock.device) for size in (tokens, samples))
+    chosen = ((offsets[:, None] - positions) % tokens)[:, : step.kind.capacity]
     return chosen, torch.ones_like(chosen, dtype=torch.bool)

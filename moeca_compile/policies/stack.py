@@ -33,7 +33,7 @@ class StackStep:
             step.replacements[policy.last] = self._reused
 
     def _reused(self) -> Tensor:
-        return self.step[self.policy.first] + self.policy.cached.read(self.step)  # type: ignore[no-any-return]
+        return self.step[self.policy.first] + self.policy.cached.read(self.step)
 
     def finish(self) -> None:
         if self.step.kind.full:

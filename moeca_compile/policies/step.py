@@ -129,7 +129,7 @@ def samples_and_tokens(regions: Regions) -> tuple[int, int]:
 def run_experts(step: Step, marker: fx.Node) -> Tensor:
     """All branches of the MoE layer of `marker`: (T, k, width), before weighting."""
     body = step.regions.bodies[marker]
-    return torch.ops.moeca.branch_outputs(  # type: ignore[no-any-return]
+    return torch.ops.moeca.branch_outputs(
         [step[node] for node in body.rows],
         step[marker.args[1]],  # type: ignore[index]
         [step[node] for node in body.parameters],

@@ -77,7 +77,7 @@ def _regions(shapes: Specialisation) -> list[Region]:
 def _counts(shapes: list[Specialisation]) -> tuple[dict[str, float], int]:
     """Counters summed over layers and steps, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
-    for kind, tally in ((k, t) for s in shapes for k, t in s.tallies.items() if not k.full):
+    for tally in (t for s in shapes for k, t in s.tallies.items() if not k.full):
         steps += tally.steps
         if tally.counts is not None:
             for name, value in zip(COUNTERS, tally.counts.sum(0).tolist(), strict=True):

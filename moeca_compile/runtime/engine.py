@@ -96,4 +96,3 @@ def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device, value.stride()
     return value
-

@@ -90,7 +90,7 @@ class Position:
 
 
 class Sessions:
-    """The generations under way on one graph at one input shape; what is unused for longest is dropped first."""
+    """The generations under way at one input shape; what is unused for longest is dropped first."""
 
     def __init__(self, config: MoecaConfig, specs: Sequence[CacheSpec], device: torch.device) -> None:
         self.config, self.specs, self.device = config, specs, device
@@ -148,9 +148,7 @@ class Sessions:
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
 
     def _allocate(self) -> dict[str, Tensor]:
-        return {
-            spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs
-        }
+        return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs}
 
     def _renewed(self, old: Generation | None) -> Generation:
         """A new generation on the memory of the last one."""

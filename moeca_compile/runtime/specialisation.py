@@ -15,7 +15,8 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
-from moeca_compile.policies import Plain, Policy, policy_for
+from moeca_compile.policies import Policy, policy_for
+from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.runtime.program import Program
 from moeca_compile.runtime.record import Record
@@ -110,8 +111,10 @@ class Specialisation:
         counts = self.eager(probe, inputs, position.stream.state, clock).counts
         return self._rung(self._needed(counts))
 
-    def _needed(self, counts: Tensor) -> float:
+    def _needed(self, counts: Tensor | None) -> float:
         """Tokens to recompute in a sample: the mean over samples in the layer that needs most."""
+        if counts is None:
+            return 0.0
         return float(counts[:, COUNTERS.index("needed")].amax()) / self.plan.sizes[0]
 
     def _rung(self, needed: float) -> int:

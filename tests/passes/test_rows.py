@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moeca_compile.passes.evaluate import Evaluation
-from moeca_compile.passes.rows import NotRowWise, Rows, put_rows, take_rows
+from moeca_compile.passes.rows import NotRowWiseError, Rows, put_rows, take_rows
 from moeca_compile.passes.token_axis import Layout, token_layouts
 from tests.harness import exported, outputs, placeholders
 
@@ -156,7 +156,7 @@ def test_rows_that_are_given_are_used():
 def test_what_mixes_tokens_is_refused():
     gm, evaluation, layouts = evaluate(lambda x: x.softmax(1) * 2, X)
     rows = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm))
-    with pytest.raises(NotRowWise, match="mul"):
+    with pytest.raises(NotRowWiseError, match="mul"):
         _ = rows[outputs(gm)[0]]
 
 
@@ -164,7 +164,7 @@ def test_an_attention_whose_keys_are_rows_is_refused():
     """Chosen queries need the keys of all tokens; whoever runs the slice has to give the attention's rows."""
     gm, evaluation, layouts = evaluate(lambda x: F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3) * 2, X)
     rows = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm))
-    with pytest.raises(NotRowWise, match="scaled_dot_product_attention"):
+    with pytest.raises(NotRowWiseError, match="scaled_dot_product_attention"):
         _ = rows[outputs(gm)[0]]
 
 
