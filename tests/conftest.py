@@ -16,8 +16,12 @@ from tests.models import TinyDiTMoE, make_inputs, make_model
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are traced to graphs as always, and these run as they are: Inductor takes 10 seconds each."""
+    """Steps are traced to graphs as always, and these run as they are: Inductor takes 10 seconds each.
+
+    So do graphs in which nothing is cached.
+    """
     monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
 
 
 @pytest.fixture
@@ -32,7 +36,8 @@ def export_once() -> Callable[..., Any]:
     known: dict[Any, fx.GraphModule] = {}
 
     def export(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-        key = (gm, *(tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs))
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        key = (gm, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
         if key not in known:
             known[key] = to_functional_aten(gm, inputs)
         return known[key]
