@@ -23,7 +23,7 @@ from moeca_compile._torch_private import graph_break, is_module_state, root_modu
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
 from moeca_compile.runtime.engine import Engine
-from moeca_compile.runtime.record import Record, attach, record_of
+from moeca_compile.runtime.record import Record, record_for
 
 GRADIENTS = (
     "gradients are enabled, so the original model runs and nothing is cached: call it under torch.no_grad() or "
@@ -42,8 +42,7 @@ def moeca_backend(
         options: fields of MoecaConfig. Raises ConfigError for a wrong name or value.
     """
     config = MoecaConfig.from_options(options)
-    wrapper = traced_wrapper()
-    record = record_of(wrapper) or attach(wrapper, Record(config))
+    record = record_for(traced_wrapper(), root_module(), config)
     broken = graph_break()
     if broken is not None:
         record.breaks.append(broken)

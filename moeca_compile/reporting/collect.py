@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from moeca_compile import capture
 from moeca_compile._torch_private import wrapper_of
 from moeca_compile.policies.step import COUNTERS, StepKind
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
-from moeca_compile.runtime.record import Record, record_of
+from moeca_compile.runtime.record import Record, find_record
 from moeca_compile.runtime.specialisation import Specialisation
 
 
@@ -55,11 +57,13 @@ def reset(model: Any) -> None:
 
 def _record(model: Any) -> Record | None:
     wrapper = wrapper_of(model)
-    if wrapper is None:
+    module = getattr(model, "_orig_mod", model)
+    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+    if wrapper is None and not compiled_in_place:
         raise TypeError(
             f"{type(model).__name__} is not compiled: pass what torch.compile(model, backend='moeca') returned"
         )
-    return record_of(wrapper)
+    return find_record(wrapper, module if isinstance(module, nn.Module) else None)
 
 
 def _regions(shapes: Specialisation) -> list[Region]:

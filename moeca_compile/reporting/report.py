@@ -139,9 +139,7 @@ def _region_lines(report: Report) -> list[str]:
         of_kind = [region for region in report.regions if region.kind == kind]
         cached = sum(region.status == "cached" for region in of_kind)
         lines.append(f"  {kind}: {len(of_kind)} found, {cached} cached")
-        lines += [
-            f"    kept {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"
-        ]
+        lines += [f"    kept {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"]
     return lines
 
 
@@ -170,9 +168,7 @@ def _step_lines(report: Report) -> list[str]:
         lines.append(f"recomputed branches per cache step: {count(report.recomputed_branches_per_step)}")
     if report.flops is not None:
         full, mean = flop_count(report.flops.full_step), flop_count(report.flops.mean_step)
-        lines.append(
-            f"FLOPs: {full} a full step, {mean} a step on average, {report.flops.speedup:.2f}x fewer"
-        )
+        lines.append(f"FLOPs: {full} a full step, {mean} a step on average, {report.flops.speedup:.2f}x fewer")
     return lines
 
 

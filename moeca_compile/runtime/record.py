@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from moeca_compile.config import MoecaConfig
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Record:
-    """Kept on the object that `torch.compile` made, so it lives and dies with the compiled model."""
+    """It lives and dies with the compiled model."""
 
     config: MoecaConfig
     engines: list[Engine] = field(default_factory=list)
@@ -50,14 +53,29 @@ class Record:
 
 
 _ATTRIBUTE = "_moeca_record"
+_by_module: WeakKeyDictionary[nn.Module, list[Record]] = WeakKeyDictionary()
 
 
-def record_of(wrapper: Any) -> Record | None:
-    """The record of a compiled model, by the object that torch.compile made for it."""
-    return getattr(wrapper, _ATTRIBUTE, None)
+def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> Record:
+    """The record of the compilation under way, made when it is the first of its compiled model.
 
-
-def attach(wrapper: Any, record: Record) -> Record:
-    """Keep `record` on the wrapper."""
-    setattr(wrapper, _ATTRIBUTE, record)
+    It is kept on the object that torch.compile made, and beside the module: a module that is compiled twice with
+    equal options has two such objects, but Dynamo compiles it once.
+    """
+    record: Record | None = getattr(wrapper, _ATTRIBUTE, None)
+    if record is None:
+        record = Record(config)
+        setattr(wrapper, _ATTRIBUTE, record)
+        if module is not None:
+            _by_module.setdefault(module, []).append(record)
     return record
+
+
+def find_record(wrapper: Any, module: nn.Module | None) -> Record | None:
+    """The record of a compiled model, by either of the two; None before its first call."""
+    record: Record | None = getattr(wrapper, _ATTRIBUTE, None)
+    if record is not None or module is None:
+        return record
+    wanted = MoecaConfig.from_options(wrapper.kwargs.get("options")) if wrapper is not None else None
+    records = _by_module.get(module, [])
+    return next((r for r in reversed(records) if wanted is None or r.config == wanted), None)
