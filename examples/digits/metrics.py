@@ -36,9 +36,7 @@ def ssim(images: Tensor, reference: Tensor) -> float:
 @contextmanager
 def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Counts routed branches while open. Gives a function: layer name -> share of each expert [E]."""
-    counts = {
-        name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)
-    }
+    counts = {name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)}
 
     def count(name: str, indices: Tensor) -> None:
         counts[name] += indices.flatten().bincount(minlength=model.cfg.experts).cpu()
@@ -67,9 +65,7 @@ def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Te
 
     It is biased upwards for few images, so compare only figures from equally many.
     """
-    first, second = (
-        classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference)
-    )
+    first, second = (classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference))
     covariance_1, covariance_2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     # The trace of the product's square root, from its eigenvalues: real and >= 0 but for rounding.
     mixed = np.sqrt(np.linalg.eigvals(covariance_1 @ covariance_2).real.clip(min=0)).sum()

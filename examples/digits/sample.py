@@ -32,6 +32,7 @@ from examples.digits.compare import (
     run_paired,
     step_reductions,
     warm_up,
+    warmup_steps,
 )
 from examples.digits.data import load_split, of_classes
 from examples.digits.metrics import frechet_distance
@@ -58,16 +59,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--seed", type=whole_number(0, 2**63 - 1), default=0, help="seed of the first generation"
-    )
-    parser.add_argument(
-        "--steps", type=whole_number(1, TRAIN_TIMESTEPS), default=50, help="sampling steps (50)"
-    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="seed of the first generation")
+    parser.add_argument("--steps", type=whole_number(1, TRAIN_TIMESTEPS), default=50, help="sampling steps (50)")
     parser.add_argument("--batch", type=whole_number(2), default=20, help="images in a generation (20)")
-    parser.add_argument(
-        "--repeats", type=whole_number(1), default=3, help="timed generations of each policy (3)"
-    )
+    parser.add_argument("--repeats", type=whole_number(1), default=3, help="timed generations of each policy (3)")
     parser.add_argument(
         "--recipe",
         action="append",
@@ -95,20 +90,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_policies(
-    model: DigitsDiT, args: argparse.Namespace, setting: Setting, progress: Progress
-) -> list[Policy]:
+def make_policies(model: DigitsDiT, args: argparse.Namespace, setting: Setting, progress: Progress) -> list[Policy]:
     """Compile the base line and each recipe, then add step reductions at the FLOPs of the cheapest recipe."""
     names = [BASELINE, *dict.fromkeys([UNCACHED, *args.recipe])]
     policies = [compiled_policy(model, name, setting) for name in names]
-    task = progress.add_task("", total=len(policies) * setting.steps)
+    task = progress.add_task("", total=sum(map(warmup_steps, policies)))
     for policy in policies:
         progress.update(task, description=f"compile {policy.name}")
         warm_up(policy, setting, args.device, lambda: progress.advance(task))
     cached = [policy for policy in policies if policy.name not in (BASELINE, UNCACHED)]
-    target = max(
-        cached, key=lambda policy: (policy.name.startswith("moeca"), policy.flops_speedup), default=None
-    )
+    target = max(cached, key=lambda policy: (policy.name.startswith("moeca"), policy.flops_speedup), default=None)
     return policies + ([] if target is None else list(step_reductions(policies[0], target, setting)))
 
 
@@ -165,9 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
-    setting = Setting(
-        args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.full_every
-    )
+    setting = Setting(args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.full_every)
     dtype = getattr(torch, args.dtype)
     where = environment(args.device, dtype)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)

@@ -78,14 +78,10 @@ def random_batch(data: Digits, size: int, device: torch.device) -> tuple[Tensor,
     return data.images[rows].to(device), data.labels[rows].to(device)
 
 
-def optimize(
-    model: DigitsDiT, args: argparse.Namespace, progress: Iterable[int]
-) -> Iterator[tuple[int, Tensor]]:
+def optimize(model: DigitsDiT, args: argparse.Namespace, progress: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
     """Take the steps that ``progress`` counts from 1, and yield each with its flow loss, detached."""
     data, _ = load_split()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
     for step in progress:
         loss = flow_loss(model, *random_batch(data, args.batch, args.device))
@@ -152,22 +148,16 @@ def train_classifier(args: argparse.Namespace, console: Console) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifier", action="store_true", help="train the judge instead of the DiT")
-    parser.add_argument(
-        "--steps", type=whole_number(1), help="optimizer steps (default 6500, classifier 1500)"
-    )
+    parser.add_argument("--steps", type=whole_number(1), help="optimizer steps (default 6500, classifier 1500)")
     parser.add_argument("--batch", type=whole_number(1), help="images a step (default 32, classifier 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the DiT")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=default_device, help=f"({default_device})")
     parser.add_argument("--out", type=output_file(".safetensors"), help="checkpoint to write")
-    parser.add_argument(
-        "--work", type=Path, default=Path(__file__).parent / "runs", help="intermediate checkpoints"
-    )
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "runs", help="intermediate checkpoints")
     args = parser.parse_args(argv)
     args.steps = args.steps or (1500 if args.classifier else 6500)
     args.batch = args.batch or (128 if args.classifier else 32)

@@ -8,6 +8,7 @@ from examples.digits.classifier import DigitsClassifier
 from examples.digits.compare import (
     BASELINE,
     UNCACHED,
+    UNCACHED_WARMUP,
     Policy,
     Setting,
     as_json,
@@ -17,6 +18,7 @@ from examples.digits.compare import (
     private_copy,
     run_paired,
     step_reductions,
+    warmup_steps,
 )
 from examples.digits.model import DigitsConfig, DigitsDiT
 from examples.digits.picture import mosaic, save_picture
@@ -54,6 +56,12 @@ def test_every_policy_gets_the_same_seeds_and_each_repeat_another(policies):
     assert torch.equal(torch.cat(baseline.images), torch.cat(uncached.images))
     assert not torch.equal(baseline.images[0], baseline.images[1])
     assert not torch.equal(baseline.images[0], cached.images[0])
+
+
+def test_only_what_never_caches_is_warmed_up_in_few_steps():
+    steps = {name: warmup_steps(Policy(name, decay, 50, "euler")) for name in (BASELINE, UNCACHED, "moeca")}
+    assert steps == {BASELINE: UNCACHED_WARMUP, UNCACHED: UNCACHED_WARMUP, "moeca": 50}
+    assert warmup_steps(Policy(BASELINE, decay, 3, "euler")) == 3
 
 
 def test_policies_take_turns():
