@@ -52,6 +52,7 @@ HEADERS = (
     "Frechet",
     "warm-up s",
 )
+DEFAULT_PICTURE = Path(__file__).resolve().parent / "samples.png"
 PICTURE_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -80,9 +81,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=output_file(*PICTURE_FORMATS),
-        default="samples.png",
+        default=str(DEFAULT_PICTURE),
         metavar="PICTURE",
-        help="(samples.png)",
+        help="(samples.png beside this file)",
     )
     parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
     args = parser.parse_args(argv)
