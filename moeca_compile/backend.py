@@ -19,7 +19,14 @@ import moeca_compile.ops.attention
 import moeca_compile.ops.branches
 import moeca_compile.ops.markers  # noqa: F401
 from moeca_compile import capture
-from moeca_compile._torch_private import graph_break, is_module_state, root_module, traced_wrapper
+from moeca_compile._torch_private import (
+    calling_code,
+    forget_code,
+    graph_break,
+    is_module_state,
+    root_module,
+    traced_wrapper,
+)
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
 from moeca_compile.runtime.engine import Engine
@@ -52,15 +59,37 @@ def moeca_backend(
         return _as_torch_compile_would(gm, inputs, record)
     if not _worth_rewriting(gm):
         return _as_torch_compile_would(gm, inputs, record)
+    if _gave_up_callers(record):
+        # This call alone sees its graphs one by one; the next one is traced from the model's beginning.
+        config, record = MoecaConfig(recipe="none", validate=False), Record(config)
     user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
     numbers = scalar_inputs_to_tensors(gm, inputs)
     engine = Engine(gm, user_inputs, numbers, config, record)
+    # Dynamo traces anew when, say, inputs become inference tensors; equal graphs go on with the same caches.
+    known = next((other for other in record.engines if other.same_graph(engine)), None)
+    if known is not None:
+        return known
     record.engines.append(engine)
     return engine
 
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
 capture.install()
+
+
+def _gave_up_callers(record: Record) -> bool:
+    """Whether Dynamo gave up this graph's callers in calls for which nothing is captured, and if so undo it.
+
+    With gradients or in training mode MoE dispatch breaks the graph; where that is in a loop over blocks, Dynamo
+    runs the function around it as plain Python from then on, whatever the mode.
+    """
+    if not {GRADIENTS, TRAINING} & set(record.warnings):
+        return False
+    callers = set(calling_code()) - record.tried_again
+    record.tried_again |= callers
+    for code in callers:
+        forget_code(code)
+    return bool(callers)
 
 
 def _why_original(inputs: Sequence[Any]) -> str | None:

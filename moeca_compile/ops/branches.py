@@ -104,7 +104,7 @@ def refresh_branches(
         if slope is not None:
             slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[pairs]], 0.0)
         for places, outputs in _expert_by_expert(rows, index.flatten()[pairs], pairs, k, parameters, experts, body):
-            norms.view(-1).index_copy_(0, pairs[places], outputs.norm(dim=-1, dtype=torch.float32))
+            norms.view(-1).index_copy_(0, pairs[places], outputs.norm(dim=-1).to(torch.float32))
             if slope is not None:
                 outputs = outputs - ratio * slope.view(-1, width).index_select(0, slots[places])
             flat_cache.index_copy_(0, slots[places], outputs.to(cache.dtype))

@@ -66,7 +66,7 @@ class BranchCache:
         step.updates[self.branches] = branches.to(dtype)
         step.updates[self.index] = index.to(torch.int32)
         step.updates[self.weight] = self._for_score(weight)
-        step.updates[self.norms] = branches.norm(dim=-1, dtype=torch.float32)
+        step.updates[self.norms] = branches.norm(dim=-1).to(torch.float32)
         if self.config.score == "staleness":
             step.updates[self.age] = torch.zeros_like(step.state[self.age])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeca_compile._torch_private import numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.record import Record
@@ -40,9 +41,16 @@ class Engine:
         record: Record,
     ) -> None:
         self.gm, self.user_inputs, self.numbers = gm, list(user_inputs), list(numbers)
+        self.modes = numeric_modes()
         self.config, self.record = config, record
         self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
         self._lock = threading.RLock()
+
+    def same_graph(self, other: Engine) -> bool:
+        """Whether the other engine's graph computes the same from the same inputs in the same order."""
+        constants = any(node.op == "get_attr" for node in self.gm.graph.nodes)
+        mine, theirs = ((e.gm.code, e.user_inputs, e.numbers, e.modes) for e in (self, other))
+        return mine == theirs and not constants
 
     def prepare(self, inputs: Sequence[Any]) -> Specialisation:
         """Capture, match and plan for the shapes of `inputs`, unless that was done before."""

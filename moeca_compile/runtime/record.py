@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,8 @@ class Record:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    tried_again: set[CodeType] = field(default_factory=set)
+    """Code that Dynamo had given up, and was told to look at again."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
