@@ -5,7 +5,10 @@ Checked by the tests on torch 2.13 only; look here first when another version mi
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 CompileStart = Callable[[CallbackArgs], None]
 
 _lasting: list[CompileStart] = []
@@ -86,6 +90,28 @@ def root_module() -> torch.nn.Module | None:
     value = translator.f_locals.get(arguments[0]) if arguments else None
     value = getattr(value, "value", value)
     return value if isinstance(value, torch.nn.Module) else None
+
+
+def calling_code() -> list[CodeType]:
+    """Code of the user's frames between torch.compile's wrapper and the frame that Dynamo is compiling for now."""
+    found: list[CodeType] = []
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if not frame.f_code.co_filename.startswith(_LIBRARIES):
+            found.append(frame.f_code)
+        frame = frame.f_back
+    return found if frame is not None else []
+
+
+def forget_code(code: CodeType) -> None:
+    """Let Dynamo forget what it compiled for `code`, and that it had given it up."""
+    torch._C._dynamo.eval_frame.reset_code(code)
+
+
+def numeric_modes() -> tuple[Any, ...]:
+    """Global modes that the meaning of a traced graph depends on, and that Dynamo guards."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return *autocast, torch.get_default_dtype(), torch.get_float32_matmul_precision()
 
 
 def is_module_state(placeholder: fx.Node) -> bool:
