@@ -7,8 +7,8 @@ locals are called and however the expressions are nested. It is an approximation
 recognises is checked with numbers before it is used (trust.py).
 
 `torch.f(a, b)` and `a.f(b)` become the same `call f(a, b)`; an in-place call or an augmented assignment
-rebinds the name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, sets
-`unsupported`.
+rebinds the name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, is
+listed in `problems`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ class Value:
     call:      the function's last name, "" when a value is called; (receiver if it is a value, *arguments)
     element:   of (iterable,), a loop variable
     operation: the operator or the syntax node, e.g. Mult, FloorDiv, Eq, Slice, IfExp
+
+    `node` is the syntax that made it: an expression, or the statement that changed a local.
     """
 
     kind: str
     name: str = ""
     operands: tuple[Value, ...] = ()
+    node: ast.AST | None = None
 
     def ancestors(self) -> Iterator[Value]:
         """This value and everything it is made from, each once."""
@@ -53,14 +56,48 @@ class Value:
         return any(value is other for value in self.ancestors())
 
 
+Names = dict[str, Value]
+OPTIONAL_ARGUMENTS = "it has optional or variable arguments"
+CALLS_SELF = "a call of a method or module of self"
+CHANGES_ARGUMENT = "it changes self or an argument"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Syntax whose effect an equivalent of the whole method would lose; `what` says why."""
+
+    node: ast.AST
+    what: str
+
+
 @dataclass
 class Flow:
-    """What `follow` found: parameters without self, returned values, calls, what it could not follow."""
+    """What `follow` found.
+
+    parameters: without self, whose name is `self_name`
+    returned, called: the returned values; the calls
+    made: every value, after what it is made from
+    at: the value of each expression node; before, after: of each name around each statement node
+    problems: what it could not follow
+    """
 
     parameters: tuple[str, ...]
+    self_name: str = "self"
     returned: list[Value] = field(default_factory=list)
     called: list[Value] = field(default_factory=list)
-    unsupported: str | None = None
+    made: list[Value] = field(default_factory=list)
+    at: dict[ast.AST, Value] = field(default_factory=dict)
+    before: dict[ast.AST, Names] = field(default_factory=dict)
+    after: dict[ast.AST, Names] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why an equivalent of the whole method would lose some of its effect; None where it would not."""
+        if not self.problems:
+            return None
+        line = getattr(self.problems[0].node, "lineno", 0)
+        return f"line {line} of it is not followed: {self.problems[0].what}"
 
 
 def follow(tree: ast.FunctionDef) -> Flow:
@@ -68,10 +105,10 @@ def follow(tree: ast.FunctionDef) -> Flow:
     arguments = tree.args
     names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
     if not names:
-        return Flow((), unsupported="it takes no self")
-    flow = Flow(tuple(names[1:]))
+        return Flow((), problems=[Problem(tree, "it takes no self")])
+    flow = Flow(tuple(names[1:]), names[0])
     if arguments.vararg or arguments.kwarg or arguments.defaults or any(arguments.kw_defaults):
-        flow.unsupported = "it has optional or variable arguments"
+        flow.problems.append(Problem(tree, OPTIONAL_ARGUMENTS))
     walker = _Walker(flow, names[0])
     walker.block(tree.body)
     return flow
@@ -82,14 +119,21 @@ class _Walker:
 
     def __init__(self, flow: Flow, self_name: str) -> None:
         self.flow = flow
-        self.values = {name: Value("parameter", name) for name in flow.parameters}
-        self.values[self_name] = Value("self")
+        self.values: Names = {name: self.make("parameter", name) for name in flow.parameters}
+        self.values[self_name] = self.make("self")
+
+    def make(self, kind: str, name: str = "", operands: tuple[Value, ...] = (), node: ast.AST | None = None) -> Value:
+        value = Value(kind, name, operands, node)
+        self.flow.made.append(value)
+        return value
 
     # statements
 
     def block(self, statements: Sequence[ast.stmt]) -> None:
         for statement in statements:
+            self.flow.before[statement] = dict(self.values)
             self.statement(statement)
+            self.flow.after[statement] = dict(self.values)
 
     def statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Assign):
@@ -110,7 +154,7 @@ class _Walker:
         elif isinstance(node, ast.With) and all(_is_no_grad(item.context_expr) for item in node.items):
             self.block(node.body)
         elif isinstance(node, ast.Return):
-            self.flow.returned.append(self.value(node.value) if node.value else Value("constant", "None"))
+            self.flow.returned.append(self.value(node.value) if node.value else self.make("constant", "None"))
         elif isinstance(node, ast.Expr):
             self.effect(node.value)
         elif not isinstance(node, (ast.Continue, ast.Pass, ast.Assert, ast.Raise)):
@@ -141,9 +185,9 @@ class _Walker:
         old, change = self.values[root], self.value(node.value)
         if isinstance(node.target, ast.Subscript):
             name = "index_add_" if isinstance(node.op, ast.Add) else "index_put_"
-            change = Value("call", name, (old, self.value(node.target.slice), change))
+            change = self.make("call", name, (old, self.value(node.target.slice), change), node)
         else:
-            change = Value("operation", type(node.op).__name__, (old, change))
+            change = self.make("operation", type(node.op).__name__, (old, change), node)
         self.rebind(node, root, change)
 
     def bind(self, target: ast.expr, value: Value) -> None:
@@ -151,10 +195,10 @@ class _Walker:
             self.values[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             for position, part in enumerate(target.elts):
-                self.bind(part, _part(value, position, len(target.elts)))
+                self.bind(part, self.part(value, position, len(target.elts)))
         elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
             old = self.value(target.value)
-            written = Value("call", "index_put_", (old, self.value(target.slice), value))
+            written = self.make("call", "index_put_", (old, self.value(target.slice), value), target)
             self.rebind(target, target.value.id, written)
         else:
             self.unsupported(target, "an assignment to something that is no local")
@@ -163,39 +207,45 @@ class _Walker:
         """Bind a loop's variables, through enumerate and zip, to elements of what is looped over."""
         targets = target.elts if isinstance(target, (ast.Tuple, ast.List)) else []
         if iterable.kind == "call" and iterable.name == "enumerate" and len(targets) == 2:
-            self.bind(targets[0], Value("counter"))
+            self.bind(targets[0], self.make("counter"))
             self.bind_loop(targets[1], iterable.operands[0])
-        elif (
-            iterable.kind == "call" and iterable.name == "zip" and 0 < len(targets) <= len(iterable.operands)
-        ):
+        elif iterable.kind == "call" and iterable.name == "zip" and 0 < len(targets) <= len(iterable.operands):
             for part, source in zip(targets, iterable.operands, strict=False):  # without zip's own `strict`
                 self.bind_loop(part, source)
         else:
-            self.bind(target, Value("element", "", (iterable,)))
+            self.bind(target, self.make("element", "", (iterable,)))
 
     def rebind(self, node: ast.AST, name: str, value: Value) -> None:
         if self.values[name].kind in ("parameter", "self"):
-            self.unsupported(node, "it changes self or an argument")
+            self.unsupported(node, CHANGES_ARGUMENT)
         self.values[name] = value
 
     def unsupported(self, node: ast.AST, what: str) -> None:
-        line = getattr(node, "lineno", 0)
-        self.flow.unsupported = self.flow.unsupported or f"line {line} of it is not followed: {what}"
+        self.flow.problems.append(Problem(node, what))
+
+    def part(self, value: Value, position: int, count: int) -> Value:
+        if value.kind == "operation" and value.name in ("Tuple", "List") and len(value.operands) == count:
+            return value.operands[position]
+        return self.make("operation", f"part {position}", (value,))
 
     # expressions
 
     def value(self, node: ast.expr) -> Value:
+        self.flow.at[node] = value = self.evaluated(node)
+        return value
+
+    def evaluated(self, node: ast.expr) -> Value:
         if isinstance(node, ast.Name):
-            return self.values.get(node.id) or Value("global", node.id)
+            return self.values.get(node.id) or self.make("global", node.id, (), node)
         if isinstance(node, ast.Constant):
-            return Value("constant", repr(node.value))
+            return self.make("constant", repr(node.value), (), node)
         if isinstance(node, ast.Attribute):
-            return Value("attribute", node.attr, (self.value(node.value),))
+            return self.make("attribute", node.attr, (self.value(node.value),), node)
         if isinstance(node, ast.Subscript):
-            return Value("index", "", (self.value(node.value), self.value(node.slice)))
+            return self.make("index", "", (self.value(node.value), self.value(node.slice)), node)
         if isinstance(node, ast.Call):
             return self.call(node)
-        return Value("operation", _operator(node), tuple(self.children(node)))
+        return self.make("operation", _operator(node), tuple(self.children(node)), node)
 
     def call(self, node: ast.Call) -> Value:
         arguments = [self.value(argument) for argument in node.args]
@@ -204,13 +254,13 @@ class _Walker:
         if isinstance(node.func, ast.Attribute):
             name, base = node.func.attr, self.value(node.func.value)
             if base.kind == "self":
-                self.unsupported(node, "a call of a method or module of self")
+                self.unsupported(node, CALLS_SELF)
             receiver = [] if _is_module_path(base) else [base]
         elif isinstance(node.func, ast.Name) and node.func.id not in self.values:
             name = node.func.id
         else:
             receiver = [self.value(node.func)]
-        value = Value("call", name, (*receiver, *arguments))
+        value = self.make("call", name, (*receiver, *arguments), node)
         self.flow.called.append(value)
         return value
 
@@ -237,12 +287,6 @@ def _operator(node: ast.expr) -> str:
     if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp)):
         return type(node.op).__name__
     return type(node.ops[0]).__name__ if isinstance(node, ast.Compare) else type(node).__name__
-
-
-def _part(value: Value, position: int, count: int) -> Value:
-    if value.kind == "operation" and value.name in ("Tuple", "List") and len(value.operands) == count:
-        return value.operands[position]
-    return Value("operation", f"part {position}", (value,))
 
 
 def _root_name(node: ast.expr) -> str:

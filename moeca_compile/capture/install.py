@@ -22,10 +22,11 @@ from moeca_compile._torch_private import not_on_compile_start, on_every_compile_
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
-from moeca_compile.capture.idioms.base import Facts, Idiom, Recognised, Trusted
+from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
+from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
-from moeca_compile.capture.trust import UntrustedError, vouch
+from moeca_compile.capture.trust import vouch
 
 _lock = threading.Lock()
 _seen: WeakSet[type] = WeakSet()
@@ -85,7 +86,7 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     code = getattr(innermost(function), "__code__", None)
     if code is None:
         return None
-    idioms = [idiom for idiom in IDIOMS if idiom.hints.issubset(code.co_names)]
+    idioms = [idiom for idiom in IDIOMS if idiom.plausible(code)]
     suspicious = suspects.may_be_suspect(code)
     method = read_method(function) if idioms or suspicious else None
     if method is None:
@@ -93,22 +94,20 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     for idiom in idioms:
         recognised = idiom.recognise(method)
         if recognised is not None:
-            return _with_equivalent(function, method, idiom, recognised)
+            return _with_equivalent(function, method, recognised)
     lists = suspects.expert_lists(method)
     return _with_warning(function, method, lists) if lists else None
 
 
-def _with_equivalent(
-    original: Callable[..., Any], method: Method, idiom: Idiom, recognised: Recognised
-) -> Callable[..., Any]:
-    facts_of, equivalent = idiom.facts, idiom.equivalent
-
+def _with_equivalent(original: Callable[..., Any], method: Method, recognised: Dispatch) -> Callable[..., Any]:
     @torch.compiler.assume_constant_result
     def vouched(module: nn.Module, facts: Facts | str) -> Trusted | None:
         try:
             if isinstance(facts, str):
                 raise UntrustedError(facts)
-            return vouch(idiom, recognised, original, module, facts)
+            return vouch(recognised, original, module, facts)
+        except NoExpertsError:
+            return None
         except UntrustedError as reason:
             advice = "Write it so that this no longer holds, or add an idiom (docs/adding-an-idiom.md)."
             refuse(Refusal(method.where, method.name, str(reason)), advice)
@@ -116,9 +115,9 @@ def _with_equivalent(
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            trusted = vouched(self, facts_of(recognised, args, kwargs))
+            trusted = vouched(self, recognised.facts(args, kwargs))
             if trusted is not None:
-                return equivalent(recognised, trusted, self, args, kwargs)
+                return recognised.equivalent(trusted, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return _dressed_as(original, dispatch)

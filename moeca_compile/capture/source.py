@@ -7,16 +7,18 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's code: its qualified name, `where` ("file:line") and its syntax tree."""
+    """A method's code: its qualified name, `where` ("file:line"), its syntax tree, the undecorated function."""
 
     name: str
     where: str
     tree: ast.FunctionDef
+    function: FunctionType
 
 
 def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +34,7 @@ def read_method(function: Callable[..., Any]) -> Method | None:
         tree = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return None
-    if not isinstance(tree, ast.FunctionDef):
+    if not isinstance(tree, ast.FunctionDef) or not isinstance(written, FunctionType):
         return None
     code = written.__code__
-    return Method(written.__qualname__, f"{code.co_filename}:{code.co_firstlineno}", tree)
+    return Method(written.__qualname__, f"{code.co_filename}:{code.co_firstlineno}", tree, written)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile.capture.idioms.base import Path
+Path = tuple[str, ...]
+"""The way to a parameter from its expert: ("mlp", "0", "weight")."""
 
 Structure = tuple[Any, ...]
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, type, BuiltinFunctionType)
@@ -27,9 +28,7 @@ def tensor_paths(expert: nn.Module) -> tuple[Path, ...]:
 
 def structure(expert: nn.Module) -> Structure:
     """What has to be equal among the experts: modules, their attributes, all of the tensors but values."""
-    modules = tuple(
-        (name, type(module), _plain_attributes(module)) for name, module in expert.named_modules()
-    )
+    modules = tuple((name, type(module), _plain_attributes(module)) for name, module in expert.named_modules())
     tensors = tuple(
         (name, tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in named_tensors(expert)
     )
@@ -40,7 +39,7 @@ def unlike(experts: nn.ModuleList) -> str | None:
     """Why the experts cannot stand for each other; None where they can."""
     first = structure(experts[0])
     for number, expert in enumerate(experts):
-        reason = _with_a_life_of_its_own(expert)
+        reason = alive(expert)
         if reason:
             return f"expert {number} {reason}"
         if structure(expert) != first:
@@ -48,7 +47,8 @@ def unlike(experts: nn.ModuleList) -> str | None:
     return None
 
 
-def _with_a_life_of_its_own(expert: nn.Module) -> str | None:
+def alive(expert: nn.Module) -> str | None:
+    """Why a module may not stand for another, whatever its structure: it has a life of its own."""
     for module in expert.modules():
         if module.training:
             return "is in training mode"

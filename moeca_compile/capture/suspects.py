@@ -43,9 +43,7 @@ def holds_modules(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 def _list_of(callee: Value) -> str:
     source = callee.operands[0] if callee.kind in ("index", "element") else callee
-    while (
-        source.kind in ("call", "operation") and source.operands
-    ):  # enumerate(self.experts[a:b]) and the like
+    while source.kind in ("call", "operation") and source.operands:  # enumerate(self.experts[a:b]) and the like
         source = source.operands[0]
     return source.name if source.kind == "attribute" and source.operands[0].kind == "self" else ""
 

@@ -78,9 +78,7 @@ def test_params_are_expert_major_in_the_order_of_named_parameters():
     params, num_experts = layer.args[4:]
     wanted = [tensor for expert in model[0].moe.experts for _, tensor in expert.named_parameters()]
     assert num_experts == EXPERTS
-    assert [value[node] is tensor for node, tensor in zip(params, wanted, strict=True)] == [True] * len(
-        wanted
-    )
+    assert [value[node] is tensor for node, tensor in zip(params, wanted, strict=True)] == [True] * len(wanted)
 
 
 def test_the_body_uses_the_nodes_of_the_first_experts_params():

@@ -1,54 +1,53 @@
 """What an idiom is: a way of writing MoE dispatch, recognised in code, and its traceable equivalent.
 
-An idiom whose method is handed the rows, the expert ids and the weights (most are) writes `recognise` only
-and takes the other three functions from `routed.py`.
+There are two kinds of equivalents: `routed.Routed` for methods that are handed rows, expert ids and weights and
+do nothing but dispatch, and `inline.Inline` for all others, whose code is kept around the dispatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from types import CodeType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moeca_compile.capture.source import Method
+from moeca_compile.capture.structure import Path
 
-Path = tuple[str, ...]
-"""The way to a parameter from its expert: ("mlp", "0", "weight")."""
+Paths = tuple[tuple[Path, ...], ...]
 
-Trusted = tuple[tuple[Path, ...], torch.dtype]
-"""What an equivalent needs of a layer: the paths of an expert's parameters, the dtype of the result."""
+Trusted = tuple[Paths, torch.dtype]
+"""What an equivalent needs of a layer: the paths of its tensors in each item, the dtype of the result."""
 
 Facts = tuple[Any, ...]
 """Constants about the arguments of one call, known while tracing: sizes, dtypes, layouts, device."""
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """The roles in a recognised method.
+class Layout:
+    """Where a layer keeps its experts' tensors, and all that has to be equal for a check to hold for another."""
 
-    experts: the attribute of self that holds the list of experts
-    parameters: all parameters in order, without self
-    x, index, weight: which of them are the rows (T, D), the expert ids, the weights
-    """
-
-    experts: str
-    parameters: tuple[str, ...]
-    x: str
-    index: str
-    weight: str
+    paths: Paths
+    structure: Hashable
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Random arguments of the original method, in its order; the same as x (T, D), index, weight (T, k)."""
+class Dispatch(Protocol):
+    """A recognised method. `facts` and `equivalent` are traced by Dynamo."""
 
-    arguments: tuple[Tensor, ...]
-    x: Tensor
-    index: Tensor
-    weight: Tensor
+    def facts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts | str:
+        """What the check must know about a call, or why it is not supported."""
+
+    def layout(self, module: nn.Module) -> Layout:
+        """Where `module` keeps its experts. Raises UntrustedError where they cannot stand for each other."""
+
+    def compared(self, original: Callable[..., Tensor], module: nn.Module, facts: Facts) -> torch.dtype:
+        """Compare original and meaning on random calls; the result's dtype. Raises UntrustedError."""
+
+    def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The method's result, through markers."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,15 @@ class Idiom:
     """One way of writing MoE dispatch.
 
     name: for messages
-    hints: names that occur in every such method (attributes, methods, globals): a cheap test on its code
-    recognise: the roles in a method's code, None where it is no such method; never by names of classes
-    facts: traceable; what `trial` and the check must know about a call, or why it is not supported
-    trial: random calls, for a layer of so many experts; together they use every expert and leave the first
-        and the last without a token in turn, where k allows it
-    equivalent: traceable; (recognised, trusted, module, args, kwargs) -> the method's result, through markers
+    plausible: a cheap test on a method's code object, before its source is read
+    recognise: the dispatch in a method's code, None where it is no such method; never by names of classes
     """
 
     name: str
-    hints: frozenset[str]
-    recognise: Callable[[Method], Recognised | None]
-    facts: Callable[[Recognised, tuple[Any, ...], dict[str, Any]], Facts | str]
-    trial: Callable[[Recognised, Facts, int], Iterator[Trial]]
-    equivalent: Callable[[Recognised, Trusted, nn.Module, tuple[Any, ...], dict[str, Any]], Tensor]
+    plausible: Callable[[CodeType], bool]
+    recognise: Callable[[Method], Dispatch | None]
+
+
+def uses(*names: str) -> Callable[[CodeType], bool]:
+    """A test for code in which all these names occur (attributes, methods, globals)."""
+    return lambda code: set(names).issubset(code.co_names)

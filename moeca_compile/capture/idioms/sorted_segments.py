@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.idioms import routed
-from moeca_compile.capture.idioms.base import Idiom, Recognised
+from moeca_compile.capture.idioms.base import Idiom, uses
 from moeca_compile.capture.source import Method
 
 SORTS = ("argsort", "sort")
@@ -39,7 +39,7 @@ ACCUMULATES = ("scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add
 ZEROS = ("zeros_like", "new_zeros", "zeros")
 
 
-def recognise(method: Method) -> Recognised | None:
+def recognise(method: Method) -> routed.Routed | None:
     """The roles in `method` if it dispatches over sorted segments, else None."""
     flow = follow(method.tree)
     if flow.unsupported or len(flow.returned) != 1 or len(flow.parameters) != 3:
@@ -56,7 +56,7 @@ def recognise(method: Method) -> Recognised | None:
     if not index or not _counted_on_host(result, index) or len({x, index, weight, None}) != 4:
         return None
     assert x and weight  # by the set above; for the type checker
-    return Recognised(routed.list_of(call), flow.parameters, x, index, weight)
+    return routed.Routed(routed.list_of(call), flow.parameters, x, index, weight)
 
 
 def _accumulated(result: Value) -> Value | None:
@@ -111,11 +111,4 @@ def _without_views(value: Value) -> Value:
     return value
 
 
-IDIOM = Idiom(
-    name="sorted segments",
-    hints=frozenset({"bincount"}),
-    recognise=recognise,
-    facts=routed.facts,
-    trial=routed.trial,
-    equivalent=routed.equivalent,
-)
+IDIOM = Idiom("sorted segments", uses("bincount"), recognise)

@@ -1,0 +1,57 @@
+"""A whole `forward` with router and dispatch: one graph, one marker a layer, eager's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moeca_compile import capture
+from tests.capture import inline_layers
+from tests.capture.inline_layers import MASK_LOOPS, WithTimestep
+from tests.capture.layers import WIDTH, stack, tokens
+from tests.harness import RecordingBackend, nodes_of
+from tests.references import run_with_markers
+
+ROWS, LAYER = torch.ops.moeca.expert_rows, torch.ops.moeca.experts
+
+
+def assert_captured(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **tolerance: float) -> None:
+    """One graph with so many markers, whose meaning is what eager returns."""
+    backend = RecordingBackend(run=lambda gm: lambda *args: run_with_markers(gm, args))
+    with torch.no_grad():
+        want = model(*inputs)
+        got = torch.compile(model, backend=backend)(*inputs)
+    assert capture.refusals() == ()
+    assert len(backend.graphs) == 1
+    assert len(nodes_of(backend.graphs[0], LAYER)) == layers
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, **tolerance)
+
+
+@pytest.mark.parametrize("layer", MASK_LOOPS)
+def test_one_graph_with_the_numbers_of_eager(layer):
+    assert_captured(stack(layer(), layer()), tokens(), layers=2)
+
+
+@pytest.mark.parametrize("layer", [MASK_LOOPS[0], MASK_LOOPS[2]])
+def test_half_precision_with_the_originals_dtype(layer):
+    assert_captured(stack(layer()).bfloat16(), tokens(torch.bfloat16), rtol=0.05, atol=0.05)
+
+
+def test_a_float32_router_of_half_precision_rows():
+    assert_captured(stack(inline_layers.WeightedAfter()).half(), tokens(torch.float16), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("layer", [inline_layers.SlotBySlot, inline_layers.OneHotHit])
+def test_one_branch_a_token(layer):
+    assert_captured(stack(layer(top_k=1)), tokens())
+
+
+def test_two_dimensional_inputs():
+    assert_captured(stack(inline_layers.TopOne()), tokens()[0])
+
+
+def test_further_rows_of_an_expert():
+    layer = WithTimestep().eval()
+    assert_captured(layer, tokens(), torch.randn(2, WIDTH))
