@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -92,15 +92,38 @@ def root_module() -> torch.nn.Module | None:
     return value if isinstance(value, torch.nn.Module) else None
 
 
-def calling_code() -> list[CodeType]:
-    """Code of the user's frames between torch.compile's wrapper and the frame that Dynamo is compiling for now."""
-    found: list[CodeType] = []
+def _calling_frames() -> list[FrameType]:
+    """The frames between the one that Dynamo is compiling for now and torch.compile's wrapper around it."""
+    found: list[FrameType] = []
     frame = sys._getframe().f_back
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        if not frame.f_code.co_filename.startswith(_LIBRARIES):
-            found.append(frame.f_code)
+        found.append(frame)
         frame = frame.f_back
     return found if frame is not None else []
+
+
+def _users(frames: list[FrameType]) -> list[FrameType]:
+    return [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+
+
+def in_decorated_function() -> bool:
+    """Whether one of the callers is decorated with a context of torch's, such as no_grad."""
+    return any(frame.f_code.co_name == "decorate_context" for frame in _calling_frames())
+
+
+def calling_code() -> list[CodeType]:
+    """Code of the functions that run as plain Python around the frame that Dynamo is compiling for now."""
+    return [frame.f_code for frame in _users(_calling_frames())]
+
+
+def outermost_module() -> torch.nn.Module | None:
+    """The module that was called as a whole: the first argument of the outermost of those, else `root_module`."""
+    for frame in reversed(_users(_calling_frames())):
+        arguments = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        value = frame.f_locals.get(arguments[0]) if arguments else None
+        if isinstance(value, torch.nn.Module):
+            return value
+    return root_module()
 
 
 def forget_code(code: CodeType) -> None:

@@ -23,7 +23,9 @@ from moeca_compile._torch_private import (
     calling_code,
     forget_code,
     graph_break,
+    in_decorated_function,
     is_module_state,
+    outermost_module,
     root_module,
     traced_wrapper,
 )
@@ -35,6 +37,10 @@ from moeca_compile.runtime.record import Record, record_for
 GRADIENTS = (
     "gradients are enabled, so the original model runs and nothing is cached: call it under torch.no_grad() or "
     "torch.inference_mode() to switch caching on"
+)
+BREAK = (
+    "{0}: the graph breaks here ({1}): the model is compiled in parts, as torch.compile would, and nothing is cached "
+    "across the break. If this is MoE dispatch, docs/adding-an-idiom.md says how to teach moeca_compile to trace it"
 )
 TRAINING = "the model is in training mode, so the original runs and nothing is cached: call model.eval() first"
 
@@ -50,18 +56,13 @@ def moeca_backend(
     """
     config = MoecaConfig.from_options(options)
     record = record_for(traced_wrapper(), root_module(), config)
-    broken = graph_break()
-    if broken is not None:
-        record.breaks.append(broken)
-    reason = _why_original(inputs)
+    reason = _why_original(inputs, record)
     if reason is not None:
         record.warn(reason)
         return _as_torch_compile_would(gm, inputs, record)
+    _note_breaks(record)
     if not _worth_rewriting(gm):
         return _as_torch_compile_would(gm, inputs, record)
-    if _gave_up_callers(record):
-        # This call alone sees its graphs one by one; the next one is traced from the model's beginning.
-        config, record = MoecaConfig(recipe="none", validate=False), Record(config)
     user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
     numbers = scalar_inputs_to_tensors(gm, inputs)
     engine = Engine(gm, user_inputs, numbers, config, record)
@@ -77,26 +78,37 @@ moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
 capture.install()
 
 
-def _gave_up_callers(record: Record) -> bool:
-    """Whether Dynamo gave up this graph's callers in calls for which nothing is captured, and if so undo it.
+def _note_breaks(record: Record) -> None:
+    """Note where the graph breaks, and whether it is a part of the model whose callers run as plain Python.
 
-    With gradients or in training mode MoE dispatch breaks the graph; where that is in a loop over blocks, Dynamo
-    runs the function around it as plain Python from then on, whatever the mode.
+    Dynamo gives up a function for good, whatever backend or mode it was compiled for, where a loop in it breaks
+    the graph: plain torch.compile does so at MoE dispatch, and so do calls with gradients or in training mode.
+    So it is told once to look at the callers again, and then drops the parts that it did not need.
     """
-    if not {GRADIENTS, TRAINING} & set(record.warnings):
-        return False
-    callers = set(calling_code()) - record.tried_again
-    record.tried_again |= callers
-    for code in callers:
+    broken, callers = graph_break(), set(calling_code())
+    record.partial = bool(callers)
+    if broken is not None:
+        record.breaks.append(broken)
+        if not capture.refusals():
+            record.warn(BREAK.format(*broken))
+    elif not record.partial:
+        record.engines = [engine for engine in record.engines if not engine.partial]
+        record.untouched, record.breaks = 0, []
+    for code in callers - record.tried_again:
+        record.tried_again.add(code)
         forget_code(code)
-    return bool(callers)
 
 
-def _why_original(inputs: Sequence[Any]) -> str | None:
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-        return GRADIENTS
-    module = root_module()
-    return TRAINING if module is not None and module.training else None
+def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
+    module, callers = outermost_module(), calling_code()
+    if module is not None and module.training:
+        return TRAINING
+    # Capture is off while gradients are on, so a graph that comes in parts then says nothing of the model.
+    wanted = callers or graph_break() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    if torch.is_grad_enabled():
+        return GRADIENTS if wanted else None
+    # Dispatch is often decorated with no_grad, and traced as a part of a call with gradients.
+    return GRADIENTS if GRADIENTS in record.warnings and in_decorated_function() else None
 
 
 def _worth_rewriting(gm: fx.GraphModule) -> bool:

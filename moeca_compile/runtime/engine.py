@@ -41,7 +41,7 @@ class Engine:
         record: Record,
     ) -> None:
         self.gm, self.user_inputs, self.numbers = gm, list(user_inputs), list(numbers)
-        self.modes = numeric_modes()
+        self.modes, self.partial = numeric_modes(), record.partial
         self.config, self.record = config, record
         self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
         self._lock = threading.RLock()

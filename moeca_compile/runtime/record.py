@@ -32,6 +32,8 @@ class Record:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    partial: bool = False
+    """Whether the last graph is a part of the model, whose callers run as plain Python."""
     tried_again: set[CodeType] = field(default_factory=set)
     """Code that Dynamo had given up, and was told to look at again."""
 

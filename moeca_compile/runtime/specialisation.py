@@ -75,8 +75,8 @@ class Specialisation:
             return
         if self.regions.timestep is None:
             self.caching, self.policy = False, Plain(self.config, self.regions)
-            if self.record.breaks:
-                return  # a part of a model, of which the break was warned of
+            if self.record.partial:
+                return  # the break that made it a part is warned of
             self.record.warn(
                 "no timestep was found among the model's inputs, so steps and generations cannot be told apart: "
                 "the model runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding."
