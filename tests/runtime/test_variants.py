@@ -1,0 +1,236 @@
+"""Models of other forms: what is cached of them, and that forced recomputation is the model all the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeca_compile.policies.step import StepKind
+from moeca_compile.runtime.specialisation import Specialisation
+from tests.harness import captured
+from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate
+
+SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
+pytestmark = pytest.mark.usefixtures("eager_steps")
+
+
+class Variant(TinyDiTMoE):
+    """`block` takes the place of every block's forward."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(SIZES)
+        self.extra = nn.Linear(16, 16)
+        self.text = nn.Parameter(torch.randn(1, 5, 16))
+        self.kernel = nn.Parameter(torch.randn(16, 1, 3) / 3)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.embed_inputs(x, t, y)
+        for block in self.blocks:
+            h = self.block(block, h, block.adaln(c).chunk(6, dim=1))
+        return self.finish(h, c)
+
+    def block(self, block: Block, h: Tensor, m: tuple[Tensor, ...]) -> Tensor:
+        h = h + m[2].unsqueeze(1) * self.attend(block, modulate(block.norm1(h), m[0], m[1]))
+        return h + m[5].unsqueeze(1) * block.mlp(modulate(block.norm2(h), m[3], m[4]))
+
+    def attend(self, block: Block, z: Tensor) -> Tensor:
+        return block.attn(z, self.cos, self.sin)
+
+    def qkv(self, block: Block, z: Tensor) -> tuple[Tensor, ...]:
+        batch, tokens, width = z.shape
+        qkv = block.attn.qkv(z).view(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v
+
+    @staticmethod
+    def project(block: Block, out: Tensor) -> Tensor:
+        return block.attn.proj(out.transpose(1, 2).flatten(2))
+
+
+class Parallel(Variant):
+    """Attention and feed-forward beside each other."""
+
+    def block(self, block, h, m):
+        z = modulate(block.norm1(h), m[0], m[1])
+        return h + m[2].unsqueeze(1) * (self.attend(block, z) + block.mlp(z))
+
+
+class Ungated(Variant):
+    """Pre-norm without modulation or gates."""
+
+    def block(self, block, h, m):
+        h = h + self.attend(block, block.norm1(h))
+        return block.mlp(block.norm2(h)) + h
+
+
+class TanhGates(Variant):
+    """Gates squashed, output normed after the branch, as sandwich norms do."""
+
+    def block(self, block, h, m):
+        h = h + m[2].tanh().unsqueeze(1) * block.norm1(self.attend(block, block.norm1(h) * (1 + m[1][:, None])))
+        return h + m[5].tanh().unsqueeze(1) * block.norm2(block.mlp(block.norm2(h) * (1 + m[4][:, None])))
+
+
+class LongSkip(Variant):
+    """The last block's input joined with the first one's output, as in U-ViT."""
+
+    def forward(self, x, t, y):
+        h, c = self.embed_inputs(x, t, y)
+        first = self.block(self.blocks[0], h, self.blocks[0].adaln(c).chunk(6, dim=1))
+        h = self.extra(first) + h
+        h = self.block(self.blocks[1], h, self.blocks[1].adaln(c).chunk(6, dim=1))
+        return self.finish(h + first, c)
+
+
+class CrossAttention(Variant):
+    """To a text, between self-attention and feed-forward."""
+
+    def block(self, block, h, m):
+        h = h + m[2].unsqueeze(1) * self.attend(block, modulate(block.norm1(h), m[0], m[1]))
+        q = self.extra(h).unflatten(-1, (2, 8)).transpose(1, 2)
+        k = self.text.expand(len(h), -1, -1).unflatten(-1, (2, 8)).transpose(1, 2)
+        h = h + F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+        return h + m[5].unsqueeze(1) * block.mlp(modulate(block.norm2(h), m[3], m[4]))
+
+
+class TextTokens(Variant):
+    """Keys and values of text and picture together."""
+
+    def attend(self, block, z):
+        q, k, v = self.qkv(block, z)
+        text = self.text.expand(len(z), -1, -1).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = torch.cat([k, text], 2), torch.cat([v, text], 2)
+        return self.project(block, F.scaled_dot_product_attention(q, k, v))
+
+
+class SpelledOut(Variant):
+    """Attention as products and a softmax."""
+
+    def attend(self, block, z):
+        q, k, v = self.qkv(block, z)
+        return self.project(block, (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v)
+
+
+class Causal(Variant):
+    def attend(self, block, z):
+        return self.project(block, F.scaled_dot_product_attention(*self.qkv(block, z), is_causal=True))
+
+
+class ConvolvedRouter(Variant):
+    """A depthwise convolution over tokens before the MoE layer."""
+
+    def block(self, block, h, m):
+        h = h + m[2].unsqueeze(1) * self.attend(block, modulate(block.norm1(h), m[0], m[1]))
+        z = F.conv1d(block.norm2(h).transpose(1, 2), self.kernel, padding=1, groups=16).transpose(1, 2)
+        return h + m[5].unsqueeze(1) * block.mlp(z)
+
+
+class TwoExperts(Variant):
+    """Two MoE layers in a block, the second without an attention of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = MoE(SIZES)
+
+    def block(self, block, h, m):
+        h = super().block(block, h, m)
+        return h + m[5].unsqueeze(1) * self.second(block.norm2(h)) if isinstance(block.mlp, MoE) else h
+
+
+class ConditionedRouter(Variant):
+    """The router reads the timestep embedding beside the token."""
+
+    def block(self, block, h, m):
+        h = h + m[2].unsqueeze(1) * self.attend(block, modulate(block.norm1(h), m[0], m[1]))
+        z = block.norm2(h)
+        z = torch.cat([z[..., :8], m[3][:, None, :8].expand(-1, z.shape[1], -1)], -1)
+        return h + m[5].unsqueeze(1) * block.mlp(z)
+
+
+class RegisterToken(Variant):
+    """A learned token before the picture's."""
+
+    def embed_inputs(self, x, t, y):
+        h, c = super().embed_inputs(x, t, y)
+        return torch.cat([self.text[:, :1].expand(len(h), -1, -1), h], 1), c
+
+    def finish(self, h, c):
+        return super().finish(h[:, 1:], c)
+
+    def attend(self, block, z):
+        batch, tokens, width = z.shape
+        q, k, v = block.attn.qkv(z).view(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.project(block, F.scaled_dot_product_attention(q, k, v))
+
+
+def cached(*counts: int) -> dict[str, int]:
+    return {name: n for name, n in zip(("attention", "experts", "feedforward"), counts, strict=True) if n}
+
+
+# What is cached; what is kept as it is, by kind.
+VARIANTS: dict[type[Variant], tuple[dict[str, int], dict[str, int]]] = {
+    Variant: (cached(2, 1, 1), {}),
+    Ungated: (cached(2, 1, 1), {}),
+    TanhGates: (cached(2, 1, 1), {}),
+    LongSkip: (cached(2, 1, 1), {}),
+    TwoExperts: (cached(2, 2, 1), {}),
+    RegisterToken: (cached(2, 1, 1), {}),
+    ConditionedRouter: (cached(2, 1, 1), {}),
+    CrossAttention: (cached(2, 1, 1), {"attention": 2}),
+    TextTokens: (cached(0, 1, 1), {"attention": 2}),
+    Causal: (cached(0, 1, 1), {"attention": 2}),
+    ConvolvedRouter: (cached(2, 0, 0), {"experts": 1}),
+}
+
+
+def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Specialisation]:
+    model = variant().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise, torch.ones(2), labels)
+    return model, graph, graph.specialisation(**options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
+def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
+    model, graph, shapes = prepared(variant, keys_values="chosen", shared="any")
+    regions = shapes.regions
+    expected, kept = VARIANTS[variant]
+    assert cached(len(regions.attentions), len(regions.experts), len(regions.feedforwards)) == expected
+    assert Counter(k.kind for k in regions.kept) == kept
+    assert not [w for w in recwarn if "moeca" in str(w.message)]
+    assert all(error < 1e-5 for error in shapes.record.errors.values())
+    assert_forced_is_the_model(model, graph, shapes)
+
+
+def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specialisation) -> None:
+    """A cache step on another picture with everything recomputed."""
+    (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
+    clock = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
+    full = shapes.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y), state, clock)
+    torch.testing.assert_close(full.outputs[0], model(x, torch.ones(2), y), atol=1e-5, rtol=0)
+    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
+    t = torch.full((2,), 0.7)
+    again = shapes.eager(forced, graph.arguments(x=other, t=t, y=y), {**state, **full.updates}, clock)
+    torch.testing.assert_close(again.outputs[0], model(other, t, y), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [Parallel, SpelledOut], ids=lambda variant: variant.__name__)
+@pytest.mark.parametrize("recipe", ["moeca", "fora", "stack"])
+@pytest.mark.filterwarnings("ignore:moeca")
+def test_what_is_not_understood_runs_right(variant, recipe):
+    """Kept with a reason, or cached in a way that is the model when recomputed."""
+    model, graph, shapes = prepared(variant, recipe=recipe)
+    engine = graph.engine(recipe=recipe, full_every=1)
+    x, y = make_inputs(model)
+    for time in (1.0, 0.7):
+        (found,) = engine(*graph.arguments(x=x, t=torch.full((2,), time), y=y))
+        torch.testing.assert_close(found, model(x, torch.full((2,), time), y), atol=1e-5, rtol=0)
+    if recipe == "moeca" and shapes.caching:
+        assert_forced_is_the_model(model, graph, shapes)
