@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.specialisation import Specialisation
 from tests.harness import captured
-from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate
+from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate, sinusoidal
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 pytestmark = pytest.mark.usefixtures("eager_steps")
@@ -234,3 +234,42 @@ def test_what_is_not_understood_runs_right(variant, recipe):
         torch.testing.assert_close(found, model(x, torch.full((2,), time), y), atol=1e-5, rtol=0)
     if recipe == "moeca" and shapes.caching:
         assert_forced_is_the_model(model, graph, shapes)
+
+
+def test_an_attention_and_experts_in_one_branch_are_kept_with_a_reason(recwarn):
+    _, _, shapes = prepared(Parallel)
+    reasons = {kept.kind: kept.reason for kept in shapes.regions.kept}
+    assert "an MoE layer stands in the same branch" in reasons["attention"]
+    assert "keys and values of all tokens" in reasons["experts"]
+    assert [attention.name for attention in shapes.regions.attentions] == ["blocks.0.attn"]
+    assert len([w for w in recwarn if "stays as it is" in str(w.message)]) == 2
+
+
+class AnyPrecision(TinyDiTMoE):
+    """Embeds the timestep in float32 and goes on in its own dtype."""
+
+    def embed_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.embed(x).flatten(2).transpose(1, 2)
+        return h, self.time(sinusoidal(t, SIZES.width).to(h.dtype)) + self.label(y)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "stack-forecast"])
+def test_other_precisions(dtype, bound, recipe, recwarn):
+    """Caches are in the model's dtype, and validation holds what the dtype can give."""
+    torch.manual_seed(0)
+    model = AnyPrecision(SIZES).eval().requires_grad_(False).to(dtype)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise.to(dtype), torch.ones(2, dtype=dtype), labels)
+    engine = graph.engine(recipe=recipe, full_every=3)
+    x = noise.to(dtype)
+    for number in range(5):
+        (out,) = engine(*graph.arguments(x=x, t=torch.full((2,), 1 - number / 5, dtype=dtype), y=labels))
+        assert out.dtype == dtype
+        assert out.isfinite().all()
+        x = x - out / 5
+    assert all(error < bound for error in engine.record.errors.values())
+    assert not [w for w in recwarn if "moeca" in str(w.message)]
+    shapes = engine.prepare(graph.inputs)
+    by_name = {spec.name: spec.dtype for spec in shapes.plan.caches}
+    assert by_name["stack" if recipe.startswith("stack") else "attention.0"] == dtype
