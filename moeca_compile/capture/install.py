@@ -9,6 +9,7 @@ only where Dynamo traces it for a backend of ours, without gradients, in eval mo
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -22,12 +23,13 @@ from moeca_compile._torch_private import not_on_compile_start, on_every_compile_
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
-from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
+from moeca_compile.capture.idioms.base import Dispatch, Facts, Idiom, Trusted
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
 from moeca_compile.capture.trust import vouch
 
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: WeakSet[type] = WeakSet()
 _ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wraps
@@ -92,11 +94,20 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     if method is None:
         return None
     for idiom in idioms:
-        recognised = idiom.recognise(method)
+        recognised = _recognised(idiom, method)
         if recognised is not None:
             return _with_equivalent(function, method, recognised)
     lists = suspects.expert_lists(method)
     return _with_warning(function, method, lists) if lists else None
+
+
+def _recognised(idiom: Idiom, method: Method) -> Dispatch | None:
+    """The idiom's answer. Every class of the process comes by here: one that it fails on must not stop the others."""
+    try:
+        return idiom.recognise(method)
+    except Exception:
+        _log.debug("%s: reading %s for the idiom %r failed", method.where, method.name, idiom.name, exc_info=True)
+        return None
 
 
 def _with_equivalent(original: Callable[..., Any], method: Method, recognised: Dispatch) -> Callable[..., Any]:

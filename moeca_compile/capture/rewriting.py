@@ -1,11 +1,11 @@
-"""Rewrites a method so that its dispatch is a call of a function that it is handed; all else stays as written.
+"""Rewrites a method so that its dispatch is a call of what it is handed; all else stays as written.
 
-    def forward(self, x):                             def forward(moeca_experts, moeca_matmul, self, x):
+    def forward(self, x):                             def forward(moeca, self, x):
         weight, index = self.router(x)                    weight, index = self.router(x)
         out = torch.zeros_like(x)                         out = torch.zeros_like(x)
         for e in range(self.num_experts):                 def moeca_body(moeca_rows_0, moeca_item_0):
             token, slot = torch.where(index == e)             return moeca_item_0(moeca_rows_0)
-            y = self.experts[e](x[token])                 out = moeca_experts(
+            y = self.experts[e](x[token])                 out = moeca.experts(
             y = y * weight[token, slot, None]                 out, (x,), index, weight, moeca_body,
             out.index_add_(0, token, y)                       (self.experts,), ())
         return out + self.shared(x)                       return out + self.shared(x)
@@ -23,9 +23,10 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from moeca_compile.capture.dataflow import CALLS_SELF, Value
-from moeca_compile.capture.site import Site, base_of, of_self, spelled
+from moeca_compile.capture.site import Site, base_of, dependents, of_self, spelled
 
-EXPERTS, MATMUL, BODY, LIKE = "moeca_experts", "moeca_matmul", "moeca_body", "moeca_like"
+EXPERTS, MATMUL, ROWS, ITEM = "experts", "matmul", "rows", "item"  # of what `moeca` is bound to
+HANDED, BODY, LIKE = "moeca", "moeca_body", "moeca_like"
 
 
 class _NotRewritableError(Exception):
@@ -34,14 +35,17 @@ class _NotRewritableError(Exception):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A method as `function(moeca_experts, moeca_matmul, self, ...)`.
+    """A method as `function(moeca, self, ...)`.
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
     read; index: the parameter that holds the expert ids, None where the method makes them itself
 
-    moeca_experts(like, rows, index, weight, body, items, shared): rows is a tuple of per-token inputs; body is
-    a function of rows, an expert's items and the shared ones; like has the result's shape, or is None
-    moeca_matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
+    What `moeca` has to have:
+    experts(like, rows, index, weight, body, items, shared): the dispatch. rows is a tuple of per-token inputs;
+        body is a function of rows, an expert's items and the shared ones; like has the result's shape, or is None
+    matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
+    rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1
+    item(item, dims): an item with so many leading dimensions of size 1 more
     """
 
     function: Callable[..., Any]
@@ -66,15 +70,24 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
     )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What the body is handed of self: its parameter's name, and the attribute."""
+
+    name: str
+    source: ast.expr
+
+
 class _Rewriting:
     def __init__(self, site: Site) -> None:
         self.site, self.flow = site, site.flow
         self.names = self.flow.before[site.statement]
         self.parent = {child: node for node in ast.walk(site.tree) for child in ast.iter_child_nodes(node)}
         self.inserted: dict[ast.stmt, list[ast.stmt]] = {}
-        self.items: dict[str, ast.expr] = {}  # by the source's text
-        self.shared: dict[str, ast.expr] = {}
+        self.items: dict[str, _Held] = {}  # by the source's text
+        self.shared: dict[str, _Held] = {}
         self.used = {id(value) for value in site.result.ancestors()}
+        self.after_experts = dependents(self.flow, lambda value: id(value) in site.items)
 
     def tree(self) -> ast.FunctionDef:
         site = self.site
@@ -106,8 +119,8 @@ class _Rewriting:
                 self.name(site.index),
                 self.name(site.weight),
                 ast.Name(BODY, ast.Load()),
-                _tuple(list(self.items.values())),
-                _tuple(list(self.shared.values())),
+                _tuple([held.source for held in self.items.values()]),
+                _tuple([held.source for held in self.shared.values()]),
             ],
         )
 
@@ -156,16 +169,18 @@ class _Rewriting:
         built = [_rebuilt(each, replaced) for each in statements]
         returned = _rebuilt(result, replaced)
         built, _ = self.pruned([*built, ast.Return(returned)], set())
+        used = {node.id for each in built for node in ast.walk(each) if isinstance(node, ast.Name)}
+        self.items = {text: held for text, held in self.items.items() if held.name in used}
+        self.shared = {text: held for text, held in self.shared.items() if held.name in used}
         names = [f"moeca_rows_{i}" for i in range(len(site.rows))]
-        names += [f"moeca_item_{i}" for i in range(len(self.items))]
-        names += [f"moeca_shared_{i}" for i in range(len(self.shared))]
+        names += [held.name for held in [*self.items.values(), *self.shared.values()]]
         arguments = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
         return _located(ast.FunctionDef(BODY, arguments, built, [], None, None))
 
     def placeholders(self) -> Callable[[ast.AST], ast.AST | None]:
         """What stands in the body for an expression of the original."""
         rows = {
-            id(leaf): ast.Name(f"moeca_rows_{number}", ast.Load())
+            id(leaf): self.rows(f"moeca_rows_{number}", leaf)
             for number, leaves in enumerate(self.site.rows.values())
             for leaf in leaves
         }
@@ -178,12 +193,9 @@ class _Rewriting:
                 return rows[id(value)]
             if id(value) in self.site.items:
                 return self.item(value)
-            if value.kind == "call" and value.name in ("grouped_mm", "_grouped_mm", "bmm", "matmul"):
-                assert isinstance(node, ast.Call)
-                factors = [_rebuilt(each, replacement) for each in self.factors(node)]
-                return _call(MATMUL, factors)
-            if value.kind == "operation" and value.name == "MatMult":
-                assert isinstance(node, ast.BinOp)
+            if isinstance(node, ast.Call) and value.name in ("grouped_mm", "_grouped_mm", "bmm", "matmul"):
+                return _call(MATMUL, [_rebuilt(each, replacement) for each in self.factors(node)])
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
                 return _call(MATMUL, [_rebuilt(each, replacement) for each in (node.left, node.right)])
             if of_self(value) and isinstance(node, ast.Attribute):
                 return self.placeholder(self.shared, "moeca_shared", node)
@@ -194,6 +206,20 @@ class _Rewriting:
             return None
 
         return replacement
+
+    def rows(self, name: str, leaf: Value) -> ast.expr:
+        """Rows in place of `leaf`; of all tokens, with the dimensions that it has beside tokens and width."""
+        rows = ast.Name(name, ast.Load())
+        if not self.site.whole_rows:
+            return rows
+        return _call(ROWS, [rows, self.dims(leaf)])
+
+    def dims(self, value: Value) -> ast.expr:
+        """The number of dimensions of `value`, as a local for the body: a number, where it may read no tensor."""
+        of_value = ast.Attribute(self.name(value), "ndim", ast.Load())
+        lines = self.inserted.setdefault(self.site.statement, [])
+        lines.append(_assign(f"moeca_dims_{len(lines)}", of_value))
+        return ast.Name(f"moeca_dims_{len(lines) - 1}", ast.Load())
 
     def factors(self, node: ast.Call) -> list[ast.expr]:
         receiver = [node.func.value] if isinstance(node.func, ast.Attribute) else []
@@ -211,10 +237,7 @@ class _Rewriting:
         name = self.placeholder(self.items, "moeca_item", item.source.node)
         if item.gathered is not None:
             # As if the ids of one branch had been looked up: the dimensions of the ids, each of size 1.
-            dims = ast.Attribute(self.name(item.gathered), "ndim", ast.Load())
-            shape = ast.BinOp(_tuple([ast.Constant(1)]), ast.Mult(), dims)
-            whole = ast.BinOp(shape, ast.Add(), ast.Attribute(name, "shape", ast.Load()))
-            return ast.Call(ast.Attribute(name, "reshape", ast.Load()), [whole], [])
+            return _call(ITEM, [name, self.dims(item.gathered)])
         return ast.Subscript(name, ast.Constant(None), ast.Load()) if item.grouped else name
 
     def is_method_of_self(self, function: ast.expr) -> bool:
@@ -224,12 +247,11 @@ class _Rewriting:
             and function.value.id == self.flow.self_name
         )
 
-    def placeholder(self, known: dict[str, ast.expr], prefix: str, source: ast.AST | None) -> ast.Name:
+    def placeholder(self, known: dict[str, _Held], prefix: str, source: ast.AST | None) -> ast.Name:
         if not isinstance(source, ast.expr):
             raise _NotRewritableError
-        text = ast.unparse(source)
-        known.setdefault(text, source)
-        return ast.Name(f"{prefix}_{list(known).index(text)}", ast.Load())
+        held = known.setdefault(ast.unparse(source), _Held(f"{prefix}_{len(known)}", source))
+        return ast.Name(held.name, ast.Load())
 
     def up_to_output(self) -> tuple[list[ast.stmt], ast.expr]:
         """The simple statements before an expert's output, and an expression for it."""
@@ -281,9 +303,20 @@ class _Rewriting:
                 if name is None:
                     raise _NotRewritableError
                 return _assign(name, replaced[id(site.result.node)])
-            return _rebuilt(statement, lambda node: replaced.get(id(node)))
+            return _rebuilt(statement, lambda node: replaced.get(id(node)) or self.type_of_branches(node))
         fields = [field for field in ("body", "orelse") if hasattr(statement, field)]
+        if not fields:
+            return _rebuilt(statement, self.type_of_branches)
         return _with_blocks(statement, {field: self.block(getattr(statement, field), replaced) for field in fields})
+
+    def type_of_branches(self, node: ast.AST) -> ast.expr | None:
+        """`branches.dtype`, where there are no branches any more, is taken from the rows."""
+        if not isinstance(node, ast.Attribute) or node.attr not in ("dtype", "device"):
+            return None
+        value = self.flow.at.get(node.value)
+        if value is None or value is self.site.result or id(value) not in self.used & self.after_experts:
+            return None
+        return ast.Attribute(self.name(next(iter(self.site.rows))), node.attr, ast.Load())
 
     def pruned(self, statements: Sequence[ast.stmt], live: set[str]) -> tuple[list[ast.stmt], set[str]]:
         """The statements without those whose results nobody reads, and the names that they read."""
@@ -425,7 +458,7 @@ def _same(new: Any, old: Any) -> bool:
 
 
 def _call(function: str, arguments: list[ast.expr]) -> ast.Call:
-    return _located(ast.Call(ast.Name(function, ast.Load()), arguments, []))
+    return _located(ast.Call(ast.Attribute(ast.Name(HANDED, ast.Load()), function, ast.Load()), arguments, []))
 
 
 def _tuple(elements: list[ast.expr]) -> ast.Tuple:
@@ -442,9 +475,9 @@ def _located(node: Any) -> Any:
 
 
 def _function(tree: ast.FunctionDef, statements: list[ast.stmt]) -> ast.FunctionDef:
-    """`tree` with other statements and two more parameters, without decorators and annotations."""
+    """`tree` with other statements and one more parameter, without decorators and annotations."""
     old = tree.args
-    first = [ast.arg(EXPERTS), ast.arg(MATMUL)]
+    first = [ast.arg(HANDED)]
     plain = {
         name: [ast.arg(each.arg) for each in getattr(old, name)] for name in ("posonlyargs", "args", "kwonlyargs")
     }

@@ -17,7 +17,7 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moeca_compile.capture.dataflow import Flow, Names, Value
+from moeca_compile.capture.dataflow import CALLS_SELF, OPTIONAL_ARGUMENTS, Flow, Names, Value
 
 SHAPES = frozenset(
     [
@@ -65,6 +65,9 @@ SERIES = frozenset({"List", "Tuple", "ListComp", "GeneratorExp"})
 SIZES = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "len", "stride"})
 ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
 
+# In a subscript they tell that it holds numbers of tokens, not of branches.
+TOKENS = frozenset({"FloorDiv", "div", "floor_divide", "where", "nonzero", "any"})
+
 IndexOf = Callable[[Value], "Value | None"]
 """The expert ids, if a value is the one that an idiom recognises them by: the argument of a one_hot, a sort."""
 
@@ -93,6 +96,7 @@ class Site:
     rows: base -> the values that are its rows, for x and each further per-token input
     index, weight: the expert ids and the weights, for all tokens
     items: by id of a value, the experts' own
+    whole_rows: whether rows keep their views in the experts' code, where they are of all tokens
     statement: the statement that is replaced, or that holds the expression `result`
     """
 
@@ -105,6 +109,7 @@ class Site:
     index: Value
     weight: Value
     items: dict[int, Item]
+    whole_rows: bool
     statement: ast.stmt
 
 
@@ -156,28 +161,38 @@ def nearest(start: Value, found_in: IndexOf) -> Value | None:
 def base_of(value: Value) -> Value:
     """`value` without views, conversions and constant subscripts."""
     while (value.kind == "call" and value.name in VIEWS | REPEATS and value.operands) or (
-        value.kind == "index" and not _has_tensors(value.operands[1])
+        value.kind == "index" and not has_tensors(value.operands[1])
     ):
         value = value.operands[0]
     return value
 
 
-def _has_tensors(subscript: Value) -> bool:
+def has_tensors(subscript: Value) -> bool:
     """Whether a subscript holds more than constants and modules of Python, e.g. not so in [:, None]."""
     return any(value.kind not in ("constant", "operation", "global", "self") for value in subscript.ancestors())
 
 
-def find_site(flow: Flow, tree: ast.FunctionDef, index_of: IndexOf, items_of: ItemsOf = loop_items) -> Site | None:
-    """The method's one dispatch, None where there is none that is understood."""
+def find_site(
+    flow: Flow, tree: ast.FunctionDef, index_of: IndexOf, items_of: ItemsOf = loop_items, dense: bool = False
+) -> Site | None:
+    """The method's one dispatch, None where there is none that is understood, or where the method keeps state.
+
+    dense: whether the experts may run on all rows
+    """
     items = items_of(flow)
-    return _Finder(flow, tree, index_of, items).site() if items else None
+    stateless = all(problem.what in (CALLS_SELF, OPTIONAL_ARGUMENTS) for problem in flow.problems)
+    return _Finder(flow, tree, index_of, items, dense).site() if items and stateless else None
 
 
 class _Finder:
     index: Value  # the expert ids, while one product is tried
     names: Names  # the locals where the dispatch would be replaced
 
-    def __init__(self, flow: Flow, tree: ast.FunctionDef, index_of: IndexOf, items: dict[int, Item]) -> None:
+    def __init__(
+        self, flow: Flow, tree: ast.FunctionDef, index_of: IndexOf, items: dict[int, Item], dense: bool
+    ) -> None:
+        self.dense = dense
+        self.unrepeated: set[int] = set()  # repeats of a token's row for each of its branches
         self.flow, self.tree, self.index_of, self.items = flow, tree, index_of, items
         self.order = {id(value): number for number, value in enumerate(flow.made)}
         self.experts = dependents(flow, lambda value: id(value) in items)
@@ -196,11 +211,23 @@ class _Finder:
             if result is None or statement is None:
                 continue
             self.names, y = self.flow.before[statement], self.branch(weighted)
-            if not self.find_index(y, factor):
+            if not self.find_index(*((factor, y) if self.dense else (y, factor))):
                 continue
-            weight, rows = self.weight(factor), self.rows(y)
+            weight, rows = self.weight(product, factor), self.rows(y)
             if weight is not None and rows:
-                return Site(self.flow, self.tree, result, product, y, rows, self.index, weight, self.items, statement)
+                return Site(
+                    self.flow,
+                    self.tree,
+                    result,
+                    product,
+                    y,
+                    rows,
+                    self.index,
+                    weight,
+                    self.items,
+                    self.dense,
+                    statement,
+                )
         return None
 
     # the product of an expert's output and its weight
@@ -238,14 +265,16 @@ class _Finder:
         found = value
         while True:
             own = [operand for operand in value.operands if self.is_output(operand)]
+            picked = value.kind == "index" and has_tensors(value.operands[1])
             if value.kind == "call" and value.name in VIEWS and own:
                 value = value.operands[0]
-            elif own and (
-                value.name in JOINS | IN_PLACE | SERIES or (value.kind == "index" and _has_tensors(value.operands[1]))
-            ):
+            elif own and (value.name in JOINS | IN_PLACE | SERIES or picked):
                 found = value = own[-1]
             else:
-                return found
+                break
+        while found.kind == "call" and found.name in SHAPES and self.is_output(found.operands[0]):
+            found = found.operands[0]
+        return found
 
     # the sum over a token's branches
 
@@ -304,8 +333,7 @@ class _Finder:
     # the roles
 
     def find_index(self, *starts: Value) -> bool:
-        gathered = [item.gathered for item in self.items.values() if item.gathered is not None]
-        found = gathered[0] if gathered else None
+        found = None
         for start in starts:
             found = found if found is not None else nearest(start, self.index_of)
         if found is None:
@@ -314,9 +342,11 @@ class _Finder:
         self.index = self.of_branches(self.chain(found))
         return True
 
-    def weight(self, factor: Value) -> Value | None:
+    def weight(self, product: Value, factor: Value) -> Value | None:
         """The weights for all tokens, of which `factor` holds one expert's or one branch's."""
         chains = list(self.weights_in(factor))
+        if self.loop_of(product) is not None and id(factor) not in self.looped:
+            return None  # the same for all experts
         if len({id(chain[-1]) for chain in chains}) != 1:
             return None
         found = self.of_branches(chains[0])
@@ -328,7 +358,7 @@ class _Finder:
     def weights_in(self, value: Value) -> Iterator[list[Value]]:
         chain = self.chain(value)
         end = chain[-1]
-        if of_self(end) or end.name in COMPARISONS or not _has_tensors(end):
+        if of_self(end) or end.name in COMPARISONS or not has_tensors(end):
             return
         if id(end) not in self.looped:
             if base_of(end) is not base_of(self.index):
@@ -354,7 +384,8 @@ class _Finder:
                     pending.append(operand)
         found: dict[Value, list[Value]] = {}
         for leaf in sorted(leaves, key=lambda each: self.order[id(each)]):
-            found.setdefault(self.named(self.chain(leaf)), []).append(leaf)
+            chain = self.chain(leaf)
+            found.setdefault(self.of_branches(chain) if self.dense else self.named(chain), []).append(leaf)
         return found
 
     def is_rows(self, value: Value, enters_expert: bool) -> bool:
@@ -362,20 +393,39 @@ class _Finder:
         chain = self.chain(value)
         if of_self(chain[-1]) or chain[-1].kind in ("constant", "global", "self", "counter"):
             return False
-        if any(self.picks(each) for each in chain):
+        if self.picked(chain):
             return True
-        return enters_expert and id(value) not in self.looped and value.name not in ("Tuple", "List", "Slice")
+        return (
+            self.dense
+            and enters_expert
+            and id(value) not in self.looped
+            and value.name not in ("Tuple", "List", "Slice")
+        )
 
     # from rows back to what they are rows of
 
     def chain(self, value: Value) -> list[Value]:
         """`value`, then what it is a view of, or rows of, down to what is neither."""
-        found = [value]
+        found, repeated = [value], self.dense
         while True:
-            following = self.under(found[-1])
+            last = found[-1]
+            if last.kind == "index" and self.picks(last):
+                repeated = not any(each.name in TOKENS for each in self.down_to_ids(last.operands[1]))
+            if last.kind == "call" and last.name in REPEATS and repeated:
+                self.unrepeated.add(id(last))  # one row a branch, made of one a token
+            following = self.under(last)
             if following is None:
                 return found
             found.append(following)
+
+    def down_to_ids(self, value: Value) -> Iterator[Value]:
+        """What a subscript is made from, down to the expert ids."""
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            yield value
+            if self.index_of(value) is None:
+                pending.extend(value.operands)
 
     def under(self, value: Value) -> Value | None:
         if not value.operands or id(value) in self.items:
@@ -384,7 +434,7 @@ class _Finder:
             inner = value.operands[0]
             return inner if self.under(inner) is not None else None
         if value.kind == "index":
-            plain = not _has_tensors(value.operands[1])
+            plain = not has_tensors(value.operands[1])
             return value.operands[0] if plain or self.picks(value) else None
         if value.kind == "call" and value.name in PICKS:
             return value.operands[0] if self.picks(value) else None
@@ -394,10 +444,10 @@ class _Finder:
 
     def picks(self, value: Value) -> bool:
         """Whether a value is rows of its first operand, picked by the expert ids or by a loop over experts."""
+        if id(value) in self.unrepeated:
+            return True
         if value.kind == "call" and value.name in SPLITS:
             return value.name not in ("chunk", "unbind")
-        if value.kind == "call" and value.name in REPEATS:
-            return value.name != "expand"
         if value.kind != "index" and not (value.kind == "call" and value.name in PICKS):
             return False
         for subscript in value.operands[1:]:
@@ -405,6 +455,9 @@ class _Finder:
             if id(subscript) in self.looped or (by_ids is not None and base_of(by_ids) is base_of(self.index)):
                 return True
         return False
+
+    def picked(self, chain: list[Value]) -> bool:
+        return any(self.picks(value) for value in chain)
 
     def after_picks(self, chain: list[Value]) -> list[Value]:
         picked = [number for number, value in enumerate(chain) if self.picks(value)]

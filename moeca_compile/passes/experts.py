@@ -72,18 +72,25 @@ def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tu
 
 
 def body_nodes(marker: fx.Node) -> set[fx.Node]:
-    """The traced body of expert 0 with its entries and parameters."""
-    output = marker.args[3]
+    """The traced body of expert 0 with its entries and parameters, which may be slices of packed parameters."""
+    output, own = marker.args[3], own_parameters(marker)
     assert isinstance(output, fx.Node)
-    return ancestors([output], stop=[node for node in ancestors([output]) if node.target is ENTRY])
+    entries = [node for node in ancestors([output]) if node.target is ENTRY]
+    return ancestors([output], stop=[*entries, *own])
+
+
+def own_parameters(marker: fx.Node) -> list[fx.Node]:
+    """The parameters of expert 0, in order: inputs of the graph, or nodes such as `packed[0]`."""
+    params, experts = marker.args[4:6]
+    assert isinstance(params, (list, tuple)) and isinstance(experts, int)
+    return list(params[: len(params) // experts])
 
 
 def expert_body(marker: fx.Node) -> ExpertBody:
     """Take the traced body of expert 0 out of the graph as a function of (rows..., parameters...)."""
     output, params, experts = marker.args[3:6]
     assert isinstance(output, fx.Node) and isinstance(params, (list, tuple)) and isinstance(experts, int)
-    per_expert = len(params) // experts
-    own = list(params[:per_expert])
+    own = own_parameters(marker)
     inside = body_nodes(marker)
     entries = tuple(sorted(n for n in inside if n.target is ENTRY))
     body = _extract(output, entries, own, inside)

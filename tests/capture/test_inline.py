@@ -8,7 +8,7 @@ from torch import nn
 
 from moeca_compile import capture
 from tests.capture import inline_layers
-from tests.capture.inline_layers import MASK_LOOPS, WithTimestep
+from tests.capture.inline_layers import DENSE, MASK_LOOPS, PACKED, SORTED, ExtrasInline, SortedWithExtras, WithTimestep
 from tests.capture.layers import WIDTH, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
@@ -29,7 +29,7 @@ def assert_captured(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **
     torch.testing.assert_close(got, want, **tolerance)
 
 
-@pytest.mark.parametrize("layer", MASK_LOOPS)
+@pytest.mark.parametrize("layer", [*MASK_LOOPS, *SORTED, *PACKED, *DENSE])
 def test_one_graph_with_the_numbers_of_eager(layer):
     assert_captured(stack(layer(), layer()), tokens(), layers=2)
 
@@ -52,6 +52,6 @@ def test_two_dimensional_inputs():
     assert_captured(stack(inline_layers.TopOne()), tokens()[0])
 
 
-def test_further_rows_of_an_expert():
-    layer = WithTimestep().eval()
-    assert_captured(layer, tokens(), torch.randn(2, WIDTH))
+@pytest.mark.parametrize("layer", [WithTimestep, SortedWithExtras, ExtrasInline])
+def test_further_rows_of_an_expert(layer):
+    assert_captured(layer().eval(), tokens(), torch.randn(2, WIDTH))

@@ -116,18 +116,6 @@ def weights_changed_in_place(self, x, ids, weights):
     return out
 
 
-def two_experts_a_segment(self, x, ids, weights):
-    order = ids.argsort()
-    ends = ids.bincount().cpu().numpy().cumsum(0)
-    out = torch.zeros_like(x)
-    for i, end in enumerate(ends):
-        start = 0 if i == 0 else ends[i - 1]
-        rows = order[start:end] // self.k
-        y = self.experts[i](x[rows]) + self.always[0](x[rows])
-        out.index_add_(0, rows, y * weights[order[start:end]])
-    return out
-
-
 def pruned_tokens(self, x, scores, keep):
     """A top-k of tokens that is no dispatch."""
     order = scores.argsort(descending=True)
@@ -159,7 +147,6 @@ def traceable_as_it_is(self, x, ids, weights):
         on_top_of_the_input,
         counts_its_load,
         weights_changed_in_place,
-        two_experts_a_segment,
         pruned_tokens,
         traceable_as_it_is,
     ],

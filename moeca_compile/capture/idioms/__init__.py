@@ -4,7 +4,13 @@ docs/adding-an-idiom.md tells how to write one. Nothing registers itself:
 an idiom is in use once it stands here.
 """
 
-from moeca_compile.capture.idioms import mask_loop, sorted_segments
+from moeca_compile.capture.idioms import dense, gathered_weights, grouped_matmul, mask_loop, sorted_segments
 from moeca_compile.capture.idioms.base import Idiom
 
-IDIOMS: tuple[Idiom, ...] = (sorted_segments.IDIOM, mask_loop.IDIOM)
+IDIOMS: tuple[Idiom, ...] = (
+    sorted_segments.IDIOM,
+    mask_loop.IDIOM,
+    grouped_matmul.IDIOM,
+    gathered_weights.IDIOM,
+    dense.IDIOM,
+)

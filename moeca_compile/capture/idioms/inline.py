@@ -98,20 +98,7 @@ class Inline:
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the method returns, its dispatch as marker ops."""
-        paths, dtype = trusted
-
-        def experts(
-            like: Any,
-            rows: tuple[Tensor, ...],
-            index: Tensor,
-            weight: Tensor,
-            body: Body,
-            items: tuple[Any, ...],
-            shared: tuple[Any, ...],
-        ) -> Tensor:
-            return _markers(like, rows, index, weight, body, items, shared, paths, dtype)
-
-        return self.method.function(experts, matmul, module, *args, **kwargs)
+        return self.method.function(_Markers(*trusted), module, *args, **kwargs)
 
     def _held(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         """What the attributes hold: the experts' own, and what they share."""
@@ -134,10 +121,10 @@ class Inline:
         tolerance: float,
     ) -> torch.dtype | None:
         """The dispatch's dtype; None if the numbers cannot tell. Raises UntrustedError where they differ."""
-        want = tree_leaves(original(module, *_cloned(args), **kwargs))
+        want = _without_side_effects(original, module, args, kwargs)
         for dtype_of in ("accumulator", "product", "branch"):
             meaning = _Meaning(dtype_of, 1.0, tolerance)
-            got = tree_leaves(self.method.function(meaning, matmul, module, *_cloned(args), **kwargs))
+            got = tree_leaves(self.method.function(meaning, module, *_cloned(args), **kwargs))
             if [_kind(each) for each in got] == [_kind(each) for each in want]:
                 break
         else:
@@ -145,7 +132,7 @@ class Inline:
         if not all(_equal(a, b, tolerance) for a, b in zip(got, want, strict=True)):
             raise UntrustedError("its result is not the sum of its experts' weighted outputs")
         without = _Meaning(dtype_of, 0.0, tolerance)
-        rest = tree_leaves(self.method.function(without, matmul, module, *_cloned(args), **kwargs))
+        rest = tree_leaves(self.method.function(without, module, *_cloned(args), **kwargs))
         told = any(not _equal(a, b, SEEN * tolerance) for a, b in zip(rest, want, strict=True))
         return meaning.dtype if told and all(_finite(each) for each in want) else None
 
@@ -175,9 +162,11 @@ class Inline:
         return [torch.empty(0, dtype=fact[3], device=fact[4]) for fact in facts if fact[1]]
 
 
-def recognised(method: Method, flow: Flow, index_of: IndexOf, items_of: ItemsOf = loop_items) -> Inline | None:
+def recognised(
+    method: Method, flow: Flow, index_of: IndexOf, items_of: ItemsOf = loop_items, dense: bool = False
+) -> Inline | None:
     """The dispatch in `method`, found by site.py and rewritten, None where there is none that is understood."""
-    site = find_site(flow, method.tree, index_of, items_of)
+    site = find_site(flow, method.tree, index_of, items_of, dense)
     found = rewritten(site, method.function) if site else None
     return Inline(found, flow.parameters) if found else None
 
@@ -185,48 +174,59 @@ def recognised(method: Method, flow: Flow, index_of: IndexOf, items_of: ItemsOf 
 # What is traced
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Traceable: a @ b, where one expert's matrix may have leading dimensions of size 1."""
-    return _matrix(a, b) @ _matrix(b, a)
+class _Shapes:
+    """How the body of one expert sees rows and items (rewriting.py). Traceable."""
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return _as_matrix(a) @ _as_matrix(b)
+
+    def rows(self, rows: Tensor, dims: int) -> Tensor:
+        return rows if dims == 2 else rows.reshape(rows.shape[0], *[1] * (dims - 2), rows.shape[1])
+
+    def item(self, item: Tensor, dims: int) -> Tensor:
+        return item.reshape(*[1] * dims, *item.shape)
 
 
-def _matrix(value: Tensor, other: Tensor) -> Tensor:
-    plain = value.dim() > 2 and all([size == 1 for size in value.shape[:-2]]) and other.dim() <= value.dim()
-    return value.reshape(value.shape[-2:]) if plain and not _is_rows(value) else value
+def _as_matrix(value: Tensor) -> Tensor:
+    """One expert's matrix without its leading dimensions of size 1: a product with it is one of matrices."""
+    leading = value.shape[:-2]
+    return value.reshape(value.shape[-2:]) if len(leading) and all([size == 1 for size in leading]) else value
 
 
-def _is_rows(value: Tensor) -> bool:
-    return value.shape[0] != 1
+class _Markers(_Shapes):
+    """The dispatch as marker ops. Traceable."""
 
+    def __init__(self, paths: Paths, dtype: torch.dtype) -> None:
+        self.paths, self.dtype = paths, dtype
 
-def _markers(
-    like: Any,
-    rows: tuple[Tensor, ...],
-    index: Tensor,
-    weight: Tensor,
-    body: Body,
-    items: tuple[Any, ...],
-    shared: tuple[Any, ...],
-    paths: Paths,
-    dtype: torch.dtype,
-) -> Tensor:
-    flat = [_flat(each) for each in rows]
-    index, weight = _branches(flat[0], index, weight)
-    firsts = [item[0] for item in items]
-    entered = [torch.ops.moeca.expert_rows(each) for each in flat]
-    body_out = body(*entered, *firsts, *shared)
-    if body_out.dim() != 2:
-        body_out = body_out.reshape(flat[0].shape[0], body_out.shape[-1])
-    num_experts = _count(items[0])
-    params = []
-    for number in range(num_experts):
-        own = firsts if number == 0 else [item[number] for item in items]
-        for item, its_paths in zip([*own, *shared], paths, strict=True):
-            params.extend([tensor_at(item, path) for path in its_paths])
-    index = index.to(torch.int64) if index.dtype != torch.int64 else index
-    out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
-    out = out.to(dtype) if out.dtype != dtype else out
-    return _shaped(out, like, rows[0])
+    def experts(
+        self,
+        like: Any,
+        rows: tuple[Tensor, ...],
+        index: Tensor,
+        weight: Tensor,
+        body: Body,
+        items: tuple[Any, ...],
+        shared: tuple[Any, ...],
+    ) -> Tensor:
+        flat = [_flat(each) for each in rows]
+        index, weight = _branches(flat[0], index, weight)
+        firsts = [item[0] for item in items]
+        entered = [torch.ops.moeca.expert_rows(each) for each in flat]
+        body_out = body(*entered, *firsts, *shared)
+        if body_out.dim() != 2:
+            body_out = body_out.reshape(flat[0].shape[0], body_out.shape[-1])
+        num_experts = _count(items[0])
+        params = []
+        for number in range(num_experts):
+            # The body's own nodes have to be those in params: an item is looked up once.
+            own = firsts if number == 0 else [item[number] for item in items]
+            for item, its_paths in zip([*own, *shared], self.paths, strict=True):
+                params.extend([tensor_at(item, path) for path in its_paths])
+        index = index.to(torch.int64) if index.dtype != torch.int64 else index
+        out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
+        out = out.to(self.dtype) if out.dtype != self.dtype else out
+        return _shaped(out, like, rows[0])
 
 
 def _flat(rows: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ def _structure(value: Any) -> Any:
 # What is compared
 
 
-class _Meaning:
+class _Meaning(_Shapes):
     """The marker ops' meaning as a plain loop; `dtype` is that of its last result.
 
     dtype_of: which dtype the result takes, that of what the original adds up in, of its summands, or of branches
@@ -301,7 +301,7 @@ class _Meaning:
         self.dtype_of, self.scale, self.tolerance = dtype_of, scale, tolerance
         self.dtype: torch.dtype | None = None
 
-    def __call__(
+    def experts(
         self,
         like: Any,
         rows: tuple[Tensor, ...],
@@ -400,6 +400,20 @@ def _random(described: Sequence[Any], num_experts: int | None, same: bool, gener
     if same and len(shape) > 1:
         value = value.reshape(-1, shape[-1])[:1].expand(count // shape[-1], -1).reshape(shape).clone()
     return value.to(device, dtype)
+
+
+def _without_side_effects(
+    original: Callable[..., Any], module: nn.Module, args: list[Any], kwargs: dict[str, Any]
+) -> list[Any]:
+    """What the original returns. Raises UntrustedError, with the buffers as before, if it changes them."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    result = original(module, *_cloned(args), **kwargs)
+    changed = [(buffer, old) for buffer, old in before if not torch.equal(buffer, old)]
+    for buffer, old in changed:
+        buffer.copy_(old)
+    if changed:
+        raise UntrustedError("it changes its own buffers")
+    return tree_leaves(result)
 
 
 def _cloned(args: Sequence[Any]) -> list[Any]:

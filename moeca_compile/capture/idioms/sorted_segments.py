@@ -11,13 +11,19 @@
 Told by its data flow: what is returned was accumulated, starting from zeros, from outputs of a list of
 modules of self, each multiplied by entries of one argument (the weights) and run on rows of another (x), both
 picked by the sort of a third (the expert ids), whose bincount went to the host.
+
+Where router and dispatch stand together, or experts take further rows, or their outputs are joined and put back
+in order before they are weighted, the method is kept around the dispatch (inline.py).
 """
 
 from __future__ import annotations
 
-from moeca_compile.capture.dataflow import Value, follow
+from types import CodeType
+
+from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms import routed
-from moeca_compile.capture.idioms.base import Idiom, uses
+from moeca_compile.capture.idioms.base import Idiom
+from moeca_compile.capture.idioms.inline import Inline, recognised
 from moeca_compile.capture.source import Method
 
 SORTS = ("argsort", "sort")
@@ -39,9 +45,27 @@ ACCUMULATES = ("scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add
 ZEROS = ("zeros_like", "new_zeros", "zeros")
 
 
-def recognise(method: Method) -> routed.Routed | None:
-    """The roles in `method` if it dispatches over sorted segments, else None."""
+def plausible(code: CodeType) -> bool:
+    """A sort, and something that is read by the host."""
+    return not set(SORTS).isdisjoint(code.co_names) and not set(TO_HOST).isdisjoint(code.co_names)
+
+
+def recognise(method: Method) -> routed.Routed | Inline | None:
+    """The dispatch in `method` if it goes over sorted segments, else None."""
     flow = follow(method.tree)
+    routed_alone = _routed(flow)
+    if routed_alone is not None or not any(call.name in TO_HOST for call in flow.called):
+        return routed_alone
+    return recognised(method, flow, index_of)
+
+
+def index_of(value: Value) -> Value | None:
+    """The expert ids, if `value` is their sort."""
+    return value.operands[0] if value.kind == "call" and value.name in SORTS and value.operands else None
+
+
+def _routed(flow: Flow) -> routed.Routed | None:
+    """The roles in a method that is handed rows, expert ids and weights and does nothing but dispatch."""
     if flow.unsupported or len(flow.returned) != 1 or len(flow.parameters) != 3:
         return None
     result = flow.returned[0]
@@ -111,4 +135,4 @@ def _without_views(value: Value) -> Value:
     return value
 
 
-IDIOM = Idiom("sorted segments", uses("bincount"), recognise)
+IDIOM = Idiom("sorted segments", plausible, recognise)
