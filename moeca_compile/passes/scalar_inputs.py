@@ -18,17 +18,19 @@ from torch import Tensor, fx
 from moeca_compile._torch_private import is_size
 
 _ARITHMETIC = {getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "neg", "mod")}
-_FROM_NUMBER = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
+_FROM_NUMBER = (torch.tensor, torch._refs.tensor, torch.as_tensor, torch.scalar_tensor)
 
 
 def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
     """Rewrite `gm` in place; returns the positions of the inputs that callers must now pass as tensors.
 
-    Sizes of tensors stay numbers. A float comes from Dynamo as a tensor and an `item()` call, which goes away.
+    Sizes of tensors stay numbers, and so does what is used as a size or a bound.
+    A float comes from Dynamo as a tensor and an `item()` call, which goes away.
     """
     positions = []
     for position, node in enumerate(_placeholders(gm.graph)):
-        if isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node):
+        is_number = isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node)
+        if is_number and _only_a_value(node):
             positions.append(position)
             _follow(gm.graph, node, node)
         for user in list(node.users):
@@ -42,6 +44,21 @@ def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _only_a_value(number: fx.Node) -> bool:
+    """Whether a number is nowhere used but as a factor, a term or the value of a new tensor."""
+    for user in number.users:
+        if user.target in _ARITHMETIC:
+            numeric = not isinstance(user.meta.get("example_value"), Tensor)
+            if numeric and not _only_a_value(user):
+                return False
+        elif user.target is torch.full:
+            if not user.args or number in user.args[0]:  # type: ignore[operator]
+                return False
+        elif user.target not in _FROM_NUMBER:
+            return False
+    return True
 
 
 def _follow(graph: fx.Graph, number: fx.Node, tensor: fx.Node) -> None:
