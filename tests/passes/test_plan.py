@@ -31,9 +31,7 @@ def plan_of(graph, **options):
 CACHE = StepKind(attention=False, experts=False)
 
 
-@pytest.mark.parametrize(
-    "sizes", [Sizes(), Sizes(depth=3, experts=4, top_k=3, width=64), Sizes(depth=1, side=4)]
-)
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(depth=3, experts=4, top_k=3, width=64), Sizes(depth=1, side=4)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_full_step_costs_what_the_model_does(sizes, batch):
     model = make_model(sizes)
@@ -82,9 +80,7 @@ def saved(graph, kind: StepKind = CACHE, chosen: float = 0.0, recomputed: float 
         ),
         (
             {"recipe": "fora"},
-            ATTENTIONS * COST.attention
-            + DENSE * COST.dense
-            + MOE * (COST.branches + COST.shared + COST.router),
+            ATTENTIONS * COST.attention + DENSE * COST.dense + MOE * (COST.branches + COST.shared + COST.router),
         ),
     ],
     ids=str,
@@ -98,9 +94,7 @@ def test_a_stack_step_leaves_the_embedding_and_the_head(graph, model):
     sizes, batch = Sizes(), 2
     left = plan_of(graph, recipe="stack").flops(CACHE)
     embedding = linear(batch * sizes.tokens, sizes.patch**2, sizes.width)
-    head = linear(batch * sizes.tokens, sizes.width, sizes.patch**2) + linear(
-        batch, sizes.width, 2 * sizes.width
-    )
+    head = linear(batch * sizes.tokens, sizes.width, sizes.patch**2) + linear(batch, sizes.width, 2 * sizes.width)
     condition = 2 * linear(batch, sizes.width, sizes.width)
     blocks = sizes.depth * linear(batch, sizes.width, 6 * sizes.width)
     assert left in (embedding + head + condition, embedding + head + condition + blocks)
@@ -123,9 +117,7 @@ def test_the_parts_are_saved_apart(graph):
     assert attention + experts == saved(graph, **options)
 
 
-@pytest.mark.parametrize(
-    "recipe", ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"]
-)
+@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"])
 def test_bytes_are_those_of_the_tensors(graph, recipe):
     shapes = graph.specialisation(validate=False, recipe=recipe)
     shapes.sessions.enter((1.0,))

@@ -60,9 +60,7 @@ def assert_rows(function, *inputs: Tensor, source: int = 0) -> None:
     gm, evaluation, layouts = evaluate(function, *inputs)
     (node,), sources = outputs(gm), [list(gm.graph.nodes)[source]]
     rows = Rows(CHOSEN, layouts, evaluation.__getitem__, sources)
-    torch.testing.assert_close(
-        rows[node], take_rows(evaluation[node], layouts[node], CHOSEN), atol=1e-6, rtol=1e-6
-    )
+    torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], CHOSEN), atol=1e-6, rtol=1e-6)
 
 
 X = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))

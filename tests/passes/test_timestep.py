@@ -60,9 +60,7 @@ NEAR_MISSES = {
     "a sine alone": lambda x, t, o, y, w, e, f: x + t[:, None].sin(),
     "frequencies of rotary positions alone": lambda x, t, o, y, w, e, f: rotary(x, f) + t[:, None],
     "a learned embedding": lambda x, t, o, y, w, e, f: x + F.embedding(y, e).sin() + F.embedding(y, e).cos(),
-    "sines behind a linear layer": lambda x, t, o, y, w, e, f: (
-        (h := F.linear(t.repeat(4), w)).sin() + h.cos() + x
-    ),
+    "sines behind a linear layer": lambda x, t, o, y, w, e, f: (h := F.linear(t.repeat(4), w)).sin() + h.cos() + x,
     "sines of the picture": lambda x, t, o, y, w, e, f: x.sin() + x.cos() + t[:, None],
 }
 
