@@ -429,6 +429,25 @@ def test_a_timestep_given_as_a_number(without_inductor):
     assert steps(fast)[1] >= 12 // 2
 
 
+class Cropped(TinyDiTMoE):
+    """Takes a size as an argument."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, rows: int) -> Tensor:
+        return super().forward(x, t, y)[:, :, :rows]
+
+
+def test_a_size_given_as_a_number(without_inductor):
+    torch.manual_seed(0)
+    model = Cropped(SIZES).eval().requires_grad_(False)
+    fast = compiled(model, full_every=1)
+    x, y = make_inputs(model)
+    with torch.no_grad():
+        for rows in (4, 3, 2, 3):
+            found = fast(x, torch.ones(2), y, rows)
+            assert found.shape == (2, 1, rows, 8)
+            assert_near(found, model(x, torch.ones(2), y, rows))
+
+
 class Pair(nn.Module):
     """Guidance inside the model: one call on both halves of a doubled batch."""
 
