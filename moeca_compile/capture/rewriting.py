@@ -25,7 +25,9 @@ from typing import Any
 from moeca_compile.capture.dataflow import CALLS_SELF, Value
 from moeca_compile.capture.site import Site, base_of, dependents, of_self, spelled
 
-EXPERTS, MATMUL, ROWS, ITEM = "experts", "matmul", "rows", "item"  # of what `moeca` is bound to
+EXPERTS, MATMUL, EINSUM, ROWS, ITEM = "experts", "matmul", "einsum", "rows", "item"  # of what `moeca` is bound to
+CHOICES = frozenset({"topk", "argmax", "max", "sort", "argsort", "multinomial"})
+REPLACES = frozenset({"where", "masked_fill", "masked_fill_", "index_put_", "masked_scatter_", "clamp"})
 HANDED, BODY, LIKE = "moeca", "moeca_body", "moeca_like"
 
 
@@ -38,12 +40,14 @@ class Rewritten:
     """A method as `function(moeca, self, ...)`.
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
-    read; index: the parameter that holds the expert ids, None where the method makes them itself
+    read; index: the parameter that holds the expert ids, None where the method makes them itself; may_miss:
+    whether the method puts other numbers among them, for tokens that no expert takes
 
     What `moeca` has to have:
     experts(like, rows, index, weight, body, items, shared): the dispatch. rows is a tuple of per-token inputs;
         body is a function of rows, an expert's items and the shared ones; like has the result's shape, or is None
     matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
+    einsum(equation, a, b): the same as an einsum
     rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1
     item(item, dims): an item with so many leading dimensions of size 1 more
     """
@@ -52,6 +56,7 @@ class Rewritten:
     items: tuple[str, ...]
     shared: tuple[str, ...]
     index: str | None
+    may_miss: bool
 
 
 def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
@@ -67,7 +72,20 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
         tuple(text.partition(".")[2] for text in rewriting.items),
         tuple(text.partition(".")[2] for text in rewriting.shared),
         index.name if index.kind == "parameter" else None,
+        _may_miss(site.index),
     )
+
+
+def _may_miss(index: Value) -> bool:
+    """Whether ids are replaced after the router's choice, as by `torch.where(kept, index, num_experts)`."""
+    pending = [index]
+    while pending:
+        value = pending.pop()
+        if value.kind == "call" and value.name in REPLACES:
+            return True
+        if value.kind != "call" or value.name not in CHOICES:
+            pending.extend(value.operands)
+    return False
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,8 @@ class _Rewriting:
                 return self.item(value)
             if isinstance(node, ast.Call) and value.name in ("grouped_mm", "_grouped_mm", "bmm", "matmul"):
                 return _call(MATMUL, [_rebuilt(each, replacement) for each in self.factors(node)])
+            if isinstance(node, ast.Call) and value.name == "einsum" and len(node.args) == 3:
+                return _call(EINSUM, [_rebuilt(each, replacement) for each in node.args])
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
                 return _call(MATMUL, [_rebuilt(each, replacement) for each in (node.left, node.right)])
             if of_self(value) and isinstance(node, ast.Attribute):

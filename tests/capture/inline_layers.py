@@ -198,7 +198,22 @@ class OwnModule(MoE):
         return self.inner(rows, index, weight)
 
 
-MASK_LOOPS = (OneHotHit, AllExperts, BooleanMask, SlotBySlot, MaskedSum, TopOne, WeightedAfter, OwnModule)
+class Dropping(MoE):
+    """Branches of small weight are given to no expert: their id is one past the last."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, WIDTH)
+        weight, index = self.router(rows).softmax(-1).topk(self.top_k, dim=-1)
+        index = torch.where(weight > weight.mean(), index, len(self.experts))
+        out = torch.zeros_like(rows)
+        mask = F.one_hot(index, num_classes=len(self.experts) + 1).permute(2, 1, 0)
+        for e in range(len(self.experts)):
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.experts[e](rows[token]) * weight[token, slot, None])
+        return out.view(x.shape)
+
+
+MASK_LOOPS = (OneHotHit, AllExperts, BooleanMask, SlotBySlot, MaskedSum, TopOne, WeightedAfter, Dropping, OwnModule)
 
 
 class SortedInline(MoE):

@@ -8,8 +8,16 @@ from torch import nn
 
 from moeca_compile import capture
 from tests.capture import inline_layers
-from tests.capture.inline_layers import DENSE, MASK_LOOPS, PACKED, SORTED, ExtrasInline, SortedWithExtras, WithTimestep
-from tests.capture.layers import WIDTH, stack, tokens
+from tests.capture.inline_layers import (
+    DENSE,
+    MASK_LOOPS,
+    PACKED,
+    SORTED,
+    ExtrasInline,
+    SortedWithExtras,
+    WithTimestep,
+)
+from tests.capture.layers import EXPERTS, WIDTH, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
 
@@ -46,6 +54,29 @@ def test_a_float32_router_of_half_precision_rows():
 @pytest.mark.parametrize("layer", [inline_layers.SlotBySlot, inline_layers.OneHotHit])
 def test_one_branch_a_token(layer):
     assert_captured(stack(layer(top_k=1)), tokens())
+
+
+def test_ids_that_are_no_experts_stay_in_range():
+    """The later passes look parameters and thresholds up by the ids."""
+    backend = RecordingBackend(run=lambda gm: lambda *args: (run_up_to_ids(gm, args), tokens())[1:])
+    seen = []
+
+    def run_up_to_ids(gm, args):
+        (layer,) = nodes_of(gm, LAYER)
+        graph = torch.fx.Graph()
+        copies = {}
+        for node in gm.graph.nodes:
+            if node is layer:
+                break
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output((copies[layer.args[1]], copies[layer.args[2]]))
+        seen.append(torch.fx.GraphModule(gm, graph)(*args))
+
+    with torch.no_grad():
+        torch.compile(stack(inline_layers.Dropping()), backend=backend)(tokens())
+    ((index, weight),) = seen
+    assert index.min() >= 0 and index.max() < EXPERTS
+    assert (weight == 0).any() and (weight > 0).any()
 
 
 def test_two_dimensional_inputs():

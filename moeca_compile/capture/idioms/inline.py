@@ -98,7 +98,7 @@ class Inline:
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the method returns, its dispatch as marker ops."""
-        return self.method.function(_Markers(*trusted), module, *args, **kwargs)
+        return self.method.function(_Markers(*trusted, self.method.may_miss), module, *args, **kwargs)
 
     def _held(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         """What the attributes hold: the experts' own, and what they share."""
@@ -180,6 +180,21 @@ class _Shapes:
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         return _as_matrix(a) @ _as_matrix(b)
 
+    def einsum(self, equation: str, a: Tensor, b: Tensor) -> Tensor:
+        """The same; as a product of matrices where it is one, which later passes follow row by row."""
+        inputs, _, out = equation.replace(" ", "").partition("->")
+        of_a, _, of_b = inputs.partition(",")
+        matrix = of_b[-2:]
+        turned = matrix[1:] == of_a[-1:]
+        kept = [letter for letter in out[:-1] if letter in of_a]
+        plain = of_a[-1:] in matrix and out[-1:] == matrix.replace(of_a[-1:], "") and kept == list(of_a[:-1])
+        if not plain or "." in equation or any([size != 1 for size in b.shape[:-2]]):
+            return torch.einsum(equation, a, b)
+        b = b.reshape(b.shape[-2:])
+        product = a @ (b.t() if turned else b)
+        sizes = [product.shape[of_a.index(letter)] if letter in of_a else 1 for letter in out[:-1]]
+        return product.reshape(*sizes, product.shape[-1])
+
     def rows(self, rows: Tensor, dims: int) -> Tensor:
         return rows if dims == 2 else rows.reshape(rows.shape[0], *[1] * (dims - 2), rows.shape[1])
 
@@ -194,10 +209,10 @@ def _as_matrix(value: Tensor) -> Tensor:
 
 
 class _Markers(_Shapes):
-    """The dispatch as marker ops. Traceable."""
+    """The dispatch as marker ops. Traceable. may_miss: whether there may be ids that are no expert's."""
 
-    def __init__(self, paths: Paths, dtype: torch.dtype) -> None:
-        self.paths, self.dtype = paths, dtype
+    def __init__(self, paths: Paths, dtype: torch.dtype, may_miss: bool) -> None:
+        self.paths, self.dtype, self.may_miss = paths, dtype, may_miss
 
     def experts(
         self,
@@ -224,6 +239,9 @@ class _Markers(_Shapes):
             for item, its_paths in zip([*own, *shared], self.paths, strict=True):
                 params.extend([tensor_at(item, path) for path in its_paths])
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
+        if self.may_miss:
+            taken = (index >= 0) & (index < num_experts)
+            index, weight = torch.where(taken, index, 0), torch.where(taken, weight, 0)
         out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
         out = out.to(self.dtype) if out.dtype != self.dtype else out
         return _shaped(out, like, rows[0])
