@@ -28,9 +28,7 @@ class RecordingBackend:
 
     __name__ = "recording"
 
-    def __init__(
-        self, ours: bool = True, run: Callable[[fx.GraphModule], Callable[..., Any]] | None = None
-    ) -> None:
+    def __init__(self, ours: bool = True, run: Callable[[fx.GraphModule], Callable[..., Any]] | None = None) -> None:
         self._moeca_backend = ours
         self.run = run
         self.graphs: list[fx.GraphModule] = []

@@ -10,8 +10,7 @@ from moeca_compile.ops import bodies
 
 def test_equal_bodies_share_a_key_and_others_do_not():
     one, same, other = (
-        fx.symbolic_trace(body)
-        for body in (lambda x, w: x @ w, lambda x, w: x @ w, lambda x, w: (x @ w).relu())
+        fx.symbolic_trace(body) for body in (lambda x, w: x @ w, lambda x, w: x @ w, lambda x, w: (x @ w).relu())
     )
     assert bodies.register(one) == bodies.register(same) != bodies.register(other)
 

@@ -141,9 +141,7 @@ def test_refresh_of_no_branch_and_of_all(every, slope):
 def test_refresh_with_one_expert_taking_all_and_the_others_empty():
     case = make_case(k=1, experts=6)
     for number in (0, 3, 5):
-        assert_as_the_loop(
-            replace(case, index=torch.full_like(case.index, number), mask=torch.ones_like(case.mask))
-        )
+        assert_as_the_loop(replace(case, index=torch.full_like(case.index, number), mask=torch.ones_like(case.mask)))
 
 
 def test_refresh_touches_the_recomputed_slots_only():
@@ -195,9 +193,7 @@ def test_branch_outputs(tokens, k):
     for t in range(tokens):
         for q in range(k):
             e = 3 * int(index[t, q])
-            torch.testing.assert_close(
-                found[t, q], swiglu(rows[t], *parameters[e : e + 3]), atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(found[t, q], swiglu(rows[t], *parameters[e : e + 3]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("number", [0, 4])
@@ -215,9 +211,7 @@ def test_int32_ids_are_taken_too():
     rows, parameters = torch.randn(9, WIDTH), swiglu_parameters(5)
     index = torch.rand(9, 5).argsort(-1)[:, :2]
     arguments = (parameters, 5, SWIGLU, WIDTH)
-    assert torch.equal(
-        branch_outputs([rows], index.int(), *arguments), branch_outputs([rows], index, *arguments)
-    )
+    assert torch.equal(branch_outputs([rows], index.int(), *arguments), branch_outputs([rows], index, *arguments))
 
 
 @pytest.mark.parametrize("slope", [False, True])

@@ -228,9 +228,7 @@ class Simulation:
                 decisions[i] = self._rerouted(block.mlp, state, z, decisions[i])
             gate1, gate2 = block.adaln(c).chunk(6, dim=1)[2::3]
             h = h + gate1.unsqueeze(1) * state.attention.at(self._d)
-            out = (
-                self._moe(block.mlp, state, z, decisions[i]) if moe else self._dense(block, state, z, chosen)
-            )
+            out = self._moe(block.mlp, state, z, decisions[i]) if moe else self._dense(block, state, z, chosen)
             h = h + gate2.unsqueeze(1) * out
         return StepResult("cache", self.model.finish(h, c), decisions)
 
@@ -243,9 +241,7 @@ class Simulation:
         _, _, gate1, shift2, scale2, _ = block.adaln(c).chunk(6, dim=1)
         return modulate(block.norm2(h + gate1.unsqueeze(1) * state.attention.at(self._d)), shift2, scale2)
 
-    def _refresh_attention(
-        self, block: Block, state: BlockState, h: Tensor, c: Tensor, chosen: Tensor
-    ) -> None:
+    def _refresh_attention(self, block: Block, state: BlockState, h: Tensor, c: Tensor, chosen: Tensor) -> None:
         """Keys and values first, as keys_values says, then the attention output of the chosen tokens."""
         shift1, scale1 = block.adaln(c).chunk(6, dim=1)[:2]
         q, k, v = self._qkv(block.attn, modulate(block.norm1(h), shift1, scale1))

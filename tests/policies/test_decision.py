@@ -42,9 +42,7 @@ def test_matching_permutes_the_branches_into_slots(routing):
     # the others take the free slots in order
     for b, n in ((b, n) for b in range(len(index)) for n in range(index.shape[1])):
         held = cached[b, n].tolist()
-        assert found.index[b, n][~found.matched[b, n]].tolist() == [
-            e for e in index[b, n].tolist() if e not in held
-        ]
+        assert found.index[b, n][~found.matched[b, n]].tolist() == [e for e in index[b, n].tolist() if e not in held]
 
 
 def test_matching_by_hand():
@@ -81,9 +79,7 @@ def test_score_of_equation_9():
     assert score(lambda1=2.0, lambda2=0) == pytest.approx([0.9, 0.5])
     assert score(score="drift") == pytest.approx([0.1, 0.1])
     assert score(score="staleness", lambda1=0, lambda2=0) == pytest.approx([0.7 + 1 / 16, 0.3 + 3 / 16])
-    assert score(score="staleness", lambda1=0, lambda2=0, full_every=2) == pytest.approx(
-        [0.7 + 1 / 8, 0.3 + 3 / 8]
-    )
+    assert score(score="staleness", lambda1=0, lambda2=0, full_every=2) == pytest.approx([0.7 + 1 / 8, 0.3 + 3 / 8])
 
 
 def test_a_contribution_of_nothing_is_zero():

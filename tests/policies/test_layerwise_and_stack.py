@@ -55,9 +55,7 @@ def simulate(model: TinyDiTMoE, held: Held, family: str, is_full: Callable[[str,
     def step(number: int, time: float, x: Tensor, y: Tensor) -> Tensor:
         h, c = model.embed_inputs(x, torch.full((len(x),), time), y)
         if family == "stack":
-            residual = held(
-                "stack", is_full("", number), time, lambda: run_blocks(model, h, c, lambda _, f: f()) - h
-            )
+            residual = held("stack", is_full("", number), time, lambda: run_blocks(model, h, c, lambda _, f: f()) - h)
             return model.finish(h + residual, c)
         h = run_blocks(model, h, c, lambda name, compute: held(name, is_full(name, number), time, compute))
         return model.finish(h, c)
@@ -94,13 +92,9 @@ def test_an_explicit_list_of_full_steps(model, graph, eager_steps, family):
 
 
 def test_attention_refreshed_more_often_than_experts(model, graph, eager_steps):
-    step = simulate(
-        model, Held(True), "fora", lambda name, n: n % (2 if name.startswith("attention") else 4) == 0
-    )
+    step = simulate(model, Held(True), "fora", lambda name, n: n % (2 if name.startswith("attention") else 4) == 0)
     compare(model, graph, step, EVEN, recipe="fora-forecast", attention_every=2, experts_every=4)
-    step = simulate(
-        model, Held(False), "fora", lambda name, n: n % (4 if name.startswith("attention") else 2) == 0
-    )
+    step = simulate(model, Held(False), "fora", lambda name, n: n % (4 if name.startswith("attention") else 2) == 0)
     compare(model, graph, step, EVEN, recipe="fora", attention_every=4, experts_every=2)
 
 

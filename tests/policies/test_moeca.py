@@ -180,20 +180,14 @@ def compare(model: TinyDiTMoE, generation: Generation, simulation: Simulation) -
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, options):
     config = MoecaConfig.from_options(options)
-    steps = compare(
-        model, Generation(graph, graph.engine(**options)), Simulation(model, config, reroute=True)
-    )
-    assert sum(step.kind.full for step in steps) == len(
-        config.full_steps or range(0, STEPS, config.full_every)
-    )
+    steps = compare(model, Generation(graph, graph.engine(**options)), Simulation(model, config, reroute=True))
+    assert sum(step.kind.full for step in steps) == len(config.full_steps or range(0, STEPS, config.full_every))
     assert any(step.match_ratio < 1 for step in steps if step.match_ratio is not None)
 
 
 @pytest.mark.parametrize("capacity", [1, 5])
 @pytest.mark.parametrize("options", [FRESH, {"shared": "any", "forecast": ALL}], ids=str)
-def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(
-    model, graph, eager_steps, capacity, options
-):
+def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, graph, eager_steps, capacity, options):
     engine = graph.engine(**options, validate=False)
     generation = Generation(graph, engine)
     generation.shapes.plan = replace(generation.shapes.plan, capacities=(capacity,))
@@ -222,9 +216,7 @@ def test_everything_recomputed_is_the_model(model, graph, eager_steps, monkeypat
     generation = Generation(graph, engine)
     forced = StepKind(attention=False, experts=False, capacity=model.sizes.tokens, forced=True)
     choose = generation.shapes.kind
-    monkeypatch.setattr(
-        generation.shapes, "kind", lambda *args: kind if (kind := choose(*args)).full else forced
-    )
+    monkeypatch.setattr(generation.shapes, "kind", lambda *args: kind if (kind := choose(*args)).full else forced)
     for number, arguments in enumerate(trajectory(model)):
         step = generation.step(**arguments)
         assert step.kind == (forced if number else StepKind())

@@ -101,9 +101,7 @@ def test_minmax_entropy_spans_the_layer_s_experts():
     statistic = torch.tensor([[[0.3, 0.3, 0.3, 0.3], [0.3, 0.3, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0]]])
     log = normalised_entropy(statistic, MoecaConfig())
     torch.testing.assert_close(log, torch.tensor([[1.0, 0.5, 0.0]]))
-    torch.testing.assert_close(
-        normalised_entropy(statistic[:, :2], MoecaConfig(entropy="minmax")), log[:, ::2]
-    )
+    torch.testing.assert_close(normalised_entropy(statistic[:, :2], MoecaConfig(entropy="minmax")), log[:, ::2])
 
 
 def test_recomputed_are_the_unmatched_and_those_over_their_expert_s_threshold():
