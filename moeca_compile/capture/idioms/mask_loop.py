@@ -19,13 +19,17 @@ from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognised
 from moeca_compile.capture.source import Method
 
-_FOR, _COMPARE = dis.opmap["FOR_ITER"], dis.opmap["COMPARE_OP"]
+_FOR, _COMPARE, _STORE = (dis.opmap[name] for name in ("FOR_ITER", "COMPARE_OP", "STORE_SUBSCR"))
+_ADDS = frozenset(
+    ["index_add_", "index_add", "scatter_add_", "scatter_add", "scatter_reduce_", "index_put_", "masked_scatter"]
+)
 
 
 def plausible(code: CodeType) -> bool:
-    """A loop, and a one-hot or a comparison."""
-    ops = code.co_code[::2]
-    return _FOR in ops and ("one_hot" in code.co_names or "eq" in code.co_names or _COMPARE in ops)
+    """A loop, a one-hot or a comparison, and rows that are written."""
+    ops = set(code.co_code[::2])
+    masks = "one_hot" in code.co_names or "eq" in code.co_names or _COMPARE in ops
+    return _FOR in ops and masks and (_STORE in ops or not _ADDS.isdisjoint(code.co_names))
 
 
 def recognise(method: Method) -> Inline | None:
