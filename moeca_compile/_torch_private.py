@@ -148,9 +148,16 @@ def is_module_state(placeholder: fx.Node) -> bool:
 
 
 def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Functional pre-dispatch ATen of Dynamo's graph; one placeholder per input, in order."""
-    exported, _ = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+    """Functional pre-dispatch ATen of Dynamo's graph; one placeholder per input, in order.
+
+    Where the model changes inputs in place, their new values come first among the outputs, and
+    `meta["mutated_inputs"]` of the result has their positions.
+    """
+    exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
     assert isinstance(exported, fx.GraphModule)
+    names = [node.name for node in exported.graph.nodes if node.op == "placeholder"]
+    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    exported.meta["mutated_inputs"] = tuple(names.index(name) for name in changed.values())
     return exported
 
 

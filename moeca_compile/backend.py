@@ -65,7 +65,7 @@ def moeca_backend(
         return _as_torch_compile_would(gm, inputs, record)
     user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
     numbers = scalar_inputs_to_tensors(gm, inputs)
-    engine = Engine(gm, user_inputs, numbers, config, record)
+    engine = Engine(gm, inputs, user_inputs, numbers, config, record)
     # Dynamo traces anew when, say, inputs become inference tensors; equal graphs go on with the same caches.
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is not None:

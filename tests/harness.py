@@ -60,7 +60,7 @@ class Captured:
     def engine(self, **options: Any) -> Engine:
         """The real engine under these options."""
         config = MoecaConfig.from_options(options)
-        return Engine(self.gm, self.user_inputs, [], config, Record(config))
+        return Engine(self.gm, self.inputs, self.user_inputs, [], config, Record(config))
 
     def specialisation(self, **options: Any) -> Specialisation:
         """The engine's first set of shapes: the matched graph and its plan."""

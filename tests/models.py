@@ -171,9 +171,7 @@ class TinyDiTMoE(nn.Module):
         super().__init__()
         self.sizes = sizes = sizes or Sizes()
         self.embed = nn.Conv2d(sizes.channels, sizes.width, sizes.patch, stride=sizes.patch)
-        self.time = nn.Sequential(
-            nn.Linear(sizes.width, sizes.width), nn.SiLU(), nn.Linear(sizes.width, sizes.width)
-        )
+        self.time = nn.Sequential(nn.Linear(sizes.width, sizes.width), nn.SiLU(), nn.Linear(sizes.width, sizes.width))
         self.label = nn.Embedding(sizes.classes + 1, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, moe=i % 2 == 1) for i in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, elementwise_affine=False, eps=1e-6)
@@ -185,9 +183,7 @@ class TinyDiTMoE(nn.Module):
 
     def embed_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) and condition (B, D)."""
-        return self.embed(x).flatten(2).transpose(1, 2), self.time(
-            sinusoidal(t, self.sizes.width)
-        ) + self.label(y)
+        return self.embed(x).flatten(2).transpose(1, 2), self.time(sinusoidal(t, self.sizes.width)) + self.label(y)
 
     def finish(self, h: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, N, D) and condition (B, D) to a picture (B, C, H, W)."""

@@ -46,9 +46,7 @@ class _MarkerInterpreter(fx.Interpreter):
     def value(self, node: fx.Node, replaced: dict[fx.Node, Any]) -> Any:
         """The value of `node` with other values for some nodes; back to the marker the body starts from."""
         if node not in replaced:
-            if node.op in ("placeholder", "get_attr") or node in nodes_of(
-                self.module, torch.ops.moeca.expert_rows
-            ):
+            if node.op in ("placeholder", "get_attr") or node in nodes_of(self.module, torch.ops.moeca.expert_rows):
                 replaced[node] = self.env[node]
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self.value(each, replaced))

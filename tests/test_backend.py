@@ -392,9 +392,6 @@ def test_eager_and_other_backends_are_unaffected(model, without_inductor):
 def test_batches_of_other_sizes_have_caches_of_their_own(model, without_inductor):
     fast = compiled(model)
     first = {batch: generate(fast, batch) for batch in (2, 3)}
-    x, y = make_inputs(model, 2)
-    with torch.no_grad():
-        fast(x, torch.full((2,), 1.0), y)  # a generation that is left, in between
     for batch in (3, 2):
         assert torch.equal(generate(fast, batch), first[batch])
 
@@ -497,7 +494,7 @@ def test_a_generation_through_inductor_is_that_of_the_traced_graphs(monkeypatch)
     assert texts == []
     assert steps(fast) == (2, 4)
     assert 0 < report(fast).reuse_ratio < 1
-    assert set(report(fast).validation_errors) == {"rewritten", "recomputed", "full", "cache"}
+    assert set(report(fast).validation_errors) == {"reused", "rewritten", "recomputed", "full", "cache"}
     assert all(error < 1e-4 for error in report(fast).validation_errors.values())
     torch._dynamo.reset()
     monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)

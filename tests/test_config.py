@@ -139,9 +139,7 @@ def test_a_recipe_forecasts_only_what_it_caches(recipe, forecast, offer):
     assert offer in str(caught.value) and repr(recipe) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("ful_every", "full_every"), ("tau", "tau0"), ("capacity", "capacities")]
-)
+@pytest.mark.parametrize(("name", "near"), [("ful_every", "full_every"), ("tau", "tau0"), ("capacity", "capacities")])
 def test_an_unknown_option_gets_the_nearest_name(name, near):
     with pytest.raises(ConfigError) as caught:
         MoecaConfig.from_options({name: 1})

@@ -14,7 +14,7 @@ from moeca_compile.policies.step import Step, StepKind
 
 
 class StepResult(NamedTuple):
-    """What one step gives: the model's outputs, the updated caches by name, counters (layers, 4) or None."""
+    """What one step gives: the model's outputs, the updated caches by name, counters (layers, COUNTERS) or None."""
 
     outputs: tuple[Any, ...]
     updates: dict[str, Tensor]
@@ -33,6 +33,15 @@ def step_function(graph: fx.Graph, regions: Regions, policy: Policy, kind: StepK
         outputs = step.run()
         under_way.finish()
         counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
-        return StepResult(tuple(outputs), step.updates, counts)
+        return StepResult(_apart(outputs, {**state, **step.updates}), step.updates, counts)
 
     return run
+
+
+def _apart(outputs: Sequence[Any], caches: dict[str, Tensor]) -> tuple[Any, ...]:
+    """The outputs, copied where they share memory with a cache: what the user does to them must not reach it."""
+    held = {tensor.untyped_storage()._cdata for tensor in caches.values()}
+    return tuple(
+        value.clone() if isinstance(value, Tensor) and value.untyped_storage()._cdata in held else value
+        for value in outputs
+    )

@@ -34,8 +34,16 @@ _BY_FAMILY: dict[str, type] = {"none": Plain, "moeca": Moeca, "fora": Layerwise,
 
 
 def policy_for(config: MoecaConfig, regions: Regions) -> Policy:
-    """The recipe's policy over these regions; the plain one where there is nothing that it could cache."""
-    if not regions.residuals:
+    """The recipe's policy over these regions; the plain one where there is nothing that it could cache.
+
+    Without experts there is no routing for `moeca` to go by, so it leaves such a model as it is.
+    """
+    if not regions.residuals or (config.family == "moeca" and not regions.experts):
         return Plain(config, regions)
+    return caching_policy(config, regions)
+
+
+def caching_policy(config: MoecaConfig, regions: Regions) -> Policy:
+    """The recipe's policy over these regions, whatever they are."""
     policy: Policy = _BY_FAMILY[config.family](config, regions)
     return policy

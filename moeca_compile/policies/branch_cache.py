@@ -101,14 +101,14 @@ class BranchCache:
             self._count(step, decision, torch.zeros_like(decision.routing.matched[:, :0]))
         else:
             result = self._refresh(step, decision)
-        return result.reshape(shape_of(self.layer.marker))
+        return result.reshape(shape_of(self.layer.marker)).to(self.layer.marker.meta["val"].dtype)
 
     def _combine_cached(self, step: Step, weight: Tensor) -> Tensor:
         """Nothing is recomputed in this graph, so the cache is only read and plain ops may read it."""
-        branches = step.state[self.branches].to(weight.dtype)
+        dtype = self.layer.marker.meta["val"].dtype
+        branches = step.state[self.branches].to(dtype)
         if self.forecast:
-            reach = step.clock[EXPERTS, 0].to(weight.dtype)
-            branches = branches + reach * step.state[self.slope].to(weight.dtype)
+            branches = branches + step.clock[EXPERTS, 0].to(dtype) * step.state[self.slope].to(dtype)
         return combine(branches, weight)
 
     def _refresh(self, step: Step, decision: Decision) -> Tensor:

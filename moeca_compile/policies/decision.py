@@ -99,7 +99,7 @@ def thresholds(config: MoecaConfig, statistic: Tensor) -> Tensor:
         low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
         entropy = (entropy - low) / (high - low).clamp_min(1e-20)
     else:
-        entropy = entropy / math.log(statistic.shape[1])
+        entropy = entropy / math.log(max(statistic.shape[1], 2))
     return config.tau0 * (1 + config.alpha * (2 * entropy - 1))
 
 

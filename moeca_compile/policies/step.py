@@ -72,7 +72,7 @@ class Step:
         inputs: one value per placeholder.
         state: cached tensors by name, as the last step left them.
         clock: (2, 2) float: for each part (attention, experts) how far a forecast reaches, in units of the
-            interval between the last two full steps, and 1 where two full steps have been (else 0).
+            interval between the last two full steps, and 1 where a full step has been (else 0).
     """
 
     def __init__(

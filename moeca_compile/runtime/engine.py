@@ -27,6 +27,7 @@ class Engine:
 
     Args:
         gm: Dynamo's graph.
+        inputs: example inputs; only what stands for the model's weights is looked at.
         user_inputs: which of its placeholders are arguments of the model.
         numbers: positions of inputs that come as Python numbers and go in as 0-dim tensors.
         config, record: options, and where to note what happens.
@@ -35,12 +36,14 @@ class Engine:
     def __init__(
         self,
         gm: fx.GraphModule,
+        inputs: Sequence[Any],
         user_inputs: Sequence[bool],
         numbers: Sequence[int],
         config: MoecaConfig,
         record: Record,
     ) -> None:
         self.gm, self.user_inputs, self.numbers = gm, list(user_inputs), list(numbers)
+        self.weights = [_signature(v) for v, user in zip(inputs, self.user_inputs, strict=True) if not user]
         self.modes, self.partial = numeric_modes(), record.partial
         self.config, self.record = config, record
         self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
@@ -49,12 +52,15 @@ class Engine:
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same from the same inputs in the same order."""
         constants = any(node.op == "get_attr" for node in self.gm.graph.nodes)
-        mine, theirs = ((e.gm.code, e.user_inputs, e.numbers, e.modes) for e in (self, other))
+        mine, theirs = ((e.gm.code, e.user_inputs, e.numbers, e.modes, e.weights) for e in (self, other))
         return mine == theirs and not constants
 
     def prepare(self, inputs: Sequence[Any]) -> Specialisation:
         """Capture, match and plan for the shapes of `inputs`, unless that was done before."""
-        key = tuple(_signature(value) for value, user in zip(inputs, self.user_inputs, strict=True) if user)
+        key = (
+            *(_signature(value) for value, user in zip(inputs, self.user_inputs, strict=True) if user),
+            self._model(inputs),
+        )
         with self._lock:
             if key not in self.by_shape:
                 self.by_shape[key] = Specialisation(self.gm, inputs, self.user_inputs, self.config, self.record)
@@ -62,6 +68,12 @@ class Engine:
                     self.by_shape.popitem(last=False)
             self.by_shape.move_to_end(key)
             return self.by_shape[key]
+
+    def _model(self, inputs: Sequence[Any]) -> int:
+        """Tells models apart that come to one graph as arguments of a function: where their first weight lies."""
+        states = (v for v, user in zip(inputs, self.user_inputs, strict=True) if not user and isinstance(v, Tensor))
+        first = next(states, None)
+        return first.data_ptr() if first is not None else 0
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if self.numbers:
@@ -72,27 +84,30 @@ class Engine:
         with self._lock:
             position = shapes.sessions.enter(shapes.timestep(inputs))
             fresh = shapes.sessions.due(position)
-        kind = shapes.kind(fresh, position, inputs)
-        return self._run(shapes, kind, fresh, position, inputs)
+        try:
+            return self._run(shapes, fresh, position, inputs)
+        except BaseException:
+            shapes.sessions.interrupted(position)
+            raise
 
     def _uncached(self, shapes: Specialisation, inputs: Sequence[Any]) -> tuple[Any, ...]:
         clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
         outputs = shapes.program(StepKind(), inputs, {}, clock)(inputs, {}, clock).outputs
         shapes.tally(StepKind(), None)
-        return outputs
+        return shapes.settle(inputs, outputs)
 
     def _run(
-        self, shapes: Specialisation, kind: StepKind, fresh: Fresh, position: Position, inputs: Sequence[Any]
+        self, shapes: Specialisation, fresh: Fresh, position: Position, inputs: Sequence[Any]
     ) -> tuple[Any, ...]:
-        stream = position.stream
+        stream, kind = position.stream, shapes.kind(fresh, position, inputs)
         clock = shapes.clock(stream.clock(position.place))
         result = shapes.program(kind, inputs, stream.state, clock)(inputs, stream.state, clock)
         stream.state.update(result.updates)
-        stream.passed(fresh, position.place)
+        stream.passed(fresh, position.number, position.place)
         shapes.tally(kind, result.counts)
         if result.counts is not None:
             shapes.promote(stream, result.counts)
-        return result.outputs
+        return shapes.settle(inputs, result.outputs)
 
     def reset(self) -> None:
         """Drop all caches."""

@@ -21,6 +21,7 @@ class Holder(Protocol):
 _holders: WeakSet[Holder] = WeakSet()
 _numbers = itertools.count(1)
 _live: set[int] = set()
+_threads = threading.local()
 _generation: ContextVar[int | None] = ContextVar("moeca_generation", default=None)
 _stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
 
@@ -66,7 +67,14 @@ def at_end(holder: Holder) -> None:
 def current_generation() -> tuple[str, int]:
     """A key of the generation under way: the context's, else the thread's."""
     number = _generation.get()
-    return ("scope", number) if number is not None else ("thread", threading.get_ident())
+    return ("scope", number) if number is not None else ("thread", _thread_number())
+
+
+def _thread_number() -> int:
+    """A number of the thread that, unlike its identifier, no later thread gets again."""
+    if not hasattr(_threads, "number"):
+        _threads.number = next(_numbers)
+    return int(_threads.number)
 
 
 def ended(key: tuple[object, ...]) -> bool:

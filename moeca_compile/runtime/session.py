@@ -22,6 +22,9 @@ from moeca_compile.runtime.schedule import Fresh, fresh_parts
 
 Timestep = tuple[float, ...]
 
+_FAR = 10.0
+"""A step this many times the largest so far is no step of the same generation: a cancelled one was left."""
+
 
 @dataclass
 class Stream:
@@ -29,21 +32,24 @@ class Stream:
 
     state: dict[str, Tensor]
     full_at: list[list[float]] = field(default_factory=lambda: [[], []])
+    last_full: list[int] = field(default_factory=lambda: [-1, -1])
+    """For each part, the number of the last step that computed it anew; -1 where the caches hold nothing."""
     capacity: int | None = None
 
-    def fresh(self, due: Fresh) -> Fresh:
-        """What is computed anew: what is due, and whatever has no cache to stand on."""
-        return Fresh(due.attention or not self.full_at[ATTENTION], due.experts or not self.full_at[EXPERTS])
+    def clock(self, place: float) -> list[list[float]]:
+        """For each part: how far a forecast reaches, in intervals between full steps; 1 after a full step."""
+        return [[_reach(at, place), float(len(at) >= 1)] for at in self.full_at]
 
-    def clock(self, position: float) -> list[list[float]]:
-        """For each part: how far a forecast reaches, in intervals between full steps; 1 after two of them."""
-        return [[_reach(at, position), float(len(at) >= 1)] for at in self.full_at]
-
-    def passed(self, fresh: Fresh, position: float) -> None:
-        """Note that the parts of `fresh` were computed at `position`."""
+    def passed(self, fresh: Fresh, number: int, place: float) -> None:
+        """Note that step `number` at `place` computed the parts of `fresh`."""
         for part, was_fresh in ((ATTENTION, fresh.attention), (EXPERTS, fresh.experts)):
             if was_fresh:
-                self.full_at[part] = [*self.full_at[part][-1:], position]
+                self.full_at[part] = [*self.full_at[part][-1:], place]
+                self.last_full[part] = number
+
+    def invalidate(self) -> None:
+        """Trust none of the caches: a step was interrupted while it changed them."""
+        self.full_at, self.last_full = [[], []], [-1, -1]
 
 
 def _reach(full_at: Sequence[float], position: float) -> float:
@@ -63,21 +69,38 @@ class Generation:
     number: int = -1
     calls: int = 0
     """Calls at the current timestep so far."""
+    first_calls: int = 0
+    """Calls at the first timestep."""
+    largest: float = 0.0
+    """The largest step in time so far."""
 
     def restarts_at(self, timestep: Timestep | None) -> bool:
-        """Whether a call at `timestep` belongs to a new generation: time jumps back."""
+        """Whether a call at `timestep` belongs to a new generation: time jumps back, or far ahead."""
         if timestep is None or self.timestep is None or timestep == self.timestep:
             return False
-        return (timestep[0] - self.timestep[0]) * self.direction < 0
+        step = timestep[0] - self.timestep[0]
+        return step * self.direction < 0 or (self.largest > 0 and abs(step) > _FAR * self.largest)
 
     def advance(self, timestep: Timestep | None) -> Hashable:
         """Take note of a call at `timestep`; returns the key of its stream."""
         if self.number < 0 or timestep is None or timestep != self.timestep:
-            if timestep is not None and self.timestep is not None and not self.direction:
-                self.direction = timestep[0] - self.timestep[0]
+            if timestep is not None and self.timestep is not None:
+                step = timestep[0] - self.timestep[0]
+                self.direction, self.largest = self.direction or step, max(self.largest, abs(step))
             self.timestep, self.number, self.calls = timestep, self.number + 1, 0
         self.calls += 1
+        self.first_calls += self.number == 0
         return scope.current_stream() or self.calls - 1
+
+    @property
+    def certain(self) -> bool:
+        """Whether streams can be told from repeated calls.
+
+        Several calls at the first timestep are streams, or a call tried and then made in earnest; after the next
+        step the number of calls tells, so that step computes all anew.
+        """
+        named = scope.in_scope() or scope.current_stream() is not None
+        return named or self.number != 1 or self.first_calls == 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,8 @@ class Position:
     stream: Stream
     number: int
     place: float
+    generation: Generation
+    certain: bool
 
 
 class Sessions:
@@ -110,7 +135,7 @@ class Sessions:
             stream = self._stream(generation, generation.advance(timestep))
             self._make_room()
         place = timestep[0] if timestep is not None else float(generation.number)
-        return Position(stream, generation.number, place)
+        return Position(stream, generation.number, place, generation, generation.certain)
 
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
@@ -128,7 +153,22 @@ class Sessions:
 
     def due(self, position: Position) -> Fresh:
         """Which parts the call computes anew."""
-        return position.stream.fresh(fresh_parts(self.config, position.number))
+        if not position.certain:
+            return Fresh(True, True)
+        attention, experts = (self._since(position, last) for last in position.stream.last_full)
+        return Fresh(any(due.attention for due in attention), any(due.experts for due in experts))
+
+    def _since(self, position: Position, last: int) -> list[Fresh]:
+        """What was due at the steps after `last`: a stream that was not called at one of them makes up for it."""
+        if last < 0:
+            return [Fresh(True, True)]
+        return [fresh_parts(self.config, number) for number in range(last + 1, position.number + 1)]
+
+    def interrupted(self, position: Position) -> None:
+        """The call at `position` did not end: its caches are not to be used, and it may be made again."""
+        position.stream.invalidate()
+        position.generation.calls -= 1
+        position.generation.first_calls -= position.number == 0
 
     def drop_ended(self) -> None:
         """Drop the caches of generations whose context has ended."""
@@ -151,10 +191,8 @@ class Sessions:
         return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs}
 
     def _renewed(self, old: Generation | None) -> Generation:
-        """A new generation on the memory of the last one."""
+        """A new generation; its streams start with the capacities of the last one's, and with empty caches."""
         fresh = Generation()
         for name, stream in (old.streams if old else {}).items():
-            for tensor in stream.state.values():
-                tensor.zero_()
-            fresh.streams[name] = Stream(stream.state, capacity=stream.capacity)
+            fresh.streams[name] = Stream(self._allocate(), capacity=stream.capacity)
         return fresh

@@ -53,8 +53,9 @@ class Specialisation:
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)
-        self.device = next(v.device for v in inputs if isinstance(v, Tensor))
-        self.dtype = next(v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point())
+        self.mutated: tuple[int, ...] = self.module.meta["mutated_inputs"]
+        example = self._example(inputs)
+        self.device, self.dtype = example.device, example.dtype
         self.programs: dict[StepKind, StepFunction] = {}
         self.tallies: dict[StepKind, Tally] = {}
         if config.validate:
@@ -64,6 +65,21 @@ class Specialisation:
         self.caching = bool(self.sessions.specs)
         self._warn_if_idle()
 
+    def _example(self, inputs: Sequence[Any]) -> Tensor:
+        """A tensor on the model's device and in its dtype: the residual stream, else any input with a fraction."""
+        if self.regions.residuals:
+            stream: Tensor = self.regions.residuals[0].stream.meta["val"]
+            return stream
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        return next((value for value in tensors if value.is_floating_point()), tensors[0])
+
+    def settle(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Write back what the model changes in place; returns the model's own outputs."""
+        count = len(self.mutated)
+        for position, value in zip(self.mutated, outputs[:count], strict=True):
+            inputs[position].copy_(value)
+        return outputs[count:]
+
     def _plan(self) -> None:
         with self.record.timed("plan"):
             self.policy: Policy = policy_for(self.config, self.regions)
@@ -71,7 +87,15 @@ class Specialisation:
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
 
     def _warn_if_idle(self) -> None:
-        if self.config.recipe == "none" or not self.caching:
+        if self.config.recipe == "none":
+            return
+        in_parts = self.record.partial or self.record.breaks  # then the break is warned of
+        if not self.caching and not self.regions.kept and not in_parts:
+            self.record.warn(
+                f"nothing was found that recipe {self.config.recipe!r} could cache (it needs MoE layers that it "
+                "knows; the fora and stack recipes cache models without experts too): the model runs uncached"
+            )
+        if not self.caching:
             return
         if self.regions.timestep is None:
             self.caching, self.policy = False, Plain(self.config, self.regions)
@@ -153,13 +177,23 @@ class Specialisation:
     def program(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepFunction:
         """The compiled step of this kind, made and checked when first asked for."""
         if kind not in self.programs:
-            with self.record.timed("rewrite"):
-                program = Program(self.function(kind), inputs, state, clock)
-            with self.record.timed("lower"):
-                program.lower(inputs, state, clock)
-            with self.record.timed("validate"):
-                self.programs[kind] = self._checked(kind, program, inputs, state, clock)
+            try:
+                self.programs[kind] = self._compiled(kind, inputs, state, clock)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                self.record.warn(f"{kind.name} steps could not be compiled ({reason}), so they run without Inductor")
+                self.programs[kind] = self.function(kind)
         return self.programs[kind]
+
+    def _compiled(
+        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor
+    ) -> StepFunction:
+        with self.record.timed("rewrite"):
+            program = Program(self.function(kind), inputs, state, clock)
+        with self.record.timed("lower"):
+            program.lower(inputs, state, clock)
+        with self.record.timed("validate"):
+            return self._checked(kind, program, inputs, state, clock)
 
     def _checked(
         self, kind: StepKind, program: Program, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.regions import Attention, Experts, FeedForward, Kept, Regions
 from moeca_compile.passes.rewrite import step_function
-from moeca_compile.policies import policy_for
+from moeca_compile.policies import caching_policy
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import StepKind, samples_and_tokens
 from moeca_compile.runtime.record import Record
@@ -54,12 +54,14 @@ def _fault(
 ) -> str | None:
     """Why a full step, or a cache step with forced recomputation right after it, is not the model; else None.
 
-    On the inputs of the full step it makes no difference what is recomputed: all tokens, or half of them.
+    On the inputs of the full step it makes no difference what is recomputed: all tokens, half of them, or none.
     """
-    policy = policy_for(config, regions)
+    if not regions.residuals:
+        return None
+    policy = caching_policy(config, regions)
     if not policy.specs():
         return None
-    device = next(value.device for value in inputs if isinstance(value, Tensor))
+    device = regions.residuals[0].stream.meta["val"].device
     state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in policy.specs()}
     clock = torch.zeros(2, 2, device=device)
     tokens = samples_and_tokens(regions)[1]
@@ -68,16 +70,26 @@ def _fault(
             full = step_function(graph, regions, policy, StepKind())(inputs, state, clock)
             original = step_function(graph, regions, Plain(config, regions), StepKind())(inputs, {}, clock)
         same_outputs("rewritten", full.outputs, original.outputs, config, record)
-        for capacity in (tokens, max(1, tokens // 2)):
-            forced = StepKind(False, False, capacity, forced=True)
+        for capacity in (tokens, max(1, tokens // 2), 0):
+            kind = StepKind(False, False, capacity, forced=capacity > 0)
             copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
+            if capacity == tokens and config.family == "moeca":
+                _spoil(copies)
             with torch.no_grad():
-                again = step_function(graph, regions, policy, forced)(inputs, copies, clock)
-            same_outputs("recomputed", again.outputs, original.outputs, config, record)
+                again = step_function(graph, regions, policy, kind)(inputs, copies, clock)
+            same_outputs("recomputed" if capacity else "reused", again.outputs, original.outputs, config, record)
     except Exception as error:
         # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def _spoil(state: dict[str, Tensor]) -> None:
+    """Make cached activations useless, so that a step that should recompute all of them shows what it did not."""
+    kept = (".index", ".weight", ".norms", ".activation", ".age", ".slope")
+    for name, tensor in state.items():
+        if not name.endswith(kept):
+            tensor.fill_(float("nan"))
 
 
 def _parts(regions: Regions) -> list[Attention | Experts | FeedForward]:

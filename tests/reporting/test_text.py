@@ -20,9 +20,7 @@ def test_binary_bytes(number, expected):
     assert text.binary_bytes(number) == expected
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"), [(12, "12 FLOP"), (2.5e9, "2.5 GFLOP"), (53.62e12, "53.6 TFLOP")]
-)
+@pytest.mark.parametrize(("number", "expected"), [(12, "12 FLOP"), (2.5e9, "2.5 GFLOP"), (53.62e12, "53.6 TFLOP")])
 def test_flop_count(number, expected):
     assert text.flop_count(number) == expected
 
@@ -32,9 +30,7 @@ def test_seconds(time, expected):
     assert text.seconds(time) == expected
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"), [(0, "0"), (12345, "12,345"), (0.25, "0.2"), (10.75, "10.8")]
-)
+@pytest.mark.parametrize(("number", "expected"), [(0, "0"), (12345, "12,345"), (0.25, "0.2"), (10.75, "10.8")])
 def test_count(number, expected):
     assert text.count(number) == expected
 

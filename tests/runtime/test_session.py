@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def make_sessions(**options) -> Sessions:
 def call(sessions: Sessions, *timestep: float) -> Position:
     """A call at a timestep that is then run, as the engine does."""
     position = sessions.enter(timestep or None)
-    position.stream.passed(sessions.due(position), position.place)
+    position.stream.passed(sessions.due(position), position.number, position.place)
     return position
 
 
@@ -40,7 +41,7 @@ def streams(positions: list[Position]) -> list[int]:
     return [known.index(id(position.stream)) for position in positions]
 
 
-@pytest.mark.parametrize("times", [(1.0, 0.75, 0.5, 0.25), (0.0, 0.25, 0.5, 0.75), (999.0, 998.5, 1.0, 0.0)])
+@pytest.mark.parametrize("times", [(1.0, 0.75, 0.5, 0.25), (0.0, 0.25, 0.5, 0.75), (999.0, 998.5, 997.0, 990.0)])
 def test_going_on_in_one_direction_are_steps(times):
     sessions = make_sessions()
     positions = [call(sessions, t) for t in times]
@@ -63,15 +64,15 @@ def test_jumping_back_is_a_new_generation():
     assert len(sessions.generations) == 1
 
 
-def test_a_second_generation_stands_on_zeros_and_the_first_ones_memory():
+def test_a_second_generation_stands_on_zeros_and_leaves_the_first_ones_tensors_alone():
     sessions = make_sessions()
     first = call(sessions, 1.0)
     first.stream.state["a"].fill_(7)
     call(sessions, 0.5)
-    again = call(sessions, 1.0)
+    again = sessions.enter((1.0,))
     assert again.stream is not first.stream
-    assert again.stream.state["a"] is first.stream.state["a"]
     assert not again.stream.state["a"].any()
+    assert first.stream.state["a"].eq(7).all()  # whoever still holds it keeps it
     assert sessions.due(again) == Fresh(True, True)
 
 
@@ -237,19 +238,58 @@ def test_the_clock_of_even_and_uneven_timesteps():
     stream_ = make_sessions().enter((1.0,)).stream
     both, attention = Fresh(True, True), Fresh(True, False)
     assert stream_.clock(1.0) == [[0.0, 0.0], [0.0, 0.0]]
-    stream_.passed(both, 1.0)
+    stream_.passed(both, 0, 1.0)
     assert stream_.clock(0.9) == [[0.0, 1.0], [0.0, 1.0]]  # one full step: nothing to extrapolate from yet
-    stream_.passed(both, 0.6)
+    stream_.passed(both, 4, 0.6)
     assert stream_.clock(0.5) == [[pytest.approx(0.25), 1.0], [pytest.approx(0.25), 1.0]]
     assert stream_.clock(0.1) == [[pytest.approx(1.25), 1.0], [pytest.approx(1.25), 1.0]]
-    stream_.passed(attention, 0.4)
+    stream_.passed(attention, 6, 0.4)
     assert stream_.clock(0.3) == [[pytest.approx(0.5), 1.0], [pytest.approx(0.75), 1.0]]
 
 
 def test_what_was_never_computed_is_due():
-    stream_ = make_sessions().enter((1.0,)).stream
-    assert stream_.fresh(Fresh(False, False)) == Fresh(True, True)
-    stream_.passed(Fresh(True, False), 1.0)
-    assert stream_.fresh(Fresh(False, False)) == Fresh(False, True)
-    stream_.passed(Fresh(False, True), 1.0)
-    assert stream_.fresh(Fresh(False, False)) == Fresh(False, False)
+    sessions = make_sessions()
+    position = sessions.enter((1.0,))
+    position = replace(position, number=1)
+    assert sessions.due(position) == Fresh(True, True)
+    position.stream.passed(Fresh(True, False), 0, 1.0)
+    assert sessions.due(position) == Fresh(False, True)
+    position.stream.passed(Fresh(False, True), 0, 1.0)
+    assert sessions.due(position) == Fresh(False, False)
+
+
+def test_a_stream_makes_up_for_a_full_step_that_it_missed():
+    sessions = make_sessions(full_every=4)
+    kinds = []
+    for number in range(8):
+        with stream("cond"):
+            call(sessions, 1 - number / 10)
+        if number not in (4, 5):
+            with stream("uncond"):
+                position = sessions.enter((1 - number / 10,))
+                kinds.append((number, sessions.due(position).attention))
+                position.stream.passed(sessions.due(position), position.number, position.place)
+    assert [number for number, fresh in kinds if fresh] == [0, 6]
+
+
+def test_a_call_tried_before_the_loop_does_not_leave_its_caches_to_it():
+    sessions = make_sessions()
+    call(sessions, 1.0)  # a warm-up with other inputs
+    call(sessions, 1.0)  # the loop's first call looks like a second stream
+    assert sessions.due(sessions.enter((0.9,))) == Fresh(True, True)
+
+
+def test_a_jump_far_ahead_is_another_generation():
+    sessions = make_sessions()
+    for time in (1.0, 0.98, 0.96):
+        call(sessions, time)
+    assert call(sessions, 0.2).number == 0
+
+
+def test_an_interrupted_call_leaves_nothing_to_stand_on():
+    sessions = make_sessions()
+    call(sessions, 1.0)
+    sessions.interrupted(sessions.enter((0.9,)))
+    again = sessions.enter((0.9,))
+    assert again.stream is next(iter(again.generation.streams.values()))
+    assert sessions.due(again) == Fresh(True, True)

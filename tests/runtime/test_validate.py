@@ -57,7 +57,7 @@ def test_a_right_rewrite_passes(graph, recipe):
     engine, shapes, told = prepared(graph, recipe=recipe)
     assert told == []
     assert shapes.regions.kept == ()
-    assert set(engine.record.errors) == {"rewritten", "recomputed"}
+    assert set(engine.record.errors) == {"rewritten", "recomputed", "reused"}
     assert all(error < 1e-5 for error in engine.record.errors.values())
 
 

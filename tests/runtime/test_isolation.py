@@ -1,0 +1,69 @@
+"""What a model or a user does to tensors must not reach the caches, nor the other way round."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import moeca_compile
+from tests.models import TinyDiTMoE, make_inputs, make_model
+
+
+class Counting(nn.Module):
+    """A model that counts its calls in a buffer, and returns its stream beside its prediction."""
+
+    def __init__(self, model: TinyDiTMoE) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.model(x, t, y)
+
+
+def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output(without_inductor):
+    model = Counting(make_model()).eval()
+    x, y = make_inputs(model.model)
+    fast = torch.compile(model, backend="moeca")
+    with torch.no_grad():
+        first = fast(x, torch.full((2,), 1.0), y)
+        fast(x, torch.full((2,), 0.9), y)
+        expected = model.model(x, torch.full((2,), 1.0), y)
+    assert model.calls.item() == 2
+    torch.testing.assert_close(first, expected)
+    assert moeca_compile.report(fast).steps.keys() == {"full", "cache[8]"}
+
+
+def test_two_models_through_one_compiled_function_do_not_share(without_inductor):
+    one, other = make_model(), make_model(seed=7)
+    x, y = make_inputs(one)
+    call = torch.compile(lambda model, x, t, y: model(x, t, y), backend="moeca")
+    with torch.no_grad():
+        call(one, x, torch.full((2,), 1.0), y)
+        call(one, x, torch.full((2,), 0.8), y)
+        found = call(other, x, torch.full((2,), 0.5), y)
+        torch.testing.assert_close(found, other(x, torch.full((2,), 0.5), y))
+
+
+def test_a_half_written_step_is_not_used(without_inductor, monkeypatch):
+    model = make_model()
+    x, y = make_inputs(model)
+    fast = torch.compile(model, backend="moeca", options={"keys_values": "chosen"})
+    with torch.no_grad():
+        for time in (1.0, 0.9):
+            fast(x, torch.full((2,), time), y)
+        from moeca_compile.runtime.program import Program
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Program, "__call__", _interrupt)
+            try:
+                fast(x, torch.full((2,), 0.8), y)
+            except KeyboardInterrupt:
+                pass
+        found = fast(x, torch.full((2,), 0.8), y)
+        torch.testing.assert_close(found, model(x, torch.full((2,), 0.8), y))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
