@@ -41,7 +41,7 @@ from examples.digits.picture import save_picture
 from examples.digits.sampling import SAMPLERS, TRAIN_TIMESTEPS
 from moeca_compile.config import RECIPES
 
-DEFAULT_RECIPES = ("moeca", "moeca-forecast", "stack-forecast")
+DEFAULT_RECIPES = ("moeca", "moeca-forecast")
 HEADERS = (
     "over torch.compile",
     "over uncached",
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="seed of the first generation")
     parser.add_argument("--steps", type=whole_number(1, TRAIN_TIMESTEPS), default=50, help="sampling steps (50)")
     parser.add_argument("--batch", type=whole_number(2), default=20, help="images in a generation (20)")
-    parser.add_argument("--repeats", type=whole_number(1), default=3, help="timed generations of each policy (3)")
+    parser.add_argument("--repeats", type=whole_number(1), default=2, help="timed generations of each policy (2)")
     parser.add_argument(
         "--recipe",
         action="append",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 import moeca_compile
+from moeca_compile.runtime.program import Program
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
 
@@ -53,14 +56,10 @@ def test_a_half_written_step_is_not_used(without_inductor, monkeypatch):
     with torch.no_grad():
         for time in (1.0, 0.9):
             fast(x, torch.full((2,), time), y)
-        from moeca_compile.runtime.program import Program
-
         with monkeypatch.context() as patch:
             patch.setattr(Program, "__call__", _interrupt)
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 fast(x, torch.full((2,), 0.8), y)
-            except KeyboardInterrupt:
-                pass
         found = fast(x, torch.full((2,), 0.8), y)
         torch.testing.assert_close(found, model(x, torch.full((2,), 0.8), y))
 
