@@ -25,6 +25,10 @@ from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
 
 
+_PROMOTED_ABOVE = 1.25
+"""How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
+
+
 @dataclass
 class Tally:
     """Steps of one kind, and the sum of their counters (layers, COUNTERS)."""
@@ -138,22 +142,24 @@ class Specialisation:
         return self._rung(self._needed(counts))
 
     def _needed(self, counts: Tensor | None) -> float:
-        """Tokens to recompute in a sample: the mean over samples in the layer that needs most."""
+        """Tokens to recompute in a sample: the mean over samples and layers."""
         if counts is None:
             return 0.0
-        return float(counts[:, COUNTERS.index("needed")].amax()) / self.plan.sizes[0]
+        return float(counts[:, COUNTERS.index("needed")].mean()) / self.plan.sizes[0]
 
     def _rung(self, needed: float) -> int:
         return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])
 
     def promote(self, stream: Stream, counts: Tensor) -> None:
-        """Give the next steps a larger capacity where the mean sample needed more than this step had.
+        """Give the next steps a larger capacity where much more was needed than this step had.
 
-        Samples above the mean drop their lowest-ranked tokens instead. On an accelerator nothing waits for the
+        Samples and layers that need more than the mean drop their lowest-ranked tokens. On an accelerator nothing waits for the
         counters, so there the first capacity stays.
         """
         if len(self.plan.capacities) > 1 and self.device.type == "cpu" and stream.capacity is not None:
-            stream.capacity = max(stream.capacity, self._rung(self._needed(counts)))
+            needed = self._needed(counts)
+            if needed > _PROMOTED_ABOVE * stream.capacity:
+                stream.capacity = self._rung(needed)
 
     def tally(self, kind: StepKind, counts: Tensor | None) -> None:
         """Count a step and what it counted; nothing is read from the device."""
