@@ -4,7 +4,14 @@
     experts(x, index, weight, body_out, params, num_experts) -> out
                                       out[t] = sum_j weight[t, j] * expert_index[t, j](x[t])
 
-Between the two stands the body of expert 0, run on every row; `params` holds the same parameters of all
+    expert_pairs(x, routed, weight, body_out, params, num_experts, branches, coupled) -> out
+                                      out[t] = sum_e routed[t, e] * weight[t, e] * expert_e(x[t])
+
+`experts` is for layers where every token has k branches, `expert_pairs` for all others (expert choice, dynamic
+capacity): any (token, expert) pairs. Its `branches` is how many pairs are routed where the sizes alone tell, else
+0; `coupled` says that the routing of one sample depends on the others in the batch.
+
+Between entry and marker stands the body of expert 0, run on every row; `params` holds the same parameters of all
 experts, so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of
 `params[:P]`. This keeps the graph small: one body a layer, not one an expert.
 
@@ -23,6 +30,10 @@ _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
     "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) -> Tensor"
 )
+_library.define(
+    "expert_pairs(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
+    "SymInt branches, bool coupled) -> Tensor"
+)
 
 
 def _expert_rows(x: Tensor) -> Tensor:
@@ -38,6 +49,22 @@ def _experts(
     )
 
 
+def _expert_pairs(
+    x: Tensor,
+    routed: Tensor,
+    weight: Tensor,
+    body_out: Tensor,
+    params: list[Tensor],
+    num_experts: int,
+    branches: int,
+    coupled: bool,
+) -> Tensor:
+    raise NotImplementedError(
+        f"moeca::expert_pairs ({num_experts} experts) was run before it was lowered. "
+        "It only marks a MoE layer: the experts' body is in the graph around it; a pass has to replace it."
+    )
+
+
 def _expert_rows_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -48,7 +75,22 @@ def _experts_fake(
     return body_out.new_empty((x.shape[0], body_out.shape[1]))
 
 
+def _expert_pairs_fake(
+    x: Tensor,
+    routed: Tensor,
+    weight: Tensor,
+    body_out: Tensor,
+    params: list[Tensor],
+    num_experts: int,
+    branches: int,
+    coupled: bool,
+) -> Tensor:
+    return body_out.new_empty((x.shape[0], body_out.shape[1]))
+
+
 _library.impl("expert_rows", _expert_rows, "CompositeExplicitAutograd")
 _library.impl("experts", _experts, "CompositeExplicitAutograd")
+_library.impl("expert_pairs", _expert_pairs, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::expert_rows", _expert_rows_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::experts", _experts_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::expert_pairs", _expert_pairs_fake, lib=_library)
