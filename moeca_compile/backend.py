@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import moeca_compile.ops.attention
-import moeca_compile.ops.branches
-import moeca_compile.ops.markers  # noqa: F401
 from moeca_compile import capture
 from moeca_compile._torch_private import (
     calling_code,
@@ -116,6 +113,8 @@ def _worth_rewriting(gm: fx.GraphModule) -> bool:
     wanted = (
         torch.ops.moeca.experts,
         torch.ops.moeca.experts.default,
+        torch.ops.moeca.expert_pairs,
+        torch.ops.moeca.expert_pairs.default,
         torch.nn.functional.scaled_dot_product_attention,
     )
     return any(node.target in wanted for node in gm.graph.nodes)

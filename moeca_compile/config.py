@@ -210,6 +210,8 @@ class MoecaConfig:
     Static shapes and state:
     capacities: ladder of the most tokens that a cache step may recompute, as fractions of a sample's
         tokens.
+    branches_per_token: how many branches a token are kept, on average, of a layer whose capacity only the
+        data tell (dynamic capacity), > 0. Branches beyond it are computed at every step.
     max_generations: how many (generation, stream) states are kept; the one unused for longest goes first.
         >= 1.
     cache_dtype: dtype of cached activations; None is the model's own. A name such as "bfloat16" is taken
@@ -243,6 +245,7 @@ class MoecaConfig:
     budget: float | None = setting(None, optional(real(0, 1)))
     forecast: tuple[str, ...] = setting((), each(one_of("attention", "experts", "shared", "stack")))
     capacities: tuple[float, ...] = setting((1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), capacity_ladder)
+    branches_per_token: float = setting(2.0, real(0, open_low=True))
     max_generations: int = setting(8, whole(1))
     validate: bool = setting(True, flag)
     tolerance: float | None = setting(None, optional(real(0, open_low=True)))

@@ -45,6 +45,7 @@ WRONG = [
     ("capacities", (0.5,), "end in 1.0"),
     ("capacities", (0.5, 0.25, 1.0), "ascending"),
     ("capacities", (0.0, 1.0), "(0, 1]"),
+    ("branches_per_token", 0.0, "(0, inf)"),
     ("max_generations", 0, ">= 1"),
     ("validate", "yes", "True | False"),
     ("tolerance", 0, "(0, inf)"),

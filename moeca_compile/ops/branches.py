@@ -41,12 +41,12 @@ def branch_outputs(
     flat = index.flatten()
     result = rows[0].new_empty(flat.numel(), width)
     pairs = torch.arange(flat.numel(), device=flat.device)
-    for places, outputs in _expert_by_expert(rows, flat, pairs, index.shape[1], parameters, experts, body):
+    for places, outputs in expert_by_expert(rows, flat, pairs, index.shape[1], parameters, experts, body):
         result.index_copy_(0, places, outputs.to(result.dtype))
     return result.view(*index.shape, width)
 
 
-def _expert_by_expert(rows, expert, pairs, k, parameters, experts, body):  # type: ignore[no-untyped-def]
+def expert_by_expert(rows, expert, pairs, k, parameters, experts, body):  # type: ignore[no-untyped-def]
     """Run each expert on its rows: yields (positions in `expert`, outputs). `pairs` are flat (row, slot) places."""
     order = expert.argsort(stable=True)
     counts = torch.bincount(expert, minlength=experts).tolist()
@@ -103,7 +103,7 @@ def refresh_branches(
         flat_cache = cache.view(-1, width)
         if slope is not None:
             slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[pairs]], 0.0)
-        for places, outputs in _expert_by_expert(rows, index.flatten()[pairs], pairs, k, parameters, experts, body):
+        for places, outputs in expert_by_expert(rows, index.flatten()[pairs], pairs, k, parameters, experts, body):
             norms.view(-1).index_copy_(0, pairs[places], outputs.norm(dim=-1).to(torch.float32))
             if slope is not None:
                 outputs = outputs - ratio * slope.view(-1, width).index_select(0, slots[places])

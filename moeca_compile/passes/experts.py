@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from math import prod
 
 import torch
 from torch import fx
@@ -25,34 +26,39 @@ from moeca_compile.passes.rows import _RESIZED
 from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
 from moeca_compile.symbolic.costs import node_flops
 
+TOPK = torch.ops.aten.topk.default
 MARKER = torch.ops.moeca.experts.default
+PAIRS = torch.ops.moeca.expert_pairs.default
 ENTRY = torch.ops.moeca.expert_rows.default
 
 
 def expert_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Every MoE layer's marker, in graph order."""
-    return [node for node in graph.nodes if node.target is MARKER]
+    return [node for node in graph.nodes if node.target in (MARKER, PAIRS)]
 
 
 def match_experts(
     marker: fx.Node, body: ExpertBody, layouts: Layouts, attentions: tuple[Attention, ...]
 ) -> Experts | Kept:
     """The MoE layer of `marker`, or the reason why it stays as it is."""
-    rows, index, weight = marker.args[:3]
-    assert isinstance(rows, fx.Node) and isinstance(index, fx.Node) and isinstance(weight, fx.Node)
+    rows, choice, weight = marker.args[:3]
+    assert isinstance(rows, fx.Node) and isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
+    by_token = marker.target is MARKER
     name = module_path(marker)
     residual = residual_around(marker)
     reason = None
     if residual is None:
         reason = "its output reaches no residual addition with the stream that it reads"
-    elif any(node not in layouts for node in (rows, index, weight, marker, residual.output)):
-        reason = "its router or its input is not computed token by token from the residual stream"
-    elif not any(node.target is torch.ops.aten.topk.default for node in ancestors([index], stop=(residual.stream,))):
+    elif any(node not in layouts for node in (rows, marker, residual.output)):
+        reason = "its input is not computed token by token from the residual stream"
+    elif by_token and not {choice, weight} <= set(layouts):
+        reason = "its router does not choose token by token from the residual stream"
+    elif by_token and not any(node.target is TOPK for node in ancestors([choice], stop=(residual.stream,))):
         reason = "its expert ids come from no top-k"
     if reason is not None or residual is None:
         return Kept("experts", name, reason or "")
     shared = _shared_experts(marker, residual, layouts)
-    return Experts(name, residual, marker, index, weight, body, shared, _probe(residual, attentions))
+    return Experts(name, residual, marker, choice, weight, body, shared, _probe(residual, attentions))
 
 
 def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
@@ -96,7 +102,17 @@ def expert_body(marker: fx.Node) -> ExpertBody:
     body = _extract(output, entries, own, inside)
     rows = tuple(entry.args[0] for entry in entries)
     flops = sum(node_flops(node) for node in inside) // shape_of(entries[0])[0]
-    return ExpertBody(bodies.register(body), rows, tuple(params), experts, flops)  # type: ignore[arg-type]
+    key = bodies.register(body)
+    return ExpertBody(key, rows, tuple(params), experts, flops, _branches(marker))  # type: ignore[arg-type]
+
+
+def _branches(marker: fx.Node) -> int:
+    """How many (token, expert) pairs there are in a call, 0 where only the data tell."""
+    if marker.target is MARKER:
+        return prod(shape_of(marker.args[1]))  # type: ignore[arg-type]
+    branches = marker.args[6]
+    assert isinstance(branches, int)
+    return branches
 
 
 def _extract(

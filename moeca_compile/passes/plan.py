@@ -11,7 +11,7 @@ from torch import fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.experts import ENTRY, body_nodes
-from moeca_compile.passes.regions import Experts, Regions, between
+from moeca_compile.passes.regions import ExpertBody, Experts, Regions, between
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec, StepKind
 from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
@@ -53,15 +53,17 @@ def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], co
     """Costs and capacities of the recipe on this graph."""
     layout = next(iter(regions.layouts.values()), None)
     sizes = (layout.samples, layout.tokens) if layout else (1, 1)
-    full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts) + _branch_flops(regions)
+    full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts)
+    full += _branch_flops(regions.bodies, regions, config)
     return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, _saved(graph, regions, config), sizes)
 
 
 def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int, ...]:
     """The ladder in tokens; a rank budget needs one rung only, and none at 0."""
     if config.budget is not None and regions.experts:
-        k = max(shape_of(layer.index)[-1] for layer in regions.experts)
-        return (min(tokens, round(config.budget * tokens * k)),)
+        samples = next(iter(regions.layouts.values())).samples
+        most = max(expected_branches(layer.body, samples * tokens, config) for layer in regions.experts) / samples
+        return (min(tokens, round(config.budget * most)),)
     return tuple(sorted({ceil(fraction * tokens) for fraction in config.capacities}))
 
 
@@ -71,15 +73,19 @@ def _outside_bodies(graph: fx.Graph, regions: Regions) -> set[fx.Node]:
     return set(graph.nodes) - traced
 
 
-def _branch_flops(regions: Regions) -> sympy.Expr:
-    return sum(
-        (_layer_flops(marker, body.flops_per_row) for marker, body in regions.bodies.items()),
-        sympy.Integer(0),
-    )
+def expected_branches(body: ExpertBody, rows: int, config: MoecaConfig) -> int:
+    """(token, expert) pairs in a call on so many rows; where the data tell, what the cache has room for."""
+    return body.branches or round(config.branches_per_token * rows)
 
 
-def _layer_flops(marker: fx.Node, flops_per_row: int) -> sympy.Expr:
-    return sympy.Integer(flops_per_row * shape_of(marker.args[1])[-1]) * BATCH * TOKENS  # type: ignore[arg-type]
+def _branch_flops(markers: Iterable[fx.Node], regions: Regions, config: MoecaConfig) -> sympy.Expr:
+    """FLOPs of all branches of these MoE layers."""
+    total = sympy.Integer(0)
+    for marker in markers:
+        body, rows = regions.bodies[marker], shape_of(marker)[0]
+        branches = sympy.Rational(expected_branches(body, rows, config), rows) * BATCH * TOKENS
+        total += body.flops_per_row * branches
+    return total
 
 
 def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[sympy.Expr, sympy.Expr]:
@@ -87,26 +93,26 @@ def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[symp
     nothing = sympy.Integer(0)
     if config.family == "stack" and regions.residuals:
         # The whole stack goes at once; it counts as one part, and its steps have both parts cached.
-        return _span_flops(graph, regions, [(regions.residuals[0].stream, regions.residuals[-1].add)]), nothing
+        stack = (regions.residuals[0].stream, regions.residuals[-1].add)
+        return _span_flops(graph, regions, [stack], config), nothing
     if config.family == "fora":
         attention = {a.residual for a in regions.attentions}
         spans = [
             [(r.stream, r.output) for r in regions.residuals if (r in attention) == wanted]
             for wanted in (True, False)
         ]
-        return _span_flops(graph, regions, spans[0]), _span_flops(graph, regions, spans[1])
+        return _span_flops(graph, regions, spans[0], config), _span_flops(graph, regions, spans[1], config)
     if config.family == "moeca" and regions.experts:
         return _saved_attention(regions, config), _saved_experts(regions, config)
     return nothing, nothing
 
 
-def _span_flops(graph: fx.Graph, regions: Regions, spans: list[tuple[fx.Node, fx.Node]]) -> sympy.Expr:
+def _span_flops(
+    graph: fx.Graph, regions: Regions, spans: list[tuple[fx.Node, fx.Node]], config: MoecaConfig
+) -> sympy.Expr:
     """All work between the ends of `spans`, branches included."""
     inside: set[fx.Node] = set().union(*(between(source, [output]) for source, output in spans))
-    branches = sum(
-        (_layer_flops(m, body.flops_per_row) for m, body in regions.bodies.items() if m in inside),
-        sympy.Integer(0),
-    )
+    branches = _branch_flops([marker for marker in regions.bodies if marker in inside], regions, config)
     return symbolic_flops(inside & _outside_bodies(graph, regions), regions.layouts) + branches
 
 
@@ -125,13 +131,13 @@ def _saved_experts(regions: Regions, config: MoecaConfig) -> sympy.Expr:
     for feedforward in regions.feedforwards:
         saved += (1 - CHOSEN) * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
     for layer in regions.experts:
-        saved += (1 - RECOMPUTED) * _layer_flops(layer.marker, layer.body.flops_per_row)
+        saved += (1 - RECOMPUTED) * _branch_flops([layer.marker], regions, config)
         saved += _saved_shared(layer, regions, config)
     return saved
 
 
 def _saved_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
     skipped = {"any": 1 - CHOSEN, "never": sympy.Integer(1), "always": sympy.Integer(0)}[config.shared]
-    router = between(layer.residual.stream, [layer.index, layer.weight])
+    router = between(layer.residual.stream, [layer.choice, layer.weight])
     nodes = {n for s in layer.shared for n in between(s.stream, [s.output])} - router
     return skipped * symbolic_flops(nodes, regions.layouts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from moeca_compile.passes.token_axis import Layouts
@@ -38,7 +39,8 @@ class Attention:
 class ExpertBody:
     """One expert as a function of rows and its parameters, shared by all experts of a layer.
 
-    `key` names it in the registry of `ops.bodies`; `rows` are the values that enter it row by row.
+    `key` names it in the registry of `ops.bodies`; `rows` are the values that enter it row by row; `branches` is
+    how many (token, expert) pairs there are in a call, 0 where only the data tell.
     """
 
     key: str
@@ -46,6 +48,7 @@ class ExpertBody:
     parameters: tuple[fx.Node, ...]
     experts: int
     flops_per_row: int
+    branches: int
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,31 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture-of-experts layer: router choice (`index`, `weight`, both (rows, k)), body, combined output."""
+    """A mixture-of-experts layer: router choice and weights, body, combined output.
+
+    `choice` is the expert ids (rows, k); where tokens have no fixed number of experts (`by_pair`), it is which
+    (token, expert) pairs are routed, (rows, experts) bool. `weight` has its shape.
+    """
 
     name: str
     residual: Residual
     marker: fx.Node
-    index: fx.Node
+    choice: fx.Node
     weight: fx.Node
     body: ExpertBody
     shared: tuple[FeedForward, ...]
     probe: Attention | None
     """The attention whose output the router reads with nothing but row-wise work between, if there is one."""
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether tokens have no fixed number of experts."""
+        return self.marker.target is torch.ops.moeca.expert_pairs.default
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the routing of a sample depends on the others of its batch."""
+        return self.by_pair and bool(self.marker.args[7])
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Rows:
             raise NotRowWiseError(f"{node.target} has no token axis")
         if node.target is _ATTENTION and any(arg in self.layouts for arg in node.args[1:3]):
             raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
-        if node.target is torch.ops.moeca.experts.default:
+        if node.target in (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default):
             raise NotRowWiseError("an MoE layer stands in the same branch")
         return [arg for arg in node.all_input_nodes if arg in self.layouts]
 

@@ -365,5 +365,6 @@ _RULES: dict[object, Rule] = {
     aten.scaled_dot_product_attention.default: _attention,
     operator.getitem: _getitem,
     torch.ops.moeca.experts.default: _experts,
+    torch.ops.moeca.expert_pairs.default: _experts,
 }
 """One rule an op. To teach the analysis an op, add its rule here and a case to its tests."""

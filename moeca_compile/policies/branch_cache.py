@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,16 @@ from moeca_compile.policies.decision import Decision, Routing
 from moeca_compile.policies.step import EXPERTS, CacheSpec, Step, combine, run_experts, samples_and_tokens
 
 
+@dataclass(frozen=True)
+class SlotDecision(Decision):
+    """A decision with the current branches by slot."""
+
+    routing: Routing
+
+
 class BranchCache:
-    """Caches of one layer, each (B, N, k, ...) in slot order; `name` prefixes their names.
+    """Caches of one layer in which every token has k experts, each (B, N, k, ...) in slot order; `name` prefixes
+    their names.
 
     With a forecast of experts a slope (B, N, k, width) is kept too: how a branch changed between the last two
     full steps, 0 where another expert held the slot.
@@ -24,7 +34,7 @@ class BranchCache:
         self.layer, self.config = layer, config
         self.forecast = "experts" in config.forecast
         self.samples, self.tokens = samples_and_tokens(regions)
-        self.k = shape_of(layer.index)[-1]
+        self.k = shape_of(layer.choice)[-1]
         self.width = shape_of(layer.marker)[-1]
         self.index, self.weight, self.norms = f"{name}.index", f"{name}.weight", f"{name}.norms"
         self.branches, self.slope = f"{name}.branches", f"{name}.branches.slope"
@@ -58,7 +68,7 @@ class BranchCache:
     def store(self, step: Step) -> None:
         """Keep ids, weights, outputs and norms of the branches just computed."""
         branches = self.by_token(step.memo[self.branches])
-        index, weight = self.by_token(step[self.layer.index]), self.by_token(step[self.layer.weight])
+        index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
         self.count_activation(step, index)
         dtype = self.config.cache_dtype or branches.dtype
         if self.forecast:
@@ -80,9 +90,23 @@ class BranchCache:
 
     # --- cache steps --------------------------------------------------------------------------------------
 
+    def decide(self, step: Step, choice: Tensor, weight: Tensor) -> SlotDecision:
+        """What to recompute, from the current expert ids and weights, both (T, k) (eqs. 7, 9 to 12)."""
+        config, index = self.config, self.by_token(choice)
+        routing = decide.match(index, self.by_token(weight), step.current(self.index))
+        threshold = decide.thresholds(config, self.count_activation(step, index))
+        scores = self.scores(step, routing)
+        if config.budget is not None:
+            recompute = decide.within_budget(scores, routing.matched, config.budget)
+        else:
+            recompute = ~routing.matched | decide.over_threshold(scores, threshold, routing.index)
+        selected = decide.select(step.kind, recompute, routing.matched, scores)
+        return SlotDecision(selected.recompute, selected.chosen, selected.valid, routing)
+
     def count_activation(self, step: Step, index: Tensor) -> Tensor:
         """Update the spatial activation statistic with this step's routing (eq. 10)."""
-        step.updates[self.activation] = decide.activation(self.config, step.state[self.activation], index)
+        routed = decide.routed_by_expert(index, self.layer.body.experts)
+        step.updates[self.activation] = decide.activation(self.config, step.state[self.activation], routed)
         return step.updates[self.activation]
 
     def scores(self, step: Step, routing: Routing) -> Tensor:
@@ -92,7 +116,7 @@ class BranchCache:
         weight = self._for_score(routing.weight)
         return decide.score(self.config, weight, state[self.weight], state[self.norms], age)
 
-    def run_chosen(self, step: Step, decision: Decision) -> Tensor:
+    def run_chosen(self, step: Step, decision: SlotDecision) -> Tensor:
         """Recompute what was decided, on the refreshed input, and combine (eq. 8). Returns (T, width)."""
         if self.config.score == "staleness":
             step.updates[self.age] = step.state[self.age] + 1
@@ -111,13 +135,13 @@ class BranchCache:
             branches = branches + step.clock[EXPERTS, 0].to(dtype) * step.state[self.slope].to(dtype)
         return combine(branches, weight)
 
-    def _refresh(self, step: Step, decision: Decision) -> Tensor:
+    def _refresh(self, step: Step, decision: SlotDecision) -> Tensor:
         chosen, valid, body = decision.chosen, decision.valid, self.layer.body
         rows = step.rows(chosen, self.layer.residual.stream)
         cached_index = _take(step.state[self.index], chosen)
         # Chosen tokens are routed anew on their refreshed input.
         routing = decide.match(
-            self._chosen(rows[self.layer.index]), self._chosen(rows[self.layer.weight]), cached_index
+            self._chosen(rows[self.layer.choice]), self._chosen(rows[self.layer.weight]), cached_index
         )
         mask = (~routing.matched | _take(decision.recompute, chosen)) & valid[..., None]
         weight = _put(decision.routing.weight, chosen, routing.weight, valid[..., None])
@@ -154,7 +178,7 @@ class BranchCache:
         if self.config.score == "staleness":
             step.updates[self.age] = _put(step.updates[self.age], chosen, torch.zeros_like(norms), mask)
 
-    def _count(self, step: Step, decision: Decision, mask: Tensor) -> None:
+    def _count(self, step: Step, decision: SlotDecision, mask: Tensor) -> None:
         """Counters of this layer and step, in the order of COUNTERS."""
         matched = decision.routing.matched
         needed = decision.recompute.any(-1).sum()

@@ -1,7 +1,9 @@
 """MoECa's reuse decision (paper, section 4): which branches are recomputed, and on which tokens.
 
-Everything here is in *slot order*: slot q of a token holds one cached branch, and each current branch has one
-slot. A matched branch has the slot of its expert; unmatched branches take the slots left over, in order.
+Where tokens have k experts, everything is in *slot order*: slot q of a token holds one cached branch, and each
+current branch has one slot. A matched branch has the slot of its expert; unmatched branches take the slots left
+over, in order. Where tokens have no fixed number of experts, there is a slot for every expert (k = E below), and
+`routed` says which of them are branches.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.policies.step import StepKind
 
 _UNMATCHED_FIRST = 100.0
 """Added to the rank of what is unmatched. Scores stay well below it, and float32 still tells them apart."""
@@ -32,12 +35,10 @@ class Decision:
     """What a cache step recomputes in one layer.
 
     Attributes:
-        routing: the current branches by slot.
         recompute: (B, N, k) bool by slot, before the capacity.
         chosen: (B, C) tokens, best rank first; valid: (B, C) whether that token is recomputed at all.
     """
 
-    routing: Routing
     recompute: Tensor
     chosen: Tensor
     valid: Tensor
@@ -82,11 +83,14 @@ def score(config: MoecaConfig, weight: Tensor, cached_weight: Tensor, norms: Ten
     return paper + 0.25 * age / config.full_every if config.score == "staleness" else paper
 
 
-def activation(config: MoecaConfig, previous: Tensor, index: Tensor) -> Tensor:
-    """Spatial activation statistic C_e (paper, eq. 10): previous (B, N, E), index (B, N, k) -> (B, N, E)."""
-    experts = torch.arange(previous.shape[-1], device=index.device)
-    routed = (index[..., None] == experts).any(-2).to(previous.dtype)
-    return config.beta * previous + (1 - config.beta) * routed
+def routed_by_expert(index: Tensor, experts: int) -> Tensor:
+    """Which experts a token is routed to: index (B, N, k) -> (B, N, E) bool."""
+    return (index[..., None] == torch.arange(experts, device=index.device)).any(-2)
+
+
+def activation(config: MoecaConfig, previous: Tensor, routed: Tensor) -> Tensor:
+    """Spatial activation statistic C_e (paper, eq. 10), from the last one and this step's routing, all (B, N, E)."""
+    return config.beta * previous + (1 - config.beta) * routed.to(previous.dtype)
 
 
 def thresholds(config: MoecaConfig, statistic: Tensor) -> Tensor:
@@ -109,14 +113,34 @@ def over_threshold(scores: Tensor, threshold: Tensor, index: Tensor) -> Tensor:
     return scores > per_token.gather(-1, index)
 
 
-def within_budget(scores: Tensor, matched: Tensor, budget: float) -> Tensor:
+def within_budget(scores: Tensor, matched: Tensor, budget: float, routed: Tensor | None = None) -> Tensor:
     """The best-ranked fraction `budget` of a sample's branches, unmatched ones first: (B, N, k) bool."""
-    rank = (scores + _UNMATCHED_FIRST * ~matched).flatten(1)
-    count = round(budget * rank.shape[1])
-    if count == 0:
+    if not budget:
         return torch.zeros_like(matched)
-    first = rank.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(rank, dtype=torch.bool).scatter(1, first, True).view_as(matched)
+    rank = scores + _UNMATCHED_FIRST * ~matched
+    if routed is not None:
+        rank = torch.where(routed, rank, -math.inf)
+    order = rank.flatten(1).sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    branches = order.shape[1] if routed is None else routed.flatten(1).sum(1, keepdim=True)
+    count = round(budget * branches) if isinstance(branches, int) else (budget * branches).round()
+    return torch.zeros_like(matched.flatten(1)).scatter(1, order, places < count).view_as(matched)
+
+
+def select(kind: StepKind, recompute: Tensor, matched: Tensor, scores: Tensor) -> Decision:
+    """The tokens to recompute, as many as the step kind has room for; arguments (B, N, k)."""
+    if kind.forced:
+        chosen, valid = forced_tokens(kind, recompute.shape[0], recompute.shape[1], recompute.device)
+        return Decision(torch.ones_like(recompute), chosen, valid)
+    chosen, valid = choose_tokens(recompute, matched, scores, kind.capacity)
+    return Decision(recompute, chosen, valid)
+
+
+def forced_tokens(kind: StepKind, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kind's capacity of tokens, in an order of each sample's own: so rows that were not gathered show."""
+    positions, offsets = (torch.arange(size, device=device) for size in (tokens, samples))
+    chosen = ((offsets[:, None] - positions) % tokens)[:, : kind.capacity]
+    return chosen, torch.ones_like(chosen, dtype=torch.bool)
 
 
 def choose_tokens(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from moeca_compile.policies import decision as decide
 from moeca_compile.policies.branch_cache import BranchCache
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.decision import Decision
+from moeca_compile.policies.pair_cache import PairCache
 from moeca_compile.policies.plain import run_layers
 from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, Step, samples_and_tokens
 
@@ -41,7 +42,7 @@ class Moeca:
         self.feedforward = {
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
-        self.branches = {e: BranchCache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
+        self.branches = {e: _layer_cache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
         shared = [(i, s) for i, e in enumerate(regions.experts) for s in e.shared if config.shared != "always"]
         self.shared = {s: self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, s) in enumerate(shared)}
 
@@ -114,7 +115,7 @@ class MoecaStep:
         cached, step = self.policy.attention[attention], self.step
         layer = next((e for e in self.policy.branches if e.probe is attention), None)
         if layer is not None and not step.kind.experts and self._masked_by_probe():
-            index, weight = step.instead({attention.residual.output: cached.read(step)}, [layer.index, layer.weight])
+            index, weight = step.instead({attention.residual.output: cached.read(step)}, [layer.choice, layer.weight])
             self._decide(layer, index, weight)
         if self.tokens is not None and step.kind.capacity:
             chosen, valid = self.tokens
@@ -148,35 +149,22 @@ class MoecaStep:
             keys, values, query, rows[attention.key], rows[attention.value], chosen, valid, scale, gqa
         )
 
-    def _decide(self, layer: Experts, index: Tensor, weight: Tensor) -> Decision:
+    def _decide(self, layer: Experts, choice: Tensor, weight: Tensor) -> Decision:
         """Which branches and tokens of this layer are recomputed, from its current routing (eqs. 7, 9 to 12)."""
-        cache, step, config = self.policy.branches[layer], self.step, self.config
-        index, weight = cache.by_token(index), cache.by_token(weight)
-        routing = decide.match(index, weight, step.current(cache.index))
-        threshold = decide.thresholds(config, cache.count_activation(step, index))
-        scores = cache.scores(step, routing)
-        if step.kind.forced:
-            recompute = torch.ones_like(routing.matched)
-        elif config.budget is not None:
-            recompute = decide.within_budget(scores, routing.matched, config.budget)
-        else:
-            recompute = ~routing.matched | decide.over_threshold(scores, threshold, routing.index)
-        chosen, valid = decide.choose_tokens(recompute, routing.matched, scores, step.kind.capacity)
-        if step.kind.forced:
-            chosen, valid = _forced_tokens(step)
-        self.tokens = (chosen, valid)
-        self.decisions[layer] = Decision(routing, recompute, chosen, valid)
-        return self.decisions[layer]
+        decision = self.policy.branches[layer].decide(self.step, choice, weight)
+        self.tokens = (decision.chosen, decision.valid)
+        self.decisions[layer] = decision
+        return decision
 
     def _decision(self, layer: Experts) -> Decision:
         """The layer's decision; where no probe took it, it is taken on the routing itself."""
         if layer not in self.decisions:
-            self._decide(layer, self.step[layer.index], self.step[layer.weight])
+            self._decide(layer, self.step[layer.choice], self.step[layer.weight])
         return self.decisions[layer]
 
     def _experts(self, layer: Experts) -> Tensor:
         """MoE output from recomputed and cached branches, all with current weights (eq. 8)."""
-        return self.policy.branches[layer].run_chosen(self.step, self._decision(layer))
+        return self.policy.branches[layer].run_chosen(self.step, self._decision(layer))  # type: ignore[arg-type]
 
     def _shared(self, layer: Experts, shared: FeedForward) -> Tensor:
         self._decision(layer)
@@ -200,9 +188,9 @@ def _row_major(node: fx.Node) -> tuple[int, ...]:
     return samples, tokens, heads, width
 
 
+def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> BranchCache | PairCache:
+    return (PairCache if layer.by_pair else BranchCache)(name, layer, regions, config)
+
+
 def _forced_tokens(step: Step) -> tuple[Tensor, Tensor]:
-    """The kind's capacity of tokens, in an order of each sample's own: so rows that were not gathered show."""
-    samples, tokens = samples_and_tokens(step.regions)
-    positions, offsets = (torch.arange(size, device=step.clock.device) for size in (tokens, samples))
-    chosen = ((offsets[:, None] - positions) % tokens)[:, : step.kind.capacity]
-    return chosen, torch.ones_like(chosen, dtype=torch.bool)
+    return decide.forced_tokens(step.kind, *samples_and_tokens(step.regions), step.clock.device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, fx
 
 from moeca_compile.passes.regions import Regions
+from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec, Step, combine, run_experts
 
 
@@ -36,4 +38,12 @@ def run_layers(step: Step) -> None:
 
 
 def _layer_output(step: Step, marker: fx.Node) -> Tensor:
-    return combine(run_experts(step, marker), step[marker.args[2]])  # type: ignore[index]
+    choice, weight = marker.args[1:3]
+    assert isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
+    if marker.target is torch.ops.moeca.experts.default:
+        return combine(run_experts(step, marker), step[weight])
+    body = step.regions.bodies[marker]
+    rows, parameters = ([step[node] for node in nodes] for nodes in (body.rows, body.parameters))
+    width = shape_of(marker)[-1]
+    out: Tensor = torch.ops.moeca.pair_outputs(rows, step[choice], step[weight], parameters, body.key, width, 0)[0]
+    return out

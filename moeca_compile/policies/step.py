@@ -127,7 +127,7 @@ def samples_and_tokens(regions: Regions) -> tuple[int, int]:
 
 
 def run_experts(step: Step, marker: fx.Node) -> Tensor:
-    """All branches of the MoE layer of `marker`: (T, k, width), before weighting."""
+    """All branches of an MoE layer whose tokens have k experts each: (T, k, width), before weighting."""
     body = step.regions.bodies[marker]
     return torch.ops.moeca.branch_outputs(
         [step[node] for node in body.rows],

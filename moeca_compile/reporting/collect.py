@@ -14,6 +14,8 @@ from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 from moeca_compile.runtime.record import Record, find_record
 from moeca_compile.runtime.specialisation import Specialisation
 
+COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
+
 
 def report(model: Any) -> Report:
     """What is known of `model = torch.compile(..., backend="moeca")` so far. Never runs anything.
@@ -72,7 +74,8 @@ def _regions(shapes: Specialisation) -> list[Region]:
     reason = "" if shapes.caching else "the recipe caches nothing" if family == "none" else "see the warnings"
     found = [Region("attention", a.name, status, reason) for a in regions.attentions]
     for layer in regions.experts:
-        found += [Region("router", layer.name, status, reason), Region("experts", layer.name, status, reason)]
+        how = COUPLED if layer.coupled and not reason else reason
+        found += [Region("router", layer.name, status, how), Region("experts", layer.name, status, reason)]
         found += [Region("feedforward", s.name, status, reason) for s in layer.shared]
     found += [Region("feedforward", f.name, status, reason) for f in regions.feedforwards]
     return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.kept]

@@ -139,6 +139,7 @@ def _region_lines(report: Report) -> list[str]:
         of_kind = [region for region in report.regions if region.kind == kind]
         cached = sum(region.status == "cached" for region in of_kind)
         lines.append(f"  {kind}: {len(of_kind)} found, {cached} cached")
+        lines += [f"    cached {r.name}: {r.reason}" for r in of_kind if r.status == "cached" and r.reason]
         lines += [f"    kept {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"]
     return lines
 

@@ -24,7 +24,6 @@ from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
 
-
 _PROMOTED_ABOVE = 1.25
 """How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
 
@@ -153,8 +152,8 @@ class Specialisation:
     def promote(self, stream: Stream, counts: Tensor) -> None:
         """Give the next steps a larger capacity where much more was needed than this step had.
 
-        Samples and layers that need more than the mean drop their lowest-ranked tokens. On an accelerator nothing waits for the
-        counters, so there the first capacity stays.
+        Samples and layers that need more than the mean drop their lowest-ranked tokens. On an accelerator nothing
+        waits for the counters, so there the first capacity stays.
         """
         if len(self.plan.capacities) > 1 and self.device.type == "cpu" and stream.capacity is not None:
             needed = self._needed(counts)

@@ -86,7 +86,7 @@ def _fault(
 
 def _spoil(state: dict[str, Tensor]) -> None:
     """Make cached activations useless, so that a step that should recompute all of them shows what it did not."""
-    kept = (".index", ".weight", ".norms", ".activation", ".age", ".slope")
+    kept = (".index", ".place", ".weight", ".norms", ".activation", ".age", ".slope")
     for name, tensor in state.items():
         if not name.endswith(kept):
             tensor.fill_(float("nan"))

@@ -108,7 +108,7 @@ def test_a_layer():
     gm, found = matched(layer)
     assert isinstance(found, Experts)
     topk = nodes_of(gm, torch.ops.aten.topk)[0]
-    assert (found.index.args[0], found.weight.args[0]) == (topk, topk)
+    assert (found.choice.args[0], found.weight.args[0]) == (topk, topk)
     assert [found.marker] == expert_nodes(gm.graph)
     assert found.residual.stream is placeholders(gm)[0]
     assert found.shared == ()
@@ -230,7 +230,7 @@ def mixed_after(x, gate, shared, *parameters):
 
 NEAR_MISSES = {
     no_topk: "no top-k",
-    expert_choice: "not computed token by token",
+    expert_choice: "not choose token by token",
     convolved: "not computed token by token",
     no_residual: "no residual addition",
     mixed_after: "not computed token by token",

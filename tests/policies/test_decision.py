@@ -92,11 +92,16 @@ def test_normalised_weights():
     assert decide.normalised(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
+def _routed(ids: list[list[int]]) -> Tensor:
+    """Ids of one sample's tokens, of 3 experts, as which experts each is routed to."""
+    return decide.routed_by_expert(torch.tensor([ids]), 3)
+
+
 def test_statistic_of_equation_10():
     config = MoecaConfig(beta=0.65)
-    first = decide.activation(config, torch.zeros(1, 2, 3), torch.tensor([[[0, 1], [0, 2]]]))
+    first = decide.activation(config, torch.zeros(1, 2, 3), _routed([[0, 1], [0, 2]]))
     torch.testing.assert_close(first, torch.tensor([[[0.35, 0.35, 0.0], [0.35, 0.0, 0.35]]]))
-    second = decide.activation(config, first, torch.tensor([[[0, 2], [1, 2]]]))
+    second = decide.activation(config, first, _routed([[0, 2], [1, 2]]))
     torch.testing.assert_close(second[0, 1], torch.tensor([0.65 * 0.35, 0.35, 0.65 * 0.35 + 0.35]))
 
 
