@@ -75,7 +75,7 @@ class PairCache:
             step.updates[self.slope] = self._change(step, place, pool).to(dtype)
         step.updates[self.pool] = pool.to(dtype)
         step.updates[self.place] = place
-        step.updates[self.weight] = self._for_score(routed, weight)
+        step.updates[self.weight] = self._for_score(routed, weight) * (place > 0)
         step.updates[self.norms] = self.by_token(step.memo[self.norms])
         if self.config.score == "staleness":
             step.updates[self.age] = torch.zeros_like(step.state[self.age])

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from tests.models import Sizes, SwiGLU, TinyDiTMoE
 
-SIZES = Sizes(depth=4, width=16, heads=2, experts=4, expert_width=8)
+SIZES = Sizes(side=6, depth=4, width=16, heads=2, experts=4, expert_width=8)
 
 
 class ExpertChoice(nn.Module):
     """Every expert takes its `capacity` best tokens of each sample. (B, N, D) -> routed and weight (B, N, E)."""
 
-    capacity = 6
+    capacity = 4
     coupled = False
 
     def __init__(self, width: int, experts: int) -> None:

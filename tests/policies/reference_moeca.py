@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeca_compile.config import MoecaConfig
 from tests.models import Attention, Block, MoE, TinyDiTMoE, modulate, rotate
@@ -79,7 +79,7 @@ class StepResult:
 
 
 def _mean(masks: list[Tensor]) -> float | None:
-    return torch.stack(masks).float().mean().item() if masks else None
+    return torch.cat([mask.flatten() for mask in masks]).float().mean().item() if masks else None
 
 
 class Cached:
@@ -156,6 +156,8 @@ class Simulation:
     reroute: route chosen tokens again on their refreshed input.
     """
 
+    moe: type[nn.Module] = MoE
+
     def __init__(
         self, model: TinyDiTMoE, config: MoecaConfig, capacity: int | None = None, reroute: bool = False
     ) -> None:
@@ -196,7 +198,7 @@ class Simulation:
         return StepResult("full", self.model.finish(h, c))
 
     def _full_feed_forward(self, block: Block, state: BlockState, z: Tensor, gap: int) -> Tensor:
-        if not isinstance(block.mlp, MoE):
+        if not isinstance(block.mlp, self.moe):
             state.dense.store(block.mlp(z), gap)
             return state.dense.value
         ids, weights = block.mlp.gate(z)
@@ -213,7 +215,7 @@ class Simulation:
         decisions: dict[int, Decision] = {}
         chosen = torch.zeros(h.shape[:2], dtype=torch.bool)  # (B, N): tokens of the nearest MoE layer before
         for i, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
-            moe = isinstance(block.mlp, MoE)
+            moe = isinstance(block.mlp, self.moe)
             probing = moe and (self.config.mask_source == "probe" or not decisions)
             if probing:
                 decisions[i] = self._decide(block, state, self._ffn_input(block, state, h, c))
