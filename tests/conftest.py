@@ -13,6 +13,9 @@ from moeca_compile.runtime import program, specialisation
 from tests.harness import Captured, EagerProgram, captured
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
+# The models are tiny: threads would only wait for each other, for long where the machine is busy.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
