@@ -126,7 +126,7 @@ class EagerProgram:
     def __init__(self, function: Callable[..., Any], *_: Any) -> None:
         self.function = function
 
-    def lower(self, *_: Any) -> None:
+    def lower(self) -> None:
         """There is nothing to compile."""
 
     @torch.no_grad()

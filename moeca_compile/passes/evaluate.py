@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from moeca_compile.passes.regions import between
@@ -19,13 +20,20 @@ class Evaluation:
         graph: the exported graph.
         inputs: one value per placeholder, in order.
         replacements: what a node's value is instead of its op's result; called at most once.
+        boundaries: nodes whose values become aliases, at which a traced evaluation can be cut (passes.outline).
     """
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[Any], replacements: Mapping[fx.Node, Replacement]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Sequence[Any],
+        replacements: Mapping[fx.Node, Replacement],
+        boundaries: Container[fx.Node] = (),
+    ) -> None:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
         self.graph = graph
-        self.replacements = replacements
+        self.replacements, self.boundaries = replacements, boundaries
 
     def __getitem__(self, node: fx.Node) -> Any:
         stack = [node]
@@ -69,7 +77,8 @@ class Evaluation:
             return getattr(self.graph.owning_module, str(node.target))
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return torch.ops.aten.alias(value) if node in self.boundaries else value
 
     def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
         needed: set[fx.Node] = set()

@@ -89,7 +89,9 @@ class Step:
         self.counts: list[Tensor] = []
         self.memo: dict[str, Tensor] = {}
         self.replacements: dict[fx.Node, Replacement] = {}
-        self.values = Evaluation(graph, inputs, self.replacements)
+        boundaries = {residual.add for residual in regions.residuals}
+        boundaries |= {residual.stream for residual in regions.residuals[:1]}
+        self.values = Evaluation(graph, inputs, self.replacements, boundaries)
 
     def run(self) -> Any:
         """Evaluate the graph's outputs; replacements are called in graph order."""

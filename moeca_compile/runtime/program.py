@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
+from moeca_compile.passes.outline import outline
 from moeca_compile.passes.rewrite import StepFunction, StepResult
+from moeca_compile.runtime.chain import Chain
 
 
 class Program:
@@ -30,9 +32,11 @@ class Program:
         self.graph = self._trace(inputs, state, clock)
         self.compiled: Callable[..., Any] | None = None
 
-    def lower(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> None:
-        """Compile the traced graph with Inductor."""
-        self.compiled = compile_graph(self.graph, self._flat(inputs, state, clock))
+    def lower(self) -> None:
+        """Compile the traced graph with Inductor, stretches of it that are alike once."""
+        calls = outline(self.graph)
+        units = {call.unit: compile_graph(call.unit.module(), call.unit.examples()) for call in calls}
+        self.compiled = Chain(self.graph, calls, units)
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:
         assert self.compiled is not None, "lower() comes first"

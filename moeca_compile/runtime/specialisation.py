@@ -196,7 +196,7 @@ class Specialisation:
         with self.record.timed("rewrite"):
             program = Program(self.function(kind), inputs, state, clock)
         with self.record.timed("lower"):
-            program.lower(inputs, state, clock)
+            program.lower()
         with self.record.timed("validate"):
             return self._checked(kind, program, inputs, state, clock)
 
