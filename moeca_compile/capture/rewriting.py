@@ -53,7 +53,7 @@ class Rewritten:
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
     read; index: the parameter that holds the expert ids, None where the method makes them itself; may_miss:
-    whether the method puts other numbers among them, for tokens that no expert takes
+    whether there may be other numbers among them, for tokens that no expert takes
 
     What `moeca` has to have:
     experts(like, rows, index, weight, body, items, shared): the dispatch. rows is a tuple of per-token inputs;
@@ -79,12 +79,13 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
     except _NotRewritableError:
         return None
     index = base_of(site.index)
+    given = index.kind == "parameter"
     return Rewritten(
         compiled(tree, original),
         tuple(text.partition(".")[2] for text in rewriting.items),
         tuple(text.partition(".")[2] for text in rewriting.shared),
-        index.name if index.kind == "parameter" else None,
-        _may_miss(site.index),
+        index.name if given else None,
+        given or _may_miss(site.index),
     )
 
 

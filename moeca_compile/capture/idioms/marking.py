@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeca_compile.capture.idioms.base import Paths
 from moeca_compile.capture.idioms.held import count
-from moeca_compile.capture.idioms.routed import tensor_at
+from moeca_compile.capture.idioms.routed import in_range, tensor_at
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 
 Body = Callable[..., Tensor]
@@ -82,8 +82,7 @@ class Markers(Shapes):
                 params.extend([tensor_at(item, path) for path in its_paths])
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
         if self.may_miss:
-            taken = (index >= 0) & (index < num_experts)
-            index, weight = torch.where(taken, index, 0), torch.where(taken, weight, 0)
+            index, weight = in_range(index, weight, num_experts)
         out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
         out = out.to(self.dtype) if out.dtype != self.dtype else out
         return shaped(out, like, rows[0])
