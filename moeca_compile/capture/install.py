@@ -23,7 +23,9 @@ from moeca_compile._torch_private import not_on_compile_start, on_every_compile_
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
+from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Idiom, Trusted
+from moeca_compile.capture.idioms.held import BANK
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
@@ -95,13 +97,15 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     for idiom in idioms:
         recognised = _recognised(idiom, method)
+        if isinstance(recognised, Bank):
+            return _with_single_experts(function, recognised)
         if recognised is not None:
             return _with_equivalent(function, method, recognised)
     lists = suspects.expert_lists(method)
     return _with_warning(function, method, lists) if lists else None
 
 
-def _recognised(idiom: Idiom, method: Method) -> Dispatch | None:
+def _recognised(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
     """The idiom's answer. Every class of the process comes by here: one that it fails on must not stop the others."""
     try:
         return idiom.recognise(method)
@@ -132,6 +136,18 @@ def _with_equivalent(original: Callable[..., Any], method: Method, recognised: D
         return original(self, *args, **kwargs)
 
     return _dressed_as(original, dispatch)
+
+
+def _with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[..., Any]:
+    """A bank that runs one expert on all rows for a caller that asks for it, in the caller's trace or check."""
+
+    def run_experts(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        asked = bank.asked(args, kwargs)
+        return original(self, *args, **kwargs) if asked is None else bank.expert(asked, self, args, kwargs)
+
+    wrapper = _dressed_as(original, run_experts)
+    setattr(wrapper, BANK, bank)
+    return wrapper
 
 
 def _with_warning(original: Callable[..., Any], method: Method, lists: tuple[str, ...]) -> Callable[..., Any]:

@@ -23,8 +23,9 @@ from typing import Any
 
 from moeca_compile.capture.dataflow import Value
 from moeca_compile.capture.pruning import Pruning
-from moeca_compile.capture.roles import Site, base_of, dependents, of_self, spelled
+from moeca_compile.capture.roles import ADDS_UP, Site, base_of, dependents, of_self, spelled
 from moeca_compile.capture.syntax import (
+    HANDED,
     assignment,
     compiled,
     handed,
@@ -37,7 +38,8 @@ from moeca_compile.capture.syntax import (
     with_statements,
 )
 
-EXPERTS, MATMUL, EINSUM, ROWS, ITEM = "experts", "matmul", "einsum", "rows", "item"  # of what `moeca` is bound to
+# The methods of what `moeca` is bound to.
+EXPERTS, PAIRS, MATMUL, EINSUM, ROWS, ITEM = "experts", "pairs", "matmul", "einsum", "rows", "item"
 CHOICES = frozenset({"topk", "argmax", "max", "sort", "argsort", "multinomial"})
 REPLACES = frozenset({"where", "masked_fill", "masked_fill_", "index_put_", "masked_scatter_", "clamp"})
 BODY, LIKE = "moeca_body", "moeca_like"
@@ -56,8 +58,10 @@ class Rewritten:
     whether there may be other numbers among them, for tokens that no expert takes
 
     What `moeca` has to have:
-    experts(like, rows, index, weight, body, items, shared): the dispatch. rows is a tuple of per-token inputs;
-        body is a function of rows, an expert's items and the shared ones; like has the result's shape, or is None
+    experts(like, rows, index, weight, body, items, shared): the dispatch, by expert ids. rows is a tuple of
+        per-token inputs; body is a function of rows, an expert's items and the shared ones; like has the
+        result's shape, or is None
+    pairs(like, rows, index, weight, body, items, shared): the same by token ids
     matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
     einsum(equation, a, b): the same as an einsum
     rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1
@@ -89,6 +93,22 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
     )
 
 
+def rewritten_body(
+    site: Site, original: Callable[..., Any]
+) -> tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]] | None:
+    """One expert's code alone, as `function(moeca, *rows, *items, *shared)`, with the names of items and shared."""
+    rewriting = _Rewriting(site)
+    try:
+        body = rewriting.body()
+    except _NotRewritableError:
+        return None
+    if rewriting.inserted:
+        return None  # it needs what only the method around it knows
+    names = [tuple(text.partition(".")[2] for text in held) for held in (rewriting.items, rewriting.shared)]
+    body.args.args.insert(0, ast.arg(HANDED))
+    return compiled(body, original, with_defaults=False), names[0], names[1]
+
+
 def _may_miss(index: Value) -> bool:
     """Whether ids are replaced after the router's choice, as by `torch.where(kept, index, num_experts)`."""
     pending = [index]
@@ -118,6 +138,7 @@ class _Rewriting:
         self.items: dict[str, _Held] = {}  # by the source's text
         self.shared: dict[str, _Held] = {}
         self.used = {id(value) for value in site.result.ancestors()}
+        self.looped = dependents(self.flow, lambda value: value.kind in ("counter", "element"))
         self.pruning = Pruning(self.flow, self.used)
         self.after_experts = dependents(self.flow, lambda value: id(value) in site.items)
 
@@ -135,16 +156,11 @@ class _Rewriting:
 
     # the call
 
-    def call(self) -> ast.Call:
-        site = self.site
+    def call(self) -> ast.expr:
+        site, like = self.site, self.like()
         rows = tuple_of([self.name(base) for base in site.rows])
-        like: ast.expr = ast.Constant(None)
-        if isinstance(site.statement, ast.For):
-            like = ast.Name(LIKE, ast.Load())
-            zeros = ast.Name(self.target(), ast.Load())
-            self.inserted.setdefault(site.statement, []).append(assignment(LIKE, zeros))
-        return handed(
-            EXPERTS,
+        call = handed(
+            PAIRS if site.pairs else EXPERTS,
             [
                 like,
                 rows,
@@ -155,6 +171,18 @@ class _Rewriting:
                 tuple_of([held.source for held in self.shared.values()]),
             ],
         )
+        return call if site.base is None else located(ast.BinOp(like, ast.Add(), call))
+
+    def like(self) -> ast.expr:
+        """What has the result's shape: that to which the products are added."""
+        site = self.site
+        if isinstance(site.statement, ast.For):
+            zeros = ast.Name(self.target(), ast.Load())
+            self.inserted.setdefault(site.statement, []).append(assignment(LIKE, zeros))
+            return ast.Name(LIKE, ast.Load())
+        if site.pairs and site.result.name in ADDS_UP - {"sum", "Add"}:
+            return self.name(site.result.operands[0])
+        return ast.Constant(None)
 
     def name(self, value: Value) -> ast.expr:
         """An expression for `value` where the dispatch stands."""
@@ -225,6 +253,8 @@ class _Rewriting:
                 return rows[id(value)]
             if id(value) in self.site.items:
                 return self.item(value)
+            if isinstance(node, ast.Call) and self.is_bank(value):
+                return self.of_bank(node, value, replacement)
             if isinstance(node, ast.Call) and value.name in ("grouped_mm", "_grouped_mm", "bmm", "matmul"):
                 return handed(MATMUL, [rebuilt(each, replacement) for each in self.factors(node)])
             if isinstance(node, ast.Call) and value.name == "einsum" and len(node.args) == 3:
@@ -244,7 +274,7 @@ class _Rewriting:
     def rows(self, name: str, leaf: Value) -> ast.expr:
         """Rows in place of `leaf`; of all tokens, with the dimensions that it has beside tokens and width."""
         rows = ast.Name(name, ast.Load())
-        if not self.site.whole_rows:
+        if not self.site.whole_rows or id(leaf) in self.looped:
             return rows
         return handed(ROWS, [rows, self.dims(leaf)])
 
@@ -269,10 +299,29 @@ class _Rewriting:
     def item(self, value: Value) -> ast.expr:
         item = self.site.items[id(value)]
         name = self.placeholder(self.items, "moeca_item", item.source.node)
+        if item.bank:
+            return name
         if item.gathered is not None:
             # As if the ids of one branch had been looked up: the dimensions of the ids, each of size 1.
             return handed(ITEM, [name, self.dims(item.gathered)])
         return ast.Subscript(name, ast.Constant(None), ast.Load()) if item.grouped else name
+
+    def is_bank(self, call: Value) -> bool:
+        callee = self.site.items.get(id(call.operands[0])) if call.operands else None
+        return callee is not None and callee.bank
+
+    def of_bank(self, node: ast.Call, call: Value, replacement: Callable[[ast.AST], ast.AST | None]) -> ast.Call:
+        """One expert of a module that runs all: it stands for whatever tells which rows are whose, too."""
+        leaves = {id(leaf) for leaves in self.site.rows.values() for leaf in leaves}
+
+        def argument(given: ast.expr) -> ast.expr:
+            value = self.flow.at[given]
+            plain = id(value) in leaves or value.kind == "constant"
+            new: ast.expr = rebuilt(given, replacement) if plain else self.item(call.operands[0])
+            return new
+
+        keywords = [ast.keyword(each.arg, argument(each.value)) for each in node.keywords]
+        return ast.Call(self.item(call.operands[0]), [argument(each) for each in node.args], keywords)
 
     def is_method_of_self(self, function: ast.expr) -> bool:
         return (

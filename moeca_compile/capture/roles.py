@@ -9,7 +9,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moeca_compile.capture.dataflow import Flow, Names, Value
+from moeca_compile.capture.dataflow import CALLS_SELF, OPTIONAL_ARGUMENTS, Flow, Names, Value
 
 SHAPES = frozenset(
     [
@@ -55,6 +55,7 @@ IN_PLACE = frozenset(
 JOINS = frozenset({"cat", "concat", "stack", "vstack", "IfExp"})
 SERIES = frozenset({"List", "Tuple", "ListComp", "GeneratorExp"})
 SIZES = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "len", "stride"})
+SELECTS = frozenset({"topk", "sort", "argsort"})
 ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
 
 # In a subscript they tell that it holds numbers of tokens, not of branches.
@@ -73,11 +74,13 @@ class Item:
     source: that attribute, as a value
     gathered: the subscript, where it is the expert ids of many branches and not one expert's number
     grouped: whether the value is the whole attribute, which an op takes apart by itself
+    bank: whether the attribute is a module that runs all experts on rows sorted by expert (idioms/bank.py)
     """
 
     source: Value
     gathered: Value | None = None
     grouped: bool = False
+    bank: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Site:
     items: by id of a value, the experts' own
     whole_rows: whether rows keep their views in the experts' code, where they are of all tokens
     statement: the statement that is replaced, or that holds the expression `result`
+    base: what the sum is added to, None where that is zeros
+    pairs: whether `index` holds tokens for each expert, and not experts for each token
     """
 
     flow: Flow
@@ -103,6 +108,8 @@ class Site:
     items: dict[int, Item]
     whole_rows: bool
     statement: ast.stmt
+    base: Value | None = None
+    pairs: bool = False
 
 
 def loop_items(flow: Flow) -> dict[int, Item]:
@@ -162,6 +169,11 @@ def base_of(value: Value) -> Value:
 def has_tensors(subscript: Value) -> bool:
     """Whether a subscript holds more than constants and modules of Python, e.g. not so in [:, None]."""
     return any(value.kind not in ("constant", "operation", "global", "self") for value in subscript.ancestors())
+
+
+def stateless(flow: Flow) -> bool:
+    """Whether a method changes nothing but its own locals."""
+    return all(problem.what in (CALLS_SELF, OPTIONAL_ARGUMENTS) for problem in flow.problems)
 
 
 def spelled(value: Value, names: Names) -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moeca_compile.capture.dataflow import CALLS_SELF, OPTIONAL_ARGUMENTS, Flow, Names, Value
+from moeca_compile.capture.dataflow import Flow, Names, Value
 from moeca_compile.capture.roles import (
     ADDS_UP,
     COMPARISONS,
@@ -44,6 +44,7 @@ from moeca_compile.capture.roles import (
     nearest,
     of_self,
     spelled,
+    stateless,
 )
 
 
@@ -55,11 +56,10 @@ def find_site(
     dense: whether the experts may run on all rows
     """
     items = items_of(flow)
-    stateless = all(problem.what in (CALLS_SELF, OPTIONAL_ARGUMENTS) for problem in flow.problems)
-    return _Finder(flow, tree, index_of, items, dense).site() if items and stateless else None
+    return Finder(flow, tree, index_of, items, dense).site() if items and stateless(flow) else None
 
 
-class _Finder:
+class Finder:
     index: Value  # the expert ids, while one product is tried
     names: Names  # the locals where the dispatch would be replaced
 
@@ -115,10 +115,15 @@ class _Finder:
             if value.name in PRODUCTS and value.kind in ("call", "operation"):
                 own = [operand for operand in value.operands if self.is_output(operand)]
                 other = [o for o in value.operands if id(o) not in self.experts and o.kind != "constant"]
-                if len(own) == 1 and len(other) >= 1:
-                    found.append((value, own[0], other[0]))
+                factor = self.factor(other)
+                if len(own) == 1 and factor is not None:
+                    found.append((value, own[0], factor))
         yield from (each for each in reversed(found) if self.loop_of(each[0]) is not None)
         yield from (each for each in found if self.loop_of(each[0]) is None)
+
+    def factor(self, others: list[Value]) -> Value | None:
+        """Which of a product's other operands holds the weights."""
+        return others[0] if others else None
 
     def uses_item(self, value: Value) -> bool:
         return not self.is_item(value) and any(self.is_item(operand) for operand in value.operands)
@@ -139,7 +144,7 @@ class _Finder:
         """The output of one expert, of which `value` holds all: before the outputs were put side by side."""
         found = value
         while True:
-            own = [operand for operand in value.operands if self.is_output(operand)]
+            own = [operand for operand in value.operands if self.is_output(operand) and operand.name not in ZEROS]
             picked = value.kind == "index" and has_tensors(value.operands[1])
             if value.kind == "call" and value.name in VIEWS and own:
                 value = value.operands[0]
@@ -244,6 +249,14 @@ class _Finder:
 
     def rows(self, y: Value) -> dict[Value, list[Value]]:
         """base -> values that are its rows, in the order in which the experts' code meets them."""
+        found: dict[Value, list[Value]] = {}
+        for leaf in self.leaves(y):
+            chain = self.chain(leaf)
+            found.setdefault(self.of_branches(chain) if self.dense else self.named(chain), []).append(leaf)
+        return found
+
+    def leaves(self, y: Value) -> list[Value]:
+        """The values that are rows and enter the code that makes `y`."""
         leaves: dict[Value, None] = {}
         seen, pending = {id(y)}, [y]
         while pending:
@@ -257,11 +270,7 @@ class _Finder:
                     leaves[operand] = None
                 elif operand.kind in ("call", "operation"):
                     pending.append(operand)
-        found: dict[Value, list[Value]] = {}
-        for leaf in sorted(leaves, key=lambda each: self.order[id(each)]):
-            chain = self.chain(leaf)
-            found.setdefault(self.of_branches(chain) if self.dense else self.named(chain), []).append(leaf)
-        return found
+        return sorted(leaves, key=lambda each: self.order[id(each)])
 
     def is_rows(self, value: Value, enters_expert: bool) -> bool:
         """Whether `value` is rows of a tensor with all tokens: picked for an expert, or all of them."""

@@ -141,7 +141,7 @@ def with_statements(tree: ast.FunctionDef, statements: list[ast.stmt]) -> ast.Fu
     return ast.copy_location(ast.FunctionDef(tree.name, arguments, statements, [], None, None), tree)
 
 
-def compiled(tree: ast.FunctionDef, original: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(tree: ast.FunctionDef, original: Callable[..., Any], with_defaults: bool = True) -> Callable[..., Any]:
     """The tree as a function with the original's globals, defaults and closure."""
     code = original.__code__
     free = code.co_freevars
@@ -155,10 +155,9 @@ def compiled(tree: ast.FunctionDef, original: Callable[..., Any]) -> Callable[..
     ast.increment_lineno(module, code.co_firstlineno - 1)
     inner = _code_named(_code_named(compile(module, code.co_filename, "exec"), "moeca_factory"), tree.name)
     cells = dict(zip(free, original.__closure__ or (), strict=True))
-    function = FunctionType(
-        inner, original.__globals__, tree.name, original.__defaults__, tuple(cells[n] for n in inner.co_freevars)
-    )
-    function.__kwdefaults__ = original.__kwdefaults__
+    function = FunctionType(inner, original.__globals__, tree.name, None, tuple(cells[n] for n in inner.co_freevars))
+    if with_defaults:
+        function.__defaults__, function.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
     function.__qualname__, function.__module__ = original.__qualname__, original.__module__
     return function
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +10,55 @@ from torch import Tensor, nn
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.structure import Path, alive, structure, tensor_paths, unlike
 
+BANK = "_moeca_bank"  # the attribute of a method that runs all experts of its module (idioms/bank.py)
+
+
+class ExpertOf:
+    """One expert of a module that holds them all: calling it runs that expert on all rows.
+
+    It stands for the module, and among its arguments for whatever would tell which rows are whose. `items` are the
+    packed tensors of all experts and `own` this expert's slices, once it was called.
+    """
+
+    def __init__(self, module: nn.Module, number: int) -> None:
+        self.module, self.number = module, number
+        self.items: list[Tensor] = []
+        self.own: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def expert_of(item: Any, number: int) -> Any:
+    """Traceable: what expert `number` owns of an item."""
+    if isinstance(item, nn.Module) and not isinstance(item, (nn.ModuleList, nn.ParameterList)):
+        return ExpertOf(item, number)
+    return item[number]
+
+
+def banks_of(module: Any) -> Iterator[Any]:
+    """The methods of a module that run all its experts, as idioms/bank.py knows them."""
+    for owner in type(module).__mro__ if isinstance(module, nn.Module) else ():
+        yield from (vars(each)[BANK] for each in vars(owner).values() if BANK in getattr(each, "__dict__", {}))
+
+
+def representative(item: Any) -> Any:
+    """What tells one item from another: its first expert, or the module that runs all experts."""
+    return item[0] if isinstance(item, (Tensor, nn.ModuleList, nn.ParameterList)) else item
+
 
 def count(item: Any) -> int:
+    """Traceable: how many experts an item is of."""
     return item.shape[0] if isinstance(item, Tensor) else len(item)
+
+
+def counted(item: Any) -> int:
+    """The same for a module that runs all experts. Raises NoExpertsError where an item holds none."""
+    if isinstance(item, (Tensor, nn.ModuleList, nn.ParameterList)):
+        return count(item)
+    for bank in banks_of(item):
+        return count(getattr(item, bank.items[0]))
+    raise NoExpertsError
 
 
 def item_paths(item: Any) -> tuple[Path, ...]:
@@ -24,6 +71,8 @@ def item_paths(item: Any) -> tuple[Path, ...]:
         if reason:
             raise UntrustedError(reason)
         return tensor_paths(item[0])
+    if any(True for _ in banks_of(item)):
+        return ()
     raise NoExpertsError
 
 

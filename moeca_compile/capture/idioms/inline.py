@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.capture.dataflow import Flow
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
-from moeca_compile.capture.idioms.held import count, item_paths, shared_paths, structure_of
+from moeca_compile.capture.idioms.held import counted, item_paths, representative, shared_paths, structure_of
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
 from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, random_argument, without_side_effects
@@ -32,6 +32,7 @@ from moeca_compile.capture.source import Method
 TRIAL_SEED = 0
 # The experts' part in what a method returns has to be so many times the tolerance for the check to see a fault.
 SEEN = 3.0
+DTYPES_OF = ("accumulator", "product", "branch")  # what the result's dtype may be that of (meaning.py)
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ class Inline:
 
     def layout(self, module: nn.Module) -> Layout:
         items, shared = self._held(module)
-        counts = {count(item) for item in items}
+        counts = {counted(item) for item in items}
         if len(counts) != 1 or 0 in counts:
             raise UntrustedError("self holds no experts, or not as many of one kind as of another")
         paths = tuple(item_paths(item) for item in items) + tuple(shared_paths(each, module) for each in shared)
-        structures = tuple(structure_of(item[0]) for item in items) + tuple(structure_of(each) for each in shared)
+        structures = tuple(structure_of(each) for each in [*map(representative, items), *shared])
         return Layout(paths, (counts.pop(), structures))
 
     def compared(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> torch.dtype:
         devices = [fact[4] for fact in facts if fact[1]]
         tolerance = tolerance_for([*module.parameters(), *self._tensors(facts)])
-        trials = list(self._trials(facts, count(self._held(module)[0][0])))
+        trials = list(self._trials(facts, counted(self._held(module)[0][0])))
         if not devices:
             raise UntrustedError("none of its arguments is a tensor")
         for candidate in (lambda: module, lambda: with_random_parameters(module)):
@@ -104,7 +105,7 @@ class Inline:
     ) -> torch.dtype | None:
         """The dispatch's dtype; None if the numbers cannot tell. Raises UntrustedError where they differ."""
         want = without_side_effects(original, module, args, kwargs)
-        for dtype_of in ("accumulator", "product", "branch"):
+        for dtype_of in DTYPES_OF:
             meaning = Meaning(dtype_of, 1.0, tolerance)
             got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
             if [kind(each) for each in got] == [kind(each) for each in want]:
@@ -121,19 +122,22 @@ class Inline:
     def _trials(self, facts: Facts, num_experts: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
         """Random arguments; then tokens that are all the same, so that most experts get none."""
         for same in (False, True):
-            generator = torch.Generator().manual_seed(TRIAL_SEED)
-            args: list[Any] = []
-            kwargs: dict[str, Any] = {}
-            for key, is_tensor, *described in facts:
-                value: Any = described[0]
-                if is_tensor:
-                    ids = self._name(key) == self.method.index
-                    value = random_argument(described, num_experts if ids else None, same, generator)
-                if isinstance(key, int):
-                    args.append(value)
-                else:
-                    kwargs[key] = value
-            yield args, kwargs
+            yield self._arguments(facts, num_experts, same, TRIAL_SEED)
+
+    def _arguments(self, facts: Facts, num_experts: int, same: bool, seed: int) -> tuple[list[Any], dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for key, is_tensor, *described in facts:
+            value: Any = described[0]
+            if is_tensor:
+                ids = self._name(key) is not None and self._name(key) == self.method.index
+                value = random_argument(described, num_experts if ids else None, same, generator)
+            if isinstance(key, int):
+                args.append(value)
+            else:
+                kwargs[key] = value
+        return args, kwargs
 
     def _name(self, key: int | str) -> str | None:
         if isinstance(key, str):

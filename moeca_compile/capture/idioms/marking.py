@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moeca_compile.capture.idioms.base import Paths
-from moeca_compile.capture.idioms.held import count
+from moeca_compile.capture.idioms.held import ExpertOf, count, expert_of
 from moeca_compile.capture.idioms.routed import in_range, tensor_at
+from moeca_compile.capture.idioms.routing import NO_READING, Reading, branches, routing
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 
 Body = Callable[..., Tensor]
@@ -51,10 +52,22 @@ def _as_matrix(value: Tensor) -> Tensor:
 
 
 class Markers(Shapes):
-    """The dispatch as marker ops. Traceable. may_miss: whether there may be ids that are no expert's."""
+    """The dispatch as marker ops. Traceable.
 
-    def __init__(self, paths: Paths, dtype: torch.dtype, may_miss: bool) -> None:
+    may_miss: whether there may be ids that are no expert's
+    reading, coupled: of dispatch by token ids, how they lie (routing.py) and whether samples depend on each other
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        dtype: torch.dtype,
+        may_miss: bool = False,
+        reading: Reading = NO_READING,
+        coupled: bool = False,
+    ) -> None:
         self.paths, self.dtype, self.may_miss = paths, dtype, may_miss
+        self.reading, self.coupled = reading, coupled
 
     def experts(
         self,
@@ -68,24 +81,54 @@ class Markers(Shapes):
     ) -> Tensor:
         flat = [flat_rows(each) for each in rows]
         index, weight = branches_of(flat[0], index, weight)
-        firsts = [item[0] for item in items]
-        entered = [torch.ops.moeca.expert_rows(each) for each in flat]
-        body_out = body(*entered, *firsts, *shared)
-        if body_out.dim() != 2:
-            body_out = body_out.reshape(flat[0].shape[0], body_out.shape[-1])
-        num_experts = count(items[0])
-        params = []
-        for number in range(num_experts):
-            # The body's own nodes have to be those in params: an item is looked up once.
-            own = firsts if number == 0 else [item[number] for item in items]
-            for item, its_paths in zip([*own, *shared], self.paths, strict=True):
-                params.extend([tensor_at(item, path) for path in its_paths])
+        body_out, params, num_experts = self.body(flat, body, items, shared)
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
         if self.may_miss:
             index, weight = in_range(index, weight, num_experts)
         out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
         out = out.to(self.dtype) if out.dtype != self.dtype else out
         return shaped(out, like, rows[0])
+
+    def pairs(
+        self,
+        like: Any,
+        rows: tuple[Tensor, ...],
+        index: Any,
+        weight: Any,
+        body: Body,
+        items: tuple[Any, ...],
+        shared: tuple[Any, ...],
+    ) -> Tensor:
+        flat = [flat_rows(each) for each in rows]
+        body_out, params, num_experts = self.body(flat, body, items, shared)
+        routed, weight = routing(index, weight, self.reading, flat[0].shape[0], num_experts)
+        out = torch.ops.moeca.expert_pairs(
+            flat[0], routed, weight, body_out, params, num_experts, branches(index), self.coupled
+        )
+        out = out.to(self.dtype) if out.dtype != self.dtype else out
+        return shaped(out, like, rows[0])
+
+    def body(
+        self, rows: list[Tensor], body: Body, items: tuple[Any, ...], shared: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Tensor], int]:
+        """Expert 0 on all rows (T, Do), the tensors of all experts, how many there are."""
+        firsts = [expert_of(item, 0) for item in items]
+        entered = [torch.ops.moeca.expert_rows(each) for each in rows]
+        body_out = body(*entered, *firsts, *shared)
+        if body_out.dim() != 2:
+            body_out = body_out.reshape(rows[0].shape[0], body_out.shape[-1])
+        if isinstance(firsts[0], ExpertOf):
+            packed, own = firsts[0].items, firsts[0].own
+            num_experts = count(packed[0])
+            return body_out, own + [each[e] for e in range(1, num_experts) for each in packed], num_experts
+        num_experts = count(items[0])
+        params = []
+        for number in range(num_experts):
+            # The body's own nodes have to be those in params: an item is looked up once.
+            held = firsts if number == 0 else [item[number] for item in items]
+            for item, its_paths in zip([*held, *shared], self.paths, strict=True):
+                params.extend([tensor_at(item, path) for path in its_paths])
+        return body_out, params, num_experts
 
 
 def flat_rows(rows: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moeca_compile.capture.idioms.held import count
+from moeca_compile.capture.idioms.held import ExpertOf, counted, expert_of
 from moeca_compile.capture.idioms.marking import Body, Shapes, branches_of, flat_rows, shaped
+from moeca_compile.capture.idioms.routing import NO_READING, MisreadError, Reading, routing, token_ids
 from moeca_compile.capture.numerics import UntrustedError, require_row_wise
 from moeca_compile.capture.structure import named_tensors
 
@@ -23,10 +24,16 @@ class Meaning(Shapes):
 
     dtype_of: which dtype the result takes, that of what the original adds up in, of its summands, or of branches
     scale: what the result is multiplied by
+    reading: of dispatch by token ids, how they lie (routing.py); `routed` and `weight` are what it came to
     """
 
-    def __init__(self, dtype_of: str, scale: float, tolerance: float) -> None:
-        self.dtype_of, self.scale, self.tolerance = dtype_of, scale, tolerance
+    routed: Tensor
+    weight: Tensor
+    branch: torch.dtype
+    product: torch.dtype
+
+    def __init__(self, dtype_of: str, scale: float, tolerance: float, reading: Reading = NO_READING) -> None:
+        self.dtype_of, self.scale, self.tolerance, self.reading = dtype_of, scale, tolerance, reading
         self.dtype: torch.dtype | None = None
 
     def experts(
@@ -46,23 +53,91 @@ class Meaning(Shapes):
         if len({len(each) for each in flat}) != 1:
             raise UntrustedError("its experts' inputs have different numbers of rows")
         index, weight = branches_of(flat[0], index, weight)
-        first = _Expert(body, [item[0] for item in items], shared)
-        require_row_wise(first, flat, first.tensors, self.tolerance)
-        out = torch.zeros(0)
-        for number in range(count(items[0])):
+
+        def of_expert(number: int) -> tuple[Tensor, Tensor]:
             token, slot = torch.where(index == number)
-            branch = first.with_parameters_of([item[number] for item in items], [each[token] for each in flat])
+            return token, weight[token, slot, None]
+
+        out = self.summed(flat, weight.dtype, of_expert, body, items, shared)
+        return self.result(out, like, rows[0])
+
+    def pairs(
+        self,
+        like: Any,
+        rows: tuple[Tensor, ...],
+        index: Any,
+        weight: Any,
+        body: Body,
+        items: tuple[Any, ...],
+        shared: tuple[Any, ...],
+    ) -> Tensor:
+        _require_closed(body)
+        flat = [flat_rows(each) for each in rows]
+        experts = counted(items[0])
+        if not isinstance(index, Tensor) or index.dtype not in _INDEX_DTYPES:
+            raise UntrustedError("what it takes token ids from is no tensor of integers")
+        chosen = token_ids(index, self.reading, len(flat[0]), experts)
+        if chosen.min() < 0 or chosen.max() >= len(flat[0]):
+            raise MisreadError  # before an op sees them: on a GPU it could not be recovered from
+        self.routed, self.weight = read = routing(index, weight, self.reading, len(flat[0]), experts)
+
+        def of_expert(number: int) -> tuple[Tensor, Tensor]:
+            token = torch.where(read[0][:, number])[0]
+            return token, read[1][token, number, None]
+
+        out = self.summed(flat, self.weight.dtype, of_expert, body, items, shared)
+        return self.result(out, like, rows[0])
+
+    def summed(
+        self,
+        rows: list[Tensor],
+        weight: torch.dtype,
+        of_expert: Callable[[int], tuple[Tensor, Tensor]],
+        body: Body,
+        items: tuple[Any, ...],
+        shared: tuple[Any, ...],
+    ) -> Tensor:
+        """(T, Do) in at least float32: each expert's outputs on its tokens, by its weights, added up."""
+        first = _Bank(body, items, shared) if _is_bank(items) else _Expert(body, [item[0] for item in items], shared)
+        require_row_wise(first, rows, first.tensors, self.tolerance)
+        out = torch.zeros(0)
+        for number in range(counted(items[0])):
+            token, factor = of_expert(number)
+            branch = first.of_expert(number, items, [each[token] for each in rows])
             if number == 0:
-                dtype = torch.promote_types(branch.dtype, weight.dtype)
-                wide = torch.promote_types(dtype, torch.float32)
-                out = branch.new_zeros(len(flat[0]), branch.shape[-1], dtype=wide)
-            out.index_add_(0, token, branch.to(out.dtype) * weight[token, slot, None].to(out.dtype))
+                self.branch, self.product = branch.dtype, torch.promote_types(branch.dtype, weight)
+                wide = torch.promote_types(self.product, torch.float32)
+                out = branch.new_zeros(len(rows[0]), branch.shape[-1], dtype=wide)
+            out.index_add_(0, token, branch.to(out.dtype) * factor.to(out.dtype))
+        return out
+
+    def result(self, out: Tensor, like: Any, rows: Tensor) -> Tensor:
+        self.dtype = self.branch if self.dtype_of == "branch" else self.product
         if self.dtype_of == "accumulator" and isinstance(like, Tensor):
-            dtype = like.dtype
-        elif self.dtype_of == "branch":
-            dtype = branch.dtype
-        self.dtype = dtype
-        return shaped((self.scale * out).to(dtype), like, rows[0])
+            self.dtype = like.dtype
+        return shaped((self.scale * out).to(self.dtype), like, rows)
+
+
+def _is_bank(items: tuple[Any, ...]) -> bool:
+    return isinstance(expert_of(items[0], 0), ExpertOf)
+
+
+class _Bank:
+    """A body that runs one expert of a module that holds them all, the first unless another is asked for."""
+
+    def __init__(self, body: Body, items: Sequence[Any], shared: Sequence[Any]) -> None:
+        if len(items) != 1:
+            raise UntrustedError("its experts are held by a module and beside it too")
+        self.body, self.bank, self.shared = body, items[0], shared
+
+    def __call__(self, *rows: Tensor) -> Tensor:
+        return self.of_expert(0, (), rows)
+
+    def of_expert(self, number: int, _: Sequence[Any], rows: Sequence[Tensor]) -> Tensor:
+        return self.body(*rows, ExpertOf(self.bank, number), *self.shared)
+
+    def tensors(self) -> Iterator[Tensor]:
+        return (tensor for _, tensor in named_tensors(self.bank))
 
 
 class _Expert:
@@ -76,9 +151,10 @@ class _Expert:
         out = self.body(*rows, *self.items.given(), *self.shared)
         return out.reshape(len(rows[0]), out.shape[-1]) if isinstance(out, Tensor) and out.dim() > 2 else out
 
-    def with_parameters_of(self, items: Sequence[Any], rows: Sequence[Tensor]) -> Tensor:
+    def of_expert(self, number: int, items: Sequence[Any], rows: Sequence[Tensor]) -> Tensor:
         """Its own code with the parameters and buffers of another expert's items."""
-        out: Tensor = functional_call(self.items, dict(named_tensors(_Items(items))), (self, *rows))
+        own = _Items([item[number] for item in items])
+        out: Tensor = functional_call(self.items, dict(named_tensors(own)), (self, *rows))
         return out
 
     def tensors(self) -> Iterator[Tensor]:
