@@ -73,7 +73,8 @@ def _biases(flow: Flow, chosen: set[int]) -> Iterator[Value]:
     for value in flow.made:
         if value.name in ("Add", "add") and any(id(operand) in chosen for operand in value.operands):
             for operand in value.operands:
-                if operand.kind == "index" and of_self(operand.operands[0]) and not has_tensors(operand.operands[1]):
+                shaped = operand.kind == "index" and not has_tensors(operand.operands[1])
+                if (shaped or operand.name == "unsqueeze") and of_self(operand.operands[0]):
                     yield operand.operands[0]
 
 
