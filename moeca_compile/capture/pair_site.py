@@ -18,10 +18,12 @@ import ast
 from moeca_compile.capture.dataflow import Flow, Value
 from moeca_compile.capture.roles import (
     ADDS_UP,
+    COMPARISONS,
     CONTRACTIONS,
     IN_PLACE,
     JOINS,
     PICKS,
+    PLACES,
     REPEATS,
     SELECTS,
     SHAPES,
@@ -29,12 +31,15 @@ from moeca_compile.capture.roles import (
     TURNS,
     VIEWS,
     Item,
+    Selection,
     Site,
     of_self,
     stateless,
 )
 from moeca_compile.capture.site import Finder
 
+# A loop over these goes over as many experts as the data say.
+_UNKNOWN = frozenset({"nonzero", "unique", "where", "argwhere"})
 _PRODUCT_OF_TWO = frozenset({"Mult", "mul", "multiply"})
 
 
@@ -83,12 +88,40 @@ class PairFinder(Finder):
             self.names, y = self.flow.before[statement], self.branch(weighted)
             rows = self.rows(y)
             index = next((self.ids_of(leaf) for leaves in rows.values() for leaf in leaves), None)
-            weight = self.weight(product, factor)
+            weight, selection = self.weight(product, factor), None
+            if index is None or weight is None:
+                selection = self.selection(product, factor, rows)
+                index, weight = (selection.tokens, factor) if selection else (None, None)
             if index is not None and weight is not None:
                 base = self.base_of_sum(result)
-                roles = (result, product, y, rows, index, weight, self.items, True, statement, base, True)
+                roles = (result, product, y, rows, index, weight, self.items, True, statement, base, True, selection)
                 return Site(self.flow, self.tree, *roles)
         return None
+
+    def selection(self, product: Value, factor: Value, rows: dict[Value, list[Value]]) -> Selection | None:
+        """What a turn of the one loop over experts takes, where its own code makes that."""
+        loop = self.loop_of(product)
+        if loop is None or any(isinstance(node, ast.For) and node is not loop for node in ast.walk(loop)):
+            return None
+        if any(value.name in _UNKNOWN for value in self.flow.at[loop.iter].ancestors()):
+            return None
+        for value in (each for leaves in rows.values() for leaf in leaves for each in self.chain(leaf)):
+            subscripts = value.operands[1:] if value.kind == "index" or value.name in PICKS else ()
+            for subscript in subscripts:
+                if id(subscript) in self.looped and self.is_choice(subscript):
+                    return Selection(subscript, factor, loop)
+        return None
+
+    def is_choice(self, subscript: Value) -> bool:
+        """Whether a subscript is the tokens that a turn chose: a mask, places of one, a top-k or a sort's first."""
+        if chosen_tokens(subscript):
+            return True
+        parts = [value for value in subscript.ancestors() if value.name.startswith("part ")]
+        places = {id(part.operands[0]) for part in parts if part.operands[0].name in PLACES}
+        unpacked = [v for v in self.flow.made if v.name.startswith("part ") and id(v.operands[0]) in places]
+        if len(unpacked) > len(places) and subscript.name != "Tuple":
+            return False  # places in more dimensions than one: slots beside tokens
+        return any(value.name in COMPARISONS for value in subscript.ancestors())
 
     # product and sum
 

@@ -37,6 +37,7 @@ from moeca_compile.capture.syntax import (
     with_blocks,
     with_statements,
 )
+from moeca_compile.capture.turns import CHOSEN, WEIGHTS, Turns
 
 # The methods of what `moeca` is bound to.
 EXPERTS, PAIRS, MATMUL, EINSUM, ROWS, ITEM = "experts", "pairs", "matmul", "einsum", "rows", "item"
@@ -55,13 +56,15 @@ class Rewritten:
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
     read; index: the parameter that holds the expert ids, None where the method makes them itself; may_miss:
-    whether there may be other numbers among them, for tokens that no expert takes
+    whether there may be other numbers among them, for tokens that no expert takes; by_ids: whether ids were found,
+    and not only what each turn of a loop makes of them
 
     What `moeca` has to have:
     experts(like, rows, index, weight, body, items, shared): the dispatch, by expert ids. rows is a tuple of
         per-token inputs; body is a function of rows, an expert's items and the shared ones; like has the
         result's shape, or is None
-    pairs(like, rows, index, weight, body, items, shared): the same by token ids
+    pairs(like, rows, index, weight, body, items, shared): the same by token ids, or by lists of what each expert
+        takes; with top, first, placed, places and number (turns.py)
     matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
     einsum(equation, a, b): the same as an einsum
     rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1
@@ -73,6 +76,7 @@ class Rewritten:
     shared: tuple[str, ...]
     index: str | None
     may_miss: bool
+    by_ids: bool
 
 
 def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
@@ -88,8 +92,9 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
         compiled(tree, original),
         tuple(text.partition(".")[2] for text in rewriting.items),
         tuple(text.partition(".")[2] for text in rewriting.shared),
-        index.name if given else None,
+        index.name if given and not site.pairs else None,
         given or _may_miss(site.index),
+        site.selection is None,
     )
 
 
@@ -134,6 +139,7 @@ class _Rewriting:
         self.site, self.flow = site, site.flow
         self.names = self.flow.before[site.statement]
         self.parent = {child: node for node in ast.walk(site.tree) for child in ast.iter_child_nodes(node)}
+        self.reads: dict[int, ast.expr] = {}  # what the host reads, in place of the reading
         self.inserted: dict[ast.stmt, list[ast.stmt]] = {}
         self.items: dict[str, _Held] = {}  # by the source's text
         self.shared: dict[str, _Held] = {}
@@ -164,14 +170,26 @@ class _Rewriting:
             [
                 like,
                 rows,
-                self.name(site.index),
-                self.name(site.weight),
+                *self.routing(),
                 ast.Name(BODY, ast.Load()),
                 tuple_of([held.source for held in self.items.values()]),
                 tuple_of([held.source for held in self.shared.values()]),
             ],
         )
         return call if site.base is None else located(ast.BinOp(like, ast.Add(), call))
+
+    def routing(self) -> list[ast.expr]:
+        """Ids and weights: of all experts, or lists of what each turn of the loop makes of them."""
+        site = self.site
+        if site.selection is None:
+            return [self.name(site.index), self.name(site.weight)]
+        turns = Turns(site, self.pruning)
+        loop = turns.loop()
+        if loop is None:
+            raise _NotRewritableError
+        self.inserted.setdefault(site.statement, []).extend(loop)
+        self.reads = turns.reads
+        return [ast.Name(CHOSEN, ast.Load()), ast.Name(WEIGHTS, ast.Load())]
 
     def like(self) -> ast.expr:
         """What has the result's shape: that to which the products are added."""
@@ -386,14 +404,19 @@ class _Rewriting:
                 if name is None:
                     raise _NotRewritableError
                 return assignment(name, replaced[id(site.result.node)])
-            return rebuilt(statement, lambda node: replaced.get(id(node)) or self.type_of_branches(node))
+            return rebuilt(statement, lambda node: replaced.get(id(node)) or self.elsewhere(node))
         fields = [field for field in ("body", "orelse") if hasattr(statement, field)]
         if not fields:
-            return rebuilt(statement, self.type_of_branches)
+            return rebuilt(statement, self.elsewhere)
         return with_blocks(statement, {field: self.block(getattr(statement, field), replaced) for field in fields})
 
-    def type_of_branches(self, node: ast.AST) -> ast.expr | None:
-        """`branches.dtype`, where there are no branches any more, is taken from the rows."""
+    def elsewhere(self, node: ast.AST) -> ast.expr | None:
+        """Outside the dispatch: `branches.dtype`, where there are no branches any more, is taken from the rows.
+
+        What the host reads of the choice stays on the device.
+        """
+        if id(node) in self.reads:
+            return self.reads[id(node)]
         if not isinstance(node, ast.Attribute) or node.attr not in ("dtype", "device"):
             return None
         value = self.flow.at.get(node.value)

@@ -55,6 +55,8 @@ IN_PLACE = frozenset(
 JOINS = frozenset({"cat", "concat", "stack", "vstack", "IfExp"})
 SERIES = frozenset({"List", "Tuple", "ListComp", "GeneratorExp"})
 SIZES = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "len", "stride"})
+HOST_READS = frozenset({"item", "tolist", "cpu", "numpy", "int"})
+PLACES = frozenset({"where", "nonzero"})
 SELECTS = frozenset({"topk", "sort", "argsort"})
 ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
 
@@ -84,6 +86,15 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What a turn of the loop over experts takes, where that is made in the turn: x[tokens], weighted by `factor`."""
+
+    tokens: Value
+    factor: Value
+    loop: ast.For
+
+
+@dataclass(frozen=True)
 class Site:
     """One dispatch.
 
@@ -95,6 +106,7 @@ class Site:
     statement: the statement that is replaced, or that holds the expression `result`
     base: what the sum is added to, None where that is zeros
     pairs: whether `index` holds tokens for each expert, and not experts for each token
+    selection: of pairs, where they are known in a turn of the loop only
     """
 
     flow: Flow
@@ -110,6 +122,7 @@ class Site:
     statement: ast.stmt
     base: Value | None = None
     pairs: bool = False
+    selection: Selection | None = None
 
 
 def loop_items(flow: Flow) -> dict[int, Item]:

@@ -69,7 +69,7 @@ class SampleLoop(Choice):
     """A loop with gather and scatter_add_ for each expert; ids (samples, choices, experts)."""
 
     def forward(self, x):
-        b, n, d = x.shape
+        n, d = x.shape[1:]
         affinity = self.router(x).softmax(dim=1)
         score, index = affinity.topk(self.capacity(n), dim=1)
         y = x.new_zeros(x.shape)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from moeca_compile import capture
 from tests.capture.layers import stack, tokens
+from tests.capture.loop_layers import DYNAMIC, THRESHOLDS, FixedInTheLoop, OfTheBatch
 from tests.capture.pair_layers import OVER_THE_BATCH, PER_SAMPLE
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
@@ -40,3 +41,25 @@ def test_choice_within_a_sample(layer):
 def test_choice_over_the_batch(layer):
     (marker,) = captured_pairs(stack(layer()), tokens())
     assert marker.args[6:] == (4 * 8, True)
+
+
+@pytest.mark.parametrize("layer", DYNAMIC)
+def test_a_capacity_that_is_predicted(layer):
+    (marker,) = captured_pairs(stack(layer()), tokens())
+    assert marker.args[6:] == (0, True)
+
+
+@pytest.mark.parametrize("layer", THRESHOLDS)
+def test_a_threshold(layer):
+    (marker,) = captured_pairs(stack(layer()), tokens())
+    assert marker.args[6:] == (0, False)
+
+
+def test_a_threshold_that_the_batch_makes():
+    (marker,) = captured_pairs(stack(OfTheBatch()), tokens())
+    assert marker.args[6:] == (0, True)
+
+
+def test_a_top_k_of_fixed_size_in_the_loop():
+    (marker,) = captured_pairs(stack(FixedInTheLoop()), tokens())
+    assert marker.args[6:] == (5 * 8, True)

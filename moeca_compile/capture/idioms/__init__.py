@@ -8,6 +8,7 @@ from moeca_compile.capture.idioms import (
     bank,
     dense,
     expert_choice,
+    expert_loop,
     gathered_weights,
     grouped_matmul,
     mask_loop,
@@ -22,5 +23,6 @@ IDIOMS: tuple[Idiom, ...] = (
     gathered_weights.IDIOM,
     dense.IDIOM,
     expert_choice.IDIOM,
+    expert_loop.IDIOM,
     bank.IDIOM,
 )

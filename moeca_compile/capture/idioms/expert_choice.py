@@ -42,15 +42,19 @@ _PUTS_BACK = frozenset(
 
 def plausible(code: CodeType) -> bool:
     """A top-k or a sort, and rows that are put back."""
-    names = set(code.co_names)
-    puts_back = not _PUTS_BACK.isdisjoint(names) or "one_hot" in names or _STORE in code.co_code[::2]
-    return not SELECTS.isdisjoint(names) and puts_back
+    return not SELECTS.isdisjoint(code.co_names) and puts_back(code)
+
+
+def puts_back(code: CodeType) -> bool:
+    """Whether rows may be put back to their tokens."""
+    return not (_PUTS_BACK | {"one_hot"}).isdisjoint(code.co_names) or _STORE in code.co_code[::2]
 
 
 def recognise(method: Method) -> Pairs | None:
     """The dispatch in `method` if experts take tokens, else None."""
     flow = follow(method.tree)
-    return recognised_pairs(method, flow, items_of(flow))
+    found = recognised_pairs(method, flow, items_of(flow))
+    return found if found is not None and found.method.by_ids else None
 
 
 def items_of(flow: Flow) -> dict[int, Item]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.capture.idioms.base import Paths
+from moeca_compile.capture.idioms.choices import Choices
 from moeca_compile.capture.idioms.held import ExpertOf, count, expert_of
 from moeca_compile.capture.idioms.routed import in_range, tensor_at
 from moeca_compile.capture.idioms.routing import NO_READING, Reading, branches, routing
@@ -17,7 +18,7 @@ from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 Body = Callable[..., Tensor]
 
 
-class Shapes:
+class Shapes(Choices):
     """How the body of one expert sees rows and items (rewriting.py). Traceable."""
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moeca_compile.capture.idioms.choices import MisreadError, Ranked
 from moeca_compile.capture.idioms.held import ExpertOf, counted, expert_of
 from moeca_compile.capture.idioms.marking import Body, Shapes, branches_of, flat_rows, shaped
-from moeca_compile.capture.idioms.routing import NO_READING, MisreadError, Reading, routing, token_ids
+from moeca_compile.capture.idioms.routing import NO_READING, Reading, routing, token_ids
 from moeca_compile.capture.numerics import UntrustedError, require_row_wise
 from moeca_compile.capture.structure import named_tensors
 
@@ -24,9 +25,11 @@ class Meaning(Shapes):
 
     dtype_of: which dtype the result takes, that of what the original adds up in, of its summands, or of branches
     scale: what the result is multiplied by
-    reading: of dispatch by token ids, how they lie (routing.py); `routed` and `weight` are what it came to
+    reading: of dispatch by token ids, how they lie (routing.py); `routed` and `weight` are what it came to, and
+        `counted_by_data` says that the data tell how many tokens an expert takes
     """
 
+    counted_by_data: bool
     routed: Tensor
     weight: Tensor
     branch: torch.dtype
@@ -74,11 +77,13 @@ class Meaning(Shapes):
         _require_closed(body)
         flat = [flat_rows(each) for each in rows]
         experts = counted(items[0])
-        if not isinstance(index, Tensor) or index.dtype not in _INDEX_DTYPES:
-            raise UntrustedError("what it takes token ids from is no tensor of integers")
-        chosen = token_ids(index, self.reading, len(flat[0]), experts)
-        if chosen.min() < 0 or chosen.max() >= len(flat[0]):
-            raise MisreadError  # before an op sees them: on a GPU it could not be recovered from
+        if isinstance(index, Tensor):
+            if index.dtype not in _INDEX_DTYPES:
+                raise UntrustedError("what it takes token ids from is no tensor of integers")
+            chosen = token_ids(index, self.reading, len(flat[0]), experts)
+            if chosen.min() < 0 or chosen.max() >= len(flat[0]):
+                raise MisreadError  # before an op sees them: on a GPU it could not be recovered from
+        self.counted_by_data = isinstance(index, list) and any(isinstance(each, Ranked) for each in index)
         self.routed, self.weight = read = routing(index, weight, self.reading, len(flat[0]), experts)
 
         def of_expert(number: int) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from moeca_compile.capture.dataflow import Flow
 from moeca_compile.capture.idioms.base import Facts, Trusted
+from moeca_compile.capture.idioms.choices import MisreadError
 from moeca_compile.capture.idioms.inline import DTYPES_OF, SEEN, TRIAL_SEED, Inline
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
-from moeca_compile.capture.idioms.routing import MisreadError, Reading, readings
+from moeca_compile.capture.idioms.routing import NO_READING, Reading, readings
 from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, without_side_effects
 from moeca_compile.capture.numerics import UntrustedError, tolerance_for, with_random_parameters
 from moeca_compile.capture.pair_site import find_pair_site
@@ -88,7 +89,8 @@ class Pairs(Inline):
     ) -> tuple[str, Reading]:
         """(dtype_of, reading) with which the meaning is what the original returned. Raises UntrustedError."""
         kinds = set()
-        for reading in readings() if known is None else [known[1]]:
+        possible = readings() if self.method.by_ids else [NO_READING]
+        for reading in possible if known is None else [known[1]]:
             for dtype_of in DTYPES_OF if known is None else [known[0]]:
                 meaning = Meaning(dtype_of, 1.0, tolerance, reading)
                 try:
@@ -118,7 +120,13 @@ class Pairs(Inline):
             half = len(meaning.routed) // 2
             seen.append((meaning.routed[:half], (meaning.weight * meaning.routed)[:half]))
         (routed, weight), (routed_again, weight_again) = seen
+        if meaning.counted_by_data and any(_samples(each) > 1 for each in [*args, *kwargs.values()]):
+            return True  # whatever the numbers are now
         return not torch.equal(routed, routed_again) or not equal(weight, weight_again, tolerance)
+
+
+def _samples(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.dim() > 0 else 1
 
 
 def _times(value: Any, scale: float) -> Any:

@@ -11,19 +11,18 @@ samples; weights may also be there for all tokens T, "TE" or "ET", or "BEN" for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from moeca_compile.capture.idioms.choices import MisreadError, count_of, masks_of
 
 Reading = tuple[str, bool, str]
 NO_READING: Reading = ("", False, "")
 
 ORDERS = ("BEC", "EC", "BCE", "CE", "EBC")
 WHOLE = ("TE", "ET", "BEN")
-
-
-class MisreadError(Exception):
-    """Ids or weights cannot lie as a reading says."""
 
 
 def readings() -> Iterator[Reading]:
@@ -36,8 +35,15 @@ def readings() -> Iterator[Reading]:
             yield from ((order, within, other) for other in (*WHOLE, *ORDERS) if other != order)
 
 
-def routing(index: Tensor, weight: Tensor, reading: Reading, tokens: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Traceable: (routed, weight), both (tokens, experts). Raises MisreadError."""
+def routing(index: Any, weight: Any, reading: Reading, tokens: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Traceable: (routed, weight), both (tokens, experts). Raises MisreadError.
+
+    Both are lists of what each expert takes of all tokens (choices.py), or tensors that lie as the reading says.
+    """
+    if isinstance(index, list):
+        if len(index) != experts:
+            raise MisreadError
+        return masks_of(index, tokens), torch.stack([_column(each, tokens) for each in weight], dim=1)
     of_weight = reading[2]
     chosen = token_ids(index, reading, tokens, experts)
     routed = torch.zeros(tokens, experts, dtype=torch.bool, device=chosen.device).scatter(0, chosen, True)
@@ -62,9 +68,15 @@ def token_ids(index: Tensor, reading: Reading, tokens: int, experts: int) -> Ten
     return ids.reshape(experts, ids.shape[1] * ids.shape[2]).t()
 
 
-def branches(index: Tensor) -> int:
+def branches(index: Any) -> int:
     """Traceable: how many pairs are routed, where the sizes tell; else 0."""
-    return index.numel()
+    return sum([count_of(each) for each in index]) if isinstance(index, list) else index.numel()
+
+
+def _column(weight: Tensor, tokens: int) -> Tensor:
+    if weight.numel() != tokens:
+        raise MisreadError
+    return weight.reshape(tokens)
 
 
 def _by_expert(values: Tensor, order: str, experts: int) -> Tensor:
