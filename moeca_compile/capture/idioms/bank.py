@@ -12,6 +12,7 @@ caller's numbers.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -27,7 +28,7 @@ from moeca_compile.capture.idioms.marking import Shapes
 from moeca_compile.capture.idioms.routed import tensor_at
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.rewriting import rewritten_body
-from moeca_compile.capture.roles import SPLITS, Item, Site, loop_items, stateless
+from moeca_compile.capture.roles import CONTRACTIONS, VIEWS, Item, Site, loop_items, stateless
 from moeca_compile.capture.site import Finder
 from moeca_compile.capture.source import Method
 
@@ -66,8 +67,10 @@ class Bank:
 
 
 def plausible(code: CodeType) -> bool:
-    """A split or a grouped matmul."""
-    return not {*GROUPED, *SPLITS}.isdisjoint(code.co_names)
+    """A grouped matmul, or a loop and counts that the host reads."""
+    names = set(code.co_names)
+    segments = not names.isdisjoint(("tolist", "numpy")) and dis.opmap["FOR_ITER"] in code.co_code[::2]
+    return segments or not names.isdisjoint(GROUPED)
 
 
 def recognise(method: Method) -> Bank | None:
@@ -85,9 +88,10 @@ def recognise(method: Method) -> Bank | None:
 
 
 def _packed_in_loop(flow: Flow) -> dict[int, Item]:
-    """`self.w[e]`; a module of a list is called, and is no packed parameter."""
-    called = {id(call.operands[0]) for call in flow.called if call.operands}
-    return {key: item for key, item in loop_items(flow).items() if key not in called}
+    """`self.w[e]` that rows are multiplied by, and whatever else is of one expert beside it, such as a bias."""
+    items = loop_items(flow)
+    factors = [o for v in flow.made if v.name in CONTRACTIONS | {"linear"} for o in v.operands[1:]]
+    return items if any(id(factor) in items for factor in factors) else {}
 
 
 class _BankFinder(Finder):
@@ -96,9 +100,7 @@ class _BankFinder(Finder):
     def site(self) -> Site | None:
         (returned,) = self.flow.returned
         y = self.branch(returned)
-        while (
-            y.kind == "call" and y.name in ("type_as", "to", "float", "contiguous") and self.is_output(y.operands[0])
-        ):
+        while y.kind == "call" and y.name in VIEWS and self.is_output(y.operands[0]):
             y = self.branch(y.operands[0])
         statement = self.statement_of(y) if self.is_output(y) else None
         if statement is None:

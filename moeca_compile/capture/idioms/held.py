@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
+from moeca_compile.capture.source import innermost
 from moeca_compile.capture.structure import Path, alive, structure, tensor_paths, unlike
 
 BANK = "_moeca_bank"  # the attribute of a method that runs all experts of its module (idioms/bank.py)
@@ -58,7 +59,16 @@ def counted(item: Any) -> int:
         return count(item)
     for bank in banks_of(item):
         return count(getattr(item, bank.items[0]))
+    if _reads_on_host(item):
+        raise UntrustedError("it hands sorted rows to a module whose code no idiom knows")
     raise NoExpertsError
+
+
+def _reads_on_host(module: Any) -> bool:
+    """Whether a module's own code asks the host for a tensor's value, as a loop over segments does."""
+    methods = (each for owner in type(module).__mro__ if owner is not nn.Module for each in vars(owner).values())
+    codes = (getattr(innermost(each), "__code__", None) for each in methods if callable(each))
+    return any(code and not {"tolist", "item", "numpy"}.isdisjoint(code.co_names) for code in codes)
 
 
 def item_paths(item: Any) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ how ids and weights lie (routing.py), and whether the routing of a sample depend
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,15 @@ from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
 from moeca_compile.capture.idioms.routing import NO_READING, Reading, readings
 from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, without_side_effects
-from moeca_compile.capture.numerics import UntrustedError, tolerance_for, with_random_parameters
+from moeca_compile.capture.numerics import UntrustedError, autocast, tolerance_for, with_random_parameters
 from moeca_compile.capture.pair_site import find_pair_site
 from moeca_compile.capture.rewriting import rewritten
 from moeca_compile.capture.roles import Item
 from moeca_compile.capture.source import Method
 
 _LARGE = 4.0  # times random arguments of size 1: scores far apart, experts that take many tokens or none
+
+_COARSE = (torch.bfloat16, torch.float16)
 
 Arguments = tuple[list[Any], dict[str, Any]]
 Verdict = tuple[torch.dtype, Reading, bool]
@@ -43,6 +46,9 @@ class Pairs(Inline):
         if not any(fact[1] for fact in facts):
             raise UntrustedError("none of its arguments is a tensor")
         tolerance = tolerance_for([*module.parameters(), *self._tensors(facts)])
+        dtypes = {each.dtype for each in (*module.parameters(), *self._tensors(facts))} | {d for _, d in autocast()}
+        if not self.method.by_ids and not dtypes.isdisjoint(_COARSE):
+            return self._compared_in_float32(original, module, facts)
         trials = list(self._trials(facts, 0))
         for candidate in (lambda: module, lambda: with_random_parameters(module)):
             layer = candidate()
@@ -50,6 +56,20 @@ class Pairs(Inline):
             if verdict is not None:
                 return *verdict, self._coupled(with_random_parameters(module), trials[0], verdict[1], tolerance)
         raise UntrustedError("its experts hardly change what it returns, so nothing can be told from numbers")
+
+    def _compared_in_float32(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:
+        """In coarse types many scores tie, and among those a top-k and a sort choose as they like."""
+        wide = tuple((*fact[:3], _widened(fact[3]), fact[4]) if fact[1] else fact for fact in facts)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            _, reading, coupled = self.compared(original, copy.deepcopy(module).float(), wide)
+        args, kwargs = next(self._trials(facts, 0))
+        want = [kind(each) for each in without_side_effects(original, module, args, kwargs)]
+        for dtype_of in DTYPES_OF:
+            meaning = Meaning(dtype_of, 1.0, float("inf"), reading)
+            got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            if [kind(each) for each in got] == want:
+                return meaning.dtype, reading, coupled
+        raise UntrustedError("it returns another shape or type than its experts' weighted outputs have")
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         paths, (dtype, reading, coupled) = trusted
@@ -123,6 +143,10 @@ class Pairs(Inline):
         if meaning.counted_by_data and any(_samples(each) > 1 for each in [*args, *kwargs.values()]):
             return True  # whatever the numbers are now
         return not torch.equal(routed, routed_again) or not equal(weight, weight_again, tolerance)
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _COARSE else dtype
 
 
 def _samples(value: Any) -> int:
