@@ -64,7 +64,7 @@ class Rewritten:
         per-token inputs; body is a function of rows, an expert's items and the shared ones; like has the
         result's shape, or is None
     pairs(like, rows, index, weight, body, items, shared): the same by token ids, or by lists of what each expert
-        takes; with top, first, placed, places and number (turns.py)
+        takes; with top, first, placed, places, number, max and min (turns.py)
     matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
     einsum(equation, a, b): the same as an einsum
     rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1

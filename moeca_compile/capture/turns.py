@@ -32,11 +32,20 @@ class Turns:
         self.parent = {child: node for node in ast.walk(site.tree) for child in ast.iter_child_nodes(node)}
         self.sources = {self.spelling(each): each.node for each in self.sources_of(self.selection.tokens)}
         made_from = [*self.selection.tokens.ancestors(), *self.selection.factor.ancestors()]
-        host = [v for v in made_from if v.kind == "call" and v.name in HOST_READS and isinstance(v.node, ast.Call)]
         self.reads: dict[int, ast.expr] = {}
-        for value in sorted(host, key=self.depth):  # the inner ones first
-            read = rebuilt(self.subject(value.node), self.dense)
-            self.reads[id(value.node)] = handed("number", [read])
+        for value in sorted(made_from, key=self.depth):  # the inner ones first
+            read = self.on_device(value)
+            if read is not None:
+                self.reads[id(value.node)] = read
+
+    def on_device(self, value: Value) -> ast.expr | None:
+        """What stands for a number that the host reads, or for the larger or smaller of such numbers."""
+        if value.kind != "call" or not isinstance(value.node, ast.Call):
+            return None
+        if value.name in HOST_READS:
+            return handed("number", [rebuilt(self.subject(value.node), self.dense)])
+        builtin = isinstance(value.node.func, ast.Name) and value.name in ("max", "min") and len(value.node.args) == 2
+        return handed(value.name, [rebuilt(each, self.dense) for each in value.node.args]) if builtin else None
 
     def depth(self, value: Value) -> int:
         return sum(1 for _ in value.ancestors())

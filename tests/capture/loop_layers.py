@@ -46,7 +46,7 @@ class CountedFirst(Predicted):
         counts = wanted.sum(dim=0).cpu().tolist()
         out = torch.zeros_like(rows)
         for e in range(len(self.experts)):
-            k = max(counts[e], 1)
+            k = max(1, min(counts[e], len(rows)))
             token = scores[:, e].topk(k).indices
             out.index_add_(0, token, self.experts[e](rows[token]) * scores[token, e][:, None])
         return out.view_as(x)

@@ -44,6 +44,18 @@ class Choices:
         """What the host would have read of `value`: a number, or the tensor itself."""
         return value if isinstance(value, (Tensor, list)) else int(value)
 
+    def max(self, a: Any, b: Any) -> Any:
+        """The larger of two numbers, which may be tensors."""
+        if isinstance(b, Tensor):
+            return b.clamp(min=a)
+        return a.clamp(min=b) if isinstance(a, Tensor) else max(a, b)
+
+    def min(self, a: Any, b: Any) -> Any:
+        """The smaller of two numbers, which may be tensors."""
+        if isinstance(b, Tensor):
+            return b.clamp(max=a)
+        return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
+
     def top(self, scores: Tensor, k: Any, dim: int = -1, largest: bool = True) -> Top:
         if isinstance(k, Tensor):
             order = scores.argsort(dim=dim, descending=largest, stable=True)
