@@ -25,7 +25,8 @@ class Value:
     self, counter (of an enumerate), constant, parameter and global (their names)
     attribute: of (base,)
     index:     (base, subscript)
-    call:      the function's last name, "" when a value is called; (receiver if it is a value, *arguments)
+    call:      the function's last name, "" when a value is called; (receiver if it is a value, *arguments);
+               the receiver of a call of self is the attribute that is called
     element:   of (iterable,), a loop variable
     operation: the operator or the syntax node, e.g. Mult, FloorDiv, Eq, Slice, IfExp
 
@@ -253,9 +254,11 @@ class _Walker:
         name, receiver = "", []
         if isinstance(node.func, ast.Attribute):
             name, base = node.func.attr, self.value(node.func.value)
+            receiver = [] if _is_module_path(base) else [base]
             if base.kind == "self":
                 self.unsupported(node, CALLS_SELF)
-            receiver = [] if _is_module_path(base) else [base]
+                receiver = [self.make("attribute", name, (base,), node.func)]
+                self.flow.at[node.func] = receiver[0]
         elif isinstance(node.func, ast.Name) and node.func.id not in self.values:
             name = node.func.id
         else:

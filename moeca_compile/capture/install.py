@@ -23,7 +23,9 @@ from moeca_compile._torch_private import not_on_compile_start, on_every_compile_
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
+from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Idiom, Trusted
+from moeca_compile.capture.idioms.held import BANK
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
@@ -93,15 +95,17 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     method = read_method(function) if idioms or suspicious else None
     if method is None:
         return None
-    for idiom in idioms:
-        recognised = _recognised(idiom, method)
-        if recognised is not None:
-            return _with_equivalent(function, method, recognised)
+    recognised = [each for each in (_recognised(idiom, method) for idiom in idioms) if each is not None]
+    dispatches = tuple(each for each in recognised if not isinstance(each, Bank))
+    if dispatches:
+        return _with_equivalent(function, method, dispatches)
+    for bank in recognised:
+        return _with_single_experts(function, bank)  # type: ignore[arg-type]
     lists = suspects.expert_lists(method)
     return _with_warning(function, method, lists) if lists else None
 
 
-def _recognised(idiom: Idiom, method: Method) -> Dispatch | None:
+def _recognised(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
     """The idiom's answer. Every class of the process comes by here: one that it fails on must not stop the others."""
     try:
         return idiom.recognise(method)
@@ -110,28 +114,50 @@ def _recognised(idiom: Idiom, method: Method) -> Dispatch | None:
         return None
 
 
-def _with_equivalent(original: Callable[..., Any], method: Method, recognised: Dispatch) -> Callable[..., Any]:
+def _with_equivalent(
+    original: Callable[..., Any], method: Method, recognised: tuple[Dispatch, ...]
+) -> Callable[..., Any]:
+    """Several idioms may see their dispatch in a method: numbers tell which of them is right."""
+
     @torch.compiler.assume_constant_result
-    def vouched(module: nn.Module, facts: Facts | str) -> Trusted | None:
-        try:
-            if isinstance(facts, str):
-                raise UntrustedError(facts)
-            return vouch(recognised, original, module, facts)
-        except NoExpertsError:
-            return None
-        except UntrustedError as reason:
+    def vouched(module: nn.Module, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
+        reasons = []
+        for number, dispatch in enumerate(recognised):
+            try:
+                of_call = facts[number]
+                if isinstance(of_call, str):
+                    raise UntrustedError(of_call)
+                return number, vouch(dispatch, original, module, of_call)
+            except NoExpertsError:
+                continue
+            except UntrustedError as reason:
+                reasons.append(str(reason))
+        if reasons:
             advice = "Write it so that this no longer holds, or add an idiom (docs/adding-an-idiom.md)."
-            refuse(Refusal(method.where, method.name, str(reason)), advice)
-            return None
+            refuse(Refusal(method.where, method.name, reasons[0]), advice)
+        return None
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            trusted = vouched(self, recognised.facts(args, kwargs))
-            if trusted is not None:
-                return recognised.equivalent(trusted, self, args, kwargs)
+            found = vouched(self, tuple([each.facts(args, kwargs) for each in recognised]))
+            if found is not None:
+                number, trusted = found
+                return recognised[number].equivalent(trusted, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return _dressed_as(original, dispatch)
+
+
+def _with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[..., Any]:
+    """A bank that runs one expert on all rows for a caller that asks for it, in the caller's trace or check."""
+
+    def run_experts(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        asked = bank.asked(args, kwargs)
+        return original(self, *args, **kwargs) if asked is None else bank.expert(asked, self, args, kwargs)
+
+    wrapper = _dressed_as(original, run_experts)
+    setattr(wrapper, BANK, bank)
+    return wrapper
 
 
 def _with_warning(original: Callable[..., Any], method: Method, lists: tuple[str, ...]) -> Callable[..., Any]:

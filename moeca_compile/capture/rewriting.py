@@ -17,18 +17,33 @@ is handed to the body too, as shared items: the graph of a body may hold nothing
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import CodeType, FunctionType
 from typing import Any
 
-from moeca_compile.capture.dataflow import CALLS_SELF, Value
-from moeca_compile.capture.site import Site, base_of, dependents, of_self, spelled
+from moeca_compile.capture.dataflow import Value
+from moeca_compile.capture.pruning import Pruning
+from moeca_compile.capture.roles import ADDS_UP, Site, base_of, dependents, of_self, spelled
+from moeca_compile.capture.syntax import (
+    HANDED,
+    assignment,
+    compiled,
+    handed,
+    located,
+    rebuilt,
+    roots,
+    simple_statements,
+    tuple_of,
+    with_blocks,
+    with_statements,
+)
+from moeca_compile.capture.turns import CHOSEN, WEIGHTS, Turns
 
-EXPERTS, MATMUL, EINSUM, ROWS, ITEM = "experts", "matmul", "einsum", "rows", "item"  # of what `moeca` is bound to
+# The methods of what `moeca` is bound to.
+EXPERTS, PAIRS, MATMUL, EINSUM, ROWS, ITEM = "experts", "pairs", "matmul", "einsum", "rows", "item"
 CHOICES = frozenset({"topk", "argmax", "max", "sort", "argsort", "multinomial"})
 REPLACES = frozenset({"where", "masked_fill", "masked_fill_", "index_put_", "masked_scatter_", "clamp"})
-HANDED, BODY, LIKE = "moeca", "moeca_body", "moeca_like"
+BODY, LIKE = "moeca_body", "moeca_like"
 
 
 class _NotRewritableError(Exception):
@@ -41,11 +56,15 @@ class Rewritten:
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
     read; index: the parameter that holds the expert ids, None where the method makes them itself; may_miss:
-    whether the method puts other numbers among them, for tokens that no expert takes
+    whether there may be other numbers among them, for tokens that no expert takes; by_ids: whether ids were found,
+    and not only what each turn of a loop makes of them
 
     What `moeca` has to have:
-    experts(like, rows, index, weight, body, items, shared): the dispatch. rows is a tuple of per-token inputs;
-        body is a function of rows, an expert's items and the shared ones; like has the result's shape, or is None
+    experts(like, rows, index, weight, body, items, shared): the dispatch, by expert ids. rows is a tuple of
+        per-token inputs; body is a function of rows, an expert's items and the shared ones; like has the
+        result's shape, or is None
+    pairs(like, rows, index, weight, body, items, shared): the same by token ids, or by lists of what each expert
+        takes; with top, first, placed, places, number, max and min (turns.py)
     matmul(a, b): the product of rows and one expert's matrix, which may have leading dimensions of 1
     einsum(equation, a, b): the same as an einsum
     rows(rows, dims): rows (n, width) with so many dimensions, those between of size 1
@@ -57,6 +76,7 @@ class Rewritten:
     shared: tuple[str, ...]
     index: str | None
     may_miss: bool
+    by_ids: bool
 
 
 def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
@@ -67,13 +87,31 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
     except _NotRewritableError:
         return None
     index = base_of(site.index)
+    given = index.kind == "parameter"
     return Rewritten(
-        _compiled(tree, original),
+        compiled(tree, original),
         tuple(text.partition(".")[2] for text in rewriting.items),
         tuple(text.partition(".")[2] for text in rewriting.shared),
-        index.name if index.kind == "parameter" else None,
-        _may_miss(site.index),
+        index.name if given and not site.pairs else None,
+        given or _may_miss(site.index),
+        site.selection is None,
     )
+
+
+def rewritten_body(
+    site: Site, original: Callable[..., Any]
+) -> tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]] | None:
+    """One expert's code alone, as `function(moeca, *rows, *items, *shared)`, with the names of items and shared."""
+    rewriting = _Rewriting(site)
+    try:
+        body = rewriting.body()
+    except _NotRewritableError:
+        return None
+    if rewriting.inserted:
+        return None  # it needs what only the method around it knows
+    names = [tuple(text.partition(".")[2] for text in held) for held in (rewriting.items, rewriting.shared)]
+    body.args.args.insert(0, ast.arg(HANDED))
+    return compiled(body, original, with_defaults=False), names[0], names[1]
 
 
 def _may_miss(index: Value) -> bool:
@@ -101,10 +139,13 @@ class _Rewriting:
         self.site, self.flow = site, site.flow
         self.names = self.flow.before[site.statement]
         self.parent = {child: node for node in ast.walk(site.tree) for child in ast.iter_child_nodes(node)}
+        self.reads: dict[int, ast.expr] = {}  # what the host reads, in place of the reading
         self.inserted: dict[ast.stmt, list[ast.stmt]] = {}
         self.items: dict[str, _Held] = {}  # by the source's text
         self.shared: dict[str, _Held] = {}
         self.used = {id(value) for value in site.result.ancestors()}
+        self.looped = dependents(self.flow, lambda value: value.kind in ("counter", "element"))
+        self.pruning = Pruning(self.flow, self.used)
         self.after_experts = dependents(self.flow, lambda value: id(value) in site.items)
 
     def tree(self) -> ast.FunctionDef:
@@ -114,33 +155,52 @@ class _Rewriting:
         self.inserted.setdefault(site.statement, []).append(body)
         replaced: dict[int, ast.expr] = {id(site.result.node): call}
         statements = self.block(site.tree.body, replaced)
-        statements, _ = self.pruned(statements, set())
+        statements, _ = self.pruning.pruned(statements, set())
         if any(node in (site.product.node, site.y.node) for each in statements for node in ast.walk(each)):
             raise _NotRewritableError
-        return _function(site.tree, statements)
+        return with_statements(site.tree, statements)
 
     # the call
 
-    def call(self) -> ast.Call:
-        site = self.site
-        rows = _tuple([self.name(base) for base in site.rows])
-        like: ast.expr = ast.Constant(None)
-        if isinstance(site.statement, ast.For):
-            like = ast.Name(LIKE, ast.Load())
-            zeros = ast.Name(self.target(), ast.Load())
-            self.inserted.setdefault(site.statement, []).append(_assign(LIKE, zeros))
-        return _call(
-            EXPERTS,
+    def call(self) -> ast.expr:
+        site, like = self.site, self.like()
+        rows = tuple_of([self.name(base) for base in site.rows])
+        call = handed(
+            PAIRS if site.pairs else EXPERTS,
             [
                 like,
                 rows,
-                self.name(site.index),
-                self.name(site.weight),
+                *self.routing(),
                 ast.Name(BODY, ast.Load()),
-                _tuple([held.source for held in self.items.values()]),
-                _tuple([held.source for held in self.shared.values()]),
+                tuple_of([held.source for held in self.items.values()]),
+                tuple_of([held.source for held in self.shared.values()]),
             ],
         )
+        return call if site.base is None else located(ast.BinOp(like, ast.Add(), call))
+
+    def routing(self) -> list[ast.expr]:
+        """Ids and weights: of all experts, or lists of what each turn of the loop makes of them."""
+        site = self.site
+        if site.selection is None:
+            return [self.name(site.index), self.name(site.weight)]
+        turns = Turns(site, self.pruning)
+        loop = turns.loop()
+        if loop is None:
+            raise _NotRewritableError
+        self.inserted.setdefault(site.statement, []).extend(loop)
+        self.reads = turns.reads
+        return [ast.Name(CHOSEN, ast.Load()), ast.Name(WEIGHTS, ast.Load())]
+
+    def like(self) -> ast.expr:
+        """What has the result's shape: that to which the products are added."""
+        site = self.site
+        if isinstance(site.statement, ast.For):
+            zeros = ast.Name(self.target(), ast.Load())
+            self.inserted.setdefault(site.statement, []).append(assignment(LIKE, zeros))
+            return ast.Name(LIKE, ast.Load())
+        if site.pairs and site.result.name in ADDS_UP - {"sum", "Add"}:
+            return self.name(site.result.operands[0])
+        return ast.Constant(None)
 
     def name(self, value: Value) -> ast.expr:
         """An expression for `value` where the dispatch stands."""
@@ -161,7 +221,7 @@ class _Rewriting:
             statement = self.parent.get(statement)
         if not isinstance(statement, ast.stmt) or not isinstance(expression, ast.expr) or self.in_loop(statement):
             raise _NotRewritableError
-        self.inserted.setdefault(statement, []).append(_assign(name, expression))
+        self.inserted.setdefault(statement, []).append(assignment(name, expression))
         return name
 
     def in_loop(self, statement: ast.stmt) -> bool:
@@ -184,16 +244,16 @@ class _Rewriting:
         site = self.site
         replaced = self.placeholders()
         statements, result = self.up_to_output()
-        built = [_rebuilt(each, replaced) for each in statements]
-        returned = _rebuilt(result, replaced)
-        built, _ = self.pruned([*built, ast.Return(returned)], set())
+        built = [rebuilt(each, replaced) for each in statements]
+        returned = rebuilt(result, replaced)
+        built, _ = self.pruning.pruned([*built, ast.Return(returned)], set())
         used = {node.id for each in built for node in ast.walk(each) if isinstance(node, ast.Name)}
         self.items = {text: held for text, held in self.items.items() if held.name in used}
         self.shared = {text: held for text, held in self.shared.items() if held.name in used}
         names = [f"moeca_rows_{i}" for i in range(len(site.rows))]
         names += [held.name for held in [*self.items.values(), *self.shared.values()]]
         arguments = ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
-        return _located(ast.FunctionDef(BODY, arguments, built, [], None, None))
+        return located(ast.FunctionDef(BODY, arguments, built, [], None, None))
 
     def placeholders(self) -> Callable[[ast.AST], ast.AST | None]:
         """What stands in the body for an expression of the original."""
@@ -211,18 +271,20 @@ class _Rewriting:
                 return rows[id(value)]
             if id(value) in self.site.items:
                 return self.item(value)
+            if isinstance(node, ast.Call) and self.is_bank(value):
+                return self.of_bank(node, value, replacement)
             if isinstance(node, ast.Call) and value.name in ("grouped_mm", "_grouped_mm", "bmm", "matmul"):
-                return _call(MATMUL, [_rebuilt(each, replacement) for each in self.factors(node)])
+                return handed(MATMUL, [rebuilt(each, replacement) for each in self.factors(node)])
             if isinstance(node, ast.Call) and value.name == "einsum" and len(node.args) == 3:
-                return _call(EINSUM, [_rebuilt(each, replacement) for each in node.args])
+                return handed(EINSUM, [rebuilt(each, replacement) for each in node.args])
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-                return _call(MATMUL, [_rebuilt(each, replacement) for each in (node.left, node.right)])
+                return handed(MATMUL, [rebuilt(each, replacement) for each in (node.left, node.right)])
             if of_self(value) and isinstance(node, ast.Attribute):
                 return self.placeholder(self.shared, "moeca_shared", node)
             if isinstance(node, ast.Call) and self.is_method_of_self(node.func):
                 shared = self.placeholder(self.shared, "moeca_shared", node.func)
-                arguments = _rebuilt(node.args, replacement)
-                return ast.Call(shared, arguments, _rebuilt(node.keywords, replacement))
+                arguments = rebuilt(node.args, replacement)
+                return ast.Call(shared, arguments, rebuilt(node.keywords, replacement))
             return None
 
         return replacement
@@ -230,15 +292,15 @@ class _Rewriting:
     def rows(self, name: str, leaf: Value) -> ast.expr:
         """Rows in place of `leaf`; of all tokens, with the dimensions that it has beside tokens and width."""
         rows = ast.Name(name, ast.Load())
-        if not self.site.whole_rows:
+        if not self.site.whole_rows or id(leaf) in self.looped:
             return rows
-        return _call(ROWS, [rows, self.dims(leaf)])
+        return handed(ROWS, [rows, self.dims(leaf)])
 
     def dims(self, value: Value) -> ast.expr:
         """The number of dimensions of `value`, as a local for the body: a number, where it may read no tensor."""
         of_value = ast.Attribute(self.name(value), "ndim", ast.Load())
         lines = self.inserted.setdefault(self.site.statement, [])
-        lines.append(_assign(f"moeca_dims_{len(lines)}", of_value))
+        lines.append(assignment(f"moeca_dims_{len(lines)}", of_value))
         return ast.Name(f"moeca_dims_{len(lines) - 1}", ast.Load())
 
     def factors(self, node: ast.Call) -> list[ast.expr]:
@@ -250,15 +312,34 @@ class _Rewriting:
 
     def is_value(self, node: ast.expr) -> bool:
         value = self.flow.at.get(node)
-        return value is not None and next(iter(_roots(value))).kind != "global"
+        return value is not None and next(iter(roots(value))).kind != "global"
 
     def item(self, value: Value) -> ast.expr:
         item = self.site.items[id(value)]
         name = self.placeholder(self.items, "moeca_item", item.source.node)
+        if item.bank:
+            return name
         if item.gathered is not None:
             # As if the ids of one branch had been looked up: the dimensions of the ids, each of size 1.
-            return _call(ITEM, [name, self.dims(item.gathered)])
+            return handed(ITEM, [name, self.dims(item.gathered)])
         return ast.Subscript(name, ast.Constant(None), ast.Load()) if item.grouped else name
+
+    def is_bank(self, call: Value) -> bool:
+        callee = self.site.items.get(id(call.operands[0])) if call.operands else None
+        return callee is not None and callee.bank
+
+    def of_bank(self, node: ast.Call, call: Value, replacement: Callable[[ast.AST], ast.AST | None]) -> ast.Call:
+        """One expert of a module that runs all: it stands for whatever tells which rows are whose, too."""
+        leaves = {id(leaf) for leaves in self.site.rows.values() for leaf in leaves}
+
+        def argument(given: ast.expr) -> ast.expr:
+            value = self.flow.at[given]
+            plain = id(value) in leaves or value.kind == "constant"
+            new: ast.expr = rebuilt(given, replacement) if plain else self.item(call.operands[0])
+            return new
+
+        keywords = [ast.keyword(each.arg, argument(each.value)) for each in node.keywords]
+        return ast.Call(self.item(call.operands[0]), [argument(each) for each in node.args], keywords)
 
     def is_method_of_self(self, function: ast.expr) -> bool:
         return (
@@ -281,7 +362,7 @@ class _Rewriting:
             statement = self.parent.get(statement)
         if statement is None or node is None:
             raise _NotRewritableError
-        simple = list(_simple(site.tree.body))
+        simple = list(simple_statements(site.tree.body))
         before = simple[: simple.index(statement)]
         start = self.first_of_loop(statement)
         before = [each for each in before if each in start]
@@ -310,7 +391,7 @@ class _Rewriting:
             new.append(self.statement(statement, replaced))
             if statement is self.site.statement and isinstance(statement, ast.For):
                 # The loop stays before it, to be pruned if nothing else that it does is needed.
-                new.append(_assign(self.target(), replaced[id(self.site.result.node)]))
+                new.append(assignment(self.target(), replaced[id(self.site.result.node)]))
         return new
 
     def statement(self, statement: ast.stmt, replaced: dict[int, ast.expr]) -> ast.stmt:
@@ -322,217 +403,23 @@ class _Rewriting:
                 name = spelled(site.result, self.flow.after[statement])
                 if name is None:
                     raise _NotRewritableError
-                return _assign(name, replaced[id(site.result.node)])
-            return _rebuilt(statement, lambda node: replaced.get(id(node)) or self.type_of_branches(node))
+                return assignment(name, replaced[id(site.result.node)])
+            return rebuilt(statement, lambda node: replaced.get(id(node)) or self.elsewhere(node))
         fields = [field for field in ("body", "orelse") if hasattr(statement, field)]
         if not fields:
-            return _rebuilt(statement, self.type_of_branches)
-        return _with_blocks(statement, {field: self.block(getattr(statement, field), replaced) for field in fields})
+            return rebuilt(statement, self.elsewhere)
+        return with_blocks(statement, {field: self.block(getattr(statement, field), replaced) for field in fields})
 
-    def type_of_branches(self, node: ast.AST) -> ast.expr | None:
-        """`branches.dtype`, where there are no branches any more, is taken from the rows."""
+    def elsewhere(self, node: ast.AST) -> ast.expr | None:
+        """Outside the dispatch: `branches.dtype`, where there are no branches any more, is taken from the rows.
+
+        What the host reads of the choice stays on the device.
+        """
+        if id(node) in self.reads:
+            return self.reads[id(node)]
         if not isinstance(node, ast.Attribute) or node.attr not in ("dtype", "device"):
             return None
         value = self.flow.at.get(node.value)
         if value is None or value is self.site.result or id(value) not in self.used & self.after_experts:
             return None
         return ast.Attribute(self.name(next(iter(self.site.rows))), node.attr, ast.Load())
-
-    def pruned(self, statements: Sequence[ast.stmt], live: set[str]) -> tuple[list[ast.stmt], set[str]]:
-        """The statements without those whose results nobody reads, and the names that they read."""
-        kept: list[ast.stmt] = []
-        for statement in reversed(statements):
-            left = self.without_idle_parts(statement, live)
-            if left is None:
-                continue
-            if isinstance(left, (ast.Assign, ast.AnnAssign)):
-                targets = left.targets if isinstance(left, ast.Assign) else [left.target]
-                live = live - {name for target in targets for name in _plain_names(target)}
-            kept.insert(0, left)
-            live = live | _read(left)
-        return kept, live
-
-    def without_idle_parts(self, statement: ast.stmt, live: set[str]) -> ast.stmt | None:
-        if isinstance(statement, (ast.If, ast.With)):
-            parts = {
-                field: self.pruned(getattr(statement, field), live)[0]
-                for field in ("body", "orelse")
-                if hasattr(statement, field)
-            }
-            if not any(parts.values()):
-                return None
-            return _with_blocks(statement, parts)
-        simple = [statement]
-        if isinstance(statement, ast.For):
-            simple = list(_simple([statement]))
-            if _plain_names(statement.target) & live:
-                return statement
-        return None if all(self.idle(each, live) for each in simple) else statement
-
-    def idle(self, statement: ast.stmt, live: set[str]) -> bool:
-        """Whether a statement changes nothing but locals that nobody reads any more."""
-        bound = _bound(statement)
-        if bound is None or bound & live:
-            return False
-        inside = set(ast.walk(statement))
-        for problem in self.flow.problems:
-            if problem.node in inside:
-                value = self.flow.at.get(problem.node)
-                if problem.what != CALLS_SELF or id(value) not in self.used:
-                    return False
-        return True
-
-
-def _with_blocks(statement: ast.stmt, blocks: dict[str, list[ast.stmt]]) -> ast.stmt:
-    """A compound statement with other blocks; the same object where they are the old ones."""
-    if all(_same(blocks[field], getattr(statement, field)) for field in blocks):
-        return statement
-    values = {name: getattr(statement, name) for name in statement._fields} | blocks
-    values["body"] = values["body"] or [_located(ast.Pass())]
-    return ast.copy_location(type(statement)(**values), statement)
-
-
-def _roots(value: Value) -> Iterator[Value]:
-    while value.operands:
-        value = value.operands[0]
-    yield value
-
-
-def _bound(statement: ast.stmt) -> set[str] | None:
-    """The locals that a statement binds or changes; None where it may do more."""
-    if isinstance(statement, ast.Assign):
-        roots = [_root(part) for target in statement.targets for part in _parts(target)]
-    elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)):
-        roots = [_root(statement.target)]
-    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        roots = [_root(statement.value)]
-    elif isinstance(statement, ast.FunctionDef):
-        roots = [statement.name]
-    else:
-        return None
-    return set(roots) if all(roots) else None
-
-
-def _parts(target: ast.expr) -> list[ast.expr]:
-    if isinstance(target, (ast.Tuple, ast.List)):
-        return [inner for part in target.elts for inner in _parts(part)]
-    return [target.value if isinstance(target, ast.Starred) else target]
-
-
-def _root(node: ast.expr) -> str:
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            return ""  # x.a = ... changes more than a local
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _plain_names(target: ast.expr) -> set[str]:
-    return {part.id for part in _parts(target) if isinstance(part, ast.Name)}
-
-
-def _read(statement: ast.stmt) -> set[str]:
-    """The names that a statement reads; a name changed in place is read too."""
-    read = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    if isinstance(statement, ast.AugAssign):
-        read.add(_root(statement.target))
-    if isinstance(statement, ast.FunctionDef):
-        read -= {argument.arg for argument in statement.args.args}
-        read -= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return read
-
-
-def _simple(statements: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements inside loops, conditions and with, one after another, without the jumps."""
-    for statement in statements:
-        inner = [*getattr(statement, "body", []), *getattr(statement, "orelse", [])]
-        if inner:
-            yield from _simple(inner)
-        elif not isinstance(statement, (ast.Continue, ast.Break, ast.Pass)):
-            yield statement
-
-
-def _rebuilt(node: Any, replacement: Callable[[ast.AST], ast.AST | None]) -> Any:
-    """A tree with some nodes replaced; what holds none of them is the same object as before."""
-    if isinstance(node, list):
-        return [_rebuilt(each, replacement) for each in node]
-    if not isinstance(node, ast.AST):
-        return node
-    new = replacement(node)
-    if new is not None:
-        return ast.copy_location(new, node)
-    fields = {name: getattr(node, name, None) for name in node._fields}
-    built = {name: _rebuilt(value, replacement) for name, value in fields.items()}
-    if all(_same(built[name], fields[name]) for name in fields):
-        return node
-    return ast.copy_location(type(node)(**built), node)
-
-
-def _same(new: Any, old: Any) -> bool:
-    if isinstance(old, list):
-        return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
-    return new is old
-
-
-# new syntax and new functions
-
-
-def _call(function: str, arguments: list[ast.expr]) -> ast.Call:
-    return _located(ast.Call(ast.Attribute(ast.Name(HANDED, ast.Load()), function, ast.Load()), arguments, []))
-
-
-def _tuple(elements: list[ast.expr]) -> ast.Tuple:
-    return ast.Tuple(elements, ast.Load())
-
-
-def _assign(name: str, value: ast.expr) -> ast.Assign:
-    return _located(ast.Assign([ast.Name(name, ast.Store())], value, None))
-
-
-def _located(node: Any) -> Any:
-    node.lineno, node.col_offset, node.end_lineno, node.end_col_offset = 1, 0, 1, 0
-    return node
-
-
-def _function(tree: ast.FunctionDef, statements: list[ast.stmt]) -> ast.FunctionDef:
-    """`tree` with other statements and one more parameter, without decorators and annotations."""
-    old = tree.args
-    first = [ast.arg(HANDED)]
-    plain = {
-        name: [ast.arg(each.arg) for each in getattr(old, name)] for name in ("posonlyargs", "args", "kwonlyargs")
-    }
-    plain["posonlyargs" if plain["posonlyargs"] else "args"][:0] = first
-    arguments = ast.arguments(
-        **plain,
-        vararg=old.vararg and ast.arg(old.vararg.arg),
-        kwarg=old.kwarg and ast.arg(old.kwarg.arg),
-        defaults=[ast.Constant(None) for _ in old.defaults],  # the function gets the original's values
-        kw_defaults=[each and ast.Constant(None) for each in old.kw_defaults],
-    )
-    return ast.copy_location(ast.FunctionDef(tree.name, arguments, statements, [], None, None), tree)
-
-
-def _compiled(tree: ast.FunctionDef, original: Callable[..., Any]) -> Callable[..., Any]:
-    """The tree as a function with the original's globals, defaults and closure."""
-    code = original.__code__
-    free = code.co_freevars
-    outer_arguments = ast.arguments([], [ast.arg(name) for name in free], None, [], [], None, [])
-    outer = ast.FunctionDef("moeca_factory", outer_arguments, [tree], [], None, None)
-    module = ast.Module([_located(outer)], [])
-    for node in ast.walk(module):
-        if "type_params" in node._fields and not isinstance(getattr(node, "type_params", None), list):
-            node.type_params = []  # type: ignore[attr-defined]  # from Python 3.12 on
-    ast.fix_missing_locations(module)
-    ast.increment_lineno(module, code.co_firstlineno - 1)
-    inner = _code_named(_code_named(compile(module, code.co_filename, "exec"), "moeca_factory"), tree.name)
-    cells = dict(zip(free, original.__closure__ or (), strict=True))
-    function = FunctionType(
-        inner, original.__globals__, tree.name, original.__defaults__, tuple(cells[n] for n in inner.co_freevars)
-    )
-    function.__kwdefaults__ = original.__kwdefaults__
-    function.__qualname__, function.__module__ = original.__qualname__, original.__module__
-    return function
-
-
-def _code_named(code: CodeType, name: str) -> CodeType:
-    return next(each for each in code.co_consts if isinstance(each, CodeType) and each.co_name == name)

@@ -14,162 +14,38 @@ What is found is used by rewriting.py and checked with numbers; nothing here has
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from moeca_compile.capture.dataflow import CALLS_SELF, OPTIONAL_ARGUMENTS, Flow, Names, Value
-
-SHAPES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unsqueeze",
-        "squeeze",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "unflatten",
-    ]
+from moeca_compile.capture.dataflow import Flow, Names, Value
+from moeca_compile.capture.roles import (
+    ADDS_UP,
+    COMPARISONS,
+    CONTRACTIONS,
+    IN_PLACE,
+    JOINS,
+    PICKS,
+    PRODUCTS,
+    REPEATS,
+    SERIES,
+    SHAPES,
+    SPLITS,
+    TOKENS,
+    TURNS,
+    VIEWS,
+    ZEROS,
+    IndexOf,
+    Item,
+    ItemsOf,
+    Site,
+    base_of,
+    dependents,
+    has_tensors,
+    loop_items,
+    nearest,
+    of_self,
+    spelled,
+    stateless,
 )
-VIEWS = SHAPES | frozenset(
-    ["to", "type", "type_as", "float", "half", "bfloat16", "double", "long", "int", "clone", "detach"]
-)
-REPEATS = frozenset({"repeat_interleave", "repeat", "expand"})
-PICKS = frozenset({"index_select", "gather", "take_along_dim"})
-SPLITS = frozenset({"split", "tensor_split", "split_with_sizes", "chunk", "unbind"})
-TURNS = frozenset({"transpose", "t", "permute", "swapaxes"})
-CONTRACTIONS = frozenset({"MatMult", "einsum", "bmm", "matmul"})
-PRODUCTS = CONTRACTIONS | {"Mult", "mul", "mul_", "multiply"}
-COMPARISONS = frozenset({"Eq", "eq", "NotEq", "ne", "Gt", "gt", "Lt", "lt", "GtE", "LtE"})
-ADDS_UP = frozenset(
-    ["Add", "sum", "scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add", "index_add_", "index_add"]
-)
-IN_PLACE = frozenset(
-    [
-        "index_put_",
-        "index_put",
-        "index_copy_",
-        "index_copy",
-        "scatter_",
-        "scatter",
-        "masked_scatter",
-        "masked_scatter_",
-        "append",
-    ]
-)
-JOINS = frozenset({"cat", "concat", "stack", "vstack", "IfExp"})
-SERIES = frozenset({"List", "Tuple", "ListComp", "GeneratorExp"})
-SIZES = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "len", "stride"})
-ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
-
-# In a subscript they tell that it holds numbers of tokens, not of branches.
-TOKENS = frozenset({"FloorDiv", "div", "floor_divide", "where", "nonzero", "any"})
-
-IndexOf = Callable[[Value], "Value | None"]
-"""The expert ids, if a value is the one that an idiom recognises them by: the argument of a one_hot, a sort."""
-
-ItemsOf = Callable[[Flow], "dict[int, Item]"]
-
-
-@dataclass(frozen=True)
-class Item:
-    """A value that belongs to one expert: element e of an attribute of self.
-
-    source: that attribute, as a value
-    gathered: the subscript, where it is the expert ids of many branches and not one expert's number
-    grouped: whether the value is the whole attribute, which an op takes apart by itself
-    """
-
-    source: Value
-    gathered: Value | None = None
-    grouped: bool = False
-
-
-@dataclass(frozen=True)
-class Site:
-    """One dispatch.
-
-    result: what the marker op replaces; y: an expert's output, before its weight
-    rows: base -> the values that are its rows, for x and each further per-token input
-    index, weight: the expert ids and the weights, for all tokens
-    items: by id of a value, the experts' own
-    whole_rows: whether rows keep their views in the experts' code, where they are of all tokens
-    statement: the statement that is replaced, or that holds the expression `result`
-    """
-
-    flow: Flow
-    tree: ast.FunctionDef
-    result: Value
-    product: Value
-    y: Value
-    rows: dict[Value, list[Value]]
-    index: Value
-    weight: Value
-    items: dict[int, Item]
-    whole_rows: bool
-    statement: ast.stmt
-
-
-def loop_items(flow: Flow) -> dict[int, Item]:
-    """`self.a[e]` with e from a loop, and the elements of `self.a` that a loop goes through."""
-    looped = dependents(flow, lambda value: value.kind in ("counter", "element"))
-    found: dict[int, Item] = {}
-    for value in flow.made:
-        if (value.kind == "element" and of_self(value.operands[0])) or (
-            value.kind == "index" and of_self(value.operands[0]) and id(value.operands[1]) in looped
-        ):
-            found[id(value)] = Item(value.operands[0])
-    return found
-
-
-def of_self(value: Value) -> bool:
-    """Whether a value is an attribute of self, or of an attribute of self."""
-    while value.kind == "attribute":
-        value = value.operands[0]
-        if value.kind == "self":
-            return True
-    return False
-
-
-def dependents(flow: Flow, seed: Callable[[Value], bool], by_size: bool = False) -> set[int]:
-    """The ids of all values made from one that `seed` holds for; from its sizes or dtype alone if `by_size`."""
-    found: set[int] = set()
-    for value in flow.made:
-        cut = not by_size and value.name in SIZES and value.kind in ("attribute", "call")
-        if seed(value) or (not cut and any(id(operand) in found for operand in value.operands)):
-            found.add(id(value))
-    return found
-
-
-def nearest(start: Value, found_in: IndexOf) -> Value | None:
-    """What `found_in` finds in the values that `start` is made from, the nearest first."""
-    seen, pending = {id(start)}, [start]
-    while pending:
-        value = pending.pop(0)
-        found = found_in(value)
-        if found is not None:
-            return found
-        new = [operand for operand in value.operands if id(operand) not in seen]
-        seen.update(map(id, new))
-        pending.extend(new)
-    return None
-
-
-def base_of(value: Value) -> Value:
-    """`value` without views, conversions and constant subscripts."""
-    while (value.kind == "call" and value.name in VIEWS | REPEATS and value.operands) or (
-        value.kind == "index" and not has_tensors(value.operands[1])
-    ):
-        value = value.operands[0]
-    return value
-
-
-def has_tensors(subscript: Value) -> bool:
-    """Whether a subscript holds more than constants and modules of Python, e.g. not so in [:, None]."""
-    return any(value.kind not in ("constant", "operation", "global", "self") for value in subscript.ancestors())
 
 
 def find_site(
@@ -180,11 +56,10 @@ def find_site(
     dense: whether the experts may run on all rows
     """
     items = items_of(flow)
-    stateless = all(problem.what in (CALLS_SELF, OPTIONAL_ARGUMENTS) for problem in flow.problems)
-    return _Finder(flow, tree, index_of, items, dense).site() if items and stateless else None
+    return Finder(flow, tree, index_of, items, dense).site() if items and stateless(flow) else None
 
 
-class _Finder:
+class Finder:
     index: Value  # the expert ids, while one product is tried
     names: Names  # the locals where the dispatch would be replaced
 
@@ -240,10 +115,15 @@ class _Finder:
             if value.name in PRODUCTS and value.kind in ("call", "operation"):
                 own = [operand for operand in value.operands if self.is_output(operand)]
                 other = [o for o in value.operands if id(o) not in self.experts and o.kind != "constant"]
-                if len(own) == 1 and len(other) >= 1:
-                    found.append((value, own[0], other[0]))
+                factor = self.factor(other)
+                if len(own) == 1 and factor is not None:
+                    found.append((value, own[0], factor))
         yield from (each for each in reversed(found) if self.loop_of(each[0]) is not None)
         yield from (each for each in found if self.loop_of(each[0]) is None)
+
+    def factor(self, others: list[Value]) -> Value | None:
+        """Which of a product's other operands holds the weights."""
+        return others[0] if others else None
 
     def uses_item(self, value: Value) -> bool:
         return not self.is_item(value) and any(self.is_item(operand) for operand in value.operands)
@@ -264,7 +144,7 @@ class _Finder:
         """The output of one expert, of which `value` holds all: before the outputs were put side by side."""
         found = value
         while True:
-            own = [operand for operand in value.operands if self.is_output(operand)]
+            own = [operand for operand in value.operands if self.is_output(operand) and operand.name not in ZEROS]
             picked = value.kind == "index" and has_tensors(value.operands[1])
             if value.kind == "call" and value.name in VIEWS and own:
                 value = value.operands[0]
@@ -369,6 +249,14 @@ class _Finder:
 
     def rows(self, y: Value) -> dict[Value, list[Value]]:
         """base -> values that are its rows, in the order in which the experts' code meets them."""
+        found: dict[Value, list[Value]] = {}
+        for leaf in self.leaves(y):
+            chain = self.chain(leaf)
+            found.setdefault(self.of_branches(chain) if self.dense else self.named(chain), []).append(leaf)
+        return found
+
+    def leaves(self, y: Value) -> list[Value]:
+        """The values that are rows and enter the code that makes `y`."""
         leaves: dict[Value, None] = {}
         seen, pending = {id(y)}, [y]
         while pending:
@@ -382,11 +270,7 @@ class _Finder:
                     leaves[operand] = None
                 elif operand.kind in ("call", "operation"):
                     pending.append(operand)
-        found: dict[Value, list[Value]] = {}
-        for leaf in sorted(leaves, key=lambda each: self.order[id(each)]):
-            chain = self.chain(leaf)
-            found.setdefault(self.of_branches(chain) if self.dense else self.named(chain), []).append(leaf)
-        return found
+        return sorted(leaves, key=lambda each: self.order[id(each)])
 
     def is_rows(self, value: Value, enters_expert: bool) -> bool:
         """Whether `value` is rows of a tensor with all tokens: picked for an expert, or all of them."""
@@ -481,8 +365,3 @@ class _Finder:
         """Whether `value` is a local, or its syntax can be put before the dispatch."""
         before = value.node is not None and id(value) not in self.after_experts
         return spelled(value, self.names) is not None or (before and id(value) not in self.looped)
-
-
-def spelled(value: Value, names: Names) -> str | None:
-    """A local name that stands for `value`, if there is one."""
-    return next((name for name, bound in names.items() if bound is value), None)

@@ -18,8 +18,8 @@ from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.numerics import UntrustedError, autocast
 
 Original = Callable[..., Tensor]
-Verdict = torch.dtype | str
-"""The dtype of what a trusted dispatch returns, or why it is not trusted."""
+Verdict = Any
+"""What the check found out of a trusted dispatch, or a str: why it is not trusted."""
 
 _verdicts: WeakKeyDictionary[type, dict[Any, Verdict]] = WeakKeyDictionary()
 

@@ -4,7 +4,16 @@ docs/adding-an-idiom.md tells how to write one. Nothing registers itself:
 an idiom is in use once it stands here.
 """
 
-from moeca_compile.capture.idioms import dense, gathered_weights, grouped_matmul, mask_loop, sorted_segments
+from moeca_compile.capture.idioms import (
+    bank,
+    dense,
+    expert_choice,
+    expert_loop,
+    gathered_weights,
+    grouped_matmul,
+    mask_loop,
+    sorted_segments,
+)
 from moeca_compile.capture.idioms.base import Idiom
 
 IDIOMS: tuple[Idiom, ...] = (
@@ -13,4 +22,7 @@ IDIOMS: tuple[Idiom, ...] = (
     grouped_matmul.IDIOM,
     gathered_weights.IDIOM,
     dense.IDIOM,
+    expert_choice.IDIOM,
+    expert_loop.IDIOM,
+    bank.IDIOM,
 )

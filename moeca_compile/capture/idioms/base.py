@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from moeca_compile.capture.source import Method
@@ -19,8 +18,9 @@ from moeca_compile.capture.structure import Path
 
 Paths = tuple[tuple[Path, ...], ...]
 
-Trusted = tuple[Paths, torch.dtype]
-"""What an equivalent needs of a layer: the paths of its tensors in each item, the dtype of the result."""
+Trusted = tuple[Paths, Any]
+"""What an equivalent needs of a layer: the paths of its tensors in each item, and what the check found out of it,
+the dtype of the result and more (pairs.py)."""
 
 Facts = tuple[Any, ...]
 """Constants about the arguments of one call, known while tracing: sizes, dtypes, layouts, device."""
@@ -43,8 +43,8 @@ class Dispatch(Protocol):
     def layout(self, module: nn.Module) -> Layout:
         """Where `module` keeps its experts. Raises UntrustedError where they cannot stand for each other."""
 
-    def compared(self, original: Callable[..., Tensor], module: nn.Module, facts: Facts) -> torch.dtype:
-        """Compare original and meaning on random calls; the result's dtype. Raises UntrustedError."""
+    def compared(self, original: Callable[..., Tensor], module: nn.Module, facts: Facts) -> Any:
+        """Compare original and meaning on random calls; the result's dtype and more. Raises UntrustedError."""
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The method's result, through markers."""
@@ -56,12 +56,13 @@ class Idiom:
 
     name: for messages
     plausible: a cheap test on a method's code object, before its source is read
-    recognise: the dispatch in a method's code, None where it is no such method; never by names of classes
+    recognise: the Dispatch (or the Bank, bank.py) in a method's code, None where it is no such method; never by
+        names of classes
     """
 
     name: str
     plausible: Callable[[CodeType], bool]
-    recognise: Callable[[Method], Dispatch | None]
+    recognise: Callable[[Method], Any]
 
 
 def uses(*names: str) -> Callable[[CodeType], bool]:

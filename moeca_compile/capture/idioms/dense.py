@@ -14,7 +14,7 @@ from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognised
 from moeca_compile.capture.idioms.packed import whole
-from moeca_compile.capture.site import Item, loop_items
+from moeca_compile.capture.roles import Item, loop_items
 from moeca_compile.capture.source import Method
 
 _SCATTERS = ("scatter", "scatter_", "scatter_add", "scatter_add_")

@@ -18,7 +18,7 @@ from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognised
 from moeca_compile.capture.idioms.packed import looked_up, whole
 from moeca_compile.capture.idioms.sorted_segments import index_of
-from moeca_compile.capture.site import Item
+from moeca_compile.capture.roles import Item
 from moeca_compile.capture.source import Method
 
 GROUPED = ("grouped_mm", "_grouped_mm")

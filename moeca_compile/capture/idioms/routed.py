@@ -124,6 +124,7 @@ class Routed:
         body_out = experts[0](torch.ops.moeca.expert_rows(x))
         params = [tensor_at(expert, path) for expert in experts for path in paths]
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
+        index, weight = in_range(index, weight, len(experts))
         out = torch.ops.moeca.experts(x, index, weight, body_out, params, len(experts))
         return out.to(dtype) if out.dtype != dtype else out
 
@@ -156,6 +157,12 @@ def tensor_at(module: Any, path: Path) -> Tensor:
     for name in path:
         found = getattr(found, name)
     return found
+
+
+def in_range(index: Tensor, weight: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Traceable: ids and weights in which a branch that no expert takes is one of expert 0 with weight 0."""
+    missed = (index < 0).logical_or(index >= num_experts)  # ops that later passes follow token by token
+    return index.masked_fill(missed, 0), weight.masked_fill(missed, 0)
 
 
 def _is_flat(tensor: Tensor, x: Tensor) -> bool:

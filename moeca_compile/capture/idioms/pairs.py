@@ -1,0 +1,174 @@
+"""For methods in which experts take tokens: any (token, expert) pairs, as `moeca::expert_pairs` has them.
+
+As with inline.py, the method is traced as it is written but for its dispatch. The check finds out by numbers, too,
+how ids and weights lie (routing.py), and whether the routing of a sample depends on the others in its batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.capture.dataflow import Flow
+from moeca_compile.capture.idioms.base import Facts, Trusted
+from moeca_compile.capture.idioms.choices import MisreadError
+from moeca_compile.capture.idioms.inline import DTYPES_OF, SEEN, TRIAL_SEED, Inline
+from moeca_compile.capture.idioms.marking import Markers
+from moeca_compile.capture.idioms.meaning import Meaning
+from moeca_compile.capture.idioms.routing import NO_READING, Reading, readings
+from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, without_side_effects
+from moeca_compile.capture.numerics import UntrustedError, autocast, tolerance_for, with_random_parameters
+from moeca_compile.capture.pair_site import find_pair_site
+from moeca_compile.capture.rewriting import rewritten
+from moeca_compile.capture.roles import Item
+from moeca_compile.capture.source import Method
+
+_LARGE = 4.0  # times random arguments of size 1: scores far apart, experts that take many tokens or none
+
+_COARSE = (torch.bfloat16, torch.float16)
+
+Arguments = tuple[list[Any], dict[str, Any]]
+Verdict = tuple[torch.dtype, Reading, bool]
+"""The dtype of the result, how ids and weights lie, whether samples of a batch depend on each other."""
+
+
+@dataclass(frozen=True)
+class Pairs(Inline):
+    """A method in which experts take tokens."""
+
+    def compared(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:
+        if not any(fact[1] for fact in facts):
+            raise UntrustedError("none of its arguments is a tensor")
+        tolerance = tolerance_for([*module.parameters(), *self._tensors(facts)])
+        dtypes = {each.dtype for each in (*module.parameters(), *self._tensors(facts))} | {d for _, d in autocast()}
+        if not self.method.by_ids and not dtypes.isdisjoint(_COARSE):
+            return self._compared_in_float32(original, module, facts)
+        trials = list(self._trials(facts, 0))
+        for candidate in (lambda: module, lambda: with_random_parameters(module)):
+            layer = candidate()
+            verdict = self._verdict(original, layer, trials, tolerance)
+            if verdict is not None:
+                return *verdict, self._coupled(with_random_parameters(module), trials[0], verdict[1], tolerance)
+        raise UntrustedError("its experts hardly change what it returns, so nothing can be told from numbers")
+
+    def _compared_in_float32(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:
+        """In coarse types many scores tie, and among those a top-k and a sort choose as they like."""
+        wide = tuple((*fact[:3], _widened(fact[3]), fact[4]) if fact[1] else fact for fact in facts)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            _, reading, coupled = self.compared(original, copy.deepcopy(module).float(), wide)
+        args, kwargs = next(self._trials(facts, 0))
+        want = [kind(each) for each in without_side_effects(original, module, args, kwargs)]
+        for dtype_of in DTYPES_OF:
+            meaning = Meaning(dtype_of, 1.0, float("inf"), reading)
+            got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            if [kind(each) for each in got] == want:
+                return meaning.dtype, reading, coupled
+        raise UntrustedError("it returns another shape or type than its experts' weighted outputs have")
+
+    def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        paths, (dtype, reading, coupled) = trusted
+        return self.method.function(Markers(paths, dtype, False, reading, coupled), module, *args, **kwargs)
+
+    def _trials(self, facts: Facts, num_experts: int) -> Iterator[Arguments]:
+        """Random arguments, then large ones: choices among tokens that are alike are the op's own affair."""
+        for number, scale in enumerate((1.0, _LARGE)):
+            args, kwargs = self._arguments(facts, num_experts, False, TRIAL_SEED + number)
+            yield [_times(each, scale) for each in args], {name: _times(each, scale) for name, each in kwargs.items()}
+
+    def _verdict(
+        self, original: Callable[..., Any], module: nn.Module, trials: list[Arguments], tolerance: float
+    ) -> tuple[torch.dtype, Reading] | None:
+        """What all trials agree in; None if the numbers cannot tell. Raises UntrustedError where they differ."""
+        known: tuple[str, Reading] | None = None
+        dtype = None
+        for args, kwargs in trials:
+            want = without_side_effects(original, module, args, kwargs)
+            known = self._reading(module, args, kwargs, want, tolerance, known)
+            meaning = Meaning(known[0], 0.0, tolerance, known[1])
+            rest = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            told = any(not equal(a, b, SEEN * tolerance) for a, b in zip(rest, want, strict=True))
+            if not told or not all(finite(each) for each in want):
+                return None
+            dtype = meaning.dtype
+        return (dtype, known[1]) if known is not None and dtype is not None else None
+
+    def _reading(
+        self,
+        module: nn.Module,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        want: list[Any],
+        tolerance: float,
+        known: tuple[str, Reading] | None,
+    ) -> tuple[str, Reading]:
+        """(dtype_of, reading) with which the meaning is what the original returned. Raises UntrustedError."""
+        kinds = set()
+        possible = readings() if self.method.by_ids else [NO_READING]
+        for reading in possible if known is None else [known[1]]:
+            for dtype_of in DTYPES_OF if known is None else [known[0]]:
+                meaning = Meaning(dtype_of, 1.0, tolerance, reading)
+                try:
+                    got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+                except MisreadError:
+                    break
+                alike = [kind(each) for each in got] == [kind(each) for each in want]
+                kinds.add(alike)
+                if not alike:
+                    continue
+                if all(equal(a, b, tolerance) for a, b in zip(got, want, strict=True)):
+                    return dtype_of, reading
+                break
+        if True in kinds:
+            raise UntrustedError("its result is not the sum of its experts' weighted outputs")
+        raise UntrustedError("it returns another shape or type than its experts' weighted outputs have")
+
+    def _coupled(self, module: nn.Module, trial: Arguments, reading: Reading, tolerance: float) -> bool:
+        """Whether the routing of the first half of a batch changes with the second."""
+        args, kwargs = trial
+        seen = []
+        for changed in (False, True):
+            meaning = Meaning("product", 1.0, tolerance, reading)
+            given = [_other_half(each) if changed else each for each in args]
+            named = {name: _other_half(each) if changed else each for name, each in kwargs.items()}
+            self.method.function(meaning, module, *cloned(given), **named)
+            half = len(meaning.routed) // 2
+            seen.append((meaning.routed[:half], (meaning.weight * meaning.routed)[:half]))
+        (routed, weight), (routed_again, weight_again) = seen
+        if meaning.counted_by_data and any(_samples(each) > 1 for each in [*args, *kwargs.values()]):
+            return True  # whatever the numbers are now
+        return not torch.equal(routed, routed_again) or not equal(weight, weight_again, tolerance)
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _COARSE else dtype
+
+
+def _samples(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.dim() > 0 else 1
+
+
+def _times(value: Any, scale: float) -> Any:
+    return value * scale if isinstance(value, Tensor) and value.dtype.is_floating_point else value
+
+
+def _other_half(value: Any) -> Any:
+    """Other numbers in the second half of the first dimension."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or not value.dtype.is_floating_point:
+        return value
+    changed = value.clone()
+    first = len(value) - len(value) // 2
+    changed[first:] = 1.5 * value[first:].flip(-1) + 0.5
+    return changed
+
+
+def recognised_pairs(method: Method, flow: Flow, items: dict[int, Item]) -> Pairs | None:
+    """The dispatch by token ids in `method`, found by pair_site.py and rewritten, else None."""
+    site = find_pair_site(flow, method.tree, items)
+    found = rewritten(site, method.function) if site else None
+    return Pairs(found, flow.parameters) if found else None

@@ -1,0 +1,68 @@
+"""Random arguments for the check of a method, and how its results are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from moeca_compile.capture.numerics import UntrustedError, close
+
+TRIAL_SIZE = 3  # of a dimension that varies from call to call
+
+
+def random_argument(
+    described: Sequence[Any], num_experts: int | None, same: bool, generator: torch.Generator
+) -> Tensor:
+    """A random argument of (sizes, dtype, device); expert ids if there is a number of experts.
+
+    same: all tokens are alike, or, for expert ids, the experts but one are used.
+    """
+    sizes, dtype, device = described
+    shape = [TRIAL_SIZE if size is None else size for size in sizes]
+    count = torch.Size(shape).numel()
+    if num_experts is not None:
+        spare = num_experts > 1 and (len(shape) < 2 or shape[-1] < num_experts)
+        order = torch.randperm(num_experts, generator=generator)[: num_experts - 1 if same and spare else None]
+        return order[torch.arange(count) % len(order)].reshape(shape).to(device, dtype)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2, shape, generator=generator).to(device, dtype)
+    value = torch.randn(shape, generator=generator)
+    if same and len(shape) > 1:
+        value = value.reshape(-1, shape[-1])[:1].expand(count // shape[-1], -1).reshape(shape).clone()
+    return value.to(device, dtype)
+
+
+def without_side_effects(
+    original: Callable[..., Any], module: nn.Module, args: list[Any], kwargs: dict[str, Any]
+) -> list[Any]:
+    """What the original returns. Raises UntrustedError, with the buffers as before, if it changes them."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    result = original(module, *cloned(args), **kwargs)
+    changed = [(buffer, old) for buffer, old in before if not torch.equal(buffer, old)]
+    for buffer, old in changed:
+        buffer.copy_(old)
+    if changed:
+        raise UntrustedError("it changes its own buffers")
+    return tree_leaves(result)
+
+
+def cloned(args: Sequence[Any]) -> list[Any]:
+    return [value.clone() if isinstance(value, Tensor) else value for value in args]
+
+
+def kind(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+
+
+def equal(got: Any, want: Any, tolerance: float) -> bool:
+    if not isinstance(got, Tensor):
+        return bool(got == want)
+    return close(got, want, tolerance) if got.dtype.is_floating_point else torch.equal(got, want)
+
+
+def finite(leaf: Any) -> bool:
+    return not isinstance(leaf, Tensor) or bool(leaf.isfinite().all())
