@@ -10,11 +10,12 @@ import sympy
 from torch import fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.axis import Axis, place_in
 from moeca_compile.passes.experts import ENTRY, body_nodes
 from moeca_compile.passes.regions import ExpertBody, Experts, Regions, between
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec, StepKind
-from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
+from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops, token_count
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     Attributes:
         caches: every cached tensor of one stream.
         capacities: the ladder, in tokens a sample.
-        full_flops: of a full step, in B and N.
+        full_flops: of a full step, in B and N (tokens of the stream whose tokens are chosen).
         saved: what a cache step saves in each part (attention, experts), in B, N, c (fraction of tokens chosen)
             and r (fraction of branches recomputed).
         sizes: the values of B and N for this graph.
@@ -51,19 +52,19 @@ class Plan:
 
 def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], config: MoecaConfig) -> Plan:
     """Costs and capacities of the recipe on this graph."""
-    layout = next(iter(regions.layouts.values()), None)
-    sizes = (layout.samples, layout.tokens) if layout else (1, 1)
-    full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts)
-    full += _branch_flops(regions.bodies, regions, config)
+    sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
+    full = _row_flops(regions, _outside_bodies(graph, regions)) + _branch_flops(regions.bodies, regions, config)
     return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, _saved(graph, regions, config), sizes)
 
 
 def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int, ...]:
     """The ladder in tokens; a rank budget needs one rung only, and none at 0."""
     if config.budget is not None and regions.experts:
-        samples = next(iter(regions.layouts.values())).samples
-        most = max(expected_branches(layer.body, samples * tokens, config) for layer in regions.experts) / samples
-        return (min(tokens, round(config.budget * most)),)
+        most = max(
+            expected_branches(layer.body, shape_of(layer.marker)[0], config) / shape_of(layer.marker)[0]
+            for layer in regions.experts
+        )
+        return (min(tokens, round(config.budget * most * tokens)),)
     return tuple(sorted({ceil(fraction * tokens) for fraction in config.capacities}))
 
 
@@ -83,18 +84,28 @@ def _branch_flops(markers: Iterable[fx.Node], regions: Regions, config: MoecaCon
     total = sympy.Integer(0)
     for marker in markers:
         body, rows = regions.bodies[marker], shape_of(marker)[0]
-        branches = sympy.Rational(expected_branches(body, rows, config), rows) * BATCH * TOKENS
-        total += body.flops_per_row * branches
+        known = marker in regions.layouts
+        tokens = BATCH * token_count(regions.axis(marker), _main(regions)) if known else rows
+        total += body.flops_per_row * sympy.Rational(expected_branches(body, rows, config), rows) * tokens
     return total
+
+
+def _row_flops(regions: Regions, nodes: Iterable[fx.Node], output: fx.Node | None = None) -> sympy.Expr:
+    """FLOPs of `nodes`, or of their share in the tokens of `output`."""
+    only = regions.axis(output) if output is not None else None
+    return symbolic_flops(nodes, regions.layouts, _main(regions), only)
+
+
+def _main(regions: Regions) -> Axis:
+    return regions.main.axis if regions.main else ()
 
 
 def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[sympy.Expr, sympy.Expr]:
     """What a cache step does not compute, by part."""
     nothing = sympy.Integer(0)
-    if config.family == "stack" and regions.residuals:
+    if config.family == "stack" and regions.stack:
         # The whole stack goes at once; it counts as one part, and its steps have both parts cached.
-        stack = (regions.residuals[0].stream, regions.residuals[-1].add)
-        return _span_flops(graph, regions, [stack], config), nothing
+        return _span_flops(graph, regions, [regions.stack], config), nothing
     if config.family == "fora":
         attention = {a.residual for a in regions.attentions}
         spans = [
@@ -113,7 +124,7 @@ def _span_flops(
     """All work between the ends of `spans`, branches included."""
     inside: set[fx.Node] = set().union(*(between(source, [output]) for source, output in spans))
     branches = _branch_flops([marker for marker in regions.bodies if marker in inside], regions, config)
-    return symbolic_flops(inside & _outside_bodies(graph, regions), regions.layouts) + branches
+    return _row_flops(regions, inside & _outside_bodies(graph, regions)) + branches
 
 
 def _saved_attention(regions: Regions, config: MoecaConfig) -> sympy.Expr:
@@ -122,14 +133,14 @@ def _saved_attention(regions: Regions, config: MoecaConfig) -> sympy.Expr:
         span = between(attention.residual.stream, [attention.residual.output])
         fresh = between(attention.residual.stream, [attention.key, attention.value])
         kept = fresh if config.keys_values == "all" else set()
-        saved += (1 - CHOSEN) * symbolic_flops(span - kept, regions.layouts)
+        saved += _reused(regions, span - kept, attention.residual.output)
     return saved
 
 
 def _saved_experts(regions: Regions, config: MoecaConfig) -> sympy.Expr:
     saved = sympy.Integer(0)
     for feedforward in regions.feedforwards:
-        saved += (1 - CHOSEN) * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
+        saved += _reused(regions, between(feedforward.stream, [feedforward.output]), feedforward.output)
     for layer in regions.experts:
         saved += (1 - RECOMPUTED) * _branch_flops([layer.marker], regions, config)
         saved += _saved_shared(layer, regions, config)
@@ -137,7 +148,17 @@ def _saved_experts(regions: Regions, config: MoecaConfig) -> sympy.Expr:
 
 
 def _saved_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
-    skipped = {"any": 1 - CHOSEN, "never": sympy.Integer(1), "always": sympy.Integer(0)}[config.shared]
+    saved = sympy.Integer(0)
     router = between(layer.residual.stream, [layer.choice, layer.weight])
-    nodes = {n for s in layer.shared for n in between(s.stream, [s.output])} - router
-    return skipped * symbolic_flops(nodes, regions.layouts)
+    for shared in layer.shared if config.shared != "always" else ():
+        nodes = between(shared.stream, [shared.output]) - router
+        never = config.shared == "never"
+        saved += _row_flops(regions, nodes, shared.output) if never else _reused(regions, nodes, shared.output)
+    return saved
+
+
+def _reused(regions: Regions, nodes: Iterable[fx.Node], output: fx.Node) -> sympy.Expr:
+    """The work of `nodes` on the tokens of `output`, less what is done anew for those that an MoE layer chooses."""
+    saved, axis = _row_flops(regions, nodes, output), regions.axis(output)
+    choosing = [layer.marker for layer in regions.experts if place_in(axis, regions.axis(layer.marker)) is not None]
+    return saved - CHOSEN * _row_flops(regions, nodes, choosing[0]) if choosing else saved

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moeca_compile.passes.token_axis import Layouts
+from moeca_compile.passes.axis import Axis, Layout
+from moeca_compile.passes.token_axis import Layouts, shape_of
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class Attention:
-    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node."""
+    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node.
+
+    A joint attention is one region a stream: all have its node, and the queries of the region's own tokens are
+    among those of `query`.
+    """
 
     name: str
     residual: Residual
@@ -111,6 +118,29 @@ class Regions:
     layouts: Layouts = field(default_factory=dict)
     timestep: fx.Node | None = None
     kept: tuple[Kept, ...] = ()
+
+    def axis(self, node: fx.Node) -> Axis:
+        """The tokens of a node's value."""
+        return self.layouts[node].axis
+
+    @property
+    def main(self) -> Layout | None:
+        """The layout of the stream whose tokens are chosen: that of the first MoE layer, else of the first branch."""
+        nodes = [layer.marker for layer in self.experts] + [residual.output for residual in self.residuals]
+        return self.layouts[nodes[0]] if nodes else None
+
+    @property
+    def stack(self) -> tuple[fx.Node, fx.Node] | None:
+        """A stream before its first block and the same tokens after the last, where no block reads them anymore."""
+        read = ancestors(residual.output for residual in self.residuals)
+        adds = [residual.add for residual in self.residuals]
+        cuts = [node for node in self.layouts if node.target is aten.slice.Tensor and node > adds[0]]
+        for residual in self.residuals:
+            layout, shape = self.layouts[residual.stream], shape_of(residual.stream)
+            for end in sorted({*adds, *cuts} - read):
+                if self.layouts[end] == layout and shape_of(end) == shape:
+                    return residual.stream, end
+        return None
 
 
 def module_path(node: fx.Node) -> str:

@@ -15,7 +15,8 @@ class Stack:
     """The policy over the residual chain of one graph, from its first stream h_0 to its last h_L."""
 
     def __init__(self, config: MoecaConfig, regions: Regions) -> None:
-        self.first, self.last = regions.residuals[0].stream, regions.residuals[-1].add
+        assert regions.stack is not None, "policy_for asks"
+        self.first, self.last = regions.stack
         self.cached = Cached("stack", self.last, ATTENTION, "stack" in config.forecast, config.cache_dtype)
 
     def specs(self) -> list[CacheSpec]:

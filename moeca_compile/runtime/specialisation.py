@@ -141,10 +141,12 @@ class Specialisation:
         return self._rung(self._needed(counts))
 
     def _needed(self, counts: Tensor | None) -> float:
-        """Tokens to recompute in a sample: the mean over samples and layers."""
+        """Tokens of the main stream to recompute in a sample: the mean share, over samples and layers, of all."""
         if counts is None:
             return 0.0
-        return float(counts[:, COUNTERS.index("needed")].mean()) / self.plan.sizes[0]
+        samples, tokens = self.plan.sizes
+        total = sum(self.regions.layouts[layer.marker].tokens for layer in self.regions.experts)
+        return float(counts[:, COUNTERS.index("needed")].sum()) / (samples * total) * tokens
 
     def _rung(self, needed: float) -> int:
         return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])
