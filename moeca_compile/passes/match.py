@@ -17,7 +17,7 @@ from moeca_compile.passes.regions import (
     module_path,
 )
 from moeca_compile.passes.residuals import residual_at, residuals_around
-from moeca_compile.passes.timestep import find_timestep
+from moeca_compile.passes.timestep import find_timesteps
 from moeca_compile.passes.token_axis import Layouts, shape_of, stream_layout, token_layouts
 
 
@@ -26,11 +26,11 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
 
     `user_inputs` are the placeholders that are arguments of the model (not its parameters and buffers).
     """
-    timestep = find_timestep(graph, user_inputs)
+    timesteps = find_timesteps(user_inputs)
     bodies = {node: expert_body(node) for node in expert_nodes(graph)}
     layouts = _layouts(graph)
     if not layouts:
-        return Regions(bodies=bodies, timestep=timestep, kept=_everything_kept(graph))
+        return Regions(bodies=bodies, timesteps=timesteps, kept=_everything_kept(graph))
     found = [part for node in attention_nodes(graph) for part in match_attention(node, layouts)]
     attentions = tuple(a for a in found if isinstance(a, Attention))
     layers = [match_experts(node, body, layouts, attentions) for node, body in bodies.items()]
@@ -38,7 +38,7 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
     feedforwards = _feedforwards(graph, residuals)
     kept = tuple(k for k in (*found, *layers) if isinstance(k, Kept))
-    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timestep, kept)
+    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timesteps, kept)
 
 
 def _layouts(graph: fx.Graph) -> Layouts:

@@ -103,9 +103,9 @@ def _main(regions: Regions) -> Axis:
 def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[sympy.Expr, sympy.Expr]:
     """What a cache step does not compute, by part."""
     nothing = sympy.Integer(0)
-    if config.family == "stack" and regions.stack:
+    if config.family == "stack":
         # The whole stack goes at once; it counts as one part, and its steps have both parts cached.
-        return _span_flops(graph, regions, [regions.stack], config), nothing
+        return _span_flops(graph, regions, list(regions.stacks), config), nothing
     if config.family == "fora":
         attention = {a.residual for a in regions.attentions}
         spans = [

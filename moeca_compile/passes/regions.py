@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -116,7 +117,8 @@ class Regions:
     bodies: dict[fx.Node, ExpertBody] = field(default_factory=dict)
     """The expert body behind every MoE marker of the graph, matched or not."""
     layouts: Layouts = field(default_factory=dict)
-    timestep: fx.Node | None = None
+    timesteps: tuple[fx.Node, ...] = ()
+    """The inputs that may be the timestep."""
     kept: tuple[Kept, ...] = ()
 
     def axis(self, node: fx.Node) -> Axis:
@@ -130,17 +132,23 @@ class Regions:
         return self.layouts[nodes[0]] if nodes else None
 
     @property
-    def stack(self) -> tuple[fx.Node, fx.Node] | None:
-        """A stream before its first block and the same tokens after the last, where no block reads them anymore."""
+    def stacks(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """The streams that the output comes from: each before its first block, and the same tokens after the last."""
+        if not self.residuals:
+            return ()
         read = ancestors(residual.output for residual in self.residuals)
-        adds = [residual.add for residual in self.residuals]
-        cuts = [node for node in self.layouts if node.target is aten.slice.Tensor and node > adds[0]]
+        adds = {residual.add for residual in self.residuals}
+        cuts = {node for node in self.layouts if node.target is aten.slice.Tensor and node > min(adds)}
+        starts: dict[tuple[Layout, tuple[int, ...]], fx.Node] = {}
         for residual in self.residuals:
-            layout, shape = self.layouts[residual.stream], shape_of(residual.stream)
-            for end in sorted({*adds, *cuts} - read):
-                if self.layouts[end] == layout and shape_of(end) == shape:
-                    return residual.stream, end
-        return None
+            starts.setdefault(self._form(residual.stream), residual.stream)
+        ends = {node for node in (adds | cuts) - read if node in self.layouts and self._form(node) in starts}
+        output = next(reversed(self.residuals[0].add.graph.nodes))
+        reached = sorted(ends & ancestors([output], stop=ends))
+        return tuple((starts[self._form(end)], end) for end in reached)
+
+    def _form(self, node: fx.Node) -> tuple[Layout, tuple[int, ...]]:
+        return self.layouts[node], shape_of(node)
 
 
 def module_path(node: fx.Node) -> str:
@@ -151,9 +159,9 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """`L['self']._modules['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
-    path = path.replace("._modules['", ".").replace("']", "").replace("L['self", "").replace("L['", "")
-    return path.lstrip(".")
+    """`L['self'].__dict__['_modules']['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
+    names = re.findall(r"\w+", path.removeprefix("L['self']").removeprefix("L"))
+    return ".".join(name for name in names if name not in ("_modules", "__dict__"))
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:

@@ -39,7 +39,7 @@ def policy_for(config: MoecaConfig, regions: Regions) -> Policy:
     Without experts there is no routing for `moeca` to go by, and without a stream that runs through all blocks
     there is no stack, so they leave such a model as it is.
     """
-    missing = {"moeca": not regions.experts, "stack": regions.stack is None}
+    missing = {"moeca": not regions.experts, "stack": not regions.stacks}
     if not regions.residuals or missing.get(config.family, False):
         return Plain(config, regions)
     return caching_policy(config, regions)

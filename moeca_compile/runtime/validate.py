@@ -57,7 +57,7 @@ def _fault(
     On the inputs of the full step it makes no difference what is recomputed: all tokens, half of them, or none.
     """
     main = regions.main
-    if main is None or (config.family == "stack" and regions.stack is None):
+    if main is None or (config.family == "stack" and not regions.stacks):
         return None
     policy = caching_policy(config, regions)
     if not policy.specs():
