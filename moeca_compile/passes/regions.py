@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moeca_compile.passes.axis import Axis, Layout
+from moeca_compile.passes.axis import Axis, Layout, place_in
 from moeca_compile.passes.token_axis import Layouts, shape_of
 
 aten = torch.ops.aten
@@ -133,22 +133,27 @@ class Regions:
 
     @property
     def stacks(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        """The streams that the output comes from: each before its first block, and the same tokens after the last."""
-        if not self.residuals:
-            return ()
+        """The streams that the output comes from: each before its first block, and after the last.
+
+        What comes after may be a part of the tokens, where a model cuts off those that it does not need anymore.
+        """
         read = ancestors(residual.output for residual in self.residuals)
         adds = {residual.add for residual in self.residuals}
-        cuts = {node for node in self.layouts if node.target is aten.slice.Tensor and node > min(adds)}
-        starts: dict[tuple[Layout, tuple[int, ...]], fx.Node] = {}
-        for residual in self.residuals:
-            starts.setdefault(self._form(residual.stream), residual.stream)
-        ends = {node for node in (adds | cuts) - read if node in self.layouts and self._form(node) in starts}
-        output = next(reversed(self.residuals[0].add.graph.nodes))
-        reached = sorted(ends & ancestors([output], stop=ends))
-        return tuple((starts[self._form(end)], end) for end in reached)
+        cuts = {node for node in self.layouts if node.target is aten.slice.Tensor and adds and node > min(adds)}
+        starts = {end: start for end in (adds | cuts) - read if (start := self._before(end)) is not None}
+        output = next(reversed(min(adds).graph.nodes)) if adds else None
+        reached = ancestors([output], stop=starts) if output is not None else set()
+        return tuple((starts[end], end) for end in sorted(starts.keys() & reached))
 
-    def _form(self, node: fx.Node) -> tuple[Layout, tuple[int, ...]]:
-        return self.layouts[node], shape_of(node)
+    def _before(self, end: fx.Node) -> fx.Node | None:
+        """The first stream that holds the tokens of `end` in the same form."""
+        layout, (*_, width) = self.layouts.get(end), shape_of(end)
+        for stream in (residual.stream for residual in self.residuals):
+            form = self.layouts[stream]
+            holds = layout is not None and place_in(form.axis, layout.axis) is not None
+            if holds and form.along(layout.axis) == layout and shape_of(stream)[-1] == width:  # type: ignore[union-attr]
+                return stream
+        return None
 
 
 def module_path(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.axis import place_in
 from moeca_compile.passes.regions import Regions
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.plain import run_layers
@@ -42,9 +43,16 @@ class StackStep:
                 step.replacements[cached.node] = partial(self._reused, first, cached)
 
     def _reused(self, first: fx.Node, cached: Cached) -> Tensor:
-        return self.step[first] + cached.read(self.step)
+        return self._before(first, cached.node) + cached.read(self.step)
+
+    def _before(self, first: fx.Node, last: fx.Node) -> Tensor:
+        """The tokens of `last` as they were before the first block."""
+        regions = self.step.regions
+        place = place_in(regions.axis(first), regions.axis(last)) or 0
+        stream: Tensor = self.step[first]
+        return stream[:, place : place + regions.layouts[last].tokens]
 
     def finish(self) -> None:
         if self.step.kind.full:
             for first, cached in self.policy.cached.items():
-                cached.store(self.step, self.step[cached.node] - self.step[first])
+                cached.store(self.step, self.step[cached.node] - self._before(first, cached.node))

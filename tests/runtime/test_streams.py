@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.specialisation import Specialisation
@@ -122,3 +124,18 @@ def test_a_cached_generation_stays_close(kind, recipe):
     assert (outs[1] - exact[1]).abs().max() > 1e-4, "nothing came from a cache"
     assert (x - want).abs().max() < 0.02 * want.abs().max()
     assert not engine.record.warnings
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("options", [{"shared": "never"}, {"recipe": "fora"}, {"recipe": "stack"}], ids=str)
+def test_costs_are_those_of_the_operations_that_run(kind, options):
+    """So a cache step evaluates nothing whose value comes from the caches: no joint attention, above all."""
+    model, graph, shapes = prepared(kind, validate=False, **options)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
+    cache, clock = StepKind(False, False), torch.zeros(2, 2)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*make_inputs(model)[:1], torch.ones(2), make_inputs(model)[1], make_text())
+    assert shapes.plan.flops(StepKind()) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        shapes.eager(cache, graph.inputs, state, clock)
+    assert shapes.plan.flops(cache) == counter.get_total_flops()
