@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moeca_compile.passes.regions import Attention, Kept, between, module_path
-from moeca_compile.passes.residuals import residual_around
+from moeca_compile.passes.residuals import residuals_around
 from moeca_compile.passes.token_axis import Layouts, shape_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -20,20 +20,21 @@ def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is SDPA]
 
 
-def match_attention(sdpa: fx.Node, layouts: Layouts) -> Attention | Kept:
-    """The attention region around `sdpa`, or the reason why it stays as it is."""
+def match_attention(sdpa: fx.Node, layouts: Layouts) -> list[Attention | Kept]:
+    """The attention region around `sdpa`, one for each stream that it joins, or the reason why it stays as it is."""
     query, key, value = sdpa.args[:3]
     name = module_path(sdpa)
     reason = _why_not(sdpa, layouts)
-    residual = residual_around(sdpa)
-    if reason is None and residual is None:
+    residuals = residuals_around(sdpa)
+    if reason is None and not residuals:
         reason = "its output reaches no residual addition with the stream that it reads"
-    if reason is None and residual is not None and residual.output not in layouts:
+    if reason is None and any(residual.output not in layouts for residual in residuals):
         reason = "its output is not computed token by token from the attention"
-    if reason is not None or residual is None:
-        return Kept("attention", name, reason or "")
+    if reason is not None:
+        return [Kept("attention", name, reason)]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-    return Attention(name, residual, sdpa, query, key, value)
+    names = [module_path(r.output) for r in residuals] if len(residuals) > 1 else [name]
+    return [Attention(n, r, sdpa, query, key, value) for n, r in zip(names, residuals, strict=True)]
 
 
 def sdpa_options(sdpa: fx.Node) -> dict[str, Any]:

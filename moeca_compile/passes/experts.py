@@ -10,6 +10,7 @@ from torch import fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.passes.attention import work_between
+from moeca_compile.passes.axis import Layout
 from moeca_compile.passes.regions import (
     Attention,
     ExpertBody,
@@ -23,7 +24,7 @@ from moeca_compile.passes.regions import (
 )
 from moeca_compile.passes.residuals import residual_around
 from moeca_compile.passes.rows import _RESIZED
-from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
+from moeca_compile.passes.token_axis import Layouts, shape_of, token_layouts
 from moeca_compile.symbolic.costs import node_flops
 
 TOPK = torch.ops.aten.topk.default
@@ -122,9 +123,7 @@ def _extract(
     copies = {node: graph.placeholder(f"rows_{i}") for i, node in enumerate(entries)}
     copies |= {node: graph.placeholder(f"parameter_{i}") for i, node in enumerate(own)}
     rows = shape_of(entries[0])[0]
-    layouts: Layouts = {}
-    for entry in entries:
-        layouts |= token_layouts(output.graph, entry, Layout(0, 0, 1, rows))
+    layouts = token_layouts(output.graph, dict.fromkeys(entries, Layout(0, 0, 1, rows)))
     for node in sorted(inside):
         if node not in copies:
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)

@@ -16,9 +16,9 @@ from moeca_compile.passes.regions import (
     between,
     module_path,
 )
-from moeca_compile.passes.residuals import residual_around, residual_at
-from moeca_compile.passes.timestep import find_timestep
-from moeca_compile.passes.token_axis import Layout, Layouts, shape_of, token_layouts
+from moeca_compile.passes.residuals import residual_at, residuals_around
+from moeca_compile.passes.timestep import find_timesteps
+from moeca_compile.passes.token_axis import Layouts, shape_of, stream_layout, token_layouts
 
 
 def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
@@ -26,27 +26,35 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
 
     `user_inputs` are the placeholders that are arguments of the model (not its parameters and buffers).
     """
-    timestep = find_timestep(graph, user_inputs)
+    timesteps = find_timesteps(user_inputs)
     bodies = {node: expert_body(node) for node in expert_nodes(graph)}
-    seed = _stream_start(graph)
-    if seed is None:
-        return Regions(bodies=bodies, timestep=timestep, kept=_everything_kept(graph))
-    layouts = token_layouts(graph, seed, Layout(0, 1, *shape_of(seed)[:2]))
-    found = [match_attention(node, layouts) for node in attention_nodes(graph)]
+    layouts = _layouts(graph)
+    if not layouts:
+        return Regions(bodies=bodies, timesteps=timesteps, kept=_everything_kept(graph))
+    found = [part for node in attention_nodes(graph) for part in match_attention(node, layouts)]
     attentions = tuple(a for a in found if isinstance(a, Attention))
     layers = [match_experts(node, body, layouts, attentions) for node, body in bodies.items()]
     experts = tuple(e for e in layers if isinstance(e, Experts))
     residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
     feedforwards = _feedforwards(graph, residuals)
     kept = tuple(k for k in (*found, *layers) if isinstance(k, Kept))
-    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timestep, kept)
+    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timesteps, kept)
 
 
-def _stream_start(graph: fx.Graph) -> fx.Node | None:
-    """The residual stream before the first block: what the first attention or MoE layer is added to."""
-    anchors = sorted(attention_nodes(graph) + expert_nodes(graph))
-    streams = [found.stream for found in map(residual_around, anchors) if found is not None]
-    return next((s for s in streams if len(shape_of(s)) == 3), None)
+def _layouts(graph: fx.Graph) -> Layouts:
+    """The token axes of all residual streams, each found in front of the first attention or MoE layer added to it.
+
+    What is computed from known streams, joined or cut, is none of its own.
+    """
+    layouts: Layouts = {}
+    seeds: Layouts = {}
+    for anchor in sorted(attention_nodes(graph) + expert_nodes(graph)):
+        streams = [residual.stream for residual in residuals_around(anchor)]
+        new = [stream for stream in streams if stream not in layouts and len(shape_of(stream)) == 3]
+        if new:
+            seeds |= {stream: stream_layout(stream) for stream in new}
+            layouts = token_layouts(graph, seeds)
+    return layouts
 
 
 def _everything_kept(graph: fx.Graph) -> tuple[Kept, ...]:
@@ -59,11 +67,10 @@ def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) ->
     """The known residual branches and the plain feed-forwards between them, in graph order."""
     chain = {residual.add: residual for residual in known}
     inside = {node for r in known for node in between(r.stream, [r.add])} - set(chain)
-    tokens = set(layouts)
     for add in graph.nodes:
-        if add in chain or add in inside or add not in tokens:
+        if add in chain or add in inside or add not in layouts:
             continue
-        residual = residual_at(add, tokens)
+        residual = residual_at(add, layouts)
         if residual and work_between(residual.stream, residual.output):
             within = _within(residual, chain)
             if not any(inner in known or inner.stream is residual.stream for inner in within):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -10,11 +10,12 @@ import sympy
 from torch import fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.axis import Axis, place_in
 from moeca_compile.passes.experts import ENTRY, body_nodes
-from moeca_compile.passes.regions import ExpertBody, Experts, Regions, between
+from moeca_compile.passes.regions import ExpertBody, Regions, ancestors, between
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec, StepKind
-from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops
+from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops, token_count
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,14 @@ class Plan:
     Attributes:
         caches: every cached tensor of one stream.
         capacities: the ladder, in tokens a sample.
-        full_flops: of a full step, in B and N.
-        saved: what a cache step saves in each part (attention, experts), in B, N, c (fraction of tokens chosen)
-            and r (fraction of branches recomputed).
+        costs: FLOPs of a step by which parts it computes as the model does (attention, experts): in B, N (tokens of
+            the stream whose tokens are chosen), c (fraction of them chosen) and r (fraction of branches recomputed).
         sizes: the values of B and N for this graph.
     """
 
     caches: tuple[CacheSpec, ...]
     capacities: tuple[int, ...]
-    full_flops: sympy.Expr
-    saved: tuple[sympy.Expr, sympy.Expr]
+    costs: Mapping[tuple[bool, bool], sympy.Expr]
     sizes: tuple[int, int]
 
     @property
@@ -44,26 +43,25 @@ class Plan:
     def flops(self, kind: StepKind, chosen: float = 0.0, recomputed: float = 0.0) -> float:
         """FLOPs of a step at this graph's sizes."""
         values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
-        fresh = (kind.attention, kind.experts)
-        cost = self.full_flops - sum(saved for saved, is_fresh in zip(self.saved, fresh, strict=True) if not is_fresh)
-        return float(sympy.sympify(cost).subs(values))
+        return float(self.costs[kind.attention, kind.experts].subs(values))
 
 
 def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], config: MoecaConfig) -> Plan:
     """Costs and capacities of the recipe on this graph."""
-    layout = next(iter(regions.layouts.values()), None)
-    sizes = (layout.samples, layout.tokens) if layout else (1, 1)
-    full = symbolic_flops(_outside_bodies(graph, regions), regions.layouts)
-    full += _branch_flops(regions.bodies, regions, config)
-    return Plan(tuple(caches), _capacities(config, regions, sizes[1]), full, _saved(graph, regions, config), sizes)
+    sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
+    parts = [(attention, experts) for attention in (True, False) for experts in (True, False)]
+    costs = {fresh: _cost(graph, regions, config, fresh) for fresh in parts}
+    return Plan(tuple(caches), _capacities(config, regions, sizes[1]), costs, sizes)
 
 
 def _capacities(config: MoecaConfig, regions: Regions, tokens: int) -> tuple[int, ...]:
     """The ladder in tokens; a rank budget needs one rung only, and none at 0."""
     if config.budget is not None and regions.experts:
-        samples = next(iter(regions.layouts.values())).samples
-        most = max(expected_branches(layer.body, samples * tokens, config) for layer in regions.experts) / samples
-        return (min(tokens, round(config.budget * most)),)
+        most = max(
+            expected_branches(layer.body, shape_of(layer.marker)[0], config) / shape_of(layer.marker)[0]
+            for layer in regions.experts
+        )
+        return (min(tokens, round(config.budget * most * tokens)),)
     return tuple(sorted({ceil(fraction * tokens) for fraction in config.capacities}))
 
 
@@ -83,61 +81,79 @@ def _branch_flops(markers: Iterable[fx.Node], regions: Regions, config: MoecaCon
     total = sympy.Integer(0)
     for marker in markers:
         body, rows = regions.bodies[marker], shape_of(marker)[0]
-        branches = sympy.Rational(expected_branches(body, rows, config), rows) * BATCH * TOKENS
-        total += body.flops_per_row * branches
+        known = marker in regions.layouts
+        tokens = BATCH * token_count(regions.axis(marker), _main(regions)) if known else rows
+        total += body.flops_per_row * sympy.Rational(expected_branches(body, rows, config), rows) * tokens
     return total
 
 
-def _saved(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> tuple[sympy.Expr, sympy.Expr]:
-    """What a cache step does not compute, by part."""
-    nothing = sympy.Integer(0)
-    if config.family == "stack" and regions.residuals:
-        # The whole stack goes at once; it counts as one part, and its steps have both parts cached.
-        stack = (regions.residuals[0].stream, regions.residuals[-1].add)
-        return _span_flops(graph, regions, [stack], config), nothing
+def _row_flops(regions: Regions, nodes: Iterable[fx.Node], output: fx.Node | None = None) -> sympy.Expr:
+    """FLOPs of `nodes`, or of their share in the tokens of `output`."""
+    only = regions.axis(output) if output is not None else None
+    return symbolic_flops(nodes, regions.layouts, _main(regions), only)
+
+
+def _main(regions: Regions) -> Axis:
+    return regions.main.axis if regions.main else ()
+
+
+def _cost(graph: fx.Graph, regions: Regions, config: MoecaConfig, fresh: tuple[bool, bool]) -> sympy.Expr:
+    """FLOPs of a step whose attention and experts are `fresh`, or come from the caches but for what is recomputed."""
+    replaced, also_read = _from_caches(regions, config, fresh)
+    output = next(reversed(graph.nodes))
+    run = ancestors([output, *also_read], stop=replaced) - replaced
+    cost = _row_flops(regions, run & _outside_bodies(graph, regions))
+    cost += _branch_flops([marker for marker in regions.bodies if marker in run], regions, config)
+    return cost + (_recomputed(regions, config, replaced) if config.family == "moeca" else 0)
+
+
+def _from_caches(
+    regions: Regions, config: MoecaConfig, fresh: tuple[bool, bool]
+) -> tuple[set[fx.Node], list[fx.Node]]:
+    """The nodes whose values the policy replaces, and what it reads besides."""
+    attention, experts = (not is_fresh for is_fresh in fresh)
+    if config.family == "stack" and attention and experts:
+        return {end for _, end in regions.stacks}, [start for start, _ in regions.stacks]
     if config.family == "fora":
-        attention = {a.residual for a in regions.attentions}
-        spans = [
-            [(r.stream, r.output) for r in regions.residuals if (r in attention) == wanted]
-            for wanted in (True, False)
-        ]
-        return _span_flops(graph, regions, spans[0], config), _span_flops(graph, regions, spans[1], config)
-    if config.family == "moeca" and regions.experts:
-        return _saved_attention(regions, config), _saved_experts(regions, config)
-    return nothing, nothing
+        attends = {a.residual for a in regions.attentions}
+        return {r.output for r in regions.residuals if (attention if r in attends else experts)}, []
+    replaced: set[fx.Node] = set()
+    read: list[fx.Node] = []
+    if config.family == "moeca" and regions.experts and attention:
+        replaced |= {a.residual.output for a in regions.attentions}
+        read += [n for a in regions.attentions for n in (a.key, a.value) if config.keys_values == "all"]
+    if config.family == "moeca" and regions.experts and experts:
+        replaced |= {f.output for f in regions.feedforwards} | {layer.marker for layer in regions.experts}
+        replaced |= {s.output for layer in regions.experts for s in layer.shared if config.shared != "always"}
+        read += [node for layer in regions.experts for node in (layer.choice, layer.weight)]
+    return replaced, read
 
 
-def _span_flops(
-    graph: fx.Graph, regions: Regions, spans: list[tuple[fx.Node, fx.Node]], config: MoecaConfig
-) -> sympy.Expr:
-    """All work between the ends of `spans`, branches included."""
-    inside: set[fx.Node] = set().union(*(between(source, [output]) for source, output in spans))
-    branches = _branch_flops([marker for marker in regions.bodies if marker in inside], regions, config)
-    return symbolic_flops(inside & _outside_bodies(graph, regions), regions.layouts) + branches
-
-
-def _saved_attention(regions: Regions, config: MoecaConfig) -> sympy.Expr:
-    saved = sympy.Integer(0)
+def _recomputed(regions: Regions, config: MoecaConfig, replaced: set[fx.Node]) -> sympy.Expr:
+    """What a cache step computes anew of the values that come from the caches, for chosen tokens and branches."""
+    cost = sympy.Integer(0)
     for attention in regions.attentions:
-        span = between(attention.residual.stream, [attention.residual.output])
-        fresh = between(attention.residual.stream, [attention.key, attention.value])
-        kept = fresh if config.keys_values == "all" else set()
-        saved += (1 - CHOSEN) * symbolic_flops(span - kept, regions.layouts)
-    return saved
-
-
-def _saved_experts(regions: Regions, config: MoecaConfig) -> sympy.Expr:
-    saved = sympy.Integer(0)
+        if attention.residual.output in replaced:
+            span = between(attention.residual.stream, [attention.residual.output])
+            whole = between(attention.residual.stream, [attention.key, attention.value])
+            run = span - whole if config.keys_values == "all" else span
+            cost += CHOSEN * _chosen_flops(regions, run, attention.residual.output)
     for feedforward in regions.feedforwards:
-        saved += (1 - CHOSEN) * symbolic_flops(between(feedforward.stream, [feedforward.output]), regions.layouts)
+        if feedforward.output in replaced:
+            run = between(feedforward.stream, [feedforward.output])
+            cost += CHOSEN * _chosen_flops(regions, run, feedforward.output)
     for layer in regions.experts:
-        saved += (1 - RECOMPUTED) * _branch_flops([layer.marker], regions, config)
-        saved += _saved_shared(layer, regions, config)
-    return saved
+        if layer.marker in replaced:
+            cost += RECOMPUTED * _branch_flops([layer.marker], regions, config)
+            router = between(layer.residual.stream, [layer.choice, layer.weight])
+            for shared in layer.shared if config.shared == "any" else ():
+                run = between(shared.stream, [shared.output]) - router
+                cost += CHOSEN * _chosen_flops(regions, run, shared.output)
+    return cost
 
 
-def _saved_shared(layer: Experts, regions: Regions, config: MoecaConfig) -> sympy.Expr:
-    skipped = {"any": 1 - CHOSEN, "never": sympy.Integer(1), "always": sympy.Integer(0)}[config.shared]
-    router = between(layer.residual.stream, [layer.choice, layer.weight])
-    nodes = {n for s in layer.shared for n in between(s.stream, [s.output])} - router
-    return skipped * symbolic_flops(nodes, regions.layouts)
+def _chosen_flops(regions: Regions, nodes: Iterable[fx.Node], output: fx.Node) -> sympy.Expr:
+    """The work of `nodes` on the tokens among those of `output` that an MoE layer may choose."""
+    axis = regions.axis(output)
+    choosing = [layer.marker for layer in regions.experts if place_in(axis, regions.axis(layer.marker)) is not None]
+    return _row_flops(regions, nodes, choosing[0]) if choosing else sympy.Integer(0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from moeca_compile.passes.token_axis import Layouts
+from moeca_compile.passes.axis import Axis, Layout, place_in
+from moeca_compile.passes.token_axis import Layouts, shape_of
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class Attention:
-    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node."""
+    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node.
+
+    A joint attention is one region a stream: all have its node, and the queries of the region's own tokens are
+    among those of `query`.
+    """
 
     name: str
     residual: Residual
@@ -109,8 +117,43 @@ class Regions:
     bodies: dict[fx.Node, ExpertBody] = field(default_factory=dict)
     """The expert body behind every MoE marker of the graph, matched or not."""
     layouts: Layouts = field(default_factory=dict)
-    timestep: fx.Node | None = None
+    timesteps: tuple[fx.Node, ...] = ()
+    """The inputs that may be the timestep."""
     kept: tuple[Kept, ...] = ()
+
+    def axis(self, node: fx.Node) -> Axis:
+        """The tokens of a node's value."""
+        return self.layouts[node].axis
+
+    @property
+    def main(self) -> Layout | None:
+        """The layout of the stream whose tokens are chosen: that of the first MoE layer, else of the first branch."""
+        nodes = [layer.marker for layer in self.experts] + [residual.output for residual in self.residuals]
+        return self.layouts[nodes[0]] if nodes else None
+
+    @property
+    def stacks(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """The streams that the output comes from: each before its first block, and after the last.
+
+        What comes after may be a part of the tokens, where a model cuts off those that it does not need anymore.
+        """
+        read = ancestors(residual.output for residual in self.residuals)
+        adds = {residual.add for residual in self.residuals}
+        cuts = {node for node in self.layouts if node.target is aten.slice.Tensor and adds and node > min(adds)}
+        starts = {end: start for end in (adds | cuts) - read if (start := self._before(end)) is not None}
+        output = next(reversed(min(adds).graph.nodes)) if adds else None
+        reached = ancestors([output], stop=starts) if output is not None else set()
+        return tuple((starts[end], end) for end in sorted(starts.keys() & reached))
+
+    def _before(self, end: fx.Node) -> fx.Node | None:
+        """The first stream that holds the tokens of `end` in the same form."""
+        layout, (*_, width) = self.layouts.get(end), shape_of(end)
+        for stream in (residual.stream for residual in self.residuals):
+            form = self.layouts[stream]
+            holds = layout is not None and place_in(form.axis, layout.axis) is not None
+            if holds and form.along(layout.axis) == layout and shape_of(stream)[-1] == width:  # type: ignore[union-attr]
+                return stream
+        return None
 
 
 def module_path(node: fx.Node) -> str:
@@ -121,9 +164,9 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """`L['self']._modules['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
-    path = path.replace("._modules['", ".").replace("']", "").replace("L['self", "").replace("L['", "")
-    return path.lstrip(".")
+    """`L['self'].__dict__['_modules']['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
+    names = re.findall(r"\w+", path.removeprefix("L['self']").removeprefix("L"))
+    return ".".join(name for name in names if name not in ("_modules", "__dict__"))
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:

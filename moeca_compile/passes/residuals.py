@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import fx
 
 from moeca_compile.passes.regions import Residual, ancestors
-from moeca_compile.passes.token_axis import shape_of
+from moeca_compile.passes.token_axis import Layouts, shape_of, sliced, sliced_dim
 
 aten = torch.ops.aten
 ADD = (aten.add.Tensor,)
@@ -14,39 +16,58 @@ MUL = (aten.mul.Tensor,)
 
 
 def residual_around(anchor: fx.Node) -> Residual | None:
-    """The residual branch that the value of `anchor` (an attention, an MoE layer) ends in.
+    """The one residual branch that the value of `anchor` (an attention, an MoE layer) ends in, if it is one."""
+    found = residuals_around(anchor)
+    return found[0] if len(found) == 1 else None
+
+
+def residuals_around(anchor: fx.Node) -> list[Residual]:
+    """The residual branches that the value of `anchor` ends in, in graph order: one for each stream.
 
     Walks forward from the anchor along its only path until an addition whose other operand the anchor itself
-    was computed from. None where the path forks or no such addition follows.
+    was computed from. A joint attention is cut into the tokens of several streams, each with a path of its own;
+    none where the paths fork in any other way, or where one of them ends in no such addition.
     """
     upstream = ancestors([anchor]) - {anchor}
-    path = {anchor}
-    node = anchor
-    while True:
+    found: dict[fx.Node, Residual] = {}
+    paths = [(anchor, {anchor})]
+    while paths:
+        node, path = paths.pop()
         users = list(node.users)
-        if len(users) != 1:
-            return None
-        add = users[0]
-        stream = _other_operand(add, node, ADD)
-        if stream is not None and stream in upstream and shape_of(stream) == shape_of(add):
-            return Residual(stream, _before_gate(node, path), add)
-        path.add(add)
-        node = add
+        if not users or (len(users) > 1 and not _cut_apart(users)):
+            return []
+        for add in users:
+            stream = _other_operand(add, node, ADD)
+            if stream is None or stream not in upstream or shape_of(stream) != shape_of(add):
+                paths.append((add, path | {add}))
+            elif add in found:
+                return []  # the parts meet again
+            else:
+                found[add] = Residual(stream, _before_gate(node, path), add)
+    return [found[add] for add in sorted(found)]
 
 
-def residual_at(add: fx.Node, tokens: set[fx.Node]) -> Residual | None:
+def _cut_apart(users: list[fx.Node]) -> bool:
+    """Whether the users of a value are slices of it, of one dim and without a common element."""
+    if any(user.target is not aten.slice.Tensor for user in users) or len({sliced_dim(u) for u in users}) > 1:
+        return False
+    bounds = sorted(sliced(user)[1] for user in users)
+    return all(step == 1 for *_, step in bounds) and all(one[1] <= other[0] for one, other in pairwise(bounds))
+
+
+def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
     """The residual branch that the addition `add` ends, where one operand is computed from the other.
 
-    `tokens` are the nodes that carry the token axis; a branch must, and so must its stream.
+    Both must be laid out in the same way, that is hold the same tokens.
     """
     if add.target not in ADD or len(add.all_input_nodes) != 2:
         return None
     for stream, branch in (add.all_input_nodes, add.all_input_nodes[::-1]):
         same_shape = shape_of(stream) == shape_of(branch) == shape_of(add)
-        if same_shape and stream in tokens and branch in tokens:
+        if same_shape and stream in layouts and layouts.get(branch) == layouts[stream]:
             inner = ancestors([branch], stop=(stream,))
             if stream in inner:
-                carried = {node for node in inner if node in tokens}
+                carried = {node for node in inner if node in layouts}
                 return Residual(stream, _before_gate(branch, carried), add)
     return None
 

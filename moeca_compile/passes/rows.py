@@ -8,12 +8,14 @@ A slice of the graph that treats tokens independently gives, on the rows `h[:, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.passes.token_axis import Layout, Layouts, is_pointwise, shape_of
+from moeca_compile.passes.axis import Axis, Layout, place_in
+from moeca_compile.passes.token_axis import Layouts, is_pointwise, shape_of, sliced_dim
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -45,7 +47,7 @@ def put_rows(value: Tensor, layout: Layout, chosen: Tensor, rows: Tensor, valid:
 
 def split_layout(layout: Layout) -> Layout:
     """The layout of a merged value once its dim is taken apart into samples and tokens."""
-    return Layout(layout.batch, layout.batch + 1, layout.samples, layout.tokens)
+    return replace(layout, token=layout.batch + 1)
 
 
 def _along(per_row: Tensor, layout: Layout, ndim: int) -> Tensor:
@@ -71,6 +73,8 @@ class Rows:
         whole: gives a node's value for all tokens (used for what is read from outside the slice).
         sources: nodes whose rows are gathered, not computed: the inputs of the slice. What lies before all of
             them in the graph cannot depend on them, and is gathered too.
+        axis: what `chosen` counts in, by default the axis of the first source. A value on a longer axis, such as
+            picture and text together, has its rows where these tokens lie on it.
     """
 
     def __init__(
@@ -79,12 +83,15 @@ class Rows:
         layouts: Layouts,
         whole: Callable[[fx.Node], Any],
         sources: Iterable[fx.Node],
+        axis: Axis | None = None,
     ) -> None:
         self.chosen = chosen
         self.layouts = layouts
         self.whole = whole
         self.sources = set(sources)
         self.first = min(self.sources)
+        self.axis = axis or layouts[self.first].axis
+        self.places: dict[Axis, int | None] = {}
         self.values: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
@@ -108,29 +115,61 @@ class Rows:
         if node in self.values:
             return
         if self._gathered(node):
-            self.values[node] = take_rows(self.whole(node), self.layouts[node], self.chosen)
+            self.values[node] = take_rows(self.whole(node), self.layouts[node], self._places_of(node))
         else:
             self.values[node] = self._compute(node)
+
+    def _place(self, node: fx.Node) -> int | None:
+        """Where the tokens that `chosen` counts begin on the node's own axis; None where they are not on it."""
+        if node not in self.layouts:
+            return None
+        axis = self.layouts[node].axis
+        if axis not in self.places:
+            self.places[axis] = place_in(axis, self.axis)
+        return self.places[axis]
+
+    def _places_of(self, node: fx.Node) -> Tensor:
+        """The chosen tokens, counted on the node's own axis."""
+        place = self._place(node)
+        return self.chosen + place if place else self.chosen
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         if node in self.values or self._gathered(node):
             return []
-        if node not in self.layouts:
+        if self._place(node) is None:
             raise NotRowWiseError(f"{node.target} has no token axis")
-        if node.target is _ATTENTION and any(arg in self.layouts for arg in node.args[1:3]):
+        if node.target is _ATTENTION and any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
             raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
         if node.target in (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default):
             raise NotRowWiseError("an MoE layer stands in the same branch")
-        return [arg for arg in node.all_input_nodes if arg in self.layouts]
+        if self._joins(node):
+            return [self._holder(node)]
+        return [arg for arg in node.all_input_nodes if self._place(arg) is not None]
 
     def _gathered(self, node: fx.Node) -> bool:
-        return node in self.layouts and (node in self.sources or node < self.first)
+        return (node in self.sources or node < self.first) and self._place(node) is not None
+
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether the node puts tokens after tokens, or cuts them off again."""
+        token = self.layouts[node].token
+        if node.target is aten.slice.Tensor:
+            return sliced_dim(node) == token
+        return node.target is aten.cat.default and _cat_dim(node) == token
+
+    def _holder(self, node: fx.Node) -> fx.Node:
+        """The operand of a cat or slice along the tokens that has all of the rows."""
+        holder = next((arg for arg in node.all_input_nodes if self._place(arg) is not None), None)
+        if holder is None:
+            raise NotRowWiseError(f"{node.target} joins the tokens of the branch")
+        return holder
 
     def _compute(self, node: fx.Node) -> Any:
+        if self._joins(node):
+            return self.values[self._holder(node)]
         layout = self.layouts[node]
 
         def value(arg: fx.Node) -> Any:
-            return self.values[arg] if arg in self.layouts else self._from_outside(node, arg, layout)
+            return self._from_outside(node, arg, layout) if self._place(arg) is None else self.values[arg]
 
         args = fx.map_arg(node.args, value)
         kwargs = fx.map_arg(node.kwargs, value)
@@ -147,7 +186,7 @@ class Rows:
         return shape
 
     def _from_outside(self, node: fx.Node, arg: fx.Node, layout: Layout) -> Any:
-        """A value without tokens of its own; one indexed by position (a rotary table) gives its rows."""
+        """A value without these tokens; one indexed by position (a rotary table) gives its rows."""
         value = self.whole(arg)
         if not isinstance(value, Tensor) or not _aligns_inputs(node.target):
             return value
@@ -155,7 +194,7 @@ class Rows:
         dim = layout.token - (len(shape) - value.ndim)
         if dim < 0 or value.shape[dim] != shape[layout.token] or value.shape[dim] == 1:
             return value
-        return take_rows(self._over_samples(value, len(shape), layout), layout, self.chosen)
+        return take_rows(self._over_samples(value, len(shape), layout), layout, self._places_of(node))
 
     @staticmethod
     def _over_samples(value: Tensor, ndim: int, layout: Layout) -> Tensor:
@@ -175,6 +214,12 @@ def _operand(node: fx.Node, layout: Layout) -> tuple[tuple[int, ...], Layout]:
     assert isinstance(dim, int)
     new = dim % len(shape)
     return shape[:new] + shape[new + 1 :], layout.moved(lambda d: d - (new < d))
+
+
+def _cat_dim(node: fx.Node) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim % len(shape_of(node))
 
 
 def _aligns_inputs(target: object) -> bool:

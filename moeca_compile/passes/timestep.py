@@ -1,4 +1,4 @@
-"""Find the timestep: the model's input that reaches a sinusoidal embedding."""
+"""Find the timestep: a model's input that reaches a sinusoidal embedding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ aten = torch.ops.aten
 _SINE = (aten.sin.default, aten.cos.default)
 
 
-def find_timestep(graph: fx.Graph, user_inputs: set[fx.Node]) -> fx.Node | None:
-    """The one scalar or per-sample input whose sine and cosine are taken; None where none or several are."""
-    candidates = [
-        node for node in user_inputs if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)
-    ]
-    return candidates[0] if len(candidates) == 1 else None
+def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The scalar or per-sample inputs whose sine and cosine are taken, in graph order.
+
+    Where a guidance scale is embedded like the timestep there are two, and nothing in the graph tells them apart.
+    """
+    return tuple(
+        node
+        for node in sorted(user_inputs)
+        if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)
+    )
 
 
 def _reaches_both(source: fx.Node) -> bool:

@@ -1,6 +1,6 @@
 """Which dimension of each value indexes tokens: the analysis that lets any region run on chosen tokens.
 
-Before: a graph in which `h` (batch, tokens, width) is the residual stream.
+Before: a graph in which `h` (batch, tokens, width) is a residual stream, alone or beside others.
 After: a `Layout` for every value computed from `h` by ops that treat tokens independently, so that evaluating
 them on rows `h[:, sel]` gives the rows `sel` of the same values. An op without a rule here ends the layout:
 whatever mixes tokens (a convolution, a norm over tokens, the keys of an attention) simply has none.
@@ -9,49 +9,32 @@ whatever mixes tokens (a convolution, a norm over tokens, the keys of an attenti
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from moeca_compile.passes.axis import Layout, Span, cut, join, overlap
+
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Dimensions of a value that index samples and tokens; equal when the two are merged, batch outermost.
-
-    `samples` and `tokens` are the sizes of the two (their product is the size of a merged dimension).
-    """
-
-    batch: int
-    token: int
-    samples: int
-    tokens: int
-
-    def shifted(self, by: int) -> Layout:
-        """The same layout after `by` dimensions were put in front."""
-        return replace(self, batch=self.batch + by, token=self.token + by)
-
-    def moved(self, move: Callable[[int], int]) -> Layout:
-        """The same layout after each dimension d became move(d)."""
-        return replace(self, batch=move(self.batch), token=move(self.token))
-
-    @property
-    def merged(self) -> bool:
-        return self.batch == self.token
 
 
 Layouts = dict[fx.Node, Layout]
 Rule = Callable[[fx.Node, Layouts], "Layout | None"]
 
 
-def token_layouts(graph: fx.Graph, seed: fx.Node, layout: Layout) -> Layouts:
-    """Propagate `layout` of the node `seed` to everything computed from it, op by op."""
-    found: Layouts = {seed: layout}
+def stream_layout(stream: fx.Node) -> Layout:
+    """The layout of a residual stream (batch, tokens, width) whose tokens come from no other."""
+    samples, tokens = shape_of(stream)[:2]
+    return Layout(0, 1, samples, tokens, (Span(stream, 0, tokens),))
+
+
+def token_layouts(graph: fx.Graph, seeds: Layouts) -> Layouts:
+    """Propagate the layouts of `seeds` to everything computed from them, op by op."""
+    found: Layouts = dict(seeds)
     for node in graph.nodes:
         if node in found or node.op != "call_function":
             continue
@@ -97,21 +80,23 @@ def _normalise(dim: int, ndim: int) -> int:
 
 def _pointwise(node: fx.Node, layouts: Layouts) -> Layout | None:
     ndim = len(shape_of(node))
-    aligned = set()
-    for arg in node.all_input_nodes:
-        if arg in layouts:
-            shift = ndim - len(shape_of(arg))
-            aligned.add(layouts[arg].shifted(shift))
-    return aligned.pop() if len(aligned) == 1 else None
+    carried = [arg for arg in node.all_input_nodes if arg in layouts]
+    return _agreed(layouts[arg].shifted(ndim - len(shape_of(arg))) for arg in carried)
+
+
+def _agreed(layouts: Iterable[Layout]) -> Layout | None:
+    """The one layout of several operands. Tokens of another stream are a table by position to the first one's."""
+    first, *others = dict.fromkeys(layouts)
+    return None if any(overlap(first.axis, other.axis) for other in others) else first
 
 
 def _carried(node: fx.Node, layouts: Layouts) -> tuple[fx.Node, Layout] | None:
-    """The first argument with its layout, where no other argument carries tokens."""
+    """The first argument with its layout, where no other argument carries the same tokens."""
     first = node.args[0]
-    others = [arg for arg in node.all_input_nodes if arg is not first and arg in layouts]
-    if not isinstance(first, fx.Node) or first not in layouts or others:
+    if not isinstance(first, fx.Node) or first not in layouts:
         return None
-    return first, layouts[first]
+    others = [layouts[arg] for arg in node.all_input_nodes if arg is not first and arg in layouts]
+    return None if any(overlap(layouts[first].axis, other.axis) for other in others) else (first, layouts[first])
 
 
 def _same_unless_last(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -242,8 +227,35 @@ def _remove_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
     return layout.moved(lambda d: d - (dim < d))
 
 
+def _slice(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """A slice of another dim leaves the tokens as they are, one of the tokens is a part of their axis."""
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    _, layout = carried
+    size, rest = sliced(node)
+    if rest == (0, size, 1) or sliced_dim(node) not in (layout.batch, layout.token):
+        return layout
+    start, stop, step = rest
+    if layout.merged or sliced_dim(node) == layout.batch or step != 1 or start >= stop:
+        return None
+    return layout.along(cut(layout.axis, start, stop))
+
+
+def sliced_dim(node: fx.Node) -> int:
+    """The dim that a slice cuts."""
+    return _normalise(_argument(node, 1, "dim", 0), len(shape_of(node)))
+
+
+def sliced(node: fx.Node) -> tuple[int, tuple[int, int, int]]:
+    """The size of the dim that a slice cuts, and (start, stop, step) within it."""
+    size = shape_of(node.args[0])[sliced_dim(node)]  # type: ignore[arg-type]
+    bounds = (_argument(node, position, name) for position, name in ((2, "start"), (3, "end"), (4, "step")))
+    return size, slice(*bounds).indices(size)
+
+
 def _within_dim(position: int) -> Rule:
-    """slice, split and chunk cut one dim; tokens stay whole when it is another one."""
+    """split and chunk cut one dim; tokens stay whole when it is another one."""
 
     def rule(node: fx.Node, layouts: Layouts) -> Layout | None:
         carried = _carried(node, layouts)
@@ -276,15 +288,26 @@ def _getitem(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _cat(node: fx.Node, layouts: Layouts) -> Layout | None:
-    found = {layouts[arg] for arg in node.all_input_nodes if arg in layouts}
-    if len(found) != 1:
-        return None
-    layout = found.pop()
-    ndim = len(shape_of(node))
-    dim = _normalise(_argument(node, 1, "dim", 0), ndim)
-    if node.target is aten.stack.default:
+    parts: Sequence[fx.Node] = _argument(node, 0, "tensors")
+    dim = _normalise(_argument(node, 1, "dim", 0), len(shape_of(node)))
+    first = next(layouts[part] for part in parts if part in layouts)
+    if node.target is aten.cat.default and dim in (first.batch, first.token):
+        return _joined(parts, dim, layouts)
+    layout = _agreed(layouts[part] for part in parts if part in layouts)
+    if layout is not None and node.target is aten.stack.default:
         return layout.moved(lambda d: d + (dim <= d))
-    return layout if dim not in (layout.batch, layout.token) else None
+    return layout
+
+
+def _joined(parts: Sequence[fx.Node], dim: int, layouts: Layouts) -> Layout | None:
+    """Tokens after tokens; a part that carries none yet brings its own."""
+    known = [layouts[part] for part in parts if part in layouts]
+    places = {(layout.batch, layout.token, layout.samples) for layout in known}
+    axes = [layouts[p].axis if p in layouts else (Span(p, 0, shape_of(p)[dim]),) for p in parts]
+    twice = any(overlap(one, other) for i, one in enumerate(axes) for other in axes[:i])
+    if len(places) != 1 or known[0].merged or dim != known[0].token or twice:
+        return None
+    return known[0].along(join(axes))
 
 
 def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -352,7 +375,7 @@ _RULES: dict[object, Rule] = {
     aten.squeeze.dim: _remove_dim,
     aten.select.int: _remove_dim,
     aten.unbind.int: _remove_dim,
-    aten.slice.Tensor: _within_dim(1),
+    aten.slice.Tensor: _slice,
     aten.split.Tensor: _within_dim(2),
     aten.split_with_sizes.default: _within_dim(2),
     aten.chunk.default: _within_dim(2),

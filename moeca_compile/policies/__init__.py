@@ -36,9 +36,11 @@ _BY_FAMILY: dict[str, type] = {"none": Plain, "moeca": Moeca, "fora": Layerwise,
 def policy_for(config: MoecaConfig, regions: Regions) -> Policy:
     """The recipe's policy over these regions; the plain one where there is nothing that it could cache.
 
-    Without experts there is no routing for `moeca` to go by, so it leaves such a model as it is.
+    Without experts there is no routing for `moeca` to go by, and without a stream that runs through all blocks
+    there is no stack, so they leave such a model as it is.
     """
-    if not regions.residuals or (config.family == "moeca" and not regions.experts):
+    missing = {"moeca": not regions.experts, "stack": not regions.stacks}
+    if not regions.residuals or missing.get(config.family, False):
         return Plain(config, regions)
     return caching_policy(config, regions)
 

@@ -12,7 +12,7 @@ from moeca_compile.passes.regions import Experts, Regions
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.decision import Decision, Routing
-from moeca_compile.policies.step import EXPERTS, CacheSpec, Step, combine, run_experts, samples_and_tokens
+from moeca_compile.policies.step import EXPERTS, CacheSpec, Step, combine, run_experts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class BranchCache:
     def __init__(self, name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> None:
         self.layer, self.config = layer, config
         self.forecast = "experts" in config.forecast
-        self.samples, self.tokens = samples_and_tokens(regions)
+        layout = regions.layouts[layer.marker]
+        self.samples, self.tokens = layout.samples, layout.tokens
         self.k = shape_of(layer.choice)[-1]
         self.width = shape_of(layer.marker)[-1]
         self.index, self.weight, self.norms = f"{name}.index", f"{name}.weight", f"{name}.norms"
@@ -100,7 +101,7 @@ class BranchCache:
             recompute = decide.within_budget(scores, routing.matched, config.budget)
         else:
             recompute = ~routing.matched | decide.over_threshold(scores, threshold, routing.index)
-        selected = decide.select(step.kind, recompute, routing.matched, scores)
+        selected = decide.select(recompute, routing.matched, scores, step.room(self.tokens), step.kind.forced)
         return SlotDecision(selected.recompute, selected.chosen, selected.valid, routing)
 
     def count_activation(self, step: Step, index: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class BranchCache:
 
     def _refresh(self, step: Step, decision: SlotDecision) -> Tensor:
         chosen, valid, body = decision.chosen, decision.valid, self.layer.body
-        rows = step.rows(chosen, self.layer.residual.stream)
+        rows = step.rows(chosen, self.layer.residual.stream, self.layer.marker)
         cached_index = _take(step.state[self.index], chosen)
         # Chosen tokens are routed anew on their refreshed input.
         routing = decide.match(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import StepKind
 
 _UNMATCHED_FIRST = 100.0
 """Added to the rank of what is unmatched. Scores stay well below it, and float32 still tells them apart."""
@@ -127,19 +126,19 @@ def within_budget(scores: Tensor, matched: Tensor, budget: float, routed: Tensor
     return torch.zeros_like(matched.flatten(1)).scatter(1, order, places < count).view_as(matched)
 
 
-def select(kind: StepKind, recompute: Tensor, matched: Tensor, scores: Tensor) -> Decision:
-    """The tokens to recompute, as many as the step kind has room for; arguments (B, N, k)."""
-    if kind.forced:
-        chosen, valid = forced_tokens(kind, recompute.shape[0], recompute.shape[1], recompute.device)
+def select(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int, forced: bool) -> Decision:
+    """The tokens to recompute, as many as there is room for; tensors (B, N, k). `forced` takes any, all branches."""
+    if forced:
+        chosen, valid = forced_tokens(recompute.shape[0], recompute.shape[1], capacity, recompute.device)
         return Decision(torch.ones_like(recompute), chosen, valid)
-    chosen, valid = choose_tokens(recompute, matched, scores, kind.capacity)
+    chosen, valid = choose_tokens(recompute, matched, scores, capacity)
     return Decision(recompute, chosen, valid)
 
 
-def forced_tokens(kind: StepKind, samples: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kind's capacity of tokens, in an order of each sample's own: so rows that were not gathered show."""
+def forced_tokens(samples: int, tokens: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """That many tokens, in an order of each sample's own: so rows that were not gathered show."""
     positions, offsets = (torch.arange(size, device=device) for size in (tokens, samples))
-    chosen = ((offsets[:, None] - positions) % tokens)[:, : kind.capacity]
+    chosen = ((offsets[:, None] - positions) % tokens)[:, :capacity]
     return chosen, torch.ones_like(chosen, dtype=torch.bool)
 
 

@@ -13,6 +13,7 @@ nearest MoE layer before them.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.ops.attention import attend
 from moeca_compile.passes.attention import sdpa_options
+from moeca_compile.passes.axis import Axis, count, place_in
 from moeca_compile.passes.regions import Attention, Experts, FeedForward, Regions
 from moeca_compile.passes.rows import Rows
 from moeca_compile.passes.token_axis import shape_of
@@ -30,7 +32,19 @@ from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.decision import Decision
 from moeca_compile.policies.pair_cache import PairCache
 from moeca_compile.policies.plain import run_layers
-from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, Step, samples_and_tokens
+from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, Step
+
+Tokens = tuple[Tensor, Tensor]
+"""Chosen tokens (B, C), counted on the axis of some stream, and which of them are valid."""
+
+
+class Part(NamedTuple):
+    """What one stream brings to an attention on a cache step: its chosen tokens and their rows."""
+
+    attention: Attention
+    chosen: Tensor
+    valid: Tensor
+    rows: Rows
 
 
 class Moeca:
@@ -39,6 +53,9 @@ class Moeca:
     def __init__(self, config: MoecaConfig, regions: Regions) -> None:
         self.config, self.regions = config, regions
         self.attention = {a: self._cached(f"attention.{i}", a, "attention") for i, a in enumerate(regions.attentions)}
+        self.joint: dict[fx.Node, list[Attention]] = {}
+        for attention in regions.attentions:
+            self.joint.setdefault(attention.sdpa, []).append(attention)
         self.feedforward = {
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
@@ -56,14 +73,16 @@ class Moeca:
         singles = [*self.attention.values(), *self.feedforward.values(), *self.shared.values()]
         specs = [spec for cached in singles for spec in cached.specs()]
         specs += [spec for branches in self.branches.values() for spec in branches.specs()]
-        return specs + [spec for i, a in enumerate(self.attention) for spec in self._key_value_specs(i, a)]
+        return specs + [spec for sdpa in self.joint for spec in self.key_value_specs(sdpa)]
 
-    def _key_value_specs(self, i: int, attention: Attention) -> list[CacheSpec]:
+    def key_value_specs(self, sdpa: fx.Node) -> list[CacheSpec]:
+        """The caches of an attention's keys and values, shared by the streams that it joins."""
         if self.config.keys_values == "all":
             return []
-        dtype = self.config.cache_dtype
+        attention = self.joint[sdpa][0]
+        name, dtype = self.attention[attention].name, self.config.cache_dtype
         pairs = (("keys", attention.key), ("values", attention.value))
-        return [CacheSpec(f"attention.{i}.{n}", _row_major(v), dtype or v.meta["val"].dtype) for n, v in pairs]
+        return [CacheSpec(f"{name}.{n}", _row_major(v), dtype or v.meta["val"].dtype) for n, v in pairs]
 
     def install(self, step: Step) -> MoecaStep:
         """Replace, for this step, the values that come from the cache. Call `finish` after it has run."""
@@ -76,7 +95,8 @@ class MoecaStep:
     def __init__(self, policy: Moeca, step: Step) -> None:
         self.policy, self.step, self.config = policy, step, policy.config
         self.decisions: dict[Experts, Decision] = {}
-        self.tokens = _forced_tokens(step) if step.kind.forced else None
+        self.chosen: dict[Axis, Tokens] = {}
+        self.attended: set[fx.Node] = set()
         kind, replace = step.kind, step.replacements
         for layer, cache in policy.branches.items():
             replace[layer.marker] = partial(cache.run_all, step) if kind.experts else partial(self._experts, layer)
@@ -96,11 +116,10 @@ class MoecaStep:
         """Keep what this step computed as the model has it."""
         step, policy = self.step, self.policy
         if step.kind.attention:
-            for i, (attention, cached) in enumerate(policy.attention.items()):
+            for attention, cached in policy.attention.items():
                 cached.store(step, step[attention.residual.output])
-                for spec, node in zip(
-                    policy._key_value_specs(i, attention), (attention.key, attention.value), strict=False
-                ):
+            for sdpa, (attention, *_) in policy.joint.items():
+                for spec, node in zip(policy.key_value_specs(sdpa), (attention.key, attention.value), strict=False):
                     step.updates[spec.name] = step[node].transpose(1, 2).to(spec.dtype).contiguous()
         if step.kind.experts:
             for region, cached in (*policy.feedforward.items(), *policy.shared.items()):
@@ -112,27 +131,60 @@ class MoecaStep:
 
     def _attention(self, attention: Attention) -> Tensor:
         """Attention output: cached, anew for the tokens that are to be recomputed (section 4.1)."""
-        cached, step = self.policy.attention[attention], self.step
+        if attention.sdpa not in self.attended:
+            self.attended.add(attention.sdpa)
+            self._refresh_attention(self.policy.joint[attention.sdpa])
+        return self.policy.attention[attention].read(self.step)
+
+    def _refresh_attention(self, joint: list[Attention]) -> None:
+        """Attend anew from the chosen tokens of all streams that an attention joins."""
+        step, parts = self.step, []
+        for attention in joint:
+            self._probe(attention)
+            output = attention.residual.output
+            if (tokens := self._tokens(output)) is not None:
+                parts.append(Part(attention, *tokens, step.rows(tokens[0], attention.residual.stream, output)))
+        if not parts:
+            return
+        outputs = self._attend(parts).split([part.chosen.shape[1] for part in parts], dim=2)
+        for part, rows in zip(parts, outputs, strict=True):
+            attention = part.attention
+            part.rows.set(attention.sdpa, rows)
+            fresh = part.rows[attention.residual.output]
+            self.policy.attention[attention].refresh(step, part.chosen, fresh, part.valid)
+
+    def _probe(self, attention: Attention) -> None:
+        """Decide for the MoE layer behind the attention, on its cached output."""
+        step = self.step
         layer = next((e for e in self.policy.branches if e.probe is attention), None)
-        if layer is not None and not step.kind.experts and self._masked_by_probe():
-            index, weight = step.instead({attention.residual.output: cached.read(step)}, [layer.choice, layer.weight])
-            self._decide(layer, index, weight)
-        if self.tokens is not None and step.kind.capacity:
-            chosen, valid = self.tokens
-            rows = step.rows(chosen, attention.residual.stream)
-            rows.set(attention.sdpa, self._attend(attention, rows, chosen, valid))
-            cached.refresh(step, chosen, rows[attention.residual.output], valid)
-        return cached.read(step)
+        if layer is not None and not step.kind.experts and self._masked_by_probe(layer):
+            stale = {attention.residual.output: self.policy.attention[attention].read(step)}
+            self._decide(layer, *step.instead(stale, [layer.choice, layer.weight]))
 
-    def _masked_by_probe(self) -> bool:
-        return self.config.mask_source == "probe" or self.tokens is None
+    def _masked_by_probe(self, layer: Experts) -> bool:
+        return self.config.mask_source == "probe" or self._decided(layer.marker) is None
 
-    def _attend(self, attention: Attention, rows: Rows, chosen: Tensor, valid: Tensor) -> Tensor:
+    def _tokens(self, output: fx.Node) -> Tokens | None:
+        """The tokens on the axis of `output` that are computed anew, None where it all comes from the cache."""
+        if not self.step.kind.capacity:
+            return None
+        return _forced_tokens(self.step, output) if self.step.kind.forced else self._decided(output)
+
+    def _decided(self, output: fx.Node) -> Tokens | None:
+        """The tokens that the nearest MoE layer before chose, counted on the axis of `output`, if it holds them."""
+        axis = self.step.regions.axis(output)
+        for decided, (chosen, valid) in reversed(self.chosen.items()):
+            place = place_in(axis, decided)
+            if place is not None:
+                return chosen + place if place else chosen, valid
+        return None
+
+    def _attend(self, parts: list[Part]) -> Tensor:
         """Chosen queries against all keys and values, which are fresh for all, for the chosen, or for none."""
+        attention, step, fresh = parts[0].attention, self.step, self.config.keys_values
         options = sdpa_options(attention.sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
-        query, step = rows[attention.query], self.step
-        fresh = self.config.keys_values
+        query = torch.cat([part.rows[attention.query] for part in parts], dim=2)
         if fresh == "all":
             return F.scaled_dot_product_attention(
                 query,
@@ -141,18 +193,40 @@ class MoecaStep:
                 scale=scale,
                 enable_gqa=gqa,
             )
-        i = list(self.policy.attention).index(attention)
-        keys, values = step.state[f"attention.{i}.keys"], step.state[f"attention.{i}.values"]
+        keys, values = (step.state[spec.name] for spec in self.policy.key_value_specs(attention.sdpa))
         if fresh == "none" and not step.kind.forced:
             return attend(query, keys, values, scale, gqa)
-        return torch.ops.moeca.attend_rows(
-            keys, values, query, rows[attention.key], rows[attention.value], chosen, valid, scale, gqa
-        )
+        key, value, chosen, valid = self._fresh_keys_values(parts)
+        return torch.ops.moeca.attend_rows(keys, values, query, key, value, chosen, valid, scale, gqa)
+
+    def _fresh_keys_values(self, parts: list[Part]) -> list[Tensor]:
+        """Keys and values of the chosen tokens, these counted along the keys, and which of them are valid."""
+        key, value = parts[0].attention.key, parts[0].attention.value
+        axis, rest = self.step.regions.axis(key), set(range(self.step.layout(key).tokens))
+        fresh: list[tuple[Tensor, ...]] = []
+        for part in parts:
+            place = place_in(axis, part.rows.axis)
+            assert place is not None, "matched attentions have their tokens among the keys"
+            rest -= set(range(place, place + count(part.rows.axis)))
+            fresh.append((part.rows[key], part.rows[value], part.chosen + place, part.valid))
+        if self.step.kind.forced and rest:
+            fresh.append(self._keys_values_at(key, value, sorted(rest)))
+        return [
+            torch.cat(tensors, dim=dim) for dim, tensors in zip((2, 2, 1, 1), zip(*fresh, strict=True), strict=True)
+        ]
+
+    def _keys_values_at(self, key: fx.Node, value: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
+        """Keys and values as the model computes them, of tokens whose queries nobody reads."""
+        at = torch.tensor(places, device=self.step.clock.device)
+        chosen = at.expand(shape_of(key)[0], -1)
+        return self.step[key][:, :, at], self.step[value][:, :, at], chosen, torch.ones_like(chosen, dtype=torch.bool)
 
     def _decide(self, layer: Experts, choice: Tensor, weight: Tensor) -> Decision:
         """Which branches and tokens of this layer are recomputed, from its current routing (eqs. 7, 9 to 12)."""
         decision = self.policy.branches[layer].decide(self.step, choice, weight)
-        self.tokens = (decision.chosen, decision.valid)
+        axis = self.step.regions.axis(layer.marker)
+        self.chosen.pop(axis, None)  # the latest choice comes last
+        self.chosen[axis] = decision.chosen, decision.valid
         self.decisions[layer] = decision
         return decision
 
@@ -175,9 +249,10 @@ class MoecaStep:
         return self._row_wise(feedforward, self.policy.feedforward[feedforward], True)
 
     def _row_wise(self, region: FeedForward, cached: Cached, fresh: bool) -> Tensor:
-        if fresh and self.tokens is not None and self.step.kind.capacity:
-            chosen, valid = self.tokens
-            rows = self.step.rows(chosen, region.stream)
+        tokens = self._tokens(region.output)
+        if fresh and tokens is not None:
+            chosen, valid = tokens
+            rows = self.step.rows(chosen, region.stream, region.output)
             cached.refresh(self.step, chosen, rows[region.output], valid)
         return cached.read(self.step)
 
@@ -192,5 +267,6 @@ def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfi
     return (PairCache if layer.by_pair else BranchCache)(name, layer, regions, config)
 
 
-def _forced_tokens(step: Step) -> tuple[Tensor, Tensor]:
-    return decide.forced_tokens(step.kind, *samples_and_tokens(step.regions), step.clock.device)
+def _forced_tokens(step: Step, output: fx.Node) -> Tokens:
+    layout = step.layout(output)
+    return decide.forced_tokens(layout.samples, layout.tokens, step.room(layout.tokens), step.clock.device)

@@ -15,7 +15,7 @@ from moeca_compile.passes.regions import Experts, Regions
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.decision import Decision
-from moeca_compile.policies.step import EXPERTS, CacheSpec, Step, samples_and_tokens
+from moeca_compile.policies.step import EXPERTS, CacheSpec, Step
 
 
 class PairCache:
@@ -28,7 +28,8 @@ class PairCache:
     def __init__(self, name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> None:
         self.layer, self.config = layer, config
         self.forecast = "experts" in config.forecast
-        self.samples, self.tokens = samples_and_tokens(regions)
+        layout = regions.layouts[layer.marker]
+        self.samples, self.tokens = layout.samples, layout.tokens
         self.experts, self.width = layer.body.experts, shape_of(layer.marker)[-1]
         self.slots = layer.body.branches or round(config.branches_per_token * self.samples * self.tokens)
         self.place, self.weight, self.norms = f"{name}.place", f"{name}.weight", f"{name}.norms"
@@ -101,7 +102,7 @@ class PairCache:
             recompute = decide.within_budget(scores, matched, config.budget, routed)
         else:
             recompute = routed & (~matched | (scores > threshold[:, None, :]))
-        return decide.select(step.kind, recompute, matched, scores)
+        return decide.select(recompute, matched, scores, step.room(self.tokens), step.kind.forced)
 
     def run_chosen(self, step: Step, decision: Decision) -> Tensor:
         """Recompute what was decided, on the refreshed input, and combine (eq. 8). Returns (T, width).

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from moeca_compile.passes.axis import Layout
 from moeca_compile.passes.evaluate import Evaluation, Replacement
 from moeca_compile.passes.regions import Regions
 from moeca_compile.passes.rows import Rows, put_rows, take_rows
-from moeca_compile.passes.token_axis import Layout, shape_of
+from moeca_compile.passes.token_axis import shape_of
 
 ATTENTION, EXPERTS = 0, 1
 """The two parts of a model that may have refresh intervals of their own; they index the clock."""
@@ -29,7 +31,8 @@ class StepKind:
 
     Attributes:
         attention, experts: whether that part runs as the model has it (and fills its caches).
-        capacity: chosen tokens per sample of a cache step, at most; 0 where nothing is recomputed.
+        capacity: chosen tokens per sample of a cache step, at most; 0 where nothing is recomputed. It counts in the
+            main stream; other streams have the same share of theirs.
         forced: recompute everything through the cache's own path (validation only).
     """
 
@@ -111,21 +114,22 @@ class Step:
     def layout(self, node: fx.Node) -> Layout:
         return self.regions.layouts[node]
 
-    def rows(self, chosen: Tensor, source: fx.Node) -> Rows:
-        """The graph's values on the tokens `chosen` (B, C), starting from the rows of `source`."""
-        return Rows(chosen, self.regions.layouts, self.values.__getitem__, [source])
+    def rows(self, chosen: Tensor, source: fx.Node, output: fx.Node) -> Rows:
+        """The graph's values on the tokens `chosen` (B, C) of `output`, starting from the rows of `source`."""
+        axis = self.regions.axis(output)
+        return Rows(chosen, self.regions.layouts, self.values.__getitem__, [source], axis)
+
+    def room(self, tokens: int) -> int:
+        """How many of so many tokens may be chosen: the same share as the kind's capacity has of the main stream."""
+        main = self.regions.main
+        assert main is not None
+        return ceil(self.kind.capacity * tokens / main.tokens)
 
     def put(self, node: fx.Node, value: Tensor, chosen: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
         return put_rows(value, self.layout(node), chosen, rows, valid)
 
     def take(self, node: fx.Node, value: Tensor, chosen: Tensor) -> Tensor:
         return take_rows(value, self.layout(node), chosen)
-
-
-def samples_and_tokens(regions: Regions) -> tuple[int, int]:
-    """(B, N) of the residual stream."""
-    layout = next(iter(regions.layouts.values()))
-    return layout.samples, layout.tokens
 
 
 def run_experts(step: Step, marker: fx.Node) -> Tensor:

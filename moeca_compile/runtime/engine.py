@@ -82,8 +82,7 @@ class Engine:
         if not shapes.caching:
             return self._uncached(shapes, inputs)
         with self._lock:
-            position = shapes.sessions.enter(shapes.timestep(inputs))
-            fresh = shapes.sessions.due(position)
+            position, fresh = shapes.enter(inputs)
         try:
             return self._run(shapes, fresh, position, inputs)
         except BaseException:

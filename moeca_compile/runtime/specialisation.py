@@ -15,6 +15,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
+from moeca_compile.passes.split_to_slices import split_to_slices
 from moeca_compile.policies import Policy, policy_for
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import COUNTERS, StepKind
@@ -22,10 +23,14 @@ from moeca_compile.runtime.program import Program
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
+from moeca_compile.runtime.timesteps import TimestepInput
 from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
 
 _PROMOTED_ABOVE = 1.25
 """How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
+
+_UNCLEAR = 3
+"""Calls at which all candidates for the timestep changed, before a warning says that nothing is cached."""
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Specialisation:
             self.graph = self.module.graph
         with record.timed("match"):
             collapse_views(self.graph)
+            split_to_slices(self.graph)
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)
@@ -88,6 +94,7 @@ class Specialisation:
             self.policy: Policy = policy_for(self.config, self.regions)
             self.plan: Plan = plan_step(self.graph, self.regions, self.policy.specs(), self.config)
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
+            self.timesteps = TimestepInput(len(self.regions.timesteps))
 
     def _warn_if_idle(self) -> None:
         if self.config.recipe == "none":
@@ -100,7 +107,7 @@ class Specialisation:
             )
         if not self.caching:
             return
-        if self.regions.timestep is None:
+        if not self.regions.timesteps:
             self.caching, self.policy = False, Plain(self.config, self.regions)
             if self.record.partial:
                 return  # the break that made it a part is warned of
@@ -111,12 +118,30 @@ class Specialisation:
 
     # --- a step ---------------------------------------------------------------------------------------------
 
-    def timestep(self, inputs: Sequence[Any]) -> Timestep | None:
-        """The call's timesteps, read on the host."""
-        if self.regions.timestep is None:
-            return None
-        value = inputs[self.placeholders.index(self.regions.timestep)]
+    def enter(self, inputs: Sequence[Any]) -> tuple[Position, Fresh]:
+        """Where a call stands, and what it computes anew: everything, until it is known which input is the time."""
+        known = self.timesteps.found is not None
+        time = self.timesteps.read([self._value(inputs, node) for node in self.regions.timesteps])
+        if time is None:
+            self._warn_if_unclear()
+        elif not known:
+            self.sessions.reset()  # what came before was placed nowhere in time
+        position = self.sessions.enter(time)
+        return position, self.sessions.due(position) if time is not None else Fresh(True, True)
+
+    def _value(self, inputs: Sequence[Any], node: fx.Node) -> Timestep:
+        """An input's numbers, read on the host."""
+        value = inputs[self.placeholders.index(node)]
         return tuple(value.detach().flatten().tolist()) if isinstance(value, Tensor) else (float(value),)
+
+    def _warn_if_unclear(self) -> None:
+        if self.timesteps.unclear >= _UNCLEAR:
+            names = " and ".join(repr(_argument_name(node)) for node in self.regions.timesteps)
+            self.record.warn(
+                f"the inputs {names} are embedded like timesteps and change together, so it is not known which of "
+                "them is the time, and nothing is cached. Let only one of them change from step to step, or mark "
+                "calls with different values at one step with moeca_compile.stream(name)."
+            )
 
     def clock(self, values: list[list[float]]) -> Tensor:
         """The clock of a step (policies.step.Step) on the model's device."""
@@ -141,10 +166,12 @@ class Specialisation:
         return self._rung(self._needed(counts))
 
     def _needed(self, counts: Tensor | None) -> float:
-        """Tokens to recompute in a sample: the mean over samples and layers."""
+        """Tokens of the main stream to recompute in a sample: the mean share, over samples and layers, of all."""
         if counts is None:
             return 0.0
-        return float(counts[:, COUNTERS.index("needed")].mean()) / self.plan.sizes[0]
+        samples, tokens = self.plan.sizes
+        total = sum(self.regions.layouts[layer.marker].tokens for layer in self.regions.experts)
+        return float(counts[:, COUNTERS.index("needed")].sum()) / (samples * total) * tokens
 
     def _rung(self, needed: float) -> int:
         return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])
@@ -224,3 +251,8 @@ class Specialisation:
             recomputed = sums["recomputed"] / sums["branches"]
         each = self.plan.flops(kind, kind.capacity / self.plan.sizes[1], recomputed)
         return tally.steps * each
+
+
+def _argument_name(node: fx.Node) -> str:
+    """The name that a placeholder has in the model's signature, as far as Dynamo tells."""
+    return node.name.removeprefix("l_").rstrip("_")

@@ -18,7 +18,7 @@ from moeca_compile.passes.regions import Attention, Experts, FeedForward, Kept, 
 from moeca_compile.passes.rewrite import step_function
 from moeca_compile.policies import caching_policy
 from moeca_compile.policies.plain import Plain
-from moeca_compile.policies.step import StepKind, samples_and_tokens
+from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.record import Record
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -56,7 +56,8 @@ def _fault(
 
     On the inputs of the full step it makes no difference what is recomputed: all tokens, half of them, or none.
     """
-    if not regions.residuals:
+    main = regions.main
+    if main is None or (config.family == "stack" and not regions.stacks):
         return None
     policy = caching_policy(config, regions)
     if not policy.specs():
@@ -64,7 +65,7 @@ def _fault(
     device = regions.residuals[0].stream.meta["val"].device
     state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in policy.specs()}
     clock = torch.zeros(2, 2, device=device)
-    tokens = samples_and_tokens(regions)[1]
+    tokens = main.tokens
     try:
         with torch.no_grad():
             full = step_function(graph, regions, policy, StepKind())(inputs, state, clock)

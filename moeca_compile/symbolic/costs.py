@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from moeca_compile.passes.axis import Axis, count, place_in
 from moeca_compile.passes.token_axis import Layouts, shape_of
 
 aten = torch.ops.aten
@@ -37,15 +38,29 @@ def node_flops(node: fx.Node) -> int:
     return 0
 
 
-def symbolic_flops(nodes: Iterable[fx.Node], layouts: Layouts) -> sympy.Expr:
-    """FLOPs of `nodes` in B and N: row-wise work grows with both, attention with the square of N."""
+def symbolic_flops(
+    nodes: Iterable[fx.Node], layouts: Layouts, main: Axis = (), only: Axis | None = None
+) -> sympy.Expr:
+    """FLOPs of `nodes` in B and N: row-wise work grows with both, attention with the square of N.
+
+    N stands for the tokens of `main`, by default those of a graph's one stream; tokens of other streams, such as a
+    text, stay numbers. With `only`, what is row by row counts for the tokens of that axis alone.
+    """
     total = sympy.Integer(0)
     for node in nodes:
         flops = sympy.Integer(node_flops(node))
         if flops and node in layouts:
-            size = layouts[node].samples * layouts[node].tokens
-            flops = flops / size * BATCH * TOKENS
-            if node.target is aten.scaled_dot_product_attention.default:
-                flops = flops / layouts[node].tokens * TOKENS
+            layout = layouts[node]
+            rows = layout.axis if only is None or place_in(layout.axis, only) is None else only
+            flops = flops / (layout.samples * layout.tokens) * BATCH * token_count(rows, main)
+            if node.target is aten.scaled_dot_product_attention.default and node.args[1] in layouts:
+                key = layouts[node.args[1]]  # type: ignore[index]
+                flops = flops / key.tokens * token_count(key.axis, main)
         total += flops
     return total
+
+
+def token_count(axis: Axis, main: Axis = ()) -> sympy.Expr:
+    """The tokens of `axis` as an expression in N, the tokens of `main`."""
+    place = place_in(axis, main) if main else 0
+    return sympy.Integer(count(axis)) if place is None else TOKENS + count(axis) - count(main or axis)

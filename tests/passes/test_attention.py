@@ -66,8 +66,8 @@ MATCHES = {
 def matched(block) -> tuple[list[Attention | Kept], object]:
     gm = exported(block, *INPUTS)
     before = ops(gm)
-    layouts = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
-    found = [match_attention(node, layouts) for node in attention_nodes(gm.graph)]
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)})
+    found = [part for node in attention_nodes(gm.graph) for part in match_attention(node, layouts)]
     assert ops(gm) == before, "matching never edits"
     return found, gm
 
@@ -135,7 +135,7 @@ NEAR_MISSES = {
     "a given mask": (masked, "mask"),
     "dropout": (with_options(dropout_p=0.1), "drops out"),
     "keys of another stream": (across, "keys are not computed"),
-    "keys of two streams": (joint, "keys are not computed"),
+    "keys of two streams": (joint, "laid out differently"),
     "no residual": (no_residual, "no residual addition"),
     "an output that mixes tokens": (mixed_output, "not computed token by token"),
     "attention over heads": (over_heads, ""),

@@ -63,8 +63,8 @@ def layer(x: Tensor, gate: Tensor, shared: Tensor, *parameters: Tensor, body=mlp
 def matched(function, *inputs: Tensor) -> tuple[fx.GraphModule, Experts | Kept]:
     gm = exported(function, *(inputs or (X, GATE, SHARED, *make_parameters())))
     before = ops(gm)
-    layouts = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
-    found = [match_attention(node, layouts) for node in attention_nodes(gm.graph)]
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)})
+    found = [part for node in attention_nodes(gm.graph) for part in match_attention(node, layouts)]
     attentions = tuple(a for a in found if isinstance(a, Attention))
     (marker,) = expert_nodes(gm.graph)
     result = match_experts(marker, expert_body(marker), layouts, attentions)

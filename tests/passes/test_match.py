@@ -33,8 +33,8 @@ def test_counts(regions):
     assert len(regions.bodies) == 2
     assert [len(layer.shared) for layer in regions.experts] == [1, 1]
     assert regions.kept == ()
-    assert regions.timestep is not None
-    assert regions.timestep.name == "l_t_" or regions.timestep.meta["val"].shape == (2,)
+    (timestep,) = regions.timesteps
+    assert timestep.name == "l_t_" or timestep.meta["val"].shape == (2,)
 
 
 def test_names_are_module_paths(regions):
@@ -170,6 +170,8 @@ def test_a_parallel_block_is_one_branch():
 
 def test_paths():
     assert clean_path("L['self']._modules['blocks']._modules['1'].attn") == "blocks.1.attn"
+    assert clean_path("L['self'].__dict__['_modules']['blocks'].0.attn") == "blocks.0.attn"
+    assert clean_path("L['model']._modules['blocks']._modules['1']") == "model.blocks.1"
     assert clean_path("") == ""
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moeca_compile.passes.residuals import residual_around, residual_at
-from moeca_compile.passes.token_axis import Layout, token_layouts
+from moeca_compile.passes.token_axis import Layout, Layouts, token_layouts
 from tests.harness import exported, nodes_of, outputs, placeholders
 
 B, N, D = 2, 5, 4
@@ -36,17 +36,17 @@ BRANCHES = {
 """All with the same branch, so that its output is the linear."""
 
 
-def traced(function) -> tuple[fx.GraphModule, set[fx.Node], fx.Node]:
-    """(graph, nodes with the token axis of x, the node that is returned)."""
+def traced(function) -> tuple[fx.GraphModule, Layouts, fx.Node]:
+    """(graph, layouts of what carries the tokens of x, the node that is returned)."""
     gm = exported(function, X, GATE, W, OTHER)
-    tokens = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
-    return gm, set(tokens), outputs(gm)[0]
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)})
+    return gm, layouts, outputs(gm)[0]
 
 
 @pytest.mark.parametrize("name", BRANCHES)
 def test_a_branch_is_found_from_its_addition(name):
-    gm, tokens, add = traced(BRANCHES[name])
-    residual = residual_at(add, tokens)
+    gm, layouts, add = traced(BRANCHES[name])
+    residual = residual_at(add, layouts)
     assert residual is not None
     assert residual.stream is placeholders(gm)[0]
     assert [residual.output] == nodes_of(gm, aten.linear)
@@ -71,12 +71,12 @@ def test_the_first_addition_back_onto_the_stream_ends_the_branch():
 
 def test_work_after_the_anchor_belongs_to_the_branch():
     """A projection and an addition that is none of the stream's."""
-    gm, tokens, add = traced(lambda x, g, w, o: x + F.linear(branch(x, w).relu() + o, w))
+    gm, layouts, add = traced(lambda x, g, w, o: x + F.linear(branch(x, w).relu() + o, w))
     first, last = nodes_of(gm, aten.linear)
     residual = residual_around(first)
     assert residual is not None
     assert (residual.output, residual.add) == (last, add)
-    assert residual_at(add, tokens) == residual
+    assert residual_at(add, layouts) == residual
 
 
 NEAR_MISSES = {
@@ -94,20 +94,20 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_miss(name):
-    _, tokens, add = traced(NEAR_MISSES[name])
-    assert residual_at(add, tokens) is None
+    _, layouts, add = traced(NEAR_MISSES[name])
+    assert residual_at(add, layouts) is None
 
 
 def test_the_addition_of_modulate_is_none():
     """x * (1 + scale) + shift: the other operand is no stream."""
-    gm, tokens, _ = traced(lambda x, g, w, o: F.layer_norm(x, (D,)) * (1 + g.unsqueeze(1)) + g.unsqueeze(1))
-    assert [residual_at(add, tokens) for add in nodes_of(gm, aten.add)] == [None, None]
+    gm, layouts, _ = traced(lambda x, g, w, o: F.layer_norm(x, (D,)) * (1 + g.unsqueeze(1)) + g.unsqueeze(1))
+    assert [residual_at(add, layouts) for add in nodes_of(gm, aten.add)] == [None, None]
 
 
 def test_the_gates_own_product_is_no_output():
     """A gate that itself comes from the branch's path is part of the branch."""
-    gm, tokens, add = traced(lambda x, g, w, o: x + branch(x, w).sigmoid() * branch(x, w))
-    residual = residual_at(add, tokens)
+    gm, layouts, add = traced(lambda x, g, w, o: x + branch(x, w).sigmoid() * branch(x, w))
+    residual = residual_at(add, layouts)
     assert residual is not None
     assert [residual.output] == nodes_of(gm, aten.mul)
 

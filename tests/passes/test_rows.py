@@ -51,7 +51,7 @@ def test_put_writes_the_valid_rows(layout):
 
 def evaluate(function, *inputs: Tensor) -> tuple[fx.GraphModule, Evaluation, dict[fx.Node, Layout]]:
     gm = exported(function, *inputs)
-    layouts = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, B, N))
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)})
     return gm, Evaluation(gm.graph, inputs, {}), layouts
 
 

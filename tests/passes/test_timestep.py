@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile.passes.timestep import find_timestep
+from moeca_compile.passes.timestep import find_timesteps
 from tests.harness import exported, placeholders
 
 X, T, OTHER, LABEL = torch.randn(2, 8), torch.rand(2), torch.rand(2), torch.tensor([1, 2])
@@ -25,12 +25,11 @@ def rotary(x: Tensor, inv_freq: Tensor) -> Tensor:
     return x * torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def found(function, inputs=INPUTS, arguments=slice(0, 4)) -> int | None:
-    """The position of the input that is taken for the timestep."""
+def found(function, inputs=INPUTS, arguments=slice(0, 4)) -> list[int]:
+    """The positions of the inputs that may be the timestep."""
     gm = exported(function, *inputs)
     nodes = placeholders(gm)
-    node = find_timestep(gm.graph, set(nodes[arguments]))
-    return None if node is None else nodes.index(node)
+    return [nodes.index(node) for node in find_timesteps(set(nodes[arguments]))]
 
 
 TIMESTEPS = {
@@ -47,16 +46,20 @@ TIMESTEPS = {
 
 @pytest.mark.parametrize("name", TIMESTEPS)
 def test_found(name):
-    assert found(TIMESTEPS[name]) == 1
+    assert found(TIMESTEPS[name]) == [1]
 
 
 def test_a_scalar_timestep():
     inputs = (X, torch.tensor(0.5), *INPUTS[2:])
-    assert found(lambda x, t, *rest: x + embedding(t), inputs) == 1
+    assert found(lambda x, t, *rest: x + embedding(t), inputs) == [1]
+
+
+def test_a_guidance_scale_is_a_candidate_too():
+    """It is embedded as the timestep is."""
+    assert found(lambda x, t, o, y, w, e, f: x + F.silu(embedding(o) @ w) + embedding(t)) == [1, 2]
 
 
 NEAR_MISSES = {
-    "two candidates": lambda x, t, o, y, w, e, f: x + embedding(t) + embedding(o),
     "a sine alone": lambda x, t, o, y, w, e, f: x + t[:, None].sin(),
     "frequencies of rotary positions alone": lambda x, t, o, y, w, e, f: rotary(x, f) + t[:, None],
     "a learned embedding": lambda x, t, o, y, w, e, f: x + F.embedding(y, e).sin() + F.embedding(y, e).cos(),
@@ -67,10 +70,10 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_miss(name):
-    assert found(NEAR_MISSES[name]) is None
+    assert found(NEAR_MISSES[name]) == []
 
 
 def test_a_buffer_is_no_timestep():
     """Frequencies reach a sine and a cosine as well, but are none of the model's arguments."""
-    assert found(lambda x, t, o, y, w, e, f: rotary(x, f), arguments=slice(0, 7)) == 6
-    assert found(lambda x, t, o, y, w, e, f: rotary(x, f)) is None
+    assert found(lambda x, t, o, y, w, e, f: rotary(x, f), arguments=slice(0, 7)) == [6]
+    assert found(lambda x, t, o, y, w, e, f: rotary(x, f)) == []

@@ -24,7 +24,7 @@ Function = Callable[..., Tensor]
 
 def layouts_of(gm: fx.GraphModule, batch: int = B, tokens: int = N) -> dict[fx.Node, Layout]:
     """Layouts from the first placeholder, (batch, tokens, ...)."""
-    return token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, batch, tokens))
+    return token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, batch, tokens)})
 
 
 def choose(batch: int, tokens: int) -> Tensor:
@@ -161,12 +161,12 @@ NEAR_MISSES: dict[str, Function] = {
     "matrix times tokens": lambda h: table(6, N) @ h,
     "scores of queries and keys": lambda h: h @ h.transpose(1, 2),
     "tokens against tokens": lambda h: h.unsqueeze(1) + h.unsqueeze(2),
-    "slice of tokens": lambda h: h[:, 1:],
     "select of a token": lambda h: h[:, 0],
     "select of a sample": lambda h: h[0],
     "split of tokens": lambda h: h.split(2, dim=1)[0],
     "unbind of tokens": lambda h: h.unbind(1)[0],
-    "cat of tokens": lambda h: torch.cat([h, h], 1),
+    "the same tokens twice": lambda h: torch.cat([h, h], 1),
+    "tokens beside those before them": lambda h: h[:, 1:] + h[:, :-1],
     "flip of tokens": lambda h: h.flip(1),
     "roll of tokens": lambda h: h.roll(1, 1),
     "expand of a mean": lambda h: h.mean(1, keepdim=True).expand(B, N, D),

@@ -42,7 +42,7 @@ def test_node_flops(name):
 
 def flops(function, batch: int, tokens: int) -> object:
     gm = exported(function, torch.randn(batch, tokens, D), W)
-    layouts = token_layouts(gm.graph, placeholders(gm)[0], Layout(0, 1, batch, tokens))
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, batch, tokens)})
     return symbolic_flops(gm.graph.nodes, layouts)
 
 

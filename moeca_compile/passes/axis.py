@@ -1,0 +1,105 @@
+"""Which tokens a value has, and in which of its dims.
+
+An axis is spans of the tokens that some node brought into the graph, one after another. Picture and text have an
+axis each; where a model joins the two, the joint axis is the picture's spans and then the text's, and what is cut
+off it again is the picture's axis once more. So tokens keep their identity, whatever they are joined with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start to stop (exclusive) of those of `source`; None where a graph has one source only."""
+
+    source: fx.Node | None
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Axis = tuple[Span, ...]
+
+
+def count(axis: Axis) -> int:
+    """How many tokens the axis holds."""
+    return sum(map(len, axis))
+
+
+def join(axes: Iterable[Axis]) -> Axis:
+    """One axis after another; spans that continue each other become one."""
+    spans: list[Span] = []
+    for span in (span for axis in axes for span in axis):
+        if spans and (spans[-1].source, spans[-1].stop) == (span.source, span.start):
+            span = Span(span.source, spans.pop().start, span.stop)
+        spans.append(span)
+    return tuple(spans)
+
+
+def cut(axis: Axis, start: int, stop: int) -> Axis:
+    """Positions start to stop (exclusive) of the axis."""
+    spans, position = [], 0
+    for span in axis:
+        first, last = max(start - position, 0), min(stop - position, len(span))
+        if first < last:
+            spans.append(Span(span.source, span.start + first, span.start + last))
+        position += len(span)
+    return tuple(spans)
+
+
+def place_in(axis: Axis, part: Axis) -> int | None:
+    """The position in `axis` where the tokens of `part` begin, in their order; None where it does not hold them."""
+    position = 0
+    for span in axis:
+        if span.source is part[0].source and span.start <= part[0].start < span.stop:
+            start = position + part[0].start - span.start
+            return start if cut(axis, start, start + count(part)) == part else None
+        position += len(span)
+    return None
+
+
+def overlap(one: Axis, other: Axis) -> bool:
+    """Whether any token is on both."""
+    return any(a.source is b.source and a.start < b.stop and b.start < a.stop for a in one for b in other)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimensions of a value that index samples and tokens; equal when the two are merged, batch outermost.
+
+    `samples` and `tokens` are the sizes of the two (their product is the size of a merged dimension); `axis` says
+    which tokens they are, by default all those of a graph's one stream.
+    """
+
+    batch: int
+    token: int
+    samples: int
+    tokens: int
+    axis: Axis = ()
+
+    def __post_init__(self) -> None:
+        if not self.axis:
+            object.__setattr__(self, "axis", (Span(None, 0, self.tokens),))
+
+    def along(self, axis: Axis) -> Layout:
+        """The same dimensions with other tokens."""
+        return replace(self, tokens=count(axis), axis=axis)
+
+    def shifted(self, by: int) -> Layout:
+        """The same layout after `by` dimensions were put in front."""
+        return replace(self, batch=self.batch + by, token=self.token + by)
+
+    def moved(self, move: Callable[[int], int]) -> Layout:
+        """The same layout after each dimension d became move(d)."""
+        return replace(self, batch=move(self.batch), token=move(self.token))
+
+    @property
+    def merged(self) -> bool:
+        return self.batch == self.token
