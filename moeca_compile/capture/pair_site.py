@@ -49,17 +49,28 @@ def find_pair_site(flow: Flow, tree: ast.FunctionDef, items: dict[int, Item]) ->
 
 
 def chosen_tokens(value: Value) -> bool:
-    """Whether a subscript is ids that a top-k or a sort chose, as they are or with offsets added."""
+    """Whether a subscript is ids that a top-k or a sort chose, as they are or with offsets added.
+
+    What a call of self returns beside other values, and an argument, may be such ids too.
+    """
     pending = [value]
     while pending:
         value = pending.pop()
-        if value.kind == "call" and value.name in SELECTS:
+        if chooses(value) or value.kind == "parameter":
             return True
         if value.name in ("Add", "add", "Tuple", "enumerate", "zip"):
             pending.extend(value.operands)
         elif value.operands and _is_part(value):
             pending.append(value.operands[0])
     return False
+
+
+def chooses(value: Value) -> bool:
+    """Whether a value is a top-k, a sort, or one of the values that a call of self returns."""
+    if value.kind == "call":
+        return value.name in SELECTS
+    source = value.operands[0] if value.name.startswith("part ") else None
+    return source is not None and source.kind == "call" and bool(source.operands) and of_self(source.operands[0])
 
 
 def _is_part(value: Value) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from moeca_compile.capture.dataflow import Value
 from moeca_compile.capture.pruning import Pruning
-from moeca_compile.capture.roles import ADDS_UP, Site, base_of, dependents, of_self, spelled
+from moeca_compile.capture.roles import ADDS_UP, SHAPES, Site, base_of, dependents, of_self, spelled
 from moeca_compile.capture.syntax import (
     HANDED,
     assignment,
@@ -55,7 +55,7 @@ class Rewritten:
     """A method as `function(moeca, self, ...)`.
 
     items, shared: the attributes of self that hold the experts' own parameters or modules, and what all experts
-    read; index: the parameter that holds the expert ids, None where the method makes them itself; may_miss:
+    read; index: the parameter that holds the ids, None where the method makes them itself; may_miss:
     whether there may be other numbers among them, for tokens that no expert takes; by_ids: whether ids were found,
     and not only what each turn of a loop makes of them
 
@@ -92,7 +92,7 @@ def rewritten(site: Site, original: Callable[..., Any]) -> Rewritten | None:
         compiled(tree, original),
         tuple(text.partition(".")[2] for text in rewriting.items),
         tuple(text.partition(".")[2] for text in rewriting.shared),
-        index.name if given and not site.pairs else None,
+        index.name if given else None,
         given or _may_miss(site.index),
         site.selection is None,
     )
@@ -199,8 +199,14 @@ class _Rewriting:
             self.inserted.setdefault(site.statement, []).append(assignment(LIKE, zeros))
             return ast.Name(LIKE, ast.Load())
         if site.pairs and site.result.name in ADDS_UP - {"sum", "Add"}:
-            return self.name(site.result.operands[0])
+            return self.name(self.changed(site.result.operands[0]))
         return ast.Constant(None)
+
+    def changed(self, value: Value) -> Value:
+        """What `value` is a view of, where a statement changes that through the view."""
+        while isinstance(self.site.statement, ast.Expr) and value.kind == "call" and value.name in SHAPES:
+            value = value.operands[0]
+        return value
 
     def name(self, value: Value) -> ast.expr:
         """An expression for `value` where the dispatch stands."""

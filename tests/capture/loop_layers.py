@@ -82,6 +82,26 @@ class ArgsortAndSlice(Predicted):
         return out.view_as(x)
 
 
+class OntoShared(Predicted):
+    """Added onto a shared expert's output, counts read one by one."""
+
+    def __init__(self, expert=swiglu) -> None:
+        super().__init__(expert)
+        self.shared = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        rows = x.reshape(-1, WIDTH)
+        scores = self.router(rows).softmax(-1)
+        counts = (self.capacity_predictor(rows).sigmoid() > self.threshold).sum(0)
+        y = self.shared(rows)
+        for e in range(len(self.experts)):
+            k = counts[e].item()
+            if k > 0:
+                gate, token = scores[:, e].topk(k)
+                y = y.index_add(0, token, gate.unsqueeze(1) * self.experts[e](rows[token]))
+        return y.view_as(x)
+
+
 class Threshold(MoE):
     """A token takes every expert whose score is over a threshold."""
 
@@ -165,5 +185,5 @@ class FixedInTheLoop(MoE):
         return out.view_as(x)
 
 
-DYNAMIC = (DiffMoE, CountedFirst, SortAndSlice, ArgsortAndSlice)
+DYNAMIC = (DiffMoE, CountedFirst, SortAndSlice, ArgsortAndSlice, OntoShared)
 THRESHOLDS = (Threshold, MaskOfAll, PlacesOfAMask, PlacesInSamples)

@@ -172,6 +172,65 @@ class OntoShared(Choice):
         return out.view_as(x)
 
 
+class Chooser(nn.Module):
+    """A router as a module of its own: ids and weights (samples, experts, choices)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, EXPERTS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight, index = self.proj(x).softmax(-1).transpose(1, 2).topk(4, dim=-1)
+        return index, weight
+
+
+class ChosenElsewhere(Choice):
+    """The router is another module, and zeros are written to through a view."""
+
+    def __init__(self, expert=swiglu) -> None:
+        super().__init__(expert)
+        self.chooser = Chooser()
+
+    def forward(self, x):
+        b, n, d = x.shape
+        ids, gates = self.chooser(x)
+        flat = (ids + torch.arange(b)[:, None, None] * n).reshape(-1)
+        rows = x.reshape(-1, d).index_select(0, flat).view(b, self.num_experts, -1, d)
+        outputs = torch.stack([self.experts[e](rows[:, e]) for e in range(self.num_experts)], dim=1)
+        out = torch.zeros_like(x)
+        out.view(-1, d).index_add_(0, flat, (outputs * gates[..., None]).reshape(-1, d))
+        return out
+
+
+class Handed(ChosenElsewhere):
+    """A method that is handed the ids and does nothing but dispatch."""
+
+    def forward(self, x):
+        ids, gates = self.chooser(x)
+        return self.run_experts(x, ids, gates)
+
+    def run_experts(self, x, ids, gates):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            at = ids[:, e].unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            out.scatter_add_(1, at, expert(x.gather(1, at)) * gates[:, e, :, None])
+        return out
+
+
+class Joined(Choice):
+    """Outputs put beside each other, one index_add_ for all."""
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        gates, ids = self.router(rows).softmax(-1).topk(8, dim=0)
+        outputs = []
+        for e, expert in enumerate(self.experts):
+            outputs.append(expert(rows[ids[:, e]]) * gates[:, e, None])
+        out = torch.zeros_like(rows)
+        out.index_add_(0, ids.t().reshape(-1), torch.cat(outputs))
+        return out.view_as(x)
+
+
 class Packed(nn.Module):
     """Experts packed in one parameter for each matrix."""
 
@@ -244,8 +303,10 @@ PER_SAMPLE = (
     OneHotCombine,
     OneHotWeighted,
     OverASample,
+    ChosenElsewhere,
+    Handed,
     PackedEinsum,
     PackedBmm,
     PackedTurned,
 )
-OVER_THE_BATCH = (FlatLoop, FlatZip, OntoShared)
+OVER_THE_BATCH = (FlatLoop, FlatZip, OntoShared, Joined)

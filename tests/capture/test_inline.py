@@ -86,3 +86,35 @@ def test_two_dimensional_inputs():
 @pytest.mark.parametrize("layer", [WithTimestep, SortedWithExtras, ExtrasInline])
 def test_further_rows_of_an_expert(layer):
     assert_captured(layer().eval(), tokens(), torch.randn(2, WIDTH))
+
+
+class Lenient(inline_layers.AllExperts):
+    """Its dispatch is handed the ids, some of them no expert's."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, WIDTH)
+        weight, index = self.router(rows).softmax(-1).topk(self.top_k, dim=-1)
+        return self.run_experts(rows, torch.where(weight > weight.mean(), index, -1), weight).view_as(x)
+
+    def run_experts(self, rows, index, weight):
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(index == e)
+            out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+        return out
+
+
+class LenientSegments(Lenient):
+    def run_experts(self, rows, index, weight):
+        out, order = torch.zeros_like(rows), index.view(-1).argsort()
+        ends = (index.view(-1) + 1).bincount(minlength=EXPERTS + 1).cumsum(0).tolist()
+        for e in range(EXPERTS):
+            branch = order[ends[e] : ends[e + 1]]
+            token = branch // self.top_k
+            out.index_add_(0, token, self.experts[e](rows[token]) * weight.view(-1, 1)[branch])
+        return out
+
+
+@pytest.mark.parametrize("layer", [Lenient, LenientSegments])
+def test_ids_that_are_handed_and_no_experts_have_no_weight(layer):
+    assert_captured(stack(layer()), tokens())

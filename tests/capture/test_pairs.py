@@ -22,7 +22,8 @@ from tests.capture.pair_layers import (
     PackedBmm,
     PackedEinsum,
 )
-from tests.harness import RecordingBackend, nodes_of
+from tests.harness import RecordingBackend, captured, nodes_of
+from tests.models import Sizes, make_inputs, make_model
 from tests.references import run_with_markers
 
 PAIRS = torch.ops.moeca.expert_pairs
@@ -227,3 +228,13 @@ def thresholded_pixels(self, x):
 @pytest.mark.parametrize("idiom", [expert_choice, expert_loop])
 def test_near_misses_are_not_recognised(near_miss, idiom):
     assert idiom.recognise(read_method(near_miss)) is None
+
+
+@pytest.mark.parametrize("layer", [GatherStack, PackedBmm, DiffMoE, Threshold])
+def test_the_passes_match_what_is_captured(layer):
+    model = make_model(Sizes(width=WIDTH, heads=1, depth=2))
+    model.blocks[1].mlp = layer().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    regions = captured(model, noise, torch.ones(len(noise)), labels).specialisation().regions
+    assert len(regions.experts) == 1
+    assert not any(kept.kind == "experts" for kept in regions.kept)

@@ -19,7 +19,7 @@ from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.packed import whole
 from moeca_compile.capture.idioms.pairs import Pairs, recognised_pairs
-from moeca_compile.capture.pair_site import chosen_tokens
+from moeca_compile.capture.pair_site import chooses, chosen_tokens
 from moeca_compile.capture.roles import (
     CONTRACTIONS,
     PICKS,
@@ -41,8 +41,8 @@ _PUTS_BACK = frozenset(
 
 
 def plausible(code: CodeType) -> bool:
-    """A top-k or a sort, and rows that are put back."""
-    return not SELECTS.isdisjoint(code.co_names) and puts_back(code)
+    """Rows that are put back, and a top-k or a sort where that may be anything."""
+    return not _PUTS_BACK.isdisjoint(code.co_names) or (not SELECTS.isdisjoint(code.co_names) and puts_back(code))
 
 
 def puts_back(code: CodeType) -> bool:
@@ -59,7 +59,7 @@ def recognise(method: Method) -> Pairs | None:
 
 def items_of(flow: Flow) -> dict[int, Item]:
     """Experts of a loop, packed parameters that meet chosen rows, modules that are handed chosen rows."""
-    chosen = dependents(flow, lambda value: value.kind == "call" and value.name in SELECTS)
+    chosen = dependents(flow, chooses)
     factors = [
         factor
         for value in flow.made

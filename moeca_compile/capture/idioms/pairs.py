@@ -49,7 +49,7 @@ class Pairs(Inline):
         dtypes = {each.dtype for each in (*module.parameters(), *self._tensors(facts))} | {d for _, d in autocast()}
         if not self.method.by_ids and not dtypes.isdisjoint(_COARSE):
             return self._compared_in_float32(original, module, facts)
-        trials = list(self._trials(facts, 0))
+        trials = list(self._trials(facts, 1))
         for candidate in (lambda: module, lambda: with_random_parameters(module)):
             layer = candidate()
             verdict = self._verdict(original, layer, trials, tolerance)
@@ -62,7 +62,7 @@ class Pairs(Inline):
         wide = tuple((*fact[:3], _widened(fact[3]), fact[4]) if fact[1] else fact for fact in facts)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             _, reading, coupled = self.compared(original, copy.deepcopy(module).float(), wide)
-        args, kwargs = next(self._trials(facts, 0))
+        args, kwargs = next(self._trials(facts, 1))
         want = [kind(each) for each in without_side_effects(original, module, args, kwargs)]
         for dtype_of in DTYPES_OF:
             meaning = Meaning(dtype_of, 1.0, float("inf"), reading)
@@ -79,7 +79,19 @@ class Pairs(Inline):
         """Random arguments, then large ones: choices among tokens that are alike are the op's own affair."""
         for number, scale in enumerate((1.0, _LARGE)):
             args, kwargs = self._arguments(facts, num_experts, False, TRIAL_SEED + number)
+            self._choose(args, kwargs)
             yield [_times(each, scale) for each in args], {name: _times(each, scale) for name, each in kwargs.items()}
+
+    def _choose(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Distinct token ids, where the method is handed them."""
+        held: list[tuple[Any, Any]] = [(args, number) for number in range(len(args))]
+        held += [(kwargs, name) for name in kwargs]
+        rows = [place[key] for place, key in held if isinstance(place[key], Tensor) and place[key].dim() > 1]
+        for place, key in held:
+            if self.method.index is not None and self._name(key) == self.method.index:
+                ids, tokens = place[key], min(each.shape[-2] for each in rows if each.dtype.is_floating_point)
+                order = torch.rand(ids.numel() // ids.shape[-1], max(tokens, ids.shape[-1])).argsort(-1)
+                place[key] = (order[:, : ids.shape[-1]] % tokens).reshape(ids.shape).to(ids)
 
     def _verdict(
         self, original: Callable[..., Any], module: nn.Module, trials: list[Arguments], tolerance: float
@@ -130,6 +142,8 @@ class Pairs(Inline):
 
     def _coupled(self, module: nn.Module, trial: Arguments, reading: Reading, tolerance: float) -> bool:
         """Whether the routing of the first half of a batch changes with the second."""
+        if self.method.index is not None and not reading[1]:
+            return True  # ids that count through the batch were chosen elsewhere
         args, kwargs = trial
         seen = []
         for changed in (False, True):
