@@ -80,6 +80,22 @@ def _is_part(value: Value) -> bool:
     return value.kind in ("index", "element") or value.name == "indices" or value.name.startswith("part ")
 
 
+def only_skips_the_empty(statement: ast.stmt) -> bool:
+    """Whether all conditions in a loop ask whether an expert has any tokens: the dispatch needs none of those."""
+    return all(_asks_for_any(node.test) for node in ast.walk(statement) if isinstance(node, ast.If))
+
+
+def _asks_for_any(test: ast.expr) -> bool:
+    if isinstance(test, ast.BoolOp):
+        return all(map(_asks_for_any, test.values))
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _asks_for_any(test.operand)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.comparators[0], ast.Constant):
+        least = 1 if isinstance(test.ops[0], (ast.Lt, ast.GtE)) else 0
+        return test.comparators[0].value == least
+    return isinstance(test, (ast.Name, ast.Call, ast.Attribute))  # `if k`, `if mask.any()`, `if self.training`
+
+
 def one_hot_of(value: Value) -> Value | None:
     """The ids whose one-hot form `value` is, through views."""
     while value.kind == "call" and value.name in VIEWS | TURNS and value.operands:
@@ -94,7 +110,7 @@ class PairFinder(Finder):
         for product, weighted, factor in self.products():
             result = self.added_up(product)
             statement = self.statement_of(result) if result is not None else None
-            if result is None or statement is None:
+            if result is None or statement is None or not only_skips_the_empty(statement):
                 continue
             self.names, y = self.flow.before[statement], self.branch(weighted)
             rows = self.rows(y)

@@ -192,7 +192,24 @@ class OnlyHits(Predicted):
         return out.view_as(x)
 
 
-@pytest.mark.parametrize("layer", [ElsewherePut, SquaredGates, OverItsTokens, OnlyHits])
+class AtLeastThree(Predicted):
+    """An expert that few tokens want is left out."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, WIDTH)
+        capacity = self.capacity_predictor(rows).sigmoid()
+        scores = self.router(rows).softmax(-1)
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            k = (capacity[:, e] > self.threshold[e]).sum().item()
+            if k < 3:
+                continue
+            gate, token = scores[:, e].topk(k)
+            out.index_add_(0, token, expert(rows[token]) * gate[:, None])
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("layer", [ElsewherePut, SquaredGates, OverItsTokens, OnlyHits, AtLeastThree])
 def test_what_numbers_do_not_confirm_runs_as_it_is_with_one_warning(layer):
     model, backend = stack(layer(), layer()), RecordingBackend()
     with torch.no_grad(), pytest.warns(capture.CaptureWarning, match=f"{layer.__name__}.forward") as caught:

@@ -21,13 +21,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeca_compile.capture.dataflow import Flow, Value, follow
+from moeca_compile.capture.expert_code import rewritten_body
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.grouped_matmul import GROUPED, items_of
 from moeca_compile.capture.idioms.held import ExpertOf
 from moeca_compile.capture.idioms.marking import Shapes
 from moeca_compile.capture.idioms.routed import tensor_at
 from moeca_compile.capture.numerics import UntrustedError
-from moeca_compile.capture.rewriting import rewritten_body
 from moeca_compile.capture.roles import CONTRACTIONS, VIEWS, Item, Site, loop_items, stateless
 from moeca_compile.capture.site import Finder
 from moeca_compile.capture.source import Method
