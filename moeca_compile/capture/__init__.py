@@ -6,7 +6,8 @@
     refusals.py   what was left as it was, and why
     suspects.py   what looks like dispatch but matches no idiom
 
-The methods' code is read by source.py and dataflow.py. No model's code is edited: eager and every other
+The methods' code is read by source.py and dataflow.py; site.py and pair_site.py find the dispatch in it, and
+rewriting.py, expert_code.py and turns.py replace it. No model's code is edited: eager and every other
 backend run it as it is.
 """
 
