@@ -1,0 +1,58 @@
+"""Diffusion transformers of the published families, written anew from their papers, with random weights.
+
+    families.build("DSMoE-S-E16")                       # a published size, in eval mode
+    families.build("DiT-MoE-XL", device="meta")         # its shapes alone
+    families.reduced("EC-DiT")                          # a few narrow blocks with the family's own routing
+
+A file a family; `common.py` holds what they share. All take forward(x (B, C, H, W), t (B,), y (B,)).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from examples.families import dense, diff_moe, diffmoe, dit_moe, dsmoe, expert_choice, token_choice
+from examples.families.common import DiffusionTransformer, Family, Sizes, randomise
+
+FAMILIES: dict[str, Family] = {
+    "DiT": dense.FAMILY,
+    "DSMoE": dsmoe.FAMILY,
+    "DiT-MoE": dit_moe.FAMILY,
+    "Diff-MoE": diff_moe.FAMILY,
+    "TC-DiT": token_choice.FAMILY,
+    "EC-DiT": expert_choice.FAMILY,
+    "DiffMoE": diffmoe.FAMILY,
+}
+PUBLISHED: dict[str, tuple[Family, Sizes]] = {
+    name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.published.items()
+}
+
+
+def build(name: str, device: str = "cpu", seed: int = 0) -> DiffusionTransformer:
+    """A published model by its name. Raises KeyError for a name that is not in PUBLISHED."""
+    family, sizes = PUBLISHED[name]
+    return assemble(family, sizes, device, seed)
+
+
+def reduced(family: str, device: str = "cpu", seed: int = 0) -> DiffusionTransformer:
+    """The small form of a family. Raises KeyError for a name that is not in FAMILIES."""
+    return assemble(FAMILIES[family], FAMILIES[family].reduced, device, seed)
+
+
+def assemble(family: Family, sizes: Sizes, device: str = "cpu", seed: int = 0) -> DiffusionTransformer:
+    """A model of a family at any sizes, in eval mode; random weights by the seed, none on the meta device."""
+    with torch.device(device):
+        model = family.model(sizes)
+    if device != "meta":
+        randomise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def inputs_for(model: DiffusionTransformer, batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise (B, C, H, W), one timestep for all samples (B,) and labels (B,), on the model's device."""
+    sizes, generator = model.sizes, torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, sizes.channels, sizes.side, sizes.side, generator=generator)
+    y = torch.randint(sizes.classes, (batch,), generator=generator)
+    device = model.head.weight.device
+    return x.to(device), torch.full((batch,), 900.0, device=device), y.to(device)

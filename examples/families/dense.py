@@ -1,0 +1,22 @@
+"""DiT: no experts, the yardstick of the other families. Its feed-forwards are Mlps, its positions are added."""
+
+from __future__ import annotations
+
+from examples.families.common import Block, DiffusionTransformer, Family, Mlp, Sizes
+
+
+class DiT(DiffusionTransformer):
+    def __init__(self, sizes: Sizes) -> None:
+        hidden = int(sizes.mlp_ratio * sizes.width)
+        super().__init__(sizes, lambda index: Block(sizes, Mlp(sizes.width, hidden), rotary=False))
+
+
+FAMILY = Family(
+    DiT,
+    published={
+        "DiT-S": Sizes(width=384, depth=12, heads=6),
+        "DiT-B": Sizes(width=768, depth=12, heads=12),
+        "DiT-L": Sizes(width=1024, depth=24, heads=16),
+    },
+    reduced=Sizes(width=32, depth=3, heads=4, side=8, classes=10),
+)
