@@ -82,7 +82,7 @@ def body_nodes(marker: fx.Node) -> set[fx.Node]:
     """The traced body of expert 0 with its entries and parameters, which may be slices of packed parameters."""
     output, own = marker.args[3], own_parameters(marker)
     assert isinstance(output, fx.Node)
-    entries = [node for node in ancestors([output]) if node.target is ENTRY]
+    entries = output.graph.find_nodes(op="call_function", target=ENTRY)
     return ancestors([output], stop=[*entries, *own])
 
 

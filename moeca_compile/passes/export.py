@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moeca_compile._torch_private import export_functional
+from moeca_compile.passes.listed_parameters import ListedParameters
 
 
 def to_functional_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -18,6 +19,14 @@ def to_functional_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
     Pre-dispatch keeps `linear`, `scaled_dot_product_attention`, `layer_norm` and `topk` whole, and these are
     what the matchers look for. Every node of the result has a fake tensor in `meta["val"]`.
     """
+    listed = ListedParameters.of(gm.graph) if isinstance(gm, fx.GraphModule) else None
+    if listed is None:
+        return _exported(gm, inputs)
+    exported = _exported(listed.left_out_of(gm), [inputs[position] for position in listed.kept])
+    return listed.put_back(exported) or _exported(gm, inputs)
+
+
+def _exported(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     with torch.no_grad():
         exported = export_functional(gm, inputs)
     _drop_assertions(exported.graph)

@@ -169,14 +169,18 @@ def clean_path(path: str) -> str:
     return ".".join(name for name in names if name not in ("_modules", "__dict__"))
 
 
-def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """All nodes that `nodes` are computed from, themselves included, not looking past `stop`."""
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = (), since: fx.Node | None = None) -> set[fx.Node]:
+    """All nodes that `nodes` are computed from, themselves included, not looking past `stop`.
+
+    With `since` only what depends on that node is wanted, so nothing before it in the graph is looked at: else every
+    question about a late block would lead through all blocks before it.
+    """
     found: set[fx.Node] = set()
     ends = set(stop)
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (since is None or not node < since):
             found.add(node)
             if node not in ends:
                 stack.extend(node.all_input_nodes)
@@ -185,7 +189,7 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
 
 def between(source: fx.Node, outputs: Iterable[fx.Node], carried: Layouts | None = None) -> set[fx.Node]:
     """Nodes on a path from `source` to `outputs`, without the source."""
-    inside = ancestors(outputs, stop=(source,))
+    inside = ancestors(outputs, stop=(source,), since=source)
     reached = {source}
     for node in sorted(inside):
         if any(arg in reached for arg in node.all_input_nodes):

@@ -28,7 +28,6 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
     was computed from. A joint attention is cut into the tokens of several streams, each with a path of its own;
     none where the paths fork in any other way, or where one of them ends in no such addition.
     """
-    upstream = ancestors([anchor]) - {anchor}
     found: dict[fx.Node, Residual] = {}
     paths = [(anchor, {anchor})]
     while paths:
@@ -38,7 +37,7 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
             return []
         for add in users:
             stream = _other_operand(add, node, ADD)
-            if stream is None or stream not in upstream or shape_of(stream) != shape_of(add):
+            if stream is None or shape_of(stream) != shape_of(add) or not _leads_to(anchor, stream):
                 paths.append((add, path | {add}))
             elif add in found:
                 return []  # the parts meet again
@@ -55,6 +54,11 @@ def _cut_apart(users: list[fx.Node]) -> bool:
     return all(step == 1 for *_, step in bounds) and all(one[1] <= other[0] for one, other in pairwise(bounds))
 
 
+def _leads_to(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` is another one than `source`, and computed from it."""
+    return node is not source and source in ancestors([node], stop=(source,), since=source)
+
+
 def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
     """The residual branch that the addition `add` ends, where one operand is computed from the other.
 
@@ -64,11 +68,10 @@ def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
         return None
     for stream, branch in (add.all_input_nodes, add.all_input_nodes[::-1]):
         same_shape = shape_of(stream) == shape_of(branch) == shape_of(add)
-        if same_shape and stream in layouts and layouts.get(branch) == layouts[stream]:
-            inner = ancestors([branch], stop=(stream,))
-            if stream in inner:
-                carried = {node for node in inner if node in layouts}
-                return Residual(stream, _before_gate(branch, carried), add)
+        alike = same_shape and stream in layouts and layouts.get(branch) == layouts[stream]
+        if alike and _leads_to(branch, stream):
+            carried = {node for node in ancestors([branch], stop=(stream,)) if node in layouts}
+            return Residual(stream, _before_gate(branch, carried), add)
     return None
 
 

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.passes.export import to_functional_aten
-from tests.harness import Captured, exported, ops, placeholders
+from moeca_compile.passes.listed_parameters import ListedParameters
+from tests.harness import Captured, exported, nodes_of, ops, placeholders
 
+EXPERTS = torch.ops.moeca.experts
 X, W = torch.randn(2, 6, 8), torch.randn(8, 8)
 
 
@@ -44,3 +46,17 @@ def test_every_node_has_a_fake_value_and_no_assertion_is_left(graph: Captured):
     assert not [node for node in nodes if "assert" in str(node.target)]
     assert len(placeholders(gm)) == len(graph.inputs)
     assert ops(gm)["experts"] == ops(gm)["expert_rows"] == 2
+
+
+def test_a_graph_with_markers_is_what_it_would_be_were_all_experts_traced(graph: Captured, monkeypatch):
+    found = to_functional_aten(graph.gm, graph.inputs)
+    monkeypatch.setattr(ListedParameters, "of", lambda _: None)
+    wanted = to_functional_aten(graph.gm, graph.inputs)
+    assert ops(found) == ops(wanted)
+    assert found.meta["mutated_inputs"] == wanted.meta["mutated_inputs"]
+    for one, other in zip(placeholders(found), placeholders(wanted), strict=True):
+        assert one.meta["val"].shape == other.meta["val"].shape and len(one.users) == len(other.users)
+    position = {node: i for i, node in enumerate(placeholders(found))}
+    for one, other in zip(nodes_of(found, EXPERTS), nodes_of(wanted, EXPERTS), strict=True):
+        beside = {node: i for i, node in enumerate(placeholders(wanted))}
+        assert [position[node] for node in one.args[4]] == [beside[node] for node in other.args[4]]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moeca_compile._torch_private import tensors_of_others
 from moeca_compile.capture.idioms.base import Paths
 from moeca_compile.capture.idioms.choices import Choices
 from moeca_compile.capture.idioms.held import ExpertOf, count, expert_of
@@ -123,13 +124,31 @@ class Markers(Shapes):
             num_experts = count(packed[0])
             return body_out, own + [each[e] for e in range(1, num_experts) for each in packed], num_experts
         num_experts = count(items[0])
-        params = []
-        for number in range(num_experts):
-            # The body's own nodes have to be those in params: an item is looked up once.
-            held = firsts if number == 0 else [item[number] for item in items]
-            for item, its_paths in zip([*held, *shared], self.paths, strict=True):
-                params.extend([tensor_at(item, path) for path in its_paths])
+        params = self._params(items, firsts, shared, num_experts)
         return body_out, params, num_experts
+
+    def _params(
+        self, items: tuple[Any, ...], firsts: list[Any], shared: tuple[Any, ...], num_experts: int
+    ) -> list[Tensor]:
+        """The tensors of all items, expert by expert. Those of expert 0 are looked up in `firsts`, as in the body."""
+        by_item = []
+        for item, first, paths in zip(items, firsts, self.paths[: len(items)], strict=True):
+            own = [tensor_at(first, path) for path in paths]
+            if isinstance(item, nn.ModuleList):
+                rest = tensors_of_others(item, paths, own)
+            else:
+                rest = [tensor_at(item[number], path) for number in range(1, num_experts) for path in paths]
+            by_item.append(own + rest)
+        of_all = [
+            tensor_at(each, path) for each, at in zip(shared, self.paths[len(items) :], strict=True) for path in at
+        ]
+        params: list[Tensor] = []
+        for number in range(num_experts):
+            for tensors in by_item:
+                each = len(tensors) // num_experts
+                params.extend(tensors[number * each : (number + 1) * each])
+            params.extend(of_all)
+        return params
 
 
 def flat_rows(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moeca_compile._torch_private import tensors_of_others
 from moeca_compile.capture.dataflow import Value
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
 from moeca_compile.capture.numerics import (
@@ -122,7 +123,8 @@ class Routed:
         (paths,), dtype = trusted
         experts = getattr(module, self.experts)
         body_out = experts[0](torch.ops.moeca.expert_rows(x))
-        params = [tensor_at(expert, path) for expert in experts for path in paths]
+        firsts = [tensor_at(experts[0], path) for path in paths]
+        params = firsts + tensors_of_others(experts, paths, firsts)
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
         index, weight = in_range(index, weight, len(experts))
         out = torch.ops.moeca.experts(x, index, weight, body_out, params, len(experts))
