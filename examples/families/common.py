@@ -201,6 +201,7 @@ def randomise(model: nn.Module, seed: int) -> None:
     """Random weights by the seed. adaLN gates are not zero, as they are before training: every block counts."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        spread = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+        fan_in = parameter.shape[1:].numel()
+        spread = max(1, fan_in) ** -0.5 if parameter.dim() > 1 else 0.1
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)

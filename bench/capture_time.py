@@ -1,0 +1,235 @@
+"""How long capture and the passes take before anything is lowered, and how that grows with blocks and experts.
+
+python -m bench.capture_time
+python -m bench.capture_time --question blocks --repeats 1 --out other.csv
+
+Models are narrow, since only their structure counts; a layout is that of a published size. Seconds are of processor
+time in this process (`cpu`), the least of some repeats, and of the clock on the wall in that same run (`wall`).
+`capture` is Dynamo's part, `passes` is export, matching, validation and planning; `rewrite` is what follows when a
+step of a kind is first needed: the tracing of its graph, here of a full step and a cache step. Inductor never runs.
+Rows are added to a CSV file, a picture of all of its latest rows is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import matplotlib
+import torch
+from rich.console import Console
+
+import moeca_compile
+from examples import families
+from examples.digits.arguments import whole_number
+from examples.digits.compare import environment
+from examples.families.dit_moe import DiTMoESizes
+from examples.families.dsmoe import DSMoESizes
+from moeca_compile.runtime import engine
+from moeca_compile.runtime.program import Program
+from moeca_compile.runtime.specialisation import Specialisation
+
+RESULTS = Path(__file__).resolve().parent / "results" / "capture_time.csv"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "capture-time.png"
+BLOCKS, EXPERTS = (4, 8, 12, 20, 28), (8, 16, 32, 48, 64)
+
+DSMOE = DSMoESizes(width=96, depth=12, heads=6, side=8, classes=10, experts=48, expert_width=32, top_k=5, scale=2.5)
+DIT_MOE = DiTMoESizes(width=96, depth=28, heads=6, side=8, classes=10, experts=16, mlp_ratio=1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout; `target` is how many seconds of processor time capture and passes may take."""
+
+    question: str
+    family: str
+    sizes: DSMoESizes | DiTMoESizes
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Seconds:
+    capture_cpu: float
+    passes_cpu: float
+    cpu: float
+    wall: float
+    rewrite_cpu: float
+
+
+def questions() -> dict[str, tuple[Case, ...]]:
+    return {
+        "layouts": (
+            Case("layouts", "DSMoE", DSMOE, target=6.0),
+            Case("layouts", "DiT-MoE", DIT_MOE, target=12.0),
+        ),
+        "blocks": tuple(Case("blocks", "DiT-MoE", replace(DIT_MOE, depth=n)) for n in BLOCKS),
+        "experts": tuple(Case("experts", "DSMoE", replace(DSMOE, experts=n)) for n in EXPERTS),
+    }
+
+
+class _Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.process_time(), time.perf_counter()
+
+    @property
+    def cpu(self) -> float:
+        return time.process_time() - self.start[0]
+
+    @property
+    def wall(self) -> float:
+        return time.perf_counter() - self.start[1]
+
+
+class Stopwatch:
+    """In place of `Specialisation` and its compiled steps: notes when it is made; traces steps, runs them eagerly."""
+
+    def __init__(self) -> None:
+        self.clock = _Clock()
+        self.made_at = self.capture = self.rewrite = 0.0
+        self.wall = 0.0
+
+    def specialisation(self, *args: Any) -> Specialisation:
+        self.capture = self.clock.cpu
+        made = Specialisation(*args)
+        self.made_at, self.wall = self.clock.cpu, self.clock.wall
+        made.program = self._traced(made)  # type: ignore[method-assign]
+        return made
+
+    def _traced(self, shapes: Specialisation) -> Any:
+        def program(kind: Any, inputs: Any, state: Any, clock: Any) -> Any:
+            start = time.process_time()
+            Program(shapes.function(kind), inputs, state, clock)
+            self.rewrite += time.process_time() - start
+            return shapes.function(kind)
+
+        return program
+
+    def seconds(self) -> Seconds:
+        passes = self.made_at - self.capture
+        return Seconds(self.capture, passes, self.made_at, self.wall, self.rewrite)
+
+
+def measure(case: Case, repeats: int) -> Seconds:
+    """The repeat with the least processor time. The first compilation of a process, which is slower, is another's."""
+    return min((_once(case) for _ in range(repeats)), key=lambda seconds: seconds.cpu)
+
+
+def _once(case: Case) -> Seconds:
+    torch._dynamo.reset()
+    model = families.assemble(families.FAMILIES[case.family], case.sizes)
+    x, t, y = families.inputs_for(model)
+    compiled = torch.compile(model, backend="moeca", options={"recipe": "moeca"})
+    watch = Stopwatch()
+    with (
+        patch.object(engine, "Specialisation", watch.specialisation),
+        patch.object(torch._dynamo, "lookup_backend", lambda _: lambda gm, inputs: gm.forward),
+        torch.no_grad(),
+    ):
+        compiled(x, t, y)
+        compiled(x, t - 100, y)
+    found = moeca_compile.report(compiled)
+    missed = [region for region in found.regions if region.status != "cached"]
+    if found.graphs != 1 or found.graph_breaks or missed or "cache" not in str(found.steps):
+        raise RuntimeError(f"{case.family} was not captured whole:\n{found}")
+    return watch.seconds()
+
+
+def rows_of(cases: Sequence[Case], repeats: int, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A CSV row a case. `target` is empty where there is none."""
+    for case in cases:
+        seconds = {name: round(value, 3) for name, value in asdict(measure(case, repeats)).items()}
+        yield {
+            "question": case.question,
+            "layout": case.family,
+            "blocks": case.sizes.depth,
+            "experts": case.sizes.experts,
+            "width": case.sizes.width,
+            **seconds,
+            "target": case.target or "",
+            "repeats": repeats,
+            **where,
+        }
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Seconds over blocks and over experts, from the latest row of each case."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    labels = {
+        "blocks": "blocks (DiT-MoE, 16 experts in each)",
+        "experts": "experts (DSMoE, 12 blocks, 6 with experts)",
+    }
+    for axis, (question, label) in zip(axes, labels.items(), strict=True):
+        latest = {int(row[question]): row for row in rows if row["question"] == question}
+        at = sorted(latest)
+        for column, name in {"cpu": "capture and passes", "capture_cpu": "capture alone"}.items():
+            axis.plot(at, [float(latest[n][column]) for n in at], "o-", label=name)
+        axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds of processor time")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--question", action="append", choices=questions(), help="may be given several times (all)")
+    parser.add_argument("--repeats", type=whole_number(1), default=2, help="runs of a case (2)")
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
+    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PNG", help=f"({PICTURE})")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, console = parse_arguments(argv), Console(width=120)
+    torch.set_num_threads(args.threads)
+    where = environment(torch.device("cpu"), torch.float32)
+    cases = [
+        case for name, found in questions().items() if not args.question or name in args.question for case in found
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _once(Case("warm-up", "DSMoE", replace(DSMOE, depth=2, experts=8)))
+        for row in rows_of(cases, args.repeats, where):
+            _append(args.out, row)
+            target = f", target {row['target']} s" if row["target"] else ""
+            console.print(
+                f"{row['question']}: {row['layout']}, {row['blocks']} blocks, {row['experts']} experts: "
+                f"cpu {row['cpu']:.1f} s (capture {row['capture_cpu']:.1f}, passes {row['passes_cpu']:.1f}), "
+                f"wall {row['wall']:.1f} s, rewrite cpu {row['rewrite_cpu']:.1f} s{target}"
+            )
+    with args.out.open() as file:
+        draw(list(csv.DictReader(file)), args.picture)
+    console.print(f"wrote {args.out} and {args.picture}")
+    return 0
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
