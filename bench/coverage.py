@@ -32,7 +32,7 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
 from examples.families.common import randomise
 from moeca_compile import capture
-from moeca_compile.policies.step import StepKind, samples_and_tokens
+from moeca_compile.policies.step import StepKind
 from moeca_compile.reporting.report import Report
 from moeca_compile.runtime import specialisation
 from moeca_compile.runtime.schedule import Fresh
@@ -184,7 +184,7 @@ def _recomputing(shapes: Specialisation, fresh: Fresh, *_: Any) -> StepKind:
     """In place of `Specialisation.kind`: cache steps recompute everything."""
     if fresh.attention and fresh.experts:
         return StepKind()
-    return StepKind(False, False, samples_and_tokens(shapes.regions)[1], forced=True)
+    return StepKind(False, False, shapes.plan.capacities[-1], forced=True)  # room for all tokens
 
 
 @contextmanager

@@ -39,4 +39,4 @@ def test_a_case_becomes_a_row_and_a_picture(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_model_that_is_not_captured_whole_is_no_measurement():
     with pytest.raises(RuntimeError, match="not captured whole"):
-        capture_time.measure(Case("blocks", "DiffMoE", families.FAMILIES["DiffMoE"].reduced), repeats=1)
+        capture_time.measure(Case("blocks", "DiT", families.FAMILIES["DiT"].reduced), repeats=1)

@@ -8,9 +8,7 @@ from bench import coverage
 
 LATER = {
     "Diff-MoE": "what is repeated for the tokens of a sample (repeat_interleave) has no token axis yet",
-    "TC-DiT": "einsum and repeat_interleave have no token axis yet",
-    "EC-DiT": "expert choice by one-hot einsum is no idiom yet",
-    "DiffMoE": "a capacity read by .item() is no idiom yet",
+    "TC-DiT": "einsum has no token axis yet",
 }
 
 
