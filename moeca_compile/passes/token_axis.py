@@ -321,6 +321,19 @@ def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
     return layout if same_rank and ndim - 1 not in (layout.batch, layout.token) else None
 
 
+def _einsum(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """One operand's tokens, which come out as they went in; the others have no such dims."""
+    inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
+    operands = list(zip(inputs.split(","), _argument(node, 1, "tensors"), strict=True))
+    carried = [(letters, layouts[operand]) for letters, operand in operands if operand in layouts]
+    if len(carried) != 1 or "." in inputs:
+        return None
+    letters, layout = carried[0]
+    rows = {letters[layout.batch], letters[layout.token]}
+    met = sum(letter in rows for letter in inputs)
+    return layout.moved(lambda d: out.index(letters[d])) if met == len(rows) and rows <= set(out) else None
+
+
 def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
     """Queries are rows, keys and values are kept whole: the output has the queries' layout."""
     query = _argument(node, 0, "query")
@@ -384,6 +397,7 @@ _RULES: dict[object, Rule] = {
     aten.stack.default: _cat,
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
+    aten.einsum.default: _einsum,
     aten.gather.default: _gather,
     aten.scaled_dot_product_attention.default: _attention,
     operator.getitem: _getitem,

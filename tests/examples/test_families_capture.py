@@ -8,7 +8,6 @@ from bench import coverage
 
 LATER = {
     "Diff-MoE": "what is repeated for the tokens of a sample (repeat_interleave) has no token axis yet",
-    "TC-DiT": "einsum has no token axis yet",
 }
 
 
