@@ -12,7 +12,7 @@ from bench import capture_time
 from bench.capture_time import Case
 from examples import families
 
-SMALL = Case("blocks", "DiT-MoE", families.FAMILIES["DiT-MoE"].reduced)
+SMALL = Case("blocks", "DiT-MoE", families.FAMILIES["DiT-MoE"].reduced, target=6.0)
 
 
 def test_layouts_are_those_of_the_published_sizes():
