@@ -7,8 +7,8 @@ Models are narrow, since only their structure counts; a layout is that of a publ
 time in this process (`cpu`), the least of some repeats, and of the clock on the wall in that same run (`wall`).
 `capture` is Dynamo's part, `passes` is export, matching, validation and planning; `rewrite` is what follows when a
 step of a kind is first needed: the tracing of its graph, here of a full step and a cache step, for the layouts alone.
-Inductor never runs. `yardstick` is the processor time of a fixed loop of Python, right before each case: processor time
-too is longer on a machine that others use, and rows with different yardsticks cannot be compared.
+Inductor never runs. `yardstick` is the processor time of a fixed loop of Python, right before each case: processor
+time too is longer on a machine that others use, and rows with different yardsticks cannot be compared.
 Rows are added to a CSV file, a picture of all of its latest rows is drawn.
 """
 
@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
             console.print(
                 f"{row['question']}: {row['layout']}, {row['blocks']} blocks, {row['experts']} experts: "
                 f"cpu {row['cpu']:.1f} s (capture {row['capture_cpu']:.1f}, passes {row['passes_cpu']:.1f}), "
-                f"wall {row['wall']:.1f} s, rewrite cpu {row['rewrite_cpu']:.1f} s, yardstick {row['yardstick']}{target}"
+                f"wall {row['wall']:.1f} s, rewrite cpu {row['rewrite_cpu']:.1f} s, "
+                f"yardstick {row['yardstick']}{target}"
             )
     with args.out.open() as file:
         draw(list(csv.DictReader(file)), args.picture)
