@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.collapse_views import collapse_views
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
+from moeca_compile.passes.normalise import normalise
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
-from moeca_compile.passes.split_to_slices import split_to_slices
 from moeca_compile.policies import Policy, policy_for
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import COUNTERS, StepKind
@@ -57,8 +56,7 @@ class Specialisation:
             self.module = to_functional_aten(gm, inputs)
             self.graph = self.module.graph
         with record.timed("match"):
-            collapse_views(self.graph)
-            split_to_slices(self.graph)
+            normalise(self.graph)
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)

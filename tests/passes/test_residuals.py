@@ -31,6 +31,7 @@ BRANCHES = {
     "a clamped tanh gate": lambda x, g, w, o: x + (1 - g.clamp(max=0.5)).tanh()[:, None] * branch(x, w),
     "two gates": lambda x, g, w, o: x + g.unsqueeze(1) * (g.exp().unsqueeze(1) * branch(x, w)),
     "a scaled addition, whose scale stays": lambda x, g, w, o: torch.add(x, branch(x, w), alpha=2),
+    "a copy of the stream in another precision": lambda x, g, w, o: x.double() + g.unsqueeze(1) * branch(x, w),
     "a gate a token": lambda x, g, w, o: x + o * branch(x, w),
 }
 """All with the same branch, so that its output is the linear."""
@@ -60,6 +61,32 @@ def test_a_branch_is_found_from_its_anchor(name):
     residual = residual_around(linear)
     assert residual is not None
     assert (residual.stream, residual.output, residual.add) == (placeholders(gm)[0], linear, add)
+
+
+def attend(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, g, w, o: x + g.unsqueeze(1) * (F.linear(attend(x), w) + F.linear(attend(x * 2), w)),
+        lambda x, g, w, o: (F.linear(attend(x * 2), w) + F.linear(attend(x), w)) + x,
+    ],
+    ids=["a common gate", "no gate"],
+)
+def test_each_anchor_of_a_branch_has_its_own_output(function):
+    gm, _, add = traced(function)
+    found = [residual_around(anchor) for anchor in nodes_of(gm, aten.scaled_dot_product_attention)]
+    assert [residual.output for residual in found if residual] == nodes_of(gm, aten.linear)
+    assert [(residual.stream, residual.add) for residual in found if residual] == [(placeholders(gm)[0], add)] * 2
+
+
+def test_a_feedforward_beside_an_anchor_belongs_to_its_output():
+    gm, _, _ = traced(lambda x, g, w, o: x + g.unsqueeze(1) * (F.linear(attend(x), w) + branch(x, w)))
+    residual = residual_around(nodes_of(gm, aten.scaled_dot_product_attention)[0])
+    assert residual is not None
+    assert residual.output is nodes_of(gm, aten.add)[0]
 
 
 def test_the_first_addition_back_onto_the_stream_ends_the_branch():

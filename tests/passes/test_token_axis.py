@@ -112,6 +112,34 @@ RULES: dict[str, tuple[Function, Layout]] = {
     "stack": (lambda h: torch.stack([h, h * 2], 1), Layout(0, 2, B, N)),
     "gather": (lambda h: h.gather(-1, h.argsort(-1)[..., :2] * 0 + h.topk(2)[1]), SPLIT),
     "gather by topk": (lambda h: h.sigmoid().gather(-1, h.topk(2, dim=-1)[1]), SPLIT),
+    "repeat": (lambda h: h.repeat(1, 1, 3), SPLIT),
+    "repeat by a new dim": (lambda h: h.repeat(3, 1, 1, 2), Layout(1, 2, B, N)),
+    "tile": (lambda h: torch.tile(h, (2,)), SPLIT),
+    "repeat_interleave": (lambda h: h.view(B, N, 2, 4).transpose(1, 2).repeat_interleave(3, 1), Layout(0, 2, B, N)),
+    "complex and real": (
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(B, N, 4, 2)) * torch.polar(table(4), table(4))),
+        SPLIT,
+    ),
+    "einsum": (lambda h: torch.einsum("bnd,dhe->bhne", h, table(D, 2, 3)), Layout(0, 2, B, N)),
+    "einsum with samples": (lambda h: torch.einsum("bnd,bde->bne", h, table(B, D, 3)), SPLIT),
+    "einsum of merged rows": (lambda h: torch.einsum("td,de->te", h.view(B * N, D), table(D, 3)), MERGED),
+    "matmul by head": (lambda h: h.view(B, N, 2, 4).transpose(1, 2) @ table(2, 4, 3), Layout(0, 2, B, N)),
+    "heads merged into samples": (
+        lambda h: h.view(B, N, 2, 4).transpose(1, 2).reshape(B * 2, N, 4) * 2,
+        Layout(0, 1, B, N, inner=2),
+    ),
+    "heads merged into samples, tokens first": (
+        lambda h: h.transpose(0, 1).reshape(N, B * 2, 4).transpose(0, 1) * table(N, 1),
+        Layout(0, 1, B, N, inner=2),
+    ),
+    "heads out of samples again": (
+        lambda h: (h.view(B, N, 4, 2).transpose(1, 2).reshape(B * 4, N, 2) * 2).view(B, 2, 2, N, 2),
+        Layout(0, 3, B, N),
+    ),
+    "some heads out of samples": (
+        lambda h: (h.view(B, N, 4, 2).transpose(1, 2).reshape(B * 4, N, 2) * 2).view(B * 2, 2, N, 2),
+        Layout(0, 2, B, N, inner=2),
+    ),
     "attention": (
         lambda h: F.scaled_dot_product_attention(h.unsqueeze(1), table(B, 1, 7, D), table(B, 1, 7, D)),
         Layout(0, 2, B, N),
@@ -176,6 +204,19 @@ NEAR_MISSES: dict[str, Function] = {
     "gather along tokens": lambda h: h.gather(1, h.argsort(1)),
     "gather by an index without tokens": lambda h: h.gather(-1, torch.zeros(B, N, 1, dtype=torch.long)),
     "index that picks tokens": lambda h: h[:, torch.arange(0, N, 2)],
+    "repeated tokens": lambda h: h.repeat(1, 2, 1),
+    "repeated samples": lambda h: h.repeat(2, 1, 1),
+    "tokens repeated one by one": lambda h: h.repeat_interleave(2, 1),
+    "everything repeated": lambda h: h.repeat_interleave(2),
+    "einsum over tokens": lambda h: torch.einsum("bnd,bnd->bd", h, table(B, N, D)),
+    "einsum with weights by token": lambda h: torch.einsum("bnd,nde->bne", h, table(N, D, 3)),
+    "einsum of two values with tokens": lambda h: torch.einsum("bnd,bmd->bnm", h, h),
+    "matmul by token": lambda h: h.transpose(0, 1) @ table(N, D, 3),
+    "tokens merged into samples by head": lambda h: h.view(B, N, 2, 4).reshape(B, N * 2, 4),
+    "samples merged into heads": lambda h: h.view(B, N, 2, 4).permute(2, 0, 1, 3).reshape(2 * B, N, 4),
+    "attention of more samples": lambda h: F.scaled_dot_product_attention(
+        h[:, None], *[table(3 * B, 1, 7, D).view(3, B, 1, 7, D)] * 2
+    ),
     "attention whose tokens are heads": lambda h: F.scaled_dot_product_attention(*[h.unsqueeze(2)] * 3),
 }
 
@@ -189,6 +230,37 @@ def test_a_layout_that_was_lost_stays_lost():
     """A value computed from what mixed tokens must not get its layout back by its shape."""
     mixing = lambda h: F.linear(h.softmax(1) + 1, table(6, D))  # noqa: E731
     assert_no_layout(mixing, x())
+
+
+MIXING: dict[str, tuple[Function, int]] = {
+    "a convolution": (lambda h: F.conv1d(h.mT, table(D, 1, 3), padding=1, groups=D).mT * 2 + h, 1),
+    "a convolution over a grid": (
+        lambda h: F.conv2d(h.mT.reshape(B, D, 1, N), table(D, 1, 1, 3), groups=D, padding=(0, 1)).flatten(2).mT.exp(),
+        1,
+    ),
+    "a softmax over tokens": (lambda h: h.softmax(1).sum(-1), 1),
+    "rows as tokens, then mixed twice": (lambda h: F.linear(h.flip(1).roll(1, 1), table(6, D)), 2),
+    "flat rows": (lambda h: h.flip(1).mT.reshape(B, -1).view(B * N, D).relu(), 2),
+    "sorted along tokens": (lambda h: h.sort(1)[0] * 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("width", [D, N])
+def test_what_mixed_tokens_has_rows_again_that_are_gathered(name, width, monkeypatch):
+    """Also where there are as many tokens as channels."""
+    function, count = MIXING[name]
+    monkeypatch.setitem(globals(), "D", width)
+    gm = exported(function, x(B, N, width))
+    mixed: set[fx.Node] = set()
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)}, mixed)
+    assert len(mixed) == count
+    assert not mixed & set(layouts_of(gm)), "without the set, they have no layout"
+    (node,) = outputs(gm)
+    evaluation = Evaluation(gm.graph, [x(B, N, width)], {})
+    chosen = choose(B, N)
+    rows = Rows(chosen, layouts, evaluation.__getitem__, [placeholders(gm)[0]], mixed)
+    torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen), atol=1e-5, rtol=1e-5)
 
 
 def test_keys_of_an_attention_are_no_rows():
