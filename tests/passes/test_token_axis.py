@@ -259,7 +259,7 @@ def test_what_mixed_tokens_has_rows_again_that_are_gathered(name, width, monkeyp
     (node,) = outputs(gm)
     evaluation = Evaluation(gm.graph, [x(B, N, width)], {})
     chosen = choose(B, N)
-    rows = Rows(chosen, layouts, evaluation.__getitem__, [placeholders(gm)[0]], mixed)
+    rows = Rows(chosen, layouts, evaluation.__getitem__, [placeholders(gm)[0]], mixed=mixed)
     torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen), atol=1e-5, rtol=1e-5)
 
 
