@@ -99,14 +99,16 @@ class Spelled:
 
 def normalise_attention(graph: fx.Graph) -> int:
     """Rewrite spelled-out attention in place, and name the arguments of every attention alike; returns how many."""
-    found = [spelled for _, spelled in _candidates(graph) if isinstance(spelled, Spelled)]
-    for spelled in found:
-        _rewrite(graph, spelled)
+    count = 0
+    for _, spelled in _candidates(graph):
+        if isinstance(spelled, Spelled):
+            _rewrite(graph, spelled)
+            count += 1
     for node in graph.nodes:
         if node.target is SDPA:
             _name_arguments(node)
     graph.eliminate_dead_code()
-    return len(found)
+    return count
 
 
 def unclear_attentions(graph: fx.Graph) -> list[tuple[fx.Node, str]]:

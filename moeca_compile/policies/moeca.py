@@ -61,7 +61,8 @@ class Moeca:
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
         self.branches = {e: _layer_cache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
-        self.probes = {chain[0]: (e, chain) for e in regions.experts if (chain := _probe_chain(e, regions))}
+        nearest_last = reversed(regions.experts)
+        self.probes = {chain[0]: (e, chain) for e in nearest_last if (chain := _probe_chain(e, regions))}
         shared = [(i, s) for i, e in enumerate(regions.experts) for s in e.shared if config.shared != "always"]
         self.shared = {s: self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, s) in enumerate(shared)}
 
@@ -266,10 +267,11 @@ class MoecaStep:
 
 
 def _probe_chain(layer: Experts, regions: Regions) -> list[Attention]:
-    """The attentions before the layer's router that follow each other, as to the picture and then to a text."""
-    chain = [layer.probe] if layer.probe is not None else []
-    while before := [a for a in regions.attentions if chain and a.residual.add is chain[0].residual.stream]:
-        chain.insert(0, before[0])
+    """The attentions right before the layer's router, side by side or one after the other, as to picture and text."""
+    chain: list[Attention] = []
+    add = layer.probe.residual.add if layer.probe is not None else None
+    while found := [attention for attention in regions.attentions if attention.residual.add is add]:
+        chain, add = [*found, *chain], found[0].residual.stream
     return chain
 
 

@@ -138,6 +138,18 @@ def test_it_becomes_one_op_with_the_same_numbers(name):
     assert normalise_attention(gm.graph) == 0, "done once, nothing is left to do"
 
 
+def test_one_attention_on_the_result_of_another():
+    def twice(q, k, *_):
+        out = (q @ k.mT).softmax(-1) @ k
+        return (out @ k.mT).softmax(-1) @ k
+
+    gm = exported(twice, *INPUTS)
+    assert normalise_attention(gm.graph) == 2
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*INPUTS)[0], twice(*INPUTS), atol=1e-6, rtol=1e-5)
+
+
 def test_scale_and_operands():
     gm = exported(over(lambda q, k, *_: q @ k.mT * 0.25), *INPUTS)
     assert normalise_attention(gm.graph) == 1
