@@ -52,6 +52,8 @@ class Specialisation:
         record: Record,
     ) -> None:
         self.config, self.record = config, record
+        # The names in the model's signature, as far as Dynamo tells.
+        self.names = [n.name.removeprefix("l_").rstrip("_") for n in gm.graph.nodes if n.op == "placeholder"]
         with record.timed("capture"):
             self.module = to_functional_aten(gm, inputs)
             self.graph = self.module.graph
@@ -125,6 +127,8 @@ class Specialisation:
         elif not known:
             self.sessions.reset()  # what came before was placed nowhere in time
         position = self.sessions.enter(time)
+        if time is not None and not known:
+            position.generation.direction = self.timesteps.direction
         return position, self.sessions.due(position) if time is not None else Fresh(True, True)
 
     def _value(self, inputs: Sequence[Any], node: fx.Node) -> Timestep:
@@ -134,7 +138,8 @@ class Specialisation:
 
     def _warn_if_unclear(self) -> None:
         if self.timesteps.unclear >= _UNCLEAR:
-            names = " and ".join(repr(_argument_name(node)) for node in self.regions.timesteps)
+            places = (self.placeholders.index(node) for node in self.regions.timesteps)
+            names = " and ".join(repr(self.names[place]) for place in places)
             self.record.warn(
                 f"the inputs {names} are embedded like timesteps and change together, so it is not known which of "
                 "them is the time, and nothing is cached. Let only one of them change from step to step, or mark "
@@ -249,8 +254,3 @@ class Specialisation:
             recomputed = sums["recomputed"] / sums["branches"]
         each = self.plan.flops(kind, kind.capacity / self.plan.sizes[1], recomputed)
         return tally.steps * each
-
-
-def _argument_name(node: fx.Node) -> str:
-    """The name that a placeholder has in the model's signature, as far as Dynamo tells."""
-    return node.name.removeprefix("l_").rstrip("_")

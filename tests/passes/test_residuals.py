@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moeca_compile.passes.residuals import residual_around, residual_at
+from moeca_compile.passes.residuals import residual_around, residual_at, residuals_around
 from moeca_compile.passes.token_axis import Layout, Layouts, token_layouts
 from tests.harness import exported, nodes_of, outputs, placeholders
 
@@ -151,3 +151,40 @@ def test_the_gates_own_product_is_no_output():
 def test_an_anchor_without_a_residual(function):
     gm, _, _ = traced(function)
     assert residual_around(nodes_of(gm, aten.linear)[0]) is None
+
+
+def joint(x: Tensor, g: Tensor, w: Tensor, o: Tensor, cut=lambda z: (z[:, :N], z[:, N:])) -> Tensor:
+    """One product over the tokens of both x and o, each of which gets its part."""
+    one, other = cut(F.linear(torch.cat([x, o], 1), w))
+    return torch.cat([x + g[:, None] * one, o + F.relu(other)], 1)
+
+
+def test_a_value_cut_into_the_tokens_of_two_streams_ends_in_two_branches():
+    gm, _, _ = traced(joint)
+    found = residuals_around(nodes_of(gm, aten.linear)[0])
+    x, _, _, o = placeholders(gm)
+    assert [residual.stream for residual in found] == [x, o]
+    assert [residual.add for residual in found] == nodes_of(gm, aten.add)
+    assert found[0].output in nodes_of(gm, aten.slice)
+    assert [found[1].output] == nodes_of(gm, aten.relu)
+    assert residual_around(nodes_of(gm, aten.linear)[0]) is None
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda z: (z[:, :N], z[:, N - 1 : -1]),
+        lambda z: (z[:, :N], z.sigmoid()[:, N:]),
+        lambda z: (z[:, :N], z[:, N:] * 0 + z[:, :N]),
+    ],
+    ids=["parts that overlap", "another reader", "a part read twice"],
+)
+def test_near_miss_of_two_branches(cut):
+    gm, _, _ = traced(lambda *inputs: joint(*inputs, cut=cut))
+    assert residuals_around(nodes_of(gm, aten.linear)[0]) == []
+
+
+def test_parts_that_meet_again_are_no_two_branches():
+    """A gate cut off the same projection."""
+    gm, _, _ = traced(lambda x, g, w, o: x[..., :2] + (z := branch(x, w))[..., :2] * z[..., 2:])
+    assert residuals_around(nodes_of(gm, aten.linear)[0]) == []

@@ -212,6 +212,26 @@ def test_a_mask_as_long_as_the_tokens_belongs_to_the_keys():
     assert_rows(lambda x, k, m: F.scaled_dot_product_attention(heads(x), k, k, attn_mask=m), X, keys, mask)
 
 
+def test_rows_of_a_stream_within_a_longer_one():
+    """Tables of the joint length are read where the stream's tokens lie in it."""
+
+    def joint(x: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        return (torch.cat([text, x], 1) * table).sigmoid()[:, 3:] + 1
+
+    gm, evaluation, layouts = evaluate(joint, X, r(B, 3, D), r(N + 3, D))
+    rows, (node,) = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm)[:1]), outputs(gm)
+    torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], CHOSEN))
+    assert placeholders(gm)[1] not in rows.values
+
+
+def test_a_branch_that_joins_its_tokens_from_parts_is_refused():
+    gm, evaluation, layouts = evaluate(lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1), X)
+    (node,) = outputs(gm)
+    assert layouts[node].axis == layouts[placeholders(gm)[0]].axis
+    with pytest.raises(NotRowWiseError, match="joins"):
+        _ = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm))[node]
+
+
 def test_many_nodes_in_a_row_need_no_recursion():
     def deep(x: Tensor) -> Tensor:
         for _ in range(1200):

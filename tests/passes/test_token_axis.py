@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, fx
 
+from moeca_compile.passes.axis import Layout, Span, place_in
 from moeca_compile.passes.evaluate import Evaluation
 from moeca_compile.passes.rows import Rows, take_rows
-from moeca_compile.passes.token_axis import Layout, token_layouts
+from moeca_compile.passes.token_axis import stream_layout, token_layouts
 from tests.harness import exported, outputs, placeholders
 
 B, N, D = 2, 5, 8
@@ -268,6 +269,60 @@ def test_keys_of_an_attention_are_no_rows():
         return F.scaled_dot_product_attention(table(B, 1, 3, D), h.unsqueeze(1), h.unsqueeze(1))
 
     assert_no_layout(attend, x())
+
+
+# Several streams: picture (B, N, D) and text (B, M, D), the first two inputs.
+
+M = 3
+PICTURE_AND_TEXT: dict[str, tuple[Function, list[tuple[str, int, int]]]] = {
+    "picture and text": (lambda h, t: torch.cat([h, t], 1), [("h", 0, N), ("t", 0, M)]),
+    "text and picture": (lambda h, t: torch.cat([t, h], 1), [("t", 0, M), ("h", 0, N)]),
+    "a part": (lambda h, t: h[:, 1:4], [("h", 1, 4)]),
+    "the picture, cut off again": (lambda h, t: torch.cat([t, h], 1)[:, M:], [("h", 0, N)]),
+    "heads, joined and cut": (
+        lambda h, t: torch.cat([z.view(B, -1, 2, 4).transpose(1, 2) for z in (h, t)], 2)[:, :, :N] * 2,
+        [("h", 0, N)],
+    ),
+    "the picture beside a text of its length": (lambda h, t: h[:, :M] + t, [("h", 0, M)]),
+    "a picture that attends to the text": (
+        lambda h, t: F.scaled_dot_product_attention(h[:, None], t[:, None], t[:, None])[:, 0],
+        [("h", 0, N)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURE_AND_TEXT)
+def test_tokens_of_two_streams(name):
+    """Rows that are chosen among the picture's are rows of the whole, wherever the picture lies in it."""
+    function, expected = PICTURE_AND_TEXT[name]
+    gm = exported(function, x(), x(B, M, D))
+    (node,), (picture, text) = outputs(gm), placeholders(gm)[:2]
+    layouts = token_layouts(gm.graph, {s: stream_layout(s) for s in (picture, text)})
+    sources = {"h": picture, "t": text}
+    assert layouts[node].axis == tuple(Span(sources[s], start, stop) for s, start, stop in expected)
+    evaluation = Evaluation(gm.graph, (x(), x(B, M, D)), {})
+    for span in layouts[node].axis:
+        chosen = choose(B, len(span))
+        rows = Rows(chosen, layouts, evaluation.__getitem__, [span.source], (span,))
+        place = place_in(layouts[node].axis, (span,))
+        torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen + place))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, t: torch.cat([h.reshape(B * N, D), t.reshape(B * M, D)]),
+        lambda h, t: torch.cat([h, t[:, :N].repeat(1, 2, 1)[:, :N]], 0),
+        lambda h, t: torch.cat([h[:, 1:], h[:, :2]], 1),
+        lambda h, t: h[:, ::2],
+        lambda h, t: h[:1],
+    ],
+    ids=["samples and tokens merged", "samples joined", "a token twice", "every second token", "one sample"],
+)
+def test_near_miss_of_two_streams(function):
+    gm = exported(function, x(), x(B, M, D))
+    layouts = token_layouts(gm.graph, {s: stream_layout(s) for s in placeholders(gm)[:2]})
+    assert outputs(gm)[0] not in layouts
 
 
 # Shapes drawn at random: what a view does to batch and tokens depends on the sizes alone.
