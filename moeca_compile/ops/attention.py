@@ -9,7 +9,7 @@ from torch import Tensor
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
     "attend_rows(Tensor(a!) keys, Tensor(b!) values, Tensor query, Tensor key, Tensor value, Tensor chosen, "
-    "Tensor valid, float? scale, bool enable_gqa) -> Tensor"
+    "Tensor valid, Tensor? mask, float? scale, bool enable_gqa) -> Tensor"
 )
 
 
@@ -21,6 +21,7 @@ def attend_rows(
     value: Tensor,
     chosen: Tensor,
     valid: Tensor,
+    mask: Tensor | None,
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
@@ -30,6 +31,7 @@ def attend_rows(
         keys, values: (B, N, H, d) caches, written in place; a token's heads lie together, so one row is one copy.
         query, key, value: (B, H, C, d) of the chosen tokens.
         chosen: (B, C) token indices, distinct within a sample; valid: (B, C), false entries are not written.
+        mask: of the queries, as in scaled_dot_product_attention.
         scale, enable_gqa: as in scaled_dot_product_attention.
 
     Returns:
@@ -42,18 +44,20 @@ def attend_rows(
     for cache, fresh in ((keys, key), (values, value)):
         rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, kept)
         cache.flatten(0, 1).index_copy_(0, places, rows.to(cache.dtype))
-    return attend(query, keys, values, scale, enable_gqa).contiguous()
+    return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
+) -> Tensor:
     """Queries (B, H, C, d) against cached keys and values (B, N, H, d)."""
     keys, values = (cache.transpose(1, 2).to(query.dtype) for cache in (keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=enable_gqa)
+    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=enable_gqa)
 
 
 _library.impl("attend_rows", attend_rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moeca::attend_rows", lib=_library)
-def _(keys, values, query, key, value, chosen, valid, scale, enable_gqa):  # type: ignore[no-untyped-def]
+def _(keys, values, query, key, value, chosen, valid, mask, scale, enable_gqa):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:-1], value.shape[-1])

@@ -75,7 +75,8 @@ class Layout:
     """Dimensions of a value that index samples and tokens; equal when the two are merged, batch outermost.
 
     `samples` and `tokens` are the sizes of the two (their product is the size of a merged dimension); `axis` says
-    which tokens they are, by default all those of a graph's one stream.
+    which tokens they are, by default all those of a graph's one stream. `inner` is how many entries of the batch dim
+    each sample has, one after the other, where its heads were merged into it.
     """
 
     batch: int
@@ -83,6 +84,7 @@ class Layout:
     samples: int
     tokens: int
     axis: Axis = ()
+    inner: int = 1
 
     def __post_init__(self) -> None:
         if not self.axis:

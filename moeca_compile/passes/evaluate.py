@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_compile.passes.regions import between
+from moeca_compile.passes.regions import ancestors
 
 Replacement = Callable[[], Any]
 
@@ -34,6 +34,7 @@ class Evaluation:
         self.values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
         self.graph = graph
         self.replacements, self.boundaries = replacements, boundaries
+        self.replacing: set[fx.Node] = set()
 
     def __getitem__(self, node: fx.Node) -> Any:
         stack = [node]
@@ -60,18 +61,23 @@ class Evaluation:
     def instead(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
         """Values of `wanted` had the nodes of `known` these values; everything else is as it is here."""
         changed = dict(known)
-        for source in known:
-            for node in sorted(between(source, wanted)):
+        for node in sorted(ancestors(wanted, stop=known)):
+            if node not in known and any(arg in changed for arg in node.all_input_nodes):
                 args = fx.map_arg(node.args, lambda n: changed[n] if n in changed else self[n])
                 kwargs = fx.map_arg(node.kwargs, lambda n: changed[n] if n in changed else self[n])
                 changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [changed[node] if node in changed else self[node] for node in wanted]
 
     def _inputs(self, node: fx.Node) -> Iterable[fx.Node]:
-        return () if node in self.values or node in self.replacements else node.all_input_nodes
+        return () if node in self.values or self._replaced(node) else node.all_input_nodes
+
+    def _replaced(self, node: fx.Node) -> bool:
+        """A replacement that asks for the very value that it replaces gets the one of the node's op."""
+        return node in self.replacements and node not in self.replacing
 
     def _compute(self, node: fx.Node) -> Any:
-        if node in self.replacements:
+        if self._replaced(node):
+            self.replacing.add(node)
             return self.replacements[node]()
         if node.op == "get_attr":  # a constant that tracing found in the model's code
             return getattr(self.graph.owning_module, str(node.target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -50,9 +51,9 @@ def match_experts(
     reason = None
     if residual is None:
         reason = "its output reaches no residual addition with the stream that it reads"
-    elif any(node not in layouts for node in (rows, marker, residual.output)):
+    elif residual.output not in layouts or not _by_row((rows, marker), layouts):
         reason = "its input is not computed token by token from the residual stream"
-    elif by_token and not {choice, weight} <= set(layouts):
+    elif by_token and not _by_row((choice, weight), layouts):
         reason = "its router does not choose token by token from the residual stream"
     elif by_token and not any(node.target is TOPK for node in ancestors([choice], stop=(residual.stream,))):
         reason = "its expert ids come from no top-k"
@@ -62,9 +63,16 @@ def match_experts(
     return Experts(name, residual, marker, choice, weight, body, shared, _probe(residual, attentions))
 
 
+def _by_row(nodes: Iterable[fx.Node], layouts: Layouts) -> bool:
+    """Whether all are values with one row for each token of each sample."""
+    return all(node in layouts and layouts[node].merged for node in nodes)
+
+
 def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
-    """The attention right before the router: its residual addition is the stream that the MoE layer reads."""
-    return next((a for a in attentions if a.residual.add is residual.stream), None)
+    """The attention right before the router: nothing heavy stands between its residual addition and the stream."""
+    before = ancestors([residual.stream])
+    last = next((a for a in reversed(attentions) if a.residual.add in before), None)
+    return last if last is not None and not work_between(last.residual.add, residual.stream) else None
 
 
 def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tuple[FeedForward, ...]:

@@ -17,6 +17,7 @@ from moeca_compile.passes.regions import (
     module_path,
 )
 from moeca_compile.passes.residuals import residual_at, residuals_around
+from moeca_compile.passes.spelled_attention import unclear_attentions
 from moeca_compile.passes.timestep import find_timesteps
 from moeca_compile.passes.token_axis import Layouts, shape_of, stream_layout, token_layouts
 
@@ -28,39 +29,53 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     """
     timesteps = find_timesteps(user_inputs)
     bodies = {node: expert_body(node) for node in expert_nodes(graph)}
-    layouts = _layouts(graph)
+    layouts, mixed = _layouts(graph)
     if not layouts:
         return Regions(bodies=bodies, timesteps=timesteps, kept=_everything_kept(graph))
-    found = [part for node in attention_nodes(graph) for part in match_attention(node, layouts)]
+    found = [part for node in attention_nodes(graph) for part in match_attention(node, layouts, mixed)]
     attentions = tuple(a for a in found if isinstance(a, Attention))
     layers = [match_experts(node, body, layouts, attentions) for node, body in bodies.items()]
     experts = tuple(e for e in layers if isinstance(e, Experts))
     residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
     feedforwards = _feedforwards(graph, residuals)
-    kept = tuple(k for k in (*found, *layers) if isinstance(k, Kept))
-    return Regions(residuals, attentions, experts, feedforwards, bodies, layouts, timesteps, kept)
+    kept = tuple(k for k in (*found, *_unclear(graph), *layers) if isinstance(k, Kept))
+    regions = (residuals, attentions, experts, feedforwards)
+    return Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, kept)
 
 
-def _layouts(graph: fx.Graph) -> Layouts:
+def _layouts(graph: fx.Graph) -> tuple[Layouts, set[fx.Node]]:
     """The token axes of all residual streams, each found in front of the first attention or MoE layer added to it.
 
-    What is computed from known streams, joined or cut, is none of its own.
+    What is computed from known streams, joined or cut, is none of its own. Also the values that mix tokens and
+    have rows all the same.
     """
     layouts: Layouts = {}
     seeds: Layouts = {}
-    for anchor in sorted(attention_nodes(graph) + expert_nodes(graph)):
+    mixed: set[fx.Node] = set()
+    for anchor in sorted(_anchors(graph)):
         streams = [residual.stream for residual in residuals_around(anchor)]
         new = [stream for stream in streams if stream not in layouts and len(shape_of(stream)) == 3]
         if new:
             seeds |= {stream: stream_layout(stream) for stream in new}
-            layouts = token_layouts(graph, seeds)
-    return layouts
+            mixed = set()
+            layouts = token_layouts(graph, seeds, mixed)
+    return layouts, mixed
+
+
+def _anchors(graph: fx.Graph) -> set[fx.Node]:
+    """What a residual branch that is no plain feed-forward runs through."""
+    return {*attention_nodes(graph), *expert_nodes(graph), *(node for node, _ in unclear_attentions(graph))}
+
+
+def _unclear(graph: fx.Graph) -> list[Kept]:
+    """Attention in products and a softmax that could not be normalised."""
+    return [Kept("attention", module_path(node), reason) for node, reason in unclear_attentions(graph)]
 
 
 def _everything_kept(graph: fx.Graph) -> tuple[Kept, ...]:
     reason = "no residual stream of shape (batch, tokens, width) runs around it"
     nodes = [("attention", n) for n in attention_nodes(graph)] + [("experts", n) for n in expert_nodes(graph)]
-    return tuple(Kept(kind, module_path(node), reason) for kind, node in nodes)
+    return (*(Kept(kind, module_path(node), reason) for kind, node in nodes), *_unclear(graph))
 
 
 def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) -> tuple[Residual, ...]:
@@ -75,7 +90,8 @@ def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) ->
             within = _within(residual, chain)
             if not any(inner in known or inner.stream is residual.stream for inner in within):
                 chain = {end: r for end, r in chain.items() if r not in within} | {add: residual}
-    return tuple(chain[add] for add in sorted(chain))
+    # Attention and experts side by side end in one addition.
+    return tuple(sorted({*chain.values(), *known}, key=lambda residual: (residual.add, residual.output)))
 
 
 def _within(residual: Residual, chain: dict[fx.Node, Residual]) -> list[Residual]:
@@ -87,7 +103,7 @@ def _within(residual: Residual, chain: dict[fx.Node, Residual]) -> list[Residual
 
 def _feedforwards(graph: fx.Graph, residuals: tuple[Residual, ...]) -> tuple[FeedForward, ...]:
     """Residual branches without attention or experts of their own."""
-    anchors = {*attention_nodes(graph), *expert_nodes(graph)}
+    anchors = _anchors(graph)
     return tuple(
         FeedForward(module_path(r.output), r.stream, r.output)
         for r in residuals

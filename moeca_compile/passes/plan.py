@@ -12,7 +12,7 @@ from torch import fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.axis import Axis, place_in
 from moeca_compile.passes.experts import ENTRY, body_nodes
-from moeca_compile.passes.regions import ExpertBody, Regions, ancestors, between
+from moeca_compile.passes.regions import Attention, ExpertBody, Regions, ancestors, between
 from moeca_compile.passes.token_axis import shape_of
 from moeca_compile.policies.step import CacheSpec, StepKind
 from moeca_compile.symbolic.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops, token_count
@@ -121,12 +121,32 @@ def _from_caches(
     read: list[fx.Node] = []
     if config.family == "moeca" and regions.experts and attention:
         replaced |= {a.residual.output for a in regions.attentions}
-        read += [n for a in regions.attentions for n in (a.key, a.value) if config.keys_values == "all"]
+        read += [node for a in regions.attentions for node in _read_whole(a, config)]
+        read += _mixed_inputs(regions, [(a.residual.stream, a.residual.output) for a in regions.attentions])
     if config.family == "moeca" and regions.experts and experts:
         replaced |= {f.output for f in regions.feedforwards} | {layer.marker for layer in regions.experts}
         replaced |= {s.output for layer in regions.experts for s in layer.shared if config.shared != "always"}
         read += [node for layer in regions.experts for node in (layer.choice, layer.weight)]
+        read += _mixed_inputs(regions, [(f.stream, f.output) for f in regions.feedforwards])
+        read += _mixed_inputs(regions, [(layer.residual.stream, layer.marker) for layer in regions.experts])
     return replaced, read
+
+
+def _read_whole(attention: Attention, config: MoecaConfig) -> list[fx.Node]:
+    """Keys and values where a cache step takes those of all tokens."""
+    whole = config.keys_values == "all" or not attention.by_token
+    return [attention.key, attention.value] if whole else []
+
+
+def _mixed_inputs(regions: Regions, spans: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
+    """What values that mix tokens are computed from, in these spans: it runs on all tokens whatever is chosen."""
+    inside = {node for source, output in spans for node in between(source, [output]) & regions.mixed}
+    return [arg for node in sorted(inside) for arg in (*node.all_input_nodes, node)]
+
+
+def _whole(span: set[fx.Node], regions: Regions) -> set[fx.Node]:
+    """What of `span` runs on all tokens whatever is chosen: all that leads to a value that mixes tokens."""
+    return ancestors(span & regions.mixed) & span
 
 
 def _recomputed(regions: Regions, config: MoecaConfig, replaced: set[fx.Node]) -> sympy.Expr:
@@ -135,13 +155,12 @@ def _recomputed(regions: Regions, config: MoecaConfig, replaced: set[fx.Node]) -
     for attention in regions.attentions:
         if attention.residual.output in replaced:
             span = between(attention.residual.stream, [attention.residual.output])
-            whole = between(attention.residual.stream, [attention.key, attention.value])
-            run = span - whole if config.keys_values == "all" else span
+            run = span - ancestors(_read_whole(attention, config)) - _whole(span, regions)
             cost += CHOSEN * _chosen_flops(regions, run, attention.residual.output)
     for feedforward in regions.feedforwards:
         if feedforward.output in replaced:
             run = between(feedforward.stream, [feedforward.output])
-            cost += CHOSEN * _chosen_flops(regions, run, feedforward.output)
+            cost += CHOSEN * _chosen_flops(regions, run - _whole(run, regions), feedforward.output)
     for layer in regions.experts:
         if layer.marker in replaced:
             cost += RECOMPUTED * _branch_flops([layer.marker], regions, config)

@@ -29,10 +29,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class Attention:
-    """A self-attention: queries, keys and values from `residual.stream`, one scaled-dot-product node.
+    """An attention whose queries come from `residual.stream`: one scaled-dot-product node.
 
     A joint attention is one region a stream: all have its node, and the queries of the region's own tokens are
-    among those of `query`.
+    among those of `query`. `by_token` says that the tokens of all these streams are among the keys and values. All
+    others (of a text alone, of pooled tokens) are taken whole, as the model computes them.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Attention:
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    by_token: bool
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Regions:
     bodies: dict[fx.Node, ExpertBody] = field(default_factory=dict)
     """The expert body behind every MoE marker of the graph, matched or not."""
     layouts: Layouts = field(default_factory=dict)
+    mixed: frozenset[fx.Node] = frozenset()
+    """Values that mix tokens and have a row a token all the same: computed whole, their rows are gathered."""
     timesteps: tuple[fx.Node, ...] = ()
     """The inputs that may be the timestep."""
     kept: tuple[Kept, ...] = ()

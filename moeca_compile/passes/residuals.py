@@ -8,11 +8,16 @@ import torch
 from torch import fx
 
 from moeca_compile.passes.regions import Residual, ancestors
-from moeca_compile.passes.token_axis import Layouts, shape_of, sliced, sliced_dim
+from moeca_compile.passes.token_axis import CASTS, Layouts, shape_of, sliced, sliced_dim
 
 aten = torch.ops.aten
 ADD = (aten.add.Tensor,)
 MUL = (aten.mul.Tensor,)
+ANCHORS = (
+    aten.scaled_dot_product_attention.default,
+    torch.ops.moeca.experts.default,
+    torch.ops.moeca.expert_pairs.default,
+)
 
 
 def residual_around(anchor: fx.Node) -> Residual | None:
@@ -26,24 +31,33 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
 
     Walks forward from the anchor along its only path until an addition whose other operand the anchor itself
     was computed from. A joint attention is cut into the tokens of several streams, each with a path of its own;
-    none where the paths fork in any other way, or where one of them ends in no such addition.
+    none where the paths fork in any other way, or where one of them ends in no such addition. Where several anchors
+    share a branch (attention and experts side by side), `output` is this one's part of their sum.
     """
     found: dict[fx.Node, Residual] = {}
-    paths = [(anchor, {anchor})]
+    paths: list[tuple[fx.Node, set[fx.Node], fx.Node | None]] = [(anchor, {anchor}, None)]
     while paths:
-        node, path = paths.pop()
+        node, path, part = paths.pop()
         users = list(node.users)
         if not users or (len(users) > 1 and not _cut_apart(users)):
             return []
         for add in users:
-            stream = _other_operand(add, node, ADD)
+            other = _other_operand(add, node, ADD)
+            stream = _uncast(other) if other is not None else None
             if stream is None or shape_of(stream) != shape_of(add) or not _leads_to(anchor, stream):
-                paths.append((add, path | {add}))
+                shared = part is None and other is not None and _has_anchor(other, anchor)
+                paths.append((add, path | {add}, _before_gate(node, path) if shared else part))
             elif add in found:
                 return []  # the parts meet again
             else:
-                found[add] = Residual(stream, _before_gate(node, path), add)
+                found[add] = Residual(stream, part or _before_gate(node, path), add)
     return [found[add] for add in sorted(found)]
+
+
+def _has_anchor(node: fx.Node, anchor: fx.Node) -> bool:
+    """Whether another attention or MoE layer leads to `node` that does not lead to the anchor as well."""
+    upstream = ancestors([anchor])
+    return any(one.target in ANCHORS for one in ancestors([node], stop=upstream) - upstream)
 
 
 def _cut_apart(users: list[fx.Node]) -> bool:
@@ -66,13 +80,21 @@ def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
     """
     if add.target not in ADD or len(add.all_input_nodes) != 2:
         return None
-    for stream, branch in (add.all_input_nodes, add.all_input_nodes[::-1]):
+    for operand, branch in (add.all_input_nodes, add.all_input_nodes[::-1]):
+        stream = _uncast(operand)
         same_shape = shape_of(stream) == shape_of(branch) == shape_of(add)
         alike = same_shape and stream in layouts and layouts.get(branch) == layouts[stream]
         if alike and _leads_to(branch, stream):
             carried = {node for node in ancestors([branch], stop=(stream,)) if node in layouts}
             return Residual(stream, _before_gate(branch, carried), add)
     return None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The stream itself, where a sum in higher precision reads a copy of it."""
+    while node.target in CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _before_gate(branch: fx.Node, carried: set[fx.Node]) -> fx.Node:

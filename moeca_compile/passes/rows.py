@@ -7,13 +7,15 @@ A slice of the graph that treats tokens independently gives, on the rows `h[:, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from moeca_compile.passes.attention import sdpa_options
 from moeca_compile.passes.axis import Axis, Layout, place_in
 from moeca_compile.passes.token_axis import Layouts, is_pointwise, shape_of, sliced_dim
 
@@ -52,6 +54,8 @@ def split_layout(layout: Layout) -> Layout:
 
 def _along(per_row: Tensor, layout: Layout, ndim: int) -> Tensor:
     """(samples, C) viewed so that it broadcasts against a value of `ndim` dims with this layout."""
+    if layout.inner > 1:
+        per_row = per_row.repeat_interleave(layout.inner, 0)
     shape = [1] * ndim
     shape[layout.batch], shape[layout.token] = per_row.shape
     ordered = per_row if layout.batch < layout.token else per_row.t()
@@ -75,6 +79,7 @@ class Rows:
             them in the graph cannot depend on them, and is gathered too.
         axis: what `chosen` counts in, by default the axis of the first source. A value on a longer axis, such as
             picture and text together, has its rows where these tokens lie on it.
+        mixed: nodes that mix tokens; their rows are gathered from the whole value.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Rows:
         whole: Callable[[fx.Node], Any],
         sources: Iterable[fx.Node],
         axis: Axis | None = None,
+        mixed: Set[fx.Node] = frozenset(),
     ) -> None:
         self.chosen = chosen
         self.layouts = layouts
@@ -92,6 +98,7 @@ class Rows:
         self.first = min(self.sources)
         self.axis = axis or layouts[self.first].axis
         self.places: dict[Axis, int | None] = {}
+        self.mixed = mixed
         self.values: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
@@ -138,8 +145,10 @@ class Rows:
             return []
         if self._place(node) is None:
             raise NotRowWiseError(f"{node.target} has no token axis")
-        if node.target is _ATTENTION and any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
-            raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
+        if node.target is _ATTENTION:
+            if any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
+                raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
+            return [node.args[0]]  # type: ignore[list-item]
         if node.target in (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default):
             raise NotRowWiseError("an MoE layer stands in the same branch")
         if self._joins(node):
@@ -147,7 +156,8 @@ class Rows:
         return [arg for arg in node.all_input_nodes if self._place(arg) is not None]
 
     def _gathered(self, node: fx.Node) -> bool:
-        return (node in self.sources or node < self.first) and self._place(node) is not None
+        known = node in self.sources or node in self.mixed or node < self.first
+        return known and self._place(node) is not None
 
     def _joins(self, node: fx.Node) -> bool:
         """Whether the node puts tokens after tokens, or cuts them off again."""
@@ -167,6 +177,8 @@ class Rows:
         if self._joins(node):
             return self.values[self._holder(node)]
         layout = self.layouts[node]
+        if node.target is _ATTENTION:
+            return self._attend(node)
 
         def value(arg: fx.Node) -> Any:
             return self._from_outside(node, arg, layout) if self._place(arg) is None else self.values[arg]
@@ -185,23 +197,50 @@ class Rows:
         shape[layout.token] = layout.samples * count if layout.merged else count
         return shape
 
+    def _attend(self, sdpa: fx.Node) -> Tensor:
+        """Chosen queries against keys and values that hold no tokens of the stream, whole."""
+        query, key, value = sdpa.args[:3]
+        options, mask = sdpa_options(sdpa), self.attention_mask(sdpa)
+        scale, gqa = options["scale"], options["enable_gqa"]
+        operands = (self.values[query], self.whole(key), self.whole(value))  # type: ignore[index, arg-type]
+        return F.scaled_dot_product_attention(*operands, mask, scale=scale, enable_gqa=gqa)
+
+    def attention_mask(self, sdpa: fx.Node) -> Tensor | None:
+        """The mask of the chosen queries of an attention; what is causal becomes a mask of their positions."""
+        query, key = sdpa.args[:2]
+        assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+        options, layout, shape = sdpa_options(sdpa), self.layouts[query], shape_of(query)
+        mask = options["attn_mask"]
+        if options["is_causal"]:
+            rows = _along(self._places_of(query), layout, len(shape))
+            return rows >= torch.arange(shape_of(key)[-2], device=rows.device)
+        if mask is None:
+            return None
+        own = self.layouts.get(mask)
+        if own is not None and own.shifted(len(shape) - len(shape_of(mask))) == layout:
+            return self[mask]
+        return self._aligned(self.whole(mask), shape, layout, self._places_of(query))
+
     def _from_outside(self, node: fx.Node, arg: fx.Node, layout: Layout) -> Any:
         """A value without these tokens; one indexed by position (a rotary table) gives its rows."""
         value = self.whole(arg)
         if not isinstance(value, Tensor) or not _aligns_inputs(node.target):
             return value
-        shape, layout = _operand(node, layout)
+        return self._aligned(value, *_operand(node, layout), self._places_of(node))
+
+    def _aligned(self, value: Tensor, shape: tuple[int, ...], layout: Layout, places: Tensor) -> Tensor:
+        """Rows of a value that broadcasts against one with this shape and layout; itself where it has no tokens."""
         dim = layout.token - (len(shape) - value.ndim)
         if dim < 0 or value.shape[dim] != shape[layout.token] or value.shape[dim] == 1:
             return value
-        return take_rows(self._over_samples(value, len(shape), layout), layout, self._places_of(node))
+        return take_rows(self._over_samples(value, len(shape), layout), layout, places)
 
     @staticmethod
     def _over_samples(value: Tensor, ndim: int, layout: Layout) -> Tensor:
         """A table shared by all samples, seen once a sample: its rows differ where the choices do."""
         shape = [1] * (ndim - value.ndim) + list(value.shape)
         if not layout.merged:
-            shape[layout.batch] = layout.samples
+            shape[layout.batch] = layout.samples * layout.inner
         return value.expand(shape)
 
 

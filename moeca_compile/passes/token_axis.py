@@ -9,15 +9,15 @@ whatever mixes tokens (a convolution, a norm over tokens, the keys of an attenti
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from moeca_compile.passes.axis import Layout, Span, cut, join, overlap
+from moeca_compile.passes.viewed_layout import viewed_layout
 
 aten = torch.ops.aten
 
@@ -32,18 +32,55 @@ def stream_layout(stream: fx.Node) -> Layout:
     return Layout(0, 1, samples, tokens, (Span(stream, 0, tokens),))
 
 
-def token_layouts(graph: fx.Graph, seeds: Layouts) -> Layouts:
-    """Propagate the layouts of `seeds` to everything computed from them, op by op."""
+def token_layouts(graph: fx.Graph, seeds: Layouts, mixed: set[fx.Node] | None = None) -> Layouts:
+    """Propagate the layouts of `seeds` to everything computed from them, op by op.
+
+    Where `mixed` is given, a value that mixed tokens (a convolution) and has a row a token again, (samples, tokens,
+    ...) or (samples * tokens, ...), gets a layout once more and is added to `mixed`. Its rows cannot be computed
+    from rows: whoever needs them has to take them from the whole value.
+    """
     found: Layouts = dict(seeds)
+    lost: dict[fx.Node, set[Layout]] = {}
     for node in graph.nodes:
         if node in found or node.op != "call_function":
             continue
-        if any(arg in found for arg in node.all_input_nodes):
-            rule = _rule_for(node)
+        streams = {layout for arg in node.all_input_nodes for layout in lost.get(arg, ())}
+        streams |= {seed for arg in node.all_input_nodes if arg in found for seed in _streams_of(found[arg], seeds)}
+        if streams:
+            rule = _rule_for(node) if any(arg in found for arg in node.all_input_nodes) else None
             result = rule(node, found) if rule else None
+            if result is None and mixed is not None:
+                lost[node] = streams
+                result = _rows_again(node, streams)
+                if result is not None:
+                    mixed.add(node)
             if result is not None:
                 found[node] = result
     return found
+
+
+def _streams_of(layout: Layout, seeds: Layouts) -> Iterator[Layout]:
+    """The seeds whose tokens a value with this layout has."""
+    return (seed for seed in seeds.values() if overlap(layout.axis, seed.axis))
+
+
+def _rows_again(node: fx.Node, streams: set[Layout]) -> Layout | None:
+    """The layout of a value with a row for each token of one of these streams, and of no other."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    found = [again for stream in streams if (again := _rows_of(node, stream)) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _rows_of(node: fx.Node, stream: Layout) -> Layout | None:
+    shape = shape_of(node)
+    if shape[1:] == (stream.tokens, stream.tokens) and all(user.target in _PERMUTES for user in node.users):
+        return None  # either dim could be the tokens, and what follows brings them into their place
+    if len(shape) == 3 and shape[:2] == (stream.samples, stream.tokens):
+        return replace(stream, batch=0, token=1)
+    if len(shape) == 2 and shape[0] == stream.samples * stream.tokens:
+        return replace(stream, batch=0, token=0)
+    return None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -58,7 +95,7 @@ def is_pointwise(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in _COPIES)
 
 
-_COPIES = {
+CASTS = {
     aten._to_copy.default,
     aten.to.dtype,
     aten.to.device,
@@ -67,11 +104,13 @@ _COPIES = {
     aten.contiguous.default,
     aten.detach.default,
     aten.alias.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
     aten.type_as.default,
-    torch.ops.moeca.expert_rows.default,
 }
+"""Ops that give the values of their first argument, perhaps elsewhere in memory or in another dtype."""
+
+_COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
+
+_PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 
 def _normalise(dim: int, ndim: int) -> int:
@@ -155,39 +194,6 @@ def _view(node: fx.Node, layouts: Layouts) -> Layout | None:
     return viewed_layout(layout, shape_of(source), shape_of(node))
 
 
-def viewed_layout(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-    """Follow the batch and token dims through a reshape; they may merge into one dim or come apart again."""
-    if layout.merged:
-        return _split(layout, before, after) or _merge(layout, before, after)
-    token = _dim_spanning(before, after, layout.token, layout.token)
-    batch = _dim_spanning(before, after, layout.batch, layout.batch)
-    if token is not None and batch is not None:
-        return replace(layout, batch=batch, token=token)
-    return _merge(layout, before, after) if layout.token == layout.batch + 1 else None
-
-
-def _merge(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-    both = _dim_spanning(before, after, layout.batch, layout.token)
-    return replace(layout, batch=both, token=both) if both is not None else None
-
-
-def _split(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-    outer = prod(before[: layout.token])
-    for dim in range(len(after) - 1):
-        if prod(after[:dim]) == outer and tuple(after[dim : dim + 2]) == (layout.samples, layout.tokens):
-            return replace(layout, batch=dim, token=dim + 1)
-    return None
-
-
-def _dim_spanning(before: Sequence[int], after: Sequence[int], first: int, last: int) -> int | None:
-    """The output dim that covers exactly the input dims first..last, if there is one."""
-    outer, size, inner = prod(before[:first]), prod(before[first : last + 1]), prod(before[last + 1 :])
-    for dim, extent in enumerate(after):
-        if extent == size and prod(after[:dim]) == outer and prod(after[dim + 1 :]) == inner:
-            return dim
-    return None
-
-
 def _permute(node: fx.Node, layouts: Layouts) -> Layout | None:
     carried = _carried(node, layouts)
     if carried is None:
@@ -269,6 +275,7 @@ def _within_dim(position: int) -> Rule:
 
 
 def _expand(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """expand, repeat and tile: samples and tokens stay as many as they were."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
@@ -277,6 +284,41 @@ def _expand(node: fx.Node, layouts: Layouts) -> Layout | None:
     result = layout.shifted(shift)
     same = all(shape_of(node)[d + shift] == shape_of(source)[d] for d in (layout.batch, layout.token))
     return result if same else None
+
+
+def _repeat_interleave(node: fx.Node, layouts: Layouts) -> Layout | None:
+    carried = _carried(node, layouts)
+    dim = _argument(node, 2, "dim")
+    if carried is None or dim is None:
+        return None
+    layout = carried[1]
+    return layout if _normalise(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None
+
+
+def _last_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """view_as_complex and view_as_real: a last dim of size 2 goes or comes."""
+    carried = _carried(node, layouts)
+    if carried is None:
+        return None
+    source, layout = carried
+    kept = min(len(shape_of(source)), len(shape_of(node)))
+    return layout if max(layout.batch, layout.token) < kept else None
+
+
+def _einsum(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """Rows times weights: samples and tokens stay, and no other operand has the tokens' letter."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    holding = [i for i, operand in enumerate(operands) if operand in layouts]  # type: ignore[arg-type]
+    if len(holding) != 1 or "." in equation or "->" not in equation:
+        return None
+    inputs, out = equation.split("->")
+    terms, layout = inputs.split(","), layouts[operands[holding[0]]]  # type: ignore[index]
+    own = terms.pop(holding[0])
+    batch, token = own[layout.batch], own[layout.token]
+    shared = any(token in term for term in terms) or own.count(token) != 1 or own.count(batch) != 1
+    if shared or batch not in out or token not in out:
+        return None
+    return replace(layout, batch=out.index(batch), token=out.index(token))
 
 
 def _getitem(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -318,20 +360,11 @@ def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
     source, layout = carried
     ndim = len(shape_of(source))
     same_rank = len(shape_of(node)) == ndim
-    return layout if same_rank and ndim - 1 not in (layout.batch, layout.token) else None
-
-
-def _einsum(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """One operand's tokens, which come out as they went in; the others have no such dims."""
-    inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
-    operands = list(zip(inputs.split(","), _argument(node, 1, "tensors"), strict=True))
-    carried = [(letters, layouts[operand]) for letters, operand in operands if operand in layouts]
-    if len(carried) != 1 or "." in inputs:
-        return None
-    letters, layout = carried[0]
-    rows = {letters[layout.batch], letters[layout.token]}
-    met = sum(letter in rows for letter in inputs)
-    return layout.moved(lambda d: out.index(letters[d])) if met == len(rows) and rows <= set(out) else None
+    matrices = [shape_of(arg) for arg in node.all_input_nodes if arg is not source]
+    shared = all(
+        ndim - len(m) > layout.token or m[layout.token - ndim] == 1 for m in matrices if layout.token < ndim - 2
+    )
+    return layout if same_rank and shared and ndim - 1 not in (layout.batch, layout.token) else None
 
 
 def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -339,7 +372,7 @@ def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
     query = _argument(node, 0, "query")
     layout = layouts.get(query)
     is_rows = layout is not None and not layout.merged and layout.token == len(shape_of(query)) - 2
-    return layout if is_rows else None
+    return layout if is_rows and shape_of(node)[:-1] == shape_of(query)[:-1] else None
 
 
 def _gather(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -381,9 +414,7 @@ _RULES: dict[object, Rule] = {
     aten._unsafe_view.default: _view,
     aten.flatten.using_ints: _view,
     aten.unflatten.int: _view,
-    aten.permute.default: _permute,
-    aten.transpose.int: _permute,
-    aten.t.default: _permute,
+    **dict.fromkeys(_PERMUTES, _permute),
     aten.unsqueeze.default: _insert_dim,
     aten.squeeze.dim: _remove_dim,
     aten.select.int: _remove_dim,
@@ -393,11 +424,16 @@ _RULES: dict[object, Rule] = {
     aten.split_with_sizes.default: _within_dim(2),
     aten.chunk.default: _within_dim(2),
     aten.expand.default: _expand,
+    aten.repeat.default: _expand,
+    aten.tile.default: _expand,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.view_as_complex.default: _last_dim,
+    aten.view_as_real.default: _last_dim,
+    aten.einsum.default: _einsum,
     aten.cat.default: _cat,
     aten.stack.default: _cat,
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
-    aten.einsum.default: _einsum,
     aten.gather.default: _gather,
     aten.scaled_dot_product_attention.default: _attention,
     operator.getitem: _getitem,

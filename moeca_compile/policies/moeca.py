@@ -13,6 +13,7 @@ nearest MoE layer before them.
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,8 @@ class Moeca:
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
         self.branches = {e: _layer_cache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
+        nearest_last = reversed(regions.experts)
+        self.probes = {chain[0]: (e, chain) for e in nearest_last if (chain := _probe_chain(e, regions))}
         shared = [(i, s) for i, e in enumerate(regions.experts) for s in e.shared if config.shared != "always"]
         self.shared = {s: self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, s) in enumerate(shared)}
 
@@ -77,12 +80,15 @@ class Moeca:
 
     def key_value_specs(self, sdpa: fx.Node) -> list[CacheSpec]:
         """The caches of an attention's keys and values, shared by the streams that it joins."""
-        if self.config.keys_values == "all":
+        if self.config.keys_values == "all" or not self.joint[sdpa][0].by_token:
             return []
         attention = self.joint[sdpa][0]
         name, dtype = self.attention[attention].name, self.config.cache_dtype
         pairs = (("keys", attention.key), ("values", attention.value))
-        return [CacheSpec(f"{name}.{n}", _row_major(v), dtype or v.meta["val"].dtype) for n, v in pairs]
+        return [
+            CacheSpec(f"{name}.{n}", _row_major(v, self.regions.layouts[v].samples), dtype or v.meta["val"].dtype)
+            for n, v in pairs
+        ]
 
     def install(self, step: Step) -> MoecaStep:
         """Replace, for this step, the values that come from the cache. Call `finish` after it has run."""
@@ -120,7 +126,8 @@ class MoecaStep:
                 cached.store(step, step[attention.residual.output])
             for sdpa, (attention, *_) in policy.joint.items():
                 for spec, node in zip(policy.key_value_specs(sdpa), (attention.key, attention.value), strict=False):
-                    step.updates[spec.name] = step[node].transpose(1, 2).to(spec.dtype).contiguous()
+                    by_head = _by_head(step[node], spec.shape[0])
+                    step.updates[spec.name] = by_head.transpose(1, 2).to(spec.dtype).contiguous()
         if step.kind.experts:
             for region, cached in (*policy.feedforward.items(), *policy.shared.items()):
                 cached.store(step, step[region.output])
@@ -146,7 +153,7 @@ class MoecaStep:
                 parts.append(Part(attention, *tokens, step.rows(tokens[0], attention.residual.stream, output)))
         if not parts:
             return
-        outputs = self._attend(parts).split([part.chosen.shape[1] for part in parts], dim=2)
+        outputs = self._attend(parts).split([part.chosen.shape[1] for part in parts], dim=-2)
         for part, rows in zip(parts, outputs, strict=True):
             attention = part.attention
             part.rows.set(attention.sdpa, rows)
@@ -154,12 +161,11 @@ class MoecaStep:
             self.policy.attention[attention].refresh(step, part.chosen, fresh, part.valid)
 
     def _probe(self, attention: Attention) -> None:
-        """Decide for the MoE layer behind the attention, on its cached output."""
-        step = self.step
-        layer = next((e for e in self.policy.branches if e.probe is attention), None)
-        if layer is not None and not step.kind.experts and self._masked_by_probe(layer):
-            stale = {attention.residual.output: self.policy.attention[attention].read(step)}
-            self._decide(layer, *step.instead(stale, [layer.choice, layer.weight]))
+        """Decide for the MoE layer behind the attention, on the cached output of all attentions on the way to it."""
+        layer, chain = self.policy.probes.get(attention, (None, ()))
+        if layer is not None and not self.step.kind.experts and self._masked_by_probe(layer):
+            stale = {a.residual.output: self.policy.attention[a].read(self.step) for a in chain}
+            self._decide(layer, *self.step.instead(stale, [layer.choice, layer.weight]))
 
     def _masked_by_probe(self, layer: Experts) -> bool:
         return self.config.mask_source == "probe" or self._decided(layer.marker) is None
@@ -184,31 +190,33 @@ class MoecaStep:
         attention, step, fresh = parts[0].attention, self.step, self.config.keys_values
         options = sdpa_options(attention.sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
-        query = torch.cat([part.rows[attention.query] for part in parts], dim=2)
-        if fresh == "all":
-            return F.scaled_dot_product_attention(
-                query,
-                step[attention.key],
-                step[attention.value],
-                scale=scale,
-                enable_gqa=gqa,
-            )
+        query = torch.cat([part.rows[attention.query] for part in parts], dim=-2)
+        mask = _joined_masks(parts)
+        if fresh == "all" or not attention.by_token:
+            keys, values = step[attention.key], step[attention.value]
+            return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=gqa)
         keys, values = (step.state[spec.name] for spec in self.policy.key_value_specs(attention.sdpa))
+        by_head = _by_head(query, len(keys))
+        if mask is not None and query.ndim != by_head.ndim:
+            mask = _by_head(mask.expand(*query.shape[:-2], -1, -1), len(keys))
         if fresh == "none" and not step.kind.forced:
-            return attend(query, keys, values, scale, gqa)
-        key, value, chosen, valid = self._fresh_keys_values(parts)
-        return torch.ops.moeca.attend_rows(keys, values, query, key, value, chosen, valid, scale, gqa)
+            out = attend(by_head, keys, values, mask, scale, gqa)
+        else:
+            key, value, chosen, valid = self._fresh_keys_values(parts)
+            out = torch.ops.moeca.attend_rows(keys, values, by_head, key, value, chosen, valid, mask, scale, gqa)
+        return out.reshape(*query.shape[:-1], out.shape[-1])
 
     def _fresh_keys_values(self, parts: list[Part]) -> list[Tensor]:
         """Keys and values of the chosen tokens, these counted along the keys, and which of them are valid."""
         key, value = parts[0].attention.key, parts[0].attention.value
-        axis, rest = self.step.regions.axis(key), set(range(self.step.layout(key).tokens))
+        layout, rest = self.step.layout(key), set(range(self.step.layout(key).tokens))
         fresh: list[tuple[Tensor, ...]] = []
         for part in parts:
-            place = place_in(axis, part.rows.axis)
-            assert place is not None, "matched attentions have their tokens among the keys"
+            place = place_in(layout.axis, part.rows.axis)
+            assert place is not None, "keys and values that are cached have these tokens among theirs"
             rest -= set(range(place, place + count(part.rows.axis)))
-            fresh.append((part.rows[key], part.rows[value], part.chosen + place, part.valid))
+            rows = (_by_head(part.rows[node], layout.samples) for node in (key, value))
+            fresh.append((*rows, part.chosen + place, part.valid))
         if self.step.kind.forced and rest:
             fresh.append(self._keys_values_at(key, value, sorted(rest)))
         return [
@@ -218,8 +226,9 @@ class MoecaStep:
     def _keys_values_at(self, key: fx.Node, value: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
         """Keys and values as the model computes them, of tokens whose queries nobody reads."""
         at = torch.tensor(places, device=self.step.clock.device)
-        chosen = at.expand(shape_of(key)[0], -1)
-        return self.step[key][:, :, at], self.step[value][:, :, at], chosen, torch.ones_like(chosen, dtype=torch.bool)
+        chosen = at.expand(self.step.layout(key).samples, -1)
+        keys, values = (_by_head(self.step[node], len(chosen))[:, :, at] for node in (key, value))
+        return keys, values, chosen, torch.ones_like(chosen, dtype=torch.bool)
 
     def _decide(self, layer: Experts, choice: Tensor, weight: Tensor) -> Decision:
         """Which branches and tokens of this layer are recomputed, from its current routing (eqs. 7, 9 to 12)."""
@@ -257,10 +266,33 @@ class MoecaStep:
         return cached.read(self.step)
 
 
-def _row_major(node: fx.Node) -> tuple[int, ...]:
+def _probe_chain(layer: Experts, regions: Regions) -> list[Attention]:
+    """The attentions right before the layer's router, side by side or one after the other, as to picture and text."""
+    chain: list[Attention] = []
+    add = layer.probe.residual.add if layer.probe is not None else None
+    while found := [attention for attention in regions.attentions if attention.residual.add is add]:
+        chain, add = [*found, *chain], found[0].residual.stream
+    return chain
+
+
+def _joined_masks(parts: list[Part]) -> Tensor | None:
+    """The masks of the queries of all parts, one after the other."""
+    masks = [part.rows.attention_mask(part.attention.sdpa) for part in parts]
+    first = masks[0]
+    if first is None or len(masks) == 1 or first.shape[-2] == 1:
+        return first
+    return torch.cat(masks, dim=-2)  # type: ignore[arg-type]
+
+
+def _by_head(value: Tensor, samples: int) -> Tensor:
+    """(B, H, rows, width) of a value whose heads are merged into the batch dim, or spread over several."""
+    return value if value.ndim == 4 else value.reshape(samples, -1, *value.shape[-2:])
+
+
+def _row_major(node: fx.Node, samples: int) -> tuple[int, ...]:
     """Shape of a cache of keys or values (B, H, N, d), kept as (B, N, H, d)."""
-    samples, heads, tokens, width = shape_of(node)
-    return samples, tokens, heads, width
+    *_, tokens, width = shape = shape_of(node)
+    return samples, tokens, prod(shape[:-2]) // samples, width
 
 
 def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> BranchCache | PairCache:

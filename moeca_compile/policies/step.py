@@ -116,8 +116,8 @@ class Step:
 
     def rows(self, chosen: Tensor, source: fx.Node, output: fx.Node) -> Rows:
         """The graph's values on the tokens `chosen` (B, C) of `output`, starting from the rows of `source`."""
-        axis = self.regions.axis(output)
-        return Rows(chosen, self.regions.layouts, self.values.__getitem__, [source], axis)
+        regions, axis = self.regions, self.regions.axis(output)
+        return Rows(chosen, regions.layouts, self.values.__getitem__, [source], axis, regions.mixed)
 
     def room(self, tokens: int) -> int:
         """How many of so many tokens may be chosen: the same share as the kind's capacity has of the main stream."""

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.collapse_views import collapse_views
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
+from moeca_compile.passes.normalise import normalise
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
-from moeca_compile.passes.split_to_slices import split_to_slices
 from moeca_compile.policies import Policy, policy_for
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import COUNTERS, StepKind
@@ -53,12 +52,13 @@ class Specialisation:
         record: Record,
     ) -> None:
         self.config, self.record = config, record
+        # The names in the model's signature, as far as Dynamo tells.
+        self.names = [n.name.removeprefix("l_").rstrip("_") for n in gm.graph.nodes if n.op == "placeholder"]
         with record.timed("capture"):
             self.module = to_functional_aten(gm, inputs)
             self.graph = self.module.graph
         with record.timed("match"):
-            collapse_views(self.graph)
-            split_to_slices(self.graph)
+            normalise(self.graph)
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)
@@ -127,6 +127,8 @@ class Specialisation:
         elif not known:
             self.sessions.reset()  # what came before was placed nowhere in time
         position = self.sessions.enter(time)
+        if time is not None and not known:
+            position.generation.direction = self.timesteps.direction
         return position, self.sessions.due(position) if time is not None else Fresh(True, True)
 
     def _value(self, inputs: Sequence[Any], node: fx.Node) -> Timestep:
@@ -136,7 +138,8 @@ class Specialisation:
 
     def _warn_if_unclear(self) -> None:
         if self.timesteps.unclear >= _UNCLEAR:
-            names = " and ".join(repr(_argument_name(node)) for node in self.regions.timesteps)
+            places = (self.placeholders.index(node) for node in self.regions.timesteps)
+            names = " and ".join(repr(self.names[place]) for place in places)
             self.record.warn(
                 f"the inputs {names} are embedded like timesteps and change together, so it is not known which of "
                 "them is the time, and nothing is cached. Let only one of them change from step to step, or mark "
@@ -251,8 +254,3 @@ class Specialisation:
             recomputed = sums["recomputed"] / sums["branches"]
         each = self.plan.flops(kind, kind.capacity / self.plan.sizes[1], recomputed)
         return tally.steps * each
-
-
-def _argument_name(node: fx.Node) -> str:
-    """The name that a placeholder has in the model's signature, as far as Dynamo tells."""
-    return node.name.removeprefix("l_").rstrip("_")

@@ -20,6 +20,8 @@ class TimestepInput:
 
     def __init__(self, candidates: int) -> None:
         self.found: int | None = 0 if candidates == 1 else None
+        self.direction = 0.0
+        """1 or -1, as soon as the timestep was seen to go on."""
         self.unclear = 0
         """Calls so far at which several candidates changed."""
         self._last: dict[Hashable, tuple[Sequence[Timestep], Move | None]] = {}
@@ -36,6 +38,6 @@ class TimestepInput:
         moves = [(i, now > then) for i, (now, then) in enumerate(zip(values, before, strict=True)) if now != then]
         move = moves[0] if len(moves) == 1 else None
         if move is not None and move == last:
-            self.found = move[0]
+            self.found, self.direction = move[0], 1.0 if move[1] else -1.0
         self.unclear += len(moves) > 1
         self._last[key] = values, (move if moves else last)

@@ -37,7 +37,7 @@ def test_caches_and_outputs(batch, heads, tokens, chosen, kv_heads, scale):
     keys, values, query, key, value, places, valid = make_case(batch, heads, tokens, chosen, 4, kv_heads)
     gqa = kv_heads is not None
     all_keys, all_values = loop(keys, key, places, valid), loop(values, value, places, valid)
-    found = attend_rows(keys, values, query, key, value, places, valid, scale, gqa)
+    found = attend_rows(keys, values, query, key, value, places, valid, None, scale, gqa)
     assert torch.equal(keys, all_keys)
     assert torch.equal(values, all_values)
     by_head = [cache.transpose(1, 2) for cache in (all_keys, all_values)]
@@ -45,11 +45,21 @@ def test_caches_and_outputs(batch, heads, tokens, chosen, kv_heads, scale):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mask_shape", [(2, 1, 1, 7), (2, 3, 4, 7), (4, 7)])
+def test_a_mask_of_the_chosen_queries(mask_shape):
+    keys, values, query, key, value, places, valid = make_case(2, 3, 7, 4)
+    mask = torch.randn(mask_shape)
+    expected_keys, expected_values = loop(keys, key, places, valid), loop(values, value, places, valid)
+    found = attend_rows(keys, values, query, key, value, places, valid, mask, None, False)
+    scores = query @ expected_keys.permute(0, 2, 3, 1) / 2 + mask
+    torch.testing.assert_close(found, scores.softmax(-1) @ expected_values.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_no_valid_row_and_all(every):
     keys, values, query, key, value, places, valid = make_case(2, 2, 6, 3)
     before = keys.clone()
-    attend_rows(keys, values, query, key, value, places, torch.full_like(valid, every), None, False)
+    attend_rows(keys, values, query, key, value, places, torch.full_like(valid, every), None, None, False)
     assert torch.equal(keys, loop(before, key, places, torch.full_like(valid, every)))
 
 
@@ -57,7 +67,7 @@ def test_caches_of_lower_precision():
     keys, values, query, key, value, places, valid = make_case(2, 2, 6, 3)
     keys, values = keys.bfloat16(), values.bfloat16()
     expected = loop(keys, key.bfloat16(), places, valid)
-    found = attend_rows(keys, values, query, key, value, places, valid, None, False)
+    found = attend_rows(keys, values, query, key, value, places, valid, None, None, False)
     assert torch.equal(keys, expected)
     assert found.dtype == torch.float32
 
@@ -65,5 +75,5 @@ def test_caches_of_lower_precision():
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_schema_and_fake(kv_heads):
     case = make_case(2, 4, 6, 3, kv_heads=kv_heads)
-    arguments = (*case, None, kv_heads is not None)
+    arguments = (*case, None, None, kv_heads is not None)
     torch.library.opcheck(attend_rows, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,4 +1,4 @@
-"""Self-attention from a residual stream; what looks like it and stays."""
+"""Attention from a residual stream; what looks like it and stays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.passes.attention import attention_nodes, match_attention, sdpa_options, work_between
+from moeca_compile.passes.normalise import normalise
 from moeca_compile.passes.regions import Attention, Kept
 from moeca_compile.passes.token_axis import Layout, token_layouts
 from tests.harness import exported, nodes_of, ops, placeholders
@@ -54,43 +55,6 @@ def grouped_queries(x, table, text, qkv, proj, mask):
     return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)), proj)
 
 
-MATCHES = {
-    "fused": with_options(),
-    "scaled": with_options(scale=0.1),
-    "rotary": rotary,
-    "three projections": three_projections,
-    "grouped queries": grouped_queries,
-}
-
-
-def matched(block) -> tuple[list[Attention | Kept], object]:
-    gm = exported(block, *INPUTS)
-    before = ops(gm)
-    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)})
-    found = [part for node in attention_nodes(gm.graph) for part in match_attention(node, layouts)]
-    assert ops(gm) == before, "matching never edits"
-    return found, gm
-
-
-@pytest.mark.parametrize("name", MATCHES)
-def test_match(name):
-    (attention,), gm = matched(MATCHES[name])
-    assert isinstance(attention, Attention)
-    (sdpa,) = nodes_of(gm, torch.ops.aten.scaled_dot_product_attention)
-    assert attention.sdpa is sdpa
-    assert (attention.query, attention.key, attention.value) == sdpa.args[:3]
-    assert attention.residual.stream is placeholders(gm)[0]
-    assert attention.residual.output is nodes_of(gm, torch.ops.aten.linear)[-1]
-
-
-def test_options_are_given_by_name_with_defaults():
-    (attention,), _ = matched(MATCHES["scaled"])
-    expected = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.1, "enable_gqa": False}
-    assert sdpa_options(attention.sdpa) == expected
-    (attention,), _ = matched(MATCHES["grouped queries"])
-    assert sdpa_options(attention.sdpa)["enable_gqa"] is True
-
-
 def masked(x, table, text, qkv, proj, mask):
     q, k, v = fused(x, qkv)
     return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v, mask)), proj)
@@ -106,6 +70,70 @@ def joint(x, table, text, qkv, proj, mask):
     q, k, v = fused(x, qkv)
     k, v = (torch.cat([value, heads(text)], 2) for value in (k, v))
     return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v)), proj)
+
+
+def spelled_out(x, table, text, qkv, proj, mask):
+    q, k, v = fused(x, qkv)
+    return x + F.linear(flat((q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1) @ v), proj)
+
+
+def merged_heads(x, table, text, qkv, proj, mask):
+    q, k, v = (value.reshape(B * H, N, D // H) for value in fused(x, qkv))
+    out = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+    return x + F.linear(flat(out.view(B, H, N, D // H)), proj)
+
+
+def pooled_keys(x, table, text, qkv, proj, mask):
+    q, k, v = fused(x, qkv)
+    k, v = (F.avg_pool1d(value.flatten(0, 1).mT, 2).mT.unflatten(0, (B, H)) for value in (k, v))
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v)), proj)
+
+
+MATCHES = {
+    "fused": with_options(),
+    "scaled": with_options(scale=0.1),
+    "rotary": rotary,
+    "three projections": three_projections,
+    "grouped queries": grouped_queries,
+    "causal": with_options(is_causal=True),
+    "a mask": masked,
+    "keys of another stream": across,
+    "keys of two streams": joint,
+    "spelled out": spelled_out,
+    "heads merged into the batch": merged_heads,
+    "keys that mix tokens": pooled_keys,
+}
+NOT_BY_TOKEN = {"keys of another stream", "keys that mix tokens"}
+
+
+def matched(block) -> tuple[list[Attention | Kept], object]:
+    gm = exported(block, *INPUTS)
+    normalise(gm.graph)
+    before, mixed = ops(gm), set()
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)}, mixed)
+    found = [part for node in attention_nodes(gm.graph) for part in match_attention(node, layouts, mixed)]
+    assert ops(gm) == before, "matching never edits"
+    return found, gm
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_match(name):
+    (attention,), gm = matched(MATCHES[name])
+    assert isinstance(attention, Attention)
+    (sdpa,) = nodes_of(gm, torch.ops.aten.scaled_dot_product_attention)
+    assert attention.sdpa is sdpa
+    assert (attention.query, attention.key, attention.value) == sdpa.args[:3]
+    assert attention.residual.stream is placeholders(gm)[0]
+    assert attention.residual.output is nodes_of(gm, torch.ops.aten.linear)[-1]
+    assert attention.by_token == (name not in NOT_BY_TOKEN)
+
+
+def test_options_are_given_by_name_with_defaults():
+    (attention,), _ = matched(MATCHES["scaled"])
+    expected = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.1, "enable_gqa": False}
+    assert sdpa_options(attention.sdpa) == expected
+    (attention,), _ = matched(MATCHES["grouped queries"])
+    assert sdpa_options(attention.sdpa)["enable_gqa"] is True
 
 
 def no_residual(x, table, text, qkv, proj, mask):
@@ -130,12 +158,15 @@ def over_rows(x, table, text, qkv, proj, mask):
     return x + F.linear(out, proj)
 
 
+def from_text(x, table, text, qkv, proj, mask):
+    """A text asks, the picture answers; what comes of it is added to the picture."""
+    q, (k, v) = heads(F.linear(text, proj)), (heads(F.linear(x, w)) for w in qkv[: 2 * D].chunk(2))
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v)), proj)[:, :N]
+
+
 NEAR_MISSES = {
-    "a causal mask": (with_options(is_causal=True), "mask"),
-    "a given mask": (masked, "mask"),
     "dropout": (with_options(dropout_p=0.1), "drops out"),
-    "keys of another stream": (across, "keys are not computed"),
-    "keys of two streams": (joint, "laid out differently"),
+    "queries of another stream": (from_text, "queries are not computed"),
     "no residual": (no_residual, "no residual addition"),
     "an output that mixes tokens": (mixed_output, "not computed token by token"),
     "attention over heads": (over_heads, ""),

@@ -105,3 +105,21 @@ def test_a_long_chain_needs_no_recursion():
 
     gm = exported(deep, X)
     torch.testing.assert_close(Evaluation(gm.graph, [X], {})[outputs(gm)[0]], X + 1200)
+
+
+def test_a_replacement_may_ask_for_what_it_replaces():
+    gm = exported(function, X, Y)
+    (doubled,) = nodes_of(gm, aten.mul)
+    evaluation = Evaluation(gm.graph, [X, Y], {doubled: lambda: evaluation[doubled] + 1})
+    assert torch.equal(evaluation[doubled], X * 2 + 1)
+    assert torch.equal(evaluation.run()[1], (X * 2 + 1).relu())
+
+
+def test_instead_with_several_known_values_looks_past_none_of_them():
+    gm = exported(lambda x: ((x * 2).sigmoid() + x).relu() * 3, X)
+    (first, last), (sigmoid,), (relu,) = (nodes_of(gm, op) for op in (aten.mul, aten.sigmoid, aten.relu))
+    evaluation = Evaluation(gm.graph, [X], {relu: lambda: torch.zeros(3)})
+    known = {first: X + 5, sigmoid: X + 1}
+    assert torch.equal(evaluation.instead(known, [relu])[0], (X + 1 + X).relu())
+    (last_value,) = evaluation.instead({**known, relu: X}, [last])
+    assert torch.equal(last_value, X * 3)

@@ -176,11 +176,12 @@ def test_paths():
 
 
 def test_kinds_of_what_is_kept():
-    def masked(x: Tensor, w: Tensor) -> Tensor:
+    def dropping(x: Tensor, w: Tensor) -> Tensor:
         q = F.linear(x, w).view(B, N, 2, D // 2).transpose(1, 2)
-        x = x + F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(B, N, D)
+        x = x + F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).transpose(1, 2).reshape(B, N, D)
+        x = x + ((q @ q.mT).tanh().softmax(-1) @ q).transpose(1, 2).reshape(B, N, D)
         return block(x, w)
 
-    regions, _ = matched(masked)
-    assert Counter(k.kind for k in regions.kept) == {"attention": 1}
+    regions, _ = matched(dropping)
+    assert Counter(k.kind for k in regions.kept) == {"attention": 2}
     assert len(regions.attentions) == 1

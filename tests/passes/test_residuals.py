@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moeca_compile.passes.residuals import residual_around, residual_at
+from moeca_compile.passes.residuals import residual_around, residual_at, residuals_around
 from moeca_compile.passes.token_axis import Layout, Layouts, token_layouts
 from tests.harness import exported, nodes_of, outputs, placeholders
 
@@ -31,6 +31,7 @@ BRANCHES = {
     "a clamped tanh gate": lambda x, g, w, o: x + (1 - g.clamp(max=0.5)).tanh()[:, None] * branch(x, w),
     "two gates": lambda x, g, w, o: x + g.unsqueeze(1) * (g.exp().unsqueeze(1) * branch(x, w)),
     "a scaled addition, whose scale stays": lambda x, g, w, o: torch.add(x, branch(x, w), alpha=2),
+    "a copy of the stream in another precision": lambda x, g, w, o: x.double() + g.unsqueeze(1) * branch(x, w),
     "a gate a token": lambda x, g, w, o: x + o * branch(x, w),
 }
 """All with the same branch, so that its output is the linear."""
@@ -60,6 +61,32 @@ def test_a_branch_is_found_from_its_anchor(name):
     residual = residual_around(linear)
     assert residual is not None
     assert (residual.stream, residual.output, residual.add) == (placeholders(gm)[0], linear, add)
+
+
+def attend(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, g, w, o: x + g.unsqueeze(1) * (F.linear(attend(x), w) + F.linear(attend(x * 2), w)),
+        lambda x, g, w, o: (F.linear(attend(x * 2), w) + F.linear(attend(x), w)) + x,
+    ],
+    ids=["a common gate", "no gate"],
+)
+def test_each_anchor_of_a_branch_has_its_own_output(function):
+    gm, _, add = traced(function)
+    found = [residual_around(anchor) for anchor in nodes_of(gm, aten.scaled_dot_product_attention)]
+    assert [residual.output for residual in found if residual] == nodes_of(gm, aten.linear)
+    assert [(residual.stream, residual.add) for residual in found if residual] == [(placeholders(gm)[0], add)] * 2
+
+
+def test_a_feedforward_beside_an_anchor_belongs_to_its_output():
+    gm, _, _ = traced(lambda x, g, w, o: x + g.unsqueeze(1) * (F.linear(attend(x), w) + branch(x, w)))
+    residual = residual_around(nodes_of(gm, aten.scaled_dot_product_attention)[0])
+    assert residual is not None
+    assert residual.output is nodes_of(gm, aten.add)[0]
 
 
 def test_the_first_addition_back_onto_the_stream_ends_the_branch():
@@ -124,3 +151,40 @@ def test_the_gates_own_product_is_no_output():
 def test_an_anchor_without_a_residual(function):
     gm, _, _ = traced(function)
     assert residual_around(nodes_of(gm, aten.linear)[0]) is None
+
+
+def joint(x: Tensor, g: Tensor, w: Tensor, o: Tensor, cut=lambda z: (z[:, :N], z[:, N:])) -> Tensor:
+    """One product over the tokens of both x and o, each of which gets its part."""
+    one, other = cut(F.linear(torch.cat([x, o], 1), w))
+    return torch.cat([x + g[:, None] * one, o + F.relu(other)], 1)
+
+
+def test_a_value_cut_into_the_tokens_of_two_streams_ends_in_two_branches():
+    gm, _, _ = traced(joint)
+    found = residuals_around(nodes_of(gm, aten.linear)[0])
+    x, _, _, o = placeholders(gm)
+    assert [residual.stream for residual in found] == [x, o]
+    assert [residual.add for residual in found] == nodes_of(gm, aten.add)
+    assert found[0].output in nodes_of(gm, aten.slice)
+    assert [found[1].output] == nodes_of(gm, aten.relu)
+    assert residual_around(nodes_of(gm, aten.linear)[0]) is None
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda z: (z[:, :N], z[:, N - 1 : -1]),
+        lambda z: (z[:, :N], z.sigmoid()[:, N:]),
+        lambda z: (z[:, :N], z[:, N:] * 0 + z[:, :N]),
+    ],
+    ids=["parts that overlap", "another reader", "a part read twice"],
+)
+def test_near_miss_of_two_branches(cut):
+    gm, _, _ = traced(lambda *inputs: joint(*inputs, cut=cut))
+    assert residuals_around(nodes_of(gm, aten.linear)[0]) == []
+
+
+def test_parts_that_meet_again_are_no_two_branches():
+    """A gate cut off the same projection."""
+    gm, _, _ = traced(lambda x, g, w, o: x[..., :2] + (z := branch(x, w))[..., :2] * z[..., 2:])
+    assert residuals_around(nodes_of(gm, aten.linear)[0]) == []

@@ -23,6 +23,14 @@ LAYOUTS = {
     Layout(0, 2, B, N): (lambda v: v.unsqueeze(1), lambda v: v.squeeze(1)),
     Layout(1, 1, B, N): (lambda v: v.reshape(-1, D).t(), lambda v: v.t().reshape(B, -1, D)),
     Layout(1, 2, B, N): (lambda v: v.permute(2, 0, 1), lambda v: v.permute(1, 2, 0)),
+    Layout(0, 1, B, N, inner=2): (
+        lambda v: v.unflatten(-1, (2, 2)).transpose(1, 2).flatten(0, 1),
+        lambda v: v.unflatten(0, (B, 2)).transpose(1, 2).flatten(2),
+    ),
+    Layout(1, 0, B, N, inner=2): (
+        lambda v: v.transpose(0, 1).reshape(-1, 2 * B, 2),
+        lambda v: v.reshape(-1, B, D).transpose(0, 1),
+    ),
 }
 
 
@@ -168,6 +176,60 @@ def test_an_attention_whose_keys_are_rows_is_refused():
 
 def test_cross_attention_on_rows_keeps_keys_and_values_whole():
     assert_rows(lambda x, k: F.scaled_dot_product_attention(x.unsqueeze(1), k, k), X, r(B, 1, N, D))
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(B, N, 2, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("attend", "shape"),
+    [
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, is_causal=True), (1,)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m), (N, 6)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m, scale=0.2), (2, N, 6)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m > 0), (B, 1, N, 6)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m), (B, 1, 1, 6)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m), (1, 6)),
+        (lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=q @ m), (2, 6)),
+        (
+            lambda q, k, m: F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, k)), attn_mask=m),
+            (2 * B, N, 6),
+        ),
+        (
+            lambda q, k, m: F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, k)), is_causal=True),
+            (1,),
+        ),
+    ],
+)
+def test_the_mask_of_the_chosen_queries(attend, shape):
+    """Six keys that hold no tokens; masks with and without queries in them, by sample or for all."""
+    assert_rows(lambda x, k, m: attend(heads(x), k, m) * 1, X, r(B, 2, 6, 2), r(*shape))
+
+
+def test_a_mask_as_long_as_the_tokens_belongs_to_the_keys():
+    keys, mask = r(B, 2, N, 2), r(1, N)
+    assert_rows(lambda x, k, m: F.scaled_dot_product_attention(heads(x), k, k, attn_mask=m), X, keys, mask)
+
+
+def test_rows_of_a_stream_within_a_longer_one():
+    """Tables of the joint length are read where the stream's tokens lie in it."""
+
+    def joint(x: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        return (torch.cat([text, x], 1) * table).sigmoid()[:, 3:] + 1
+
+    gm, evaluation, layouts = evaluate(joint, X, r(B, 3, D), r(N + 3, D))
+    rows, (node,) = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm)[:1]), outputs(gm)
+    torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], CHOSEN))
+    assert placeholders(gm)[1] not in rows.values
+
+
+def test_a_branch_that_joins_its_tokens_from_parts_is_refused():
+    gm, evaluation, layouts = evaluate(lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1), X)
+    (node,) = outputs(gm)
+    assert layouts[node].axis == layouts[placeholders(gm)[0]].axis
+    with pytest.raises(NotRowWiseError, match="joins"):
+        _ = Rows(CHOSEN, layouts, evaluation.__getitem__, placeholders(gm))[node]
 
 
 def test_many_nodes_in_a_row_need_no_recursion():

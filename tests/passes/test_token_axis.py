@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, fx
 
+from moeca_compile.passes.axis import Layout, Span, place_in
 from moeca_compile.passes.evaluate import Evaluation
 from moeca_compile.passes.rows import Rows, take_rows
-from moeca_compile.passes.token_axis import Layout, token_layouts
+from moeca_compile.passes.token_axis import stream_layout, token_layouts
 from tests.harness import exported, outputs, placeholders
 
 B, N, D = 2, 5, 8
@@ -112,9 +113,36 @@ RULES: dict[str, tuple[Function, Layout]] = {
     "stack": (lambda h: torch.stack([h, h * 2], 1), Layout(0, 2, B, N)),
     "gather": (lambda h: h.gather(-1, h.argsort(-1)[..., :2] * 0 + h.topk(2)[1]), SPLIT),
     "gather by topk": (lambda h: h.sigmoid().gather(-1, h.topk(2, dim=-1)[1]), SPLIT),
-    "einsum": (lambda h: torch.einsum("bsd,de->bse", h, table(D, 6)), SPLIT),
     "einsum that turns": (lambda h: torch.einsum("de,bsd->ebs", table(D, 6), h), Layout(1, 2, B, N)),
     "einsum of rows": (lambda h: torch.einsum("sd, de -> se", h.reshape(B * N, D), table(D, 6)), MERGED),
+    "repeat": (lambda h: h.repeat(1, 1, 3), SPLIT),
+    "repeat by a new dim": (lambda h: h.repeat(3, 1, 1, 2), Layout(1, 2, B, N)),
+    "tile": (lambda h: torch.tile(h, (2,)), SPLIT),
+    "repeat_interleave": (lambda h: h.view(B, N, 2, 4).transpose(1, 2).repeat_interleave(3, 1), Layout(0, 2, B, N)),
+    "complex and real": (
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(B, N, 4, 2)) * torch.polar(table(4), table(4))),
+        SPLIT,
+    ),
+    "einsum": (lambda h: torch.einsum("bnd,dhe->bhne", h, table(D, 2, 3)), Layout(0, 2, B, N)),
+    "einsum with samples": (lambda h: torch.einsum("bnd,bde->bne", h, table(B, D, 3)), SPLIT),
+    "einsum of merged rows": (lambda h: torch.einsum("td,de->te", h.view(B * N, D), table(D, 3)), MERGED),
+    "matmul by head": (lambda h: h.view(B, N, 2, 4).transpose(1, 2) @ table(2, 4, 3), Layout(0, 2, B, N)),
+    "heads merged into samples": (
+        lambda h: h.view(B, N, 2, 4).transpose(1, 2).reshape(B * 2, N, 4) * 2,
+        Layout(0, 1, B, N, inner=2),
+    ),
+    "heads merged into samples, tokens first": (
+        lambda h: h.transpose(0, 1).reshape(N, B * 2, 4).transpose(0, 1) * table(N, 1),
+        Layout(0, 1, B, N, inner=2),
+    ),
+    "heads out of samples again": (
+        lambda h: (h.view(B, N, 4, 2).transpose(1, 2).reshape(B * 4, N, 2) * 2).view(B, 2, 2, N, 2),
+        Layout(0, 3, B, N),
+    ),
+    "some heads out of samples": (
+        lambda h: (h.view(B, N, 4, 2).transpose(1, 2).reshape(B * 4, N, 2) * 2).view(B * 2, 2, N, 2),
+        Layout(0, 2, B, N, inner=2),
+    ),
     "attention": (
         lambda h: F.scaled_dot_product_attention(h.unsqueeze(1), table(B, 1, 7, D), table(B, 1, 7, D)),
         Layout(0, 2, B, N),
@@ -182,6 +210,18 @@ NEAR_MISSES: dict[str, Function] = {
     "gather along tokens": lambda h: h.gather(1, h.argsort(1)),
     "gather by an index without tokens": lambda h: h.gather(-1, torch.zeros(B, N, 1, dtype=torch.long)),
     "index that picks tokens": lambda h: h[:, torch.arange(0, N, 2)],
+    "repeated tokens": lambda h: h.repeat(1, 2, 1),
+    "repeated samples": lambda h: h.repeat(2, 1, 1),
+    "tokens repeated one by one": lambda h: h.repeat_interleave(2, 1),
+    "everything repeated": lambda h: h.repeat_interleave(2),
+    "einsum with weights by token": lambda h: torch.einsum("bnd,nde->bne", h, table(N, D, 3)),
+    "einsum of two values with tokens": lambda h: torch.einsum("bnd,bmd->bnm", h, h),
+    "matmul by token": lambda h: h.transpose(0, 1) @ table(N, D, 3),
+    "tokens merged into samples by head": lambda h: h.view(B, N, 2, 4).reshape(B, N * 2, 4),
+    "samples merged into heads": lambda h: h.view(B, N, 2, 4).permute(2, 0, 1, 3).reshape(2 * B, N, 4),
+    "attention of more samples": lambda h: F.scaled_dot_product_attention(
+        h[:, None], *[table(3 * B, 1, 7, D).view(3, B, 1, 7, D)] * 2
+    ),
     "attention whose tokens are heads": lambda h: F.scaled_dot_product_attention(*[h.unsqueeze(2)] * 3),
 }
 
@@ -197,11 +237,96 @@ def test_a_layout_that_was_lost_stays_lost():
     assert_no_layout(mixing, x())
 
 
+MIXING: dict[str, tuple[Function, int]] = {
+    "a convolution": (lambda h: F.conv1d(h.mT, table(D, 1, 3), padding=1, groups=D).mT * 2 + h, 1),
+    "a convolution over a grid": (
+        lambda h: F.conv2d(h.mT.reshape(B, D, 1, N), table(D, 1, 1, 3), groups=D, padding=(0, 1)).flatten(2).mT.exp(),
+        1,
+    ),
+    "a softmax over tokens": (lambda h: h.softmax(1).sum(-1), 1),
+    "rows as tokens, then mixed twice": (lambda h: F.linear(h.flip(1).roll(1, 1), table(6, D)), 2),
+    "flat rows": (lambda h: h.flip(1).mT.reshape(B, -1).view(B * N, D).relu(), 2),
+    "sorted along tokens": (lambda h: h.sort(1)[0] * 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("width", [D, N])
+def test_what_mixed_tokens_has_rows_again_that_are_gathered(name, width, monkeypatch):
+    """Also where there are as many tokens as channels."""
+    function, count = MIXING[name]
+    monkeypatch.setitem(globals(), "D", width)
+    gm = exported(function, x(B, N, width))
+    mixed: set[fx.Node] = set()
+    layouts = token_layouts(gm.graph, {placeholders(gm)[0]: Layout(0, 1, B, N)}, mixed)
+    assert len(mixed) == count
+    assert not mixed & set(layouts_of(gm)), "without the set, they have no layout"
+    (node,) = outputs(gm)
+    evaluation = Evaluation(gm.graph, [x(B, N, width)], {})
+    chosen = choose(B, N)
+    rows = Rows(chosen, layouts, evaluation.__getitem__, [placeholders(gm)[0]], mixed=mixed)
+    torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen), atol=1e-5, rtol=1e-5)
+
+
 def test_keys_of_an_attention_are_no_rows():
     def attend(h: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(table(B, 1, 3, D), h.unsqueeze(1), h.unsqueeze(1))
 
     assert_no_layout(attend, x())
+
+
+# Several streams: picture (B, N, D) and text (B, M, D), the first two inputs.
+
+M = 3
+PICTURE_AND_TEXT: dict[str, tuple[Function, list[tuple[str, int, int]]]] = {
+    "picture and text": (lambda h, t: torch.cat([h, t], 1), [("h", 0, N), ("t", 0, M)]),
+    "text and picture": (lambda h, t: torch.cat([t, h], 1), [("t", 0, M), ("h", 0, N)]),
+    "a part": (lambda h, t: h[:, 1:4], [("h", 1, 4)]),
+    "the picture, cut off again": (lambda h, t: torch.cat([t, h], 1)[:, M:], [("h", 0, N)]),
+    "heads, joined and cut": (
+        lambda h, t: torch.cat([z.view(B, -1, 2, 4).transpose(1, 2) for z in (h, t)], 2)[:, :, :N] * 2,
+        [("h", 0, N)],
+    ),
+    "the picture beside a text of its length": (lambda h, t: h[:, :M] + t, [("h", 0, M)]),
+    "a picture that attends to the text": (
+        lambda h, t: F.scaled_dot_product_attention(h[:, None], t[:, None], t[:, None])[:, 0],
+        [("h", 0, N)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURE_AND_TEXT)
+def test_tokens_of_two_streams(name):
+    """Rows that are chosen among the picture's are rows of the whole, wherever the picture lies in it."""
+    function, expected = PICTURE_AND_TEXT[name]
+    gm = exported(function, x(), x(B, M, D))
+    (node,), (picture, text) = outputs(gm), placeholders(gm)[:2]
+    layouts = token_layouts(gm.graph, {s: stream_layout(s) for s in (picture, text)})
+    sources = {"h": picture, "t": text}
+    assert layouts[node].axis == tuple(Span(sources[s], start, stop) for s, start, stop in expected)
+    evaluation = Evaluation(gm.graph, (x(), x(B, M, D)), {})
+    for span in layouts[node].axis:
+        chosen = choose(B, len(span))
+        rows = Rows(chosen, layouts, evaluation.__getitem__, [span.source], (span,))
+        place = place_in(layouts[node].axis, (span,))
+        torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen + place))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, t: torch.cat([h.reshape(B * N, D), t.reshape(B * M, D)]),
+        lambda h, t: torch.cat([h, t[:, :N].repeat(1, 2, 1)[:, :N]], 0),
+        lambda h, t: torch.cat([h[:, 1:], h[:, :2]], 1),
+        lambda h, t: h[:, ::2],
+        lambda h, t: h[:1],
+    ],
+    ids=["samples and tokens merged", "samples joined", "a token twice", "every second token", "one sample"],
+)
+def test_near_miss_of_two_streams(function):
+    gm = exported(function, x(), x(B, M, D))
+    layouts = token_layouts(gm.graph, {s: stream_layout(s) for s in placeholders(gm)[:2]})
+    assert outputs(gm)[0] not in layouts
 
 
 # Shapes drawn at random: what a view does to batch and tokens depends on the sizes alone.

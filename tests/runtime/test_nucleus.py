@@ -1,0 +1,75 @@
+"""An unmodified public model whose picture attends to itself and a text: Nucleus in diffusers, at tiny size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moeca_compile.policies.step import StepKind
+from tests.harness import captured
+
+nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
+BATCH, SIDE, TEXT = 2, 4, 5
+pytestmark = [
+    pytest.mark.usefixtures("eager_steps"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+]
+
+
+def make_model() -> torch.nn.Module:
+    """A dense block, then two with experts that choose their tokens."""
+    torch.manual_seed(0)
+    model = nucleus.NucleusMoEImageTransformer2DModel(
+        in_channels=8,
+        out_channels=2,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 2, 2),
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=4,
+        moe_intermediate_dim=16,
+        capacity_factors=2.0,
+        mlp_ratio=12.0,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # its experts are left uninitialised
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["a text of full length", "a padded text"])
+def test_all_of_it_is_cached_and_forced_recomputation_is_the_model(padded):
+    model = make_model()
+    mask = (torch.arange(TEXT) < TEXT - 1).expand(BATCH, -1) if padded else None
+
+    def arguments(seed: int, time: float) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        picture = torch.randn(BATCH, SIDE * SIDE, 8, generator=generator)
+        text = torch.randn(BATCH, TEXT, 12, generator=generator)
+        return picture, [(1, SIDE, SIDE)] * BATCH, text, mask, torch.full((BATCH,), time), None, False
+
+    graph = captured(model, *arguments(1, 0.9))
+    shapes = graph.specialisation(keys_values="chosen", shared="any")
+    regions = shapes.regions
+    assert [a.name for a in regions.attentions] == [f"transformer_blocks.{i}.attn" for i in range(3)]
+    assert [e.name for e in regions.experts] == [f"transformer_blocks.{i}.img_mlp" for i in (1, 2)]
+    assert regions.kept == ()
+    assert all(attention.by_token for attention in regions.attentions), "keys and values are cached"
+
+    def inputs(seed: int, time: float) -> list[Any]:
+        picture, _, text, _, t, *_ = arguments(seed, time)
+        return graph.arguments(hidden_states=picture, encoder_hidden_states=text, timestep=t)
+
+    clock = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
+    full = shapes.eager(StepKind(), inputs(1, 0.9), state, clock)
+    torch.testing.assert_close(full.outputs[0], model(*arguments(1, 0.9))[0], atol=1e-5, rtol=0)
+    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
+    again = shapes.eager(forced, inputs(7, 0.3), {**state, **full.updates}, clock)
+    torch.testing.assert_close(again.outputs[0], model(*arguments(7, 0.3))[0], atol=1e-5, rtol=0)

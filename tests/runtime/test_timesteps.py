@@ -1,0 +1,94 @@
+"""Which of two inputs is the timestep, and what is cached before that is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeca_compile.runtime.scope import generation, stream
+from moeca_compile.runtime.timesteps import TimestepInput
+from tests.harness import captured
+from tests.models import make_inputs
+from tests.runtime.joint_models import WithGuidance, make_text
+
+
+def read(times: TimestepInput, *calls: tuple[float, float]) -> list[tuple[float, ...] | None]:
+    return [times.read([(t,), (g,)]) for t, g in calls]
+
+
+def test_one_candidate_is_known_at_once():
+    assert TimestepInput(1).read([(1.0, 1.0)]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_one_that_goes_on_while_the_other_stays(place):
+    times = TimestepInput(2)
+    calls = [(1 - i / 10, 3.5) if place == 0 else (3.5, 1 - i / 10) for i in range(4)]
+    assert read(times, *calls) == [None, None, *((call[place],) for call in calls[2:])]
+
+
+def test_repeated_calls_say_nothing():
+    """Separate conditional and unconditional passes."""
+    found = read(TimestepInput(2), (1.0, 3.0), (1.0, 3.0), (0.9, 3.0), (0.9, 3.0), (0.8, 3.0))
+    assert found == [None] * 4 + [(0.8,)]
+
+
+def test_a_later_change_of_the_other_is_no_step():
+    times = TimestepInput(2)
+    read(times, (1.0, 3.0), (0.9, 3.0), (0.8, 3.0))
+    assert read(times, (1.0, 5.0), (0.9, 7.0)) == [(1.0,), (0.9,)]
+
+
+def test_streams_with_guidance_of_their_own_are_unclear_until_they_are_named():
+    times, calls = TimestepInput(2), [(1.0, 3.0), (1.0, 1.0), (0.9, 3.0), (0.9, 1.0), (0.8, 3.0), (0.8, 1.0)]
+    assert read(times, *calls) == [None] * 6
+    assert times.unclear == 2
+    times = TimestepInput(2)
+    for i, call in enumerate(calls):
+        with stream("cond" if i % 2 == 0 else "uncond"):
+            found = read(times, call)
+    assert found == [(0.8,)]
+
+
+def test_generations_are_compared_apart():
+    times = TimestepInput(2)
+    with generation():
+        read(times, (1.0, 3.0), (0.9, 3.0))
+        with generation():
+            assert read(times, (1.0, 5.0), (1.0, 7.0)) == [None, None]
+        assert read(times, (0.8, 3.0)) == [(0.8,)]
+
+
+@pytest.fixture(scope="module")
+def guided():
+    model = WithGuidance().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    return model, captured(model, noise, torch.ones(2), labels, make_text(), torch.full((2,), 3.5))
+
+
+def run(guided, steps) -> tuple[list[bool], object]:
+    """Whether each step's output is the model's own."""
+    model, graph = guided
+    engine = graph.engine(full_every=3)
+    x, y = make_inputs(model)
+    exact = []
+    for t, g in steps:
+        arguments = {"x": x, "t": torch.full((2,), t), "y": y, "text": make_text(), "guidance": torch.full((2,), g)}
+        (out,) = engine(*graph.arguments(**arguments))
+        exact.append(bool((out - model(*arguments.values())).abs().max() < 1e-5))
+    return exact, engine
+
+
+def test_a_model_with_guidance_is_cached_once_its_time_is_known(guided, eager_steps):
+    """Then a generation begins: two steps were full already, the third begins the interval."""
+    exact, engine = run(guided, [(1 - i / 20, 3.5) for i in range(7)])
+    assert exact == [True, True, True, False, False, True, False]
+    exact, _ = run(guided, [(1.0, 3.5), (0.9, 3.5), (0.8, 3.5), (1.0, 5.0), (0.9, 5.0), (0.8, 5.0), (0.7, 5.0)])
+    assert exact == [True] * 4 + [False, False, True]
+    assert not engine.record.warnings
+
+
+def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
+    with pytest.warns(UserWarning, match="'t' and 'guidance' are embedded like timesteps and change together"):
+        exact, _ = run(guided, [(1 - i / 20, 3.5 + i) for i in range(6)])
+    assert exact == [True] * 6
