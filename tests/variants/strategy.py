@@ -14,6 +14,8 @@ from tests.variants.experts import BODIES
 from tests.variants.routing import Routing
 
 ALL = ("attention", "experts", "shared")
+PLANS = ((True,), (True,), (True, True), (True, True), (False, True), (True, False), (False, True, True), (True, False, True))
+"""Which blocks have experts."""
 
 
 @st.composite
@@ -75,7 +77,7 @@ def blockings(draw: st.DrawFn, dtype: torch.dtype, text: bool, experts: bool) ->
 def modellings(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Modelling:
     dtype = draw(st.sampled_from(dtypes))
     chunks = draw(st.sampled_from([6, 6, 4, 2, 12, 0]))
-    experts = draw(st.lists(st.booleans(), min_size=1, max_size=3).filter(any))
+    experts = draw(st.sampled_from(PLANS))
     blocks = tuple(draw(blockings(dtype, chunks == 12, each)) for each in experts)
     heads = blocks[0].attending.heads
     width = draw(st.sampled_from([16, 24])) 
