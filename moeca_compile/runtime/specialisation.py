@@ -24,7 +24,7 @@ from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.timesteps import TimestepInput
-from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
+from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions, token_dtypes
 
 _PROMOTED_ABOVE = 1.25
 """How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
@@ -236,7 +236,8 @@ class Specialisation:
         eager = self.eager(kind, inputs, state, clock)
         compiled = program(inputs, {name: tensor.clone() for name, tensor in state.items()}, clock)
         try:
-            same_outputs("full" if kind.full else "cache", compiled.outputs, eager.outputs, self.config, self.record)
+            check, inside = "full" if kind.full else "cache", token_dtypes(self.regions)
+            same_outputs(check, compiled.outputs, eager.outputs, self.config, self.record, inside)
         except ValidationError as error:
             self.record.warn(f"Inductor's code is wrong here ({error}), so {kind.name} steps run without it")
             return self.function(kind)

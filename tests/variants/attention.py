@@ -17,7 +17,8 @@ class Attending:
     norm: None, "layer" or "rms", of queries and keys
     rope: None, "half", "interleaved" or "complex"
     kernel: "sdpa" or "softmax", spelled out
-    kv_heads: as many as heads, or fewer; expanded: whether keys and values are repeated, or SDPA told of it
+    kv_heads: as many as heads, or fewer; then spread: "told", SDPA is, "repeated" by repeat_interleave, or
+        "expanded" and reshaped
     mask: None, "additive" (a bias of positions), "padding" (an argument of the model)
     text: whether keys and values of text tokens follow the picture's
     """
@@ -28,7 +29,7 @@ class Attending:
     kernel: str = "sdpa"
     heads: int = 4
     kv_heads: int = 4
-    expanded: bool = False
+    spread: str = "told"
     mask: str | None = None
     text: bool = False
 
@@ -66,8 +67,8 @@ class Attention(nn.Module):
         if text is not None:
             k = torch.cat([k, self.k_norm(self.apart(self.text_k(text)))], dim=2)
             v = torch.cat([v, self.apart(self.text_v(text))], dim=2)
-        if how.expanded:
-            k, v = (each.repeat_interleave(how.heads // how.kv_heads, dim=1) for each in (k, v))
+        if how.kv_heads < how.heads:
+            k, v = (spread(each, how.heads // how.kv_heads, how.spread) for each in (k, v))
         return q, k, v
 
     def apart(self, x: Tensor) -> Tensor:
@@ -75,11 +76,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         mask = self.mask(keep, k.shape[2])
-        gqa = not self.how.expanded and self.how.kv_heads < self.how.heads
         if self.how.kernel == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-        if gqa:
-            k, v = (each.repeat_interleave(self.how.heads // self.how.kv_heads, dim=1) for each in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
         scores = q @ k.transpose(-2, -1) * self.head**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -95,6 +93,16 @@ class Attention(nn.Module):
 
     def projected(self, out: Tensor) -> Tensor:
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def spread(x: Tensor, times: int, how: str) -> Tensor:
+    """Keys or values (B, H, N, d) for as many more heads."""
+    if how == "told":
+        return x
+    if how == "repeated":
+        return x.repeat_interleave(times, dim=1)
+    batch, heads, tokens, width = x.shape
+    return x[:, :, None].expand(batch, heads, times, tokens, width).reshape(batch, heads * times, tokens, width)
 
 
 def norm_of(kind: str | None, width: int) -> nn.Module:

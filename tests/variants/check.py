@@ -15,16 +15,17 @@ import moeca_compile
 from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.step import StepKind
 from moeca_compile.reporting.collect import _record
-from moeca_compile.runtime import specialisation
 from moeca_compile.runtime.specialisation import Specialisation
-from tests.harness import EagerProgram
 from tests.variants.blocks import Model, Modelling, make_inputs, make_model, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
 
 STEPS = 6
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+"""Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there. In
+float64 models, some routers and rotary tables are in float32, and so is the clock of a forecast."""
+
+COARSE = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -42,12 +43,10 @@ class Compiled:
         torch._dynamo.reset()
         self.how, self.model = how, make_model(how)
         self.compiled = torch.compile(self.model, backend="moeca", options=options)
-        self.ran: list[tuple[StepKind, tuple[Any, ...]]] = []
 
     @torch.no_grad()
-    def step(self, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[StepKind | None, Tensor]:
-        output = self.compiled(x, t, *inputs)
-        return (self.ran[-1][0] if self.ran else None), output
+    def step(self, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        return self.compiled(x, t, *inputs)
 
     @property
     def report(self) -> moeca_compile.Report:
@@ -60,12 +59,6 @@ class Compiled:
         return shapes
 
 
-class _Noting(EagerProgram):
-    """Notes which kinds of steps ran, and with what."""
-
-    noted: list[tuple[StepKind, tuple[Any, ...]]]
-
-
 def check(how: Modelling, options: dict[str, Any]) -> Outcome:
     """Raises AssertionError where the compiled model is not what it should be."""
     compiled = Compiled(how, options)
@@ -75,6 +68,8 @@ def check(how: Modelling, options: dict[str, Any]) -> Outcome:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         compiled.step(noise, timestep(how, 0, STEPS), inputs)
     assert_regions(compiled)
+    if not compiled.shapes.caching:
+        return assert_uncached(compiled, noise, inputs)
     assert_exact(compiled, noise, inputs)
     return compare(compiled, options)
 
@@ -105,17 +100,26 @@ def assert_exact(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None,
         assert_close(shapes.eager(forced, arguments, state, clock).outputs[-1], want, "recomputed")
 
 
+def assert_uncached(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> Outcome:
+    """Where nothing is cached, every step is the model."""
+    with torch.no_grad():
+        for step in range(3):
+            x, t = noise.roll(step, -1), timestep(compiled.how, step, STEPS)
+            assert_close(compiled.compiled(x, t, *inputs), compiled.model(x, t, *inputs), "uncached")
+    return Outcome(3)
+
+
 def arguments_of(compiled: Compiled, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Any]:
     """The graph's inputs at these arguments: caught on the way in."""
     (engine,) = _record(compiled.compiled).engines
     caught: list[Any] = []
 
-    def catch(shapes: Any, fresh: Any, position: Any, values: Any) -> Any:
+    def catch(values: Any) -> Any:
         caught.extend(values)
         raise _CaughtError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_run", catch)
+        patch.setattr(engine, "prepare", catch)
         with pytest.raises(_CaughtError):
             compiled.compiled(x, t, *inputs)
     return caught
@@ -149,7 +153,7 @@ def compare(compiled: Compiled, options: dict[str, Any]) -> Outcome:
         kind, output = watched(compiled, x, t, inputs)
         simulation.capacity = kind.capacity
         want = simulation.step(x, t, *inputs)
-        if want.close:
+        if want.close and how.dtype not in COARSE:
             outcome.close = True
             return outcome
         assert kind.full == want.full

@@ -14,7 +14,17 @@ from tests.variants.experts import BODIES
 from tests.variants.routing import Routing
 
 ALL = ("attention", "experts", "shared")
-PLANS = ((True,), (True,), (True, True), (True, True), (False, True), (True, False), (False, True, True), (True, False, True))
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PLANS = (
+    (True,),
+    (True,),
+    (True, True),
+    (True, True),
+    (False, True),
+    (True, False),
+    (False, True, True),
+    (True, False, True),
+)
 """Which blocks have experts."""
 
 
@@ -50,16 +60,19 @@ def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
 def attendings(draw: st.DrawFn, text: bool) -> Attending:
     plain = draw(st.integers(0, 2)) > 0  # two of three are such as every model has
     heads = draw(st.sampled_from([2, 4]))
+    kernel = "sdpa" if plain else draw(st.sampled_from(["sdpa", "softmax"]))
     return Attending(
         fused=draw(st.booleans()),
         norm=draw(st.sampled_from([None, "layer", "rms"])),
-        rope=draw(st.sampled_from([None, "half", "interleaved"])) if plain else draw(st.sampled_from(["complex", None])),
-        kernel="sdpa" if plain else draw(st.sampled_from(["sdpa", "softmax"])),
+        rope=draw(st.sampled_from([None, "half", "interleaved"]))
+        if plain
+        else draw(st.sampled_from(["complex", None])),
+        kernel=kernel,
         heads=heads,
         kv_heads=heads if draw(st.booleans()) else heads // 2,
-        expanded=draw(st.booleans()),
+        spread="expanded" if kernel == "softmax" else draw(st.sampled_from(["told", "repeated", "expanded"])),
         mask=None if plain else draw(st.sampled_from([None, "additive", "padding"])),
-        text=text and draw(st.booleans()),
+        text=text and kernel == "sdpa" and draw(st.booleans()),
     )
 
 
@@ -74,13 +87,13 @@ def blockings(draw: st.DrawFn, dtype: torch.dtype, text: bool, experts: bool) ->
 
 
 @st.composite
-def modellings(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Modelling:
+def modellings(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Modelling:
     dtype = draw(st.sampled_from(dtypes))
     chunks = draw(st.sampled_from([6, 6, 4, 2, 12, 0]))
     experts = draw(st.sampled_from(PLANS))
     blocks = tuple(draw(blockings(dtype, chunks == 12, each)) for each in experts)
     heads = blocks[0].attending.heads
-    width = draw(st.sampled_from([16, 24])) 
+    width = draw(st.sampled_from([16, 24]))
     return Modelling(
         tuple(same_heads(block, heads) for block in blocks),
         width=width,
