@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +69,9 @@ def _fault(
     clock = torch.zeros(2, 2, device=device)
     tokens = main.tokens
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(device):
             full = step_function(graph, regions, policy, StepKind())(inputs, state, clock)
+        with torch.no_grad(), undisturbed(device):
             original = step_function(graph, regions, Plain(config, regions), StepKind())(inputs, {}, clock)
         same_outputs("rewritten", full.outputs, original.outputs, config, record, inside)
         for capacity in (tokens, max(1, tokens // 2), 0):
@@ -77,7 +79,7 @@ def _fault(
             copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
             if capacity == tokens and config.family == "moeca":
                 _spoil(copies)
-            with torch.no_grad():
+            with torch.no_grad(), undisturbed(device):
                 again = step_function(graph, regions, policy, kind)(inputs, copies, clock)
             check = "recomputed" if capacity else "reused"
             same_outputs(check, again.outputs, original.outputs, config, record, inside)
@@ -85,6 +87,12 @@ def _fault(
         # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
+    """Random numbers drawn inside leave no trace: a trial draws what the model itself will draw after it."""
+    context: AbstractContextManager[Any] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return context
 
 
 def _spoil(state: dict[str, Tensor]) -> None:

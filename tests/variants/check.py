@@ -16,7 +16,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.step import StepKind
 from moeca_compile.reporting.collect import _record
 from moeca_compile.runtime.specialisation import Specialisation
-from tests.variants.blocks import Model, Modelling, make_inputs, make_model, timestep
+from tests.variants.blocks import Modelling, make_inputs, make_model, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
 

@@ -5,7 +5,6 @@ A few stand in the normal suite, the same ones each time; `pytest -m generated` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
