@@ -25,7 +25,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 6e-2, tor
 """Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there. In
 float64 models, some routers and rotary tables are in float32, and so is the clock of a forecast."""
 
-COARSE = (torch.bfloat16, torch.float16)
+COARSE = {torch.bfloat16: 0.15, torch.float16: 0.1}
+"""Where decisions flip by rounding all the time: what a generation may differ by, of root mean squares."""
 
 
 @dataclass
@@ -129,10 +130,10 @@ class _CaughtError(Exception):
     pass
 
 
-def assert_close(found: Tensor, want: Tensor, what: str) -> None:
+def assert_close(found: Tensor, want: Tensor, what: str, tolerance: float | None = None) -> None:
     assert found.dtype == want.dtype and found.shape == want.shape
     error = relative_error(found, want)
-    assert error <= TOLERANCE[want.dtype], f"{what}: error {error:.1e}"
+    assert error <= (tolerance or TOLERANCE[want.dtype]), f"{what}: error {error:.1e}"
 
 
 def relative_error(found: Tensor, want: Tensor) -> float:
@@ -157,7 +158,7 @@ def compare(compiled: Compiled, options: dict[str, Any]) -> Outcome:
             outcome.close = True
             return outcome
         assert kind.full == want.full
-        assert_close(output, want.output, f"step {step}")
+        assert_close(output, want.output, f"step {step}", COARSE.get(how.dtype))
         outcome.steps += 1
         x = x - output / STEPS
     return outcome

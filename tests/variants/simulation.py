@@ -29,13 +29,13 @@ from tests.policies.reference_moeca import (
     score_weights,
     update_statistic,
     within_budget,
-    within_capacity,
 )
 from tests.variants.blocks import Block, Context, Model
 from tests.variants.conditioning import Modulation
 from tests.variants.dispatch import Layer
-
-EDGE = 1e-4  # relative: decisions nearer to their other side than this may go either way by rounding
+from tests.variants.pair_simulation import Pool, cached_pairs, decide_pairs, full_pairs
+from tests.variants.pairs import PairLayer
+from tests.variants.ranking import EDGE, first_tokens, ranks_are_close
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class State:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.statistic: Tensor | float = 0.0
+        self.pool = Pool("experts" in forecast)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,13 @@ class Simulated:
     output: Tensor
     decisions: dict[int, Decision] = field(default_factory=dict)
     close: bool = False
+
+
+def with_noise(seen: Tensor) -> list[Tensor]:
+    """What a router reads, twice with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(seen.shape, generator=generator).to(seen.dtype) for _ in range(2)]
+    return [seen + 0.1 * EDGE * seen.abs().max() * each for each in noise]
 
 
 class Simulation:
@@ -182,18 +190,31 @@ class Simulation:
             out = block.mlp(x)
             state.dense.store(out)
             return block.join(h, out, parts[1])
-        layer, extra = block.mlp, block.extra(x, context)
-        ids, weights = self.route(layer, block.seen(h, context, parts))
+        return block.join(
+            h,
+            self.full_experts(state, block.mlp, x, block.seen(h, context, parts), block.extra(x, context)),
+            parts[1],
+        )
+
+    def full_experts(self, state: State, layer: Layer, x: Tensor, seen: Tensor, extra: Tensor | None) -> Tensor:
+        """Routed and shared experts."""
+        shared = layer.shared_output(x)
+        if shared is not None:
+            state.shared.store(shared)
+        if isinstance(layer, PairLayer):
+            self.note_close_pairs(layer, seen)
+            out = full_pairs(layer, state.pool, x, seen, self.config, self.number)
+        else:
+            out = self.full_branches(state, layer, x, seen, extra)
+        return out if shared is None else out + shared
+
+    def full_branches(self, state: State, layer: Layer, x: Tensor, seen: Tensor, extra: Tensor | None) -> Tensor:
+        ids, weights = self.route(layer, seen)
         outputs = torch.stack([self.branch(layer, int(ids[place]), x, extra, place) for place in places(ids)])
         outputs = outputs.view(*ids.shape, -1)
         state.branches.store_slots(ids, score_weights(weights, self.config), outputs, self.number)
         state.statistic = update_statistic(state.statistic, ids, layer.num_experts, self.config)
-        out = (weights.unsqueeze(-1) * outputs).sum(-2)
-        shared = layer.shared_output(x)
-        if shared is not None:
-            state.shared.store(shared)
-            out = out + shared
-        return block.join(h, out, parts[1])
+        return (weights.unsqueeze(-1) * outputs).sum(-2)
 
     def heads(
         self, block: Block, h: Tensor, context: Context, parts: tuple[Modulation, ...]
@@ -209,12 +230,13 @@ class Simulation:
     def route(self, layer: Layer, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The router's choice; notes where a little noise would change it."""
         ids, weights = layer.route(seen)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            noise = torch.randn(seen.shape, generator=generator).to(seen.dtype) * seen.abs().max()
-            other = layer.route(seen + EDGE / 10 * noise)[0]
-            self.close |= not torch.equal(other.sort(-1)[0], ids.sort(-1)[0])
+        for noisy in with_noise(seen):
+            self.close |= not torch.equal(layer.route(noisy)[0].sort(-1)[0], ids.sort(-1)[0])
         return ids, weights
+
+    def note_close_pairs(self, layer: PairLayer, seen: Tensor) -> None:
+        routed = layer.pairs(seen)[0]
+        self.close |= any(not torch.equal(layer.pairs(noisy)[0], routed) for noisy in with_noise(seen))
 
     # Cache steps
 
@@ -266,6 +288,13 @@ class Simulation:
         return state.dense.at(self.reach)
 
     def decide(self, number: int, layer: Layer, seen: Tensor) -> None:
+        if isinstance(layer, PairLayer):
+            self.note_close_pairs(layer, seen)
+            pool, config = self.states[number].pool, self.config
+            decision, close = decide_pairs(layer, pool, seen, config, self.number, self.capacity)
+            self.decisions[number], self.chosen = decision, decision.recomputed.any(-1)
+            self.close |= close
+            return
         ids, weights = self.route(layer, seen)
         state, config = self.states[number], self.config
         cache = state.branches
@@ -281,12 +310,8 @@ class Simulation:
         else:
             wanted = within_budget(scores, matched, config.budget)
             self.close |= ranks_are_close(scores, matched, wanted)
-        recomputed = within_capacity(wanted, scores, matched, self.capacity)
-        tokens = wanted.any(-1)
-        if bool((tokens.sum(-1) > self.capacity).any()):
-            best = torch.where(wanted, scores, scores.new_zeros(())).amax(-1, keepdim=True)
-            urgent = ~(wanted & ~matched).any(-1, keepdim=True)
-            self.close |= ranks_are_close(best, urgent, recomputed.any(-1, keepdim=True), tokens.unsqueeze(-1))
+        recomputed, cut = first_tokens(wanted, scores, matched, self.capacity)
+        self.close |= cut
         self.decisions[number] = Decision(ids, weights, slots, recomputed, matched, scores, thresholds, wanted)
         self.chosen = recomputed.any(-1)
 
@@ -307,6 +332,17 @@ class Simulation:
 
     def experts(self, number: int, layer: Layer, x: Tensor, seen: Tensor, extra: Tensor | None) -> Tensor:
         """Equation 8, and the shared experts."""
+        state = self.states[number]
+        if isinstance(layer, PairLayer):
+            self.note_close_pairs(layer, seen)
+            at = (self.reach, self.number)
+            routed = cached_pairs(layer, state.pool, x, seen, self.decisions[number], self.config, at)
+        else:
+            routed = self.branches(number, layer, x, seen, extra)
+        shared = self.shared(layer, state, x)
+        return routed if shared is None else routed + shared
+
+    def branches(self, number: int, layer: Layer, x: Tensor, seen: Tensor, extra: Tensor | None) -> Tensor:
         decision = self.decisions[number] = self.rerouted(number, layer, seen)
         state, weights = self.states[number], score_weights(decision.weights, self.config)
         used, routed = state.branches.at(self.reach), torch.zeros_like(x)
@@ -318,8 +354,7 @@ class Simulation:
                 if self.config.overwrite:
                     state.branches.overwrite(slot, expert, weights[place], output, self.reach, self.number)
             routed[place[:2]] += decision.weights[place] * output
-        shared = self.shared(layer, state, x)
-        return routed if shared is None else routed + shared
+        return routed
 
     def shared(self, layer: Layer, state: State, x: Tensor) -> Tensor | None:
         if not layer.shared_experts:
@@ -330,14 +365,3 @@ class Simulation:
             for b, n in self.chosen.nonzero().tolist():
                 state.shared.put((b, n), layer.shared_output(x[b, n][None])[0], self.reach)
         return state.shared.at(self.reach)
-
-
-def ranks_are_close(scores: Tensor, matched: Tensor, taken: Tensor, of: Tensor | None = None) -> bool:
-    """Whether the last that is taken and the first that is not have nearly the same rank, in any sample."""
-    of = torch.ones_like(taken) if of is None else of
-    ranks = scores + 100.0 * ~matched
-    for rank, inside, there in zip(ranks, taken, of, strict=True):
-        last, first = rank[inside & there], rank[~inside & there]
-        if last.numel() and first.numel() and float(last.min() - first.max()) < EDGE:
-            return True
-    return False

@@ -15,16 +15,7 @@ from tests.variants.routing import Routing
 
 ALL = ("attention", "experts", "shared")
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PLANS = (
-    (True,),
-    (True,),
-    (True, True),
-    (True, True),
-    (False, True),
-    (True, False),
-    (False, True, True),
-    (True, False, True),
-)
+PLANS = ((True,), (True,), (True,), (True, True), (True, True), (False, True), (True, False), (True, False, True))
 """Which blocks have experts."""
 
 
