@@ -11,6 +11,7 @@ from tests.variants.attention import Attending, Attention, angles
 from tests.variants.conditioning import CLASSES, TEXT_WIDTH, AdaLN, Condition, Modulation, joined, modulate, texts
 from tests.variants.dispatch import DISPATCHES, Layer, Layering
 from tests.variants.experts import BODIES
+from tests.variants.pairs import PAIRED
 
 CHANNELS = 2
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=learned, eps=1e-6)
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if how.convolution else None
         if isinstance(how.feedforward, Layering):
-            self.mlp: nn.Module = DISPATCHES[how.feedforward.dispatch](how.feedforward, width)
+            self.mlp: nn.Module = (DISPATCHES | PAIRED)[how.feedforward.dispatch](how.feedforward, width)
         else:
             self.mlp = BODIES[how.feedforward](width, 2 * width)
         if model.text:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import moeca_compile
+from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.step import StepKind
 from moeca_compile.reporting.collect import _record
@@ -42,6 +43,7 @@ class Compiled:
 
     def __init__(self, how: Modelling, options: dict[str, Any]) -> None:
         torch._dynamo.reset()
+        forget_refusals()
         self.how, self.model = how, make_model(how)
         self.compiled = torch.compile(self.model, backend="moeca", options=options)
 

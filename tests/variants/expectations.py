@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tests.variants.attention import Attending
 from tests.variants.blocks import Blocking, Modelling
 from tests.variants.dispatch import Layering
+from tests.variants.pairs import PAIRED
 from tests.variants.simulation import Understood
 
 NOT_TOLD = ""
@@ -35,6 +36,7 @@ UNCACHED_EXPERTS: tuple[tuple[Callable[[Blocking], bool], str], ...] = (
 )
 
 
+COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
 IDLE = "the recipe goes by the routing of MoE layers, and none is cached"
 
 
@@ -93,7 +95,8 @@ def regions(how: Modelling) -> list[tuple[str, str, str]]:
         if not isinstance(block.feedforward, Layering):
             found += [region("feedforward", feedforward)] if feedforward in (None, IDLE) else []
         elif feedforward is None:
-            found += [region("router", None), region("experts", None)]
+            coupled = block.feedforward.dispatch in PAIRED and PAIRED[block.feedforward.dispatch].coupled
+            found += [("router", "cached", COUPLED if coupled else ""), region("experts", None)]
             found += [region("feedforward", None) for _ in block.feedforward.shared]
         else:
             found.append(region("experts", feedforward))

@@ -11,6 +11,7 @@ from tests.variants.attention import Attending
 from tests.variants.blocks import Blocking, Modelling
 from tests.variants.dispatch import GROUPED, PACKED, WITH_EXTRAS, WITH_MODULES, Layering
 from tests.variants.experts import BODIES
+from tests.variants.pairs import PAIRED
 from tests.variants.routing import Routing
 
 ALL = ("attention", "experts", "shared")
@@ -29,7 +30,7 @@ def routings(draw: st.DrawFn) -> Routing:
 
 @st.composite
 def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
-    kinds = [*WITH_MODULES, *WITH_EXTRAS, *PACKED]
+    kinds = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED]
     if dtype not in (torch.float32, torch.bfloat16):  # there is no grouped product for them on a CPU
         kinds = [kind for kind in kinds if kind not in GROUPED]
     dispatch = draw(st.sampled_from(kinds))
@@ -43,7 +44,7 @@ def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
         tuple(draw(st.lists(st.sampled_from([8, 20]), max_size=2))),
         draw(st.sampled_from(["same", "same", "timed", "unmodulated", "both"])),
         draw(st.sampled_from(["time", "context"])) if dispatch in WITH_EXTRAS else None,
-        draw(st.booleans()),
+        draw(st.booleans()) and dispatch not in PAIRED,
     )
 
 
