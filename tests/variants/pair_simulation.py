@@ -48,7 +48,7 @@ def pairs_of(mask: Tensor) -> list[Pair]:
 
 def full_pairs(layer: PairLayer, pool: Pool, x: Tensor, seen: Tensor, config: MoecaConfig, step: int) -> Tensor:
     """The layer as it is, without shared experts; the pool is filled."""
-    routed, weights = layer.pairs(seen)
+    routed, weights = layer.pairs(x, seen)
     out, score, old, new = torch.zeros_like(x), for_score(routed, weights, config), pool.held, {}
     for pair in pairs_of(routed):
         value = one_output(layer, x, pair)
@@ -98,10 +98,10 @@ def pair_scores(pool: Pool, routed: Tensor, weights: Tensor, config: MoecaConfig
 
 
 def decide_pairs(
-    layer: PairLayer, pool: Pool, seen: Tensor, config: MoecaConfig, step: int, capacity: int
+    layer: PairLayer, pool: Pool, x: Tensor, seen: Tensor, config: MoecaConfig, step: int, capacity: int
 ) -> tuple[Decision, bool]:
     """What to recompute, and whether that was too close to call."""
-    routed, raw = layer.pairs(seen)
+    routed, raw = layer.pairs(x, seen)
     count_activation(pool, routed, config)
     limits = expert_thresholds(pool.statistic, config).expand(len(seen), -1)[:, None]
     weights = for_score(routed, raw, config)
@@ -137,7 +137,7 @@ def cached_pairs(
 ) -> Tensor:
     """The layer's output on a cache step, without shared experts; `at` is the forecast's reach and the step."""
     (reach, step), out = at, torch.zeros_like(x)
-    routed, weights = layer.pairs(seen)
+    routed, weights = layer.pairs(x, seen)
     score = for_score(routed, weights, config)
     todo = [pair for pair in pairs_of(routed) if pair not in pool.held or bool(decision.recomputed[pair])]
     fresh = {pair: one_output(layer, x, pair) for pair in todo}

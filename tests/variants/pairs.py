@@ -37,9 +37,11 @@ class PairLayer(Layer):
         logits = self.router(seen)
         return logits.softmax(dim=-1) if self.how.routing.scores == "softmax" else logits.sigmoid()
 
-    def pairs(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def pairs(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Which (token, expert) pairs are routed, and their weights, (B, N, experts) both."""
-        scores = self.scores(seen)
+        return self.routed_by(x, self.scores(seen))
+
+    def routed_by(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         flat = scores.flatten(0, 1)[None] if self.coupled else scores
         taken = flat.topk(self.capacity(flat.shape[1]), dim=1).indices
         return torch.zeros_like(flat).scatter(1, taken, 1).bool().view_as(scores), scores
@@ -109,8 +111,8 @@ class ChoiceNormalised(PairLayer):
             out = out.index_add(0, flat[e], expert(rows[flat[e]]) * w[e, :, None])
         return self.with_shared(out.view(b, n, d), x)
 
-    def pairs(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        routed, scores = super().pairs(seen)
+    def routed_by(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        routed, scores = super().routed_by(x, scores)
         gates = scores * routed
         return routed, gates / gates.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
@@ -131,10 +133,84 @@ class ChoiceOverBatch(PairLayer):
         return self.with_shared(out.view_as(x), x)
 
 
+class Predicted(PairLayer):
+    """As many tokens of the whole batch as a capacity predictor says, which only the data tell."""
+
+    coupled = True
+    by_the_data = True
+
+    def __init__(self, how: Layering, width: int) -> None:
+        super().__init__(how, width)
+        self.capacity_predictor = nn.Linear(width, self.num_experts)
+        self.register_buffer("threshold", torch.linspace(0.4, 0.6, self.num_experts))
+
+    def counts(self, rows: Tensor) -> Tensor:
+        return (torch.sigmoid(self.capacity_predictor(rows)) > self.threshold).sum(0)
+
+    def routed_by(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        flat = scores.flatten(0, 1)
+        places = flat.argsort(dim=0, descending=True).argsort(dim=0)
+        return (places < self.counts(x.flatten(0, 1))).view_as(scores), scores
+
+
+class PredictedTopk(Predicted):
+    """Diff-MoE's: a top-k of a predicted k for each expert, read on the host."""
+
+    def forward(self, x, seen, extra):
+        shape = x.shape
+        rows = x.reshape(-1, shape[-1])
+        capacity_pred = torch.sigmoid(self.capacity_predictor(rows))
+        scores = self.scores(seen).flatten(0, 1).permute(-1, -2)
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            k_pred = torch.sum(torch.where(capacity_pred[:, i] > self.threshold[i], 1, 0)).item()
+            if k_pred == 0:
+                continue
+            gating, index = torch.topk(scores[i], k=k_pred, dim=-1, sorted=False)
+            y[index, :] = y[index, :] + gating.unsqueeze(-1) * expert(rows[index, :])
+        return self.with_shared(y.view(shape), x)
+
+
+class PredictedSlice(Predicted):
+    """One sort for all experts, the first of each taken."""
+
+    def forward(self, x, seen, extra):
+        rows = x.flatten(0, 1)
+        values, order = self.scores(seen).flatten(0, 1).sort(dim=0, descending=True)
+        wanted = (torch.sigmoid(self.capacity_predictor(rows)) > self.threshold).sum(0)
+        out = torch.zeros_like(rows)
+        for e, (expert, k) in enumerate(zip(self.experts, wanted.tolist(), strict=True)):
+            token = order[:k, e]
+            out = out.index_add(0, token, values[:k, e, None] * expert(rows[token]))
+        return self.with_shared(out.reshape(x.shape), x)
+
+
+class OverThreshold(PairLayer):
+    """A token takes every expert whose score is over a threshold."""
+
+    by_the_data = True
+
+    def forward(self, x, seen, extra):
+        rows = x.reshape(-1, x.shape[-1])
+        scores = self.scores(seen).flatten(0, 1)
+        y = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            mask = scores[:, e] > 1 / self.num_experts
+            if mask.any():
+                y[mask] += scores[mask, e].unsqueeze(-1) * expert(rows[mask])
+        return self.with_shared(y.view_as(x), x)
+
+    def routed_by(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores > 1 / self.num_experts, scores
+
+
 PAIRED: dict[str, type[PairLayer]] = {
     "choice_stack": ChoiceStack,
     "choice_loop": ChoiceLoop,
     "choice_one_hot": ChoiceOneHot,
     "choice_normalised": ChoiceNormalised,
     "choice_over_batch": ChoiceOverBatch,
+    "predicted_topk": PredictedTopk,
+    "predicted_slice": PredictedSlice,
+    "over_threshold": OverThreshold,
 }

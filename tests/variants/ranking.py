@@ -21,11 +21,14 @@ def first_tokens(wanted: Tensor, scores: Tensor, matched: Tensor, capacity: int)
 
 
 def ranks_are_close(scores: Tensor, matched: Tensor, taken: Tensor, of: Tensor | None = None) -> bool:
-    """Whether the last that is taken and the first that is not have nearly the same rank, in any sample."""
+    """Whether the last that is taken and the first that is not have nearly the same rank, in any sample.
+
+    Equal ranks are not close: they come from weights and shares of exactly 1, and go by the order of tokens.
+    """
     of = torch.ones_like(taken) if of is None else of
     ranks = scores + 100.0 * ~matched
     for rank, inside, there in zip(ranks, taken, of, strict=True):
         last, first = rank[inside & there], rank[~inside & there]
-        if last.numel() and first.numel() and float(last.min() - first.max()) < EDGE:
+        if last.numel() and first.numel() and 0 != float(last.min() - first.max()) < EDGE:
             return True
     return False

@@ -202,7 +202,7 @@ class Simulation:
         if shared is not None:
             state.shared.store(shared)
         if isinstance(layer, PairLayer):
-            self.note_close_pairs(layer, seen)
+            self.note_close_pairs(layer, x, seen)
             out = full_pairs(layer, state.pool, x, seen, self.config, self.number)
         else:
             out = self.full_branches(state, layer, x, seen, extra)
@@ -234,9 +234,10 @@ class Simulation:
             self.close |= not torch.equal(layer.route(noisy)[0].sort(-1)[0], ids.sort(-1)[0])
         return ids, weights
 
-    def note_close_pairs(self, layer: PairLayer, seen: Tensor) -> None:
-        routed = layer.pairs(seen)[0]
-        self.close |= any(not torch.equal(layer.pairs(noisy)[0], routed) for noisy in with_noise(seen))
+    def note_close_pairs(self, layer: PairLayer, x: Tensor, seen: Tensor) -> None:
+        routed = layer.pairs(x, seen)[0]
+        noisy = zip(with_noise(x), with_noise(seen), strict=True)
+        self.close |= any(not torch.equal(layer.pairs(*each)[0], routed) for each in noisy)
 
     # Cache steps
 
@@ -248,7 +249,7 @@ class Simulation:
             probing = self.config.mask_source == "probe" or self.chosen is None
             if layer is not None and self.understood.probe[number] and probing:
                 probed = block.join(h, state.attention.at(self.reach), parts[0])
-                self.decide(number, layer, block.seen(probed, context, parts))
+                self.decide(number, layer, block.mlp_input(probed, parts), block.seen(probed, context, parts))
             self.refresh_attention(block, state, h, context, parts)
             attention = state.attention.at(self.reach)
         else:
@@ -263,7 +264,7 @@ class Simulation:
         else:
             seen = block.seen(h, context, parts)
             if number not in self.decisions:
-                self.decide(number, layer, seen)
+                self.decide(number, layer, x, seen)
             out = self.experts(number, layer, x, seen, block.extra(x, context))
         return block.join(h, out, parts[1])
 
@@ -287,11 +288,11 @@ class Simulation:
                 state.dense.put((b, n), block.mlp(x[b, n][None])[0], self.reach)
         return state.dense.at(self.reach)
 
-    def decide(self, number: int, layer: Layer, seen: Tensor) -> None:
+    def decide(self, number: int, layer: Layer, x: Tensor, seen: Tensor) -> None:
         if isinstance(layer, PairLayer):
-            self.note_close_pairs(layer, seen)
+            self.note_close_pairs(layer, x, seen)
             pool, config = self.states[number].pool, self.config
-            decision, close = decide_pairs(layer, pool, seen, config, self.number, self.capacity)
+            decision, close = decide_pairs(layer, pool, x, seen, config, self.number, self.capacity)
             self.decisions[number], self.chosen = decision, decision.recomputed.any(-1)
             self.close |= close
             return
@@ -334,7 +335,7 @@ class Simulation:
         """Equation 8, and the shared experts."""
         state = self.states[number]
         if isinstance(layer, PairLayer):
-            self.note_close_pairs(layer, seen)
+            self.note_close_pairs(layer, x, seen)
             at = (self.reach, self.number)
             routed = cached_pairs(layer, state.pool, x, seen, self.decisions[number], self.config, at)
         else:
