@@ -95,7 +95,9 @@ def regions(how: Modelling) -> list[tuple[str, str, str]]:
         if not isinstance(block.feedforward, Layering):
             found += [region("feedforward", feedforward)] if feedforward in (None, IDLE) else []
         elif feedforward is None:
-            coupled = block.feedforward.dispatch in PAIRED and PAIRED[block.feedforward.dispatch].coupled and how.batch > 1
+            coupled = (
+                block.feedforward.dispatch in PAIRED and PAIRED[block.feedforward.dispatch].coupled and how.batch > 1
+            )
             found += [("router", "cached", COUPLED if coupled else ""), region("experts", None)]
             found += [region("feedforward", None) for _ in block.feedforward.shared]
         else:

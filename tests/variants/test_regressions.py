@@ -51,3 +51,9 @@ def test_two_shared_experts_of_other_widths_and_a_long_skip():
     block = Blocking(Attending(rope="interleaved", norm="rms", kv_heads=2), layer)
     how = Modelling((block, Blocking(feedforward="swiglu"), block), skip="cat", chunks=4, gate="tanh")
     assert check(how, {"tau0": 0.8, "shared": "any", "forecast": ("attention", "experts", "shared")}).steps > 0
+
+
+def test_experts_that_a_shared_expert_drowns_in_low_precision_are_cached():
+    """Norms in the experts keep their outputs small, so that the check of capture could not tell them in bfloat16."""
+    layer = Layering("choice_normalised", Routing(3, 1, "sigmoid"), "rms", 8, shared=(8,), reads="both")
+    assert check(Modelling((Blocking(feedforward=layer),), dtype=torch.bfloat16), {}).steps == 6
