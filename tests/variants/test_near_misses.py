@@ -132,7 +132,6 @@ class Sparsified(nn.Module):
 def test_token_pruning_is_no_router():
     run = right(with_mlp(Pruned()))
     assert run.reasons("experts") == [None]
-    assert run.reasons("feedforward") == []
     assert run.warnings == []
 
 
