@@ -114,6 +114,13 @@ class Rows:
                 stack.extend(missing)
         return self.values[node]
 
+    def aligned(self, node: fx.Node, like: fx.Node) -> Any:
+        """The rows of `node`, which is laid out as `like`; taken from its whole value where it mixes tokens or has
+        none of the stream's (a timestep embedding or a context that was spread over the tokens)."""
+        if node in self.layouts:
+            return self[node]
+        return take_rows(self.whole(node), self.layouts[like], self.chosen)
+
     def set(self, node: fx.Node, rows: Any) -> None:
         """Give the rows of `node` instead of computing them."""
         self.values[node] = rows

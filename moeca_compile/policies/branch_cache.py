@@ -151,7 +151,7 @@ class BranchCache:
             cache, slope = cache.clone(), slope.clone() if slope is not None else None
         result, norms = torch.ops.moeca.refresh_branches(
             cache,
-            [rows[node] for node in body.rows],
+            [rows.aligned(node, self.layer.marker.args[0]) for node in body.rows],  # type: ignore[arg-type]
             routing.index,
             mask,
             routing.matched,

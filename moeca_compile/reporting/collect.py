@@ -69,9 +69,8 @@ def _record(model: Any) -> Record | None:
 
 
 def _regions(shapes: Specialisation) -> list[Region]:
-    regions, family = shapes.regions, shapes.config.family
-    status = "cached" if shapes.caching else "kept"
-    reason = "" if shapes.caching else "the recipe caches nothing" if family == "none" else "see the warnings"
+    regions = shapes.regions
+    status, reason = ("cached", "") if shapes.caching else ("kept", _why_idle(shapes))
     found = [Region("attention", a.name, status, reason) for a in regions.attentions]
     for layer in regions.experts:
         how = COUPLED if layer.coupled and not reason else reason
@@ -79,6 +78,15 @@ def _regions(shapes: Specialisation) -> list[Region]:
         found += [Region("feedforward", s.name, status, reason) for s in layer.shared]
     found += [Region("feedforward", f.name, status, reason) for f in regions.feedforwards]
     return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.kept]
+
+
+def _why_idle(shapes: Specialisation) -> str:
+    """Why nothing of a graph is cached."""
+    if shapes.config.family == "none":
+        return "the recipe caches nothing"
+    if shapes.config.family == "moeca" and shapes.regions.kept and not shapes.regions.experts:
+        return "the recipe goes by the routing of MoE layers, and none is cached"
+    return "see the warnings"
 
 
 def _counts(shapes: list[Specialisation]) -> tuple[dict[str, float], int]:

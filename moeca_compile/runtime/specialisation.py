@@ -23,7 +23,7 @@ from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.timesteps import TimestepInput
-from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions
+from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions, token_dtypes, undisturbed
 
 _PROMOTED_ABOVE = 1.25
 """How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
@@ -205,7 +205,7 @@ class Specialisation:
 
     def eager(self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:
         """Run a step without compilation on copies of the state."""
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(self.device):
             copies = {name: tensor.clone() for name, tensor in state.items()}
             return self.function(kind)(inputs, copies, clock)
 
@@ -237,9 +237,11 @@ class Specialisation:
         if not self.config.validate:
             return program
         eager = self.eager(kind, inputs, state, clock)
-        compiled = program(inputs, {name: tensor.clone() for name, tensor in state.items()}, clock)
+        with undisturbed(self.device):
+            compiled = program(inputs, {name: tensor.clone() for name, tensor in state.items()}, clock)
         try:
-            same_outputs("full" if kind.full else "cache", compiled.outputs, eager.outputs, self.config, self.record)
+            check, inside = "full" if kind.full else "cache", token_dtypes(self.regions)
+            same_outputs(check, compiled.outputs, eager.outputs, self.config, self.record, inside)
         except ValidationError as error:
             self.record.warn(f"Inductor's code is wrong here ({error}), so {kind.name} steps run without it")
             return self.function(kind)

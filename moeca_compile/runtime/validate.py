@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,8 @@ from moeca_compile.runtime.record import Record
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Greatest error that passes. For float32 and float64 it is the greatest difference over the greatest magnitude;
-in lower precision a few routings flip by rounding, so there it is the root mean square of both."""
+in lower precision a few routings flip by rounding, so there it is the root mean square of both. It goes by the
+coarsest type that tokens are computed in: a model in float64 may have a router in float32."""
 
 
 class ValidationError(RuntimeError):
@@ -59,7 +61,7 @@ def _fault(
     main = regions.main
     if main is None or (config.family == "stack" and not regions.stacks):
         return None
-    policy = caching_policy(config, regions)
+    policy, inside = caching_policy(config, regions), token_dtypes(regions)
     if not policy.specs():
         return None
     device = regions.residuals[0].stream.meta["val"].device
@@ -67,22 +69,30 @@ def _fault(
     clock = torch.zeros(2, 2, device=device)
     tokens = main.tokens
     try:
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(device):
             full = step_function(graph, regions, policy, StepKind())(inputs, state, clock)
+        with torch.no_grad(), undisturbed(device):
             original = step_function(graph, regions, Plain(config, regions), StepKind())(inputs, {}, clock)
-        same_outputs("rewritten", full.outputs, original.outputs, config, record)
+        same_outputs("rewritten", full.outputs, original.outputs, config, record, inside)
         for capacity in (tokens, max(1, tokens // 2), 0):
             kind = StepKind(False, False, capacity, forced=capacity > 0)
             copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
             if capacity == tokens and config.family == "moeca":
                 _spoil(copies)
-            with torch.no_grad():
+            with torch.no_grad(), undisturbed(device):
                 again = step_function(graph, regions, policy, kind)(inputs, copies, clock)
-            same_outputs("recomputed" if capacity else "reused", again.outputs, original.outputs, config, record)
+            check = "recomputed" if capacity else "reused"
+            same_outputs(check, again.outputs, original.outputs, config, record, inside)
     except Exception as error:
         # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
+    """Random numbers drawn inside leave no trace: a trial draws what the model itself will draw after it."""
+    context: AbstractContextManager[Any] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return context
 
 
 def _spoil(state: dict[str, Tensor]) -> None:
@@ -121,14 +131,28 @@ def _without(regions: Regions, faults: dict[Attention | Experts | FeedForward, s
     return replace(_only(regions, good), kept=(*regions.kept, *kept))
 
 
+def token_dtypes(regions: Regions) -> set[torch.dtype]:
+    """The floating point types that tokens are computed in."""
+    values = (node.meta["val"] for node in regions.layouts)
+    return {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+
+
 def same_outputs(
-    check: str, found: Sequence[Any], wanted: Sequence[Any], config: MoecaConfig, record: Record | None
+    check: str,
+    found: Sequence[Any],
+    wanted: Sequence[Any],
+    config: MoecaConfig,
+    record: Record | None,
+    inside: Iterable[torch.dtype] = (),
 ) -> None:
-    """Compare outputs and note the error. Raises ValidationError where it exceeds the tolerance."""
+    """Compare outputs and note the error; `inside` are the types that they were computed in, besides their own.
+
+    Raises ValidationError where the error exceeds the tolerance.
+    """
     for one, other in zip(found, wanted, strict=True):
         if isinstance(one, Tensor) and one.is_floating_point():
             error = relative_error(one, other)
-            allowed = config.tolerance or TOLERANCE.get(one.dtype, 1e-4)
+            allowed = config.tolerance or max(TOLERANCE.get(dtype, 1e-4) for dtype in (one.dtype, *inside))
             if record is not None:
                 record.worst(check, error)
             if not error <= allowed:

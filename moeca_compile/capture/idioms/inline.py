@@ -32,6 +32,7 @@ from moeca_compile.capture.source import Method
 TRIAL_SEED = 0
 # The experts' part in what a method returns has to be so many times the tolerance for the check to see a fault.
 SEEN = 3.0
+LOUD = 4.0  # what experts' random parameters are multiplied by where a shared expert drowns them
 DTYPES_OF = ("accumulator", "product", "branch")  # what the result's dtype may be that of (meaning.py)
 
 
@@ -72,8 +73,7 @@ class Inline:
         trials = list(self._trials(facts, counted(self._held(module)[0][0])))
         if not devices:
             raise UntrustedError("none of its arguments is a tensor")
-        for candidate in (lambda: module, lambda: with_random_parameters(module)):
-            layer = candidate()
+        for layer in self._candidates(module):
             verdicts = [self._compared_once(original, layer, *trial, tolerance) for trial in trials]
             if all(verdict is not None for verdict in verdicts):
                 return verdicts[0]  # type: ignore[return-value]
@@ -82,6 +82,16 @@ class Inline:
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the method returns, its dispatch as marker ops."""
         return self.method.function(Markers(*trusted, self.method.may_miss), module, *args, **kwargs)
+
+    def _candidates(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module, and copies for where its numbers tell nothing: random ones, with loud experts at last."""
+        yield module
+        yield with_random_parameters(module)
+        copied = with_random_parameters(module)
+        for item in self._held(copied)[0]:
+            for parameter in [item] if isinstance(item, Tensor) else item.parameters():
+                parameter.mul_(LOUD)
+        yield copied
 
     def _held(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         """What the attributes hold: the experts' own, and what they share."""

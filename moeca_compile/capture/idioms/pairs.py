@@ -50,8 +50,7 @@ class Pairs(Inline):
         if not self.method.by_ids and not dtypes.isdisjoint(_COARSE):
             return self._compared_in_float32(original, module, facts)
         trials = list(self._trials(facts, 1))
-        for candidate in (lambda: module, lambda: with_random_parameters(module)):
-            layer = candidate()
+        for layer in self._candidates(module):
             verdict = self._verdict(original, layer, trials, tolerance)
             if verdict is not None:
                 return *verdict, self._coupled(with_random_parameters(module), trials[0], verdict[1], tolerance)

@@ -1,0 +1,109 @@
+"""What the compiler is expected to find in a generated model, as the strategy knows it.
+
+UNCACHED is the one table of what is not cached, each with the reason that the report must give. A MoE layer that is
+not cached, for whatever else but these, is a fault of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.variants.attention import Attending
+from tests.variants.blocks import Blocking, Modelling
+from tests.variants.dispatch import Layering
+from tests.variants.pairs import PAIRED
+from tests.variants.simulation import Understood
+
+NOT_TOLD = ""
+"""For attentions that are not told apart from other work, so that the report does not name them."""
+
+UNCACHED_ATTENTION: tuple[tuple[Callable[[Attending], bool], str], ...] = (
+    (lambda how: how.kernel == "softmax", NOT_TOLD),
+    (lambda how: how.mask is not None, "a mask ties its queries to their positions"),
+    (
+        lambda how: how.spread == "repeated" and how.kv_heads < how.heads,
+        "its keys are not computed token by token from the residual stream",
+    ),
+    (lambda how: how.text, "its keys are not computed token by token from the residual stream"),
+)
+
+UNCACHED_EXPERTS: tuple[tuple[Callable[[Blocking], bool], str], ...] = (
+    (
+        lambda block: block.convolution == "inside",
+        "its input is not computed token by token from the residual stream",
+    ),
+)
+
+
+COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
+IDLE = "the recipe goes by the routing of MoE layers, and none is cached"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of each block: why its attention and its feed-forward are kept, None where they are cached."""
+
+    attention: tuple[str | None, ...]
+    feedforward: tuple[str | None, ...]
+    probe: tuple[bool, ...]
+
+    @property
+    def understood(self) -> Understood:
+        return Understood(
+            tuple(reason is None for reason in self.attention),
+            tuple(reason is None for reason in self.feedforward),
+            self.probe,
+        )
+
+
+def expected(how: Modelling) -> Expected:
+    attention = tuple(_first(UNCACHED_ATTENTION, block.attending) for block in how.blocks)
+    feedforward = tuple(
+        NOT_TOLD if _before_the_stream(how, number) else _first(UNCACHED_EXPERTS, block)
+        for number, block in enumerate(how.blocks)
+    )
+    experts = [isinstance(block.feedforward, Layering) for block in how.blocks]
+    if not any(has and reason is None for has, reason in zip(experts, feedforward, strict=True)):
+        attention, feedforward = (
+            tuple(IDLE if r is None else r for r in reasons) for reasons in (attention, feedforward)
+        )
+    probe = tuple(
+        reason is None and block.convolution is None for reason, block in zip(attention, how.blocks, strict=True)
+    )
+    return Expected(attention, feedforward, probe)
+
+
+def _before_the_stream(how: Modelling, number: int) -> bool:
+    """Whether a dense network comes before the first attention that is told or MoE layer: the stream starts there."""
+    return all(
+        block.attending.kernel == "softmax" and not isinstance(block.feedforward, Layering)
+        for block in how.blocks[: number + 1]
+    )
+
+
+def _first(table: tuple[tuple[Callable[..., bool], str], ...], part: object) -> str | None:
+    return next((reason for applies, reason in table if applies(part)), None)
+
+
+def regions(how: Modelling) -> list[tuple[str, str, str]]:
+    """(kind, status, reason) of every region of the report, sorted."""
+    want, found = expected(how), []
+    for block, attention, feedforward in zip(how.blocks, want.attention, want.feedforward, strict=True):
+        if attention != NOT_TOLD:
+            found.append(region("attention", attention))
+        if not isinstance(block.feedforward, Layering):
+            found += [region("feedforward", feedforward)] if feedforward in (None, IDLE) else []
+        elif feedforward is None:
+            coupled = (
+                block.feedforward.dispatch in PAIRED and PAIRED[block.feedforward.dispatch].coupled and how.batch > 1
+            )
+            found += [("router", "cached", COUPLED if coupled else ""), region("experts", None)]
+            found += [region("feedforward", None) for _ in block.feedforward.shared]
+        else:
+            found.append(region("experts", feedforward))
+    return sorted(found)
+
+
+def region(kind: str, reason: str | None) -> tuple[str, str, str]:
+    return (kind, "cached", "") if reason is None else (kind, "kept", reason)

@@ -1,0 +1,66 @@
+"""Models that were once missed or wrong, each as small as it shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moeca_compile
+from tests.variants.attention import Attending
+from tests.variants.blocks import Block, Blocking, Modelling, make_inputs, make_model, timestep
+from tests.variants.check import check
+from tests.variants.dispatch import Layering
+from tests.variants.expectations import IDLE
+from tests.variants.routing import Routing
+
+
+class WithoutResidual(Block):
+    def forward(self, h, context):
+        parts = self.modulations(context)
+        h = self.join(h, self.attn(self.attention_input(h, parts), context.rope, None, None), parts[0])
+        x = self.mlp_input(h, parts)
+        return self.called(x, x, context), None
+
+
+@pytest.mark.parametrize("extra", ["time", "context"])
+@pytest.mark.parametrize("dispatch", ["sorted_extra", "mask_extra"])
+def test_experts_that_take_a_further_row_a_token_are_cached(dispatch, extra):
+    """Rows that carry no tokens of the stream's could not be taken for chosen tokens, so the layer was kept."""
+    layer = Layering(dispatch, extra=extra, flat=extra == "time")
+    outcome = check(Modelling((Blocking(feedforward=layer),), side=4), {"budget": 0.3, "keys_values": "all"})
+    assert outcome.steps == 6
+
+
+def test_a_router_in_float32_does_not_refuse_a_float64_model():
+    """Validation held rounding of float32 against the tolerance of float64."""
+    layer = Layering("mask_all", Routing(4, 4, wide=True), shared=(8, 20), hidden=24)
+    how = Modelling((Blocking(feedforward="mlp"), Blocking(feedforward=layer)), side=4, batch=1, dtype=torch.float64)
+    assert check(how, {"budget": 0.5}).steps == 6
+
+
+def test_what_is_kept_because_no_experts_are_cached_says_so():
+    """The report sent its reader to warnings that were none."""
+    how = Modelling((Blocking(feedforward="mlp"), Blocking()))
+    model = make_model(how)
+    model.blocks[1] = WithoutResidual(how.blocks[1], how).eval().requires_grad_(False)
+    compiled = torch.compile(model, backend="moeca")
+    noise, inputs = make_inputs(how)
+    t = timestep(how, 0, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(noise, t, *inputs), model(noise, t, *inputs))
+    report = moeca_compile.report(compiled)
+    assert {region.reason for region in report.regions if region.kind == "attention"} == {IDLE}
+    assert report.warnings == ()
+
+
+def test_two_shared_experts_of_other_widths_and_a_long_skip():
+    layer = Layering("boolean_mask", Routing(8, 3, "sigmoid", "groups"), shared=(8, 20), reads="both")
+    block = Blocking(Attending(rope="interleaved", norm="rms", kv_heads=2), layer)
+    how = Modelling((block, Blocking(feedforward="swiglu"), block), skip="cat", chunks=4, gate="tanh")
+    assert check(how, {"tau0": 0.8, "shared": "any", "forecast": ("attention", "experts", "shared")}).steps > 0
+
+
+def test_experts_that_a_shared_expert_drowns_in_low_precision_are_cached():
+    """Norms in the experts keep their outputs small, so that the check of capture could not tell them in bfloat16."""
+    layer = Layering("choice_normalised", Routing(3, 1, "sigmoid"), "rms", 8, shared=(8,), reads="both")
+    assert check(Modelling((Blocking(feedforward=layer),), dtype=torch.bfloat16), {}).steps == 6
