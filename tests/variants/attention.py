@@ -78,6 +78,8 @@ class Attention(nn.Module):
         mask = self.mask(keep, k.shape[2])
         if self.how.kernel == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+        if q.shape[1] > k.shape[1]:
+            k, v = (spread(each, q.shape[1] // k.shape[1], "repeated") for each in (k, v))
         scores = q @ k.transpose(-2, -1) * self.head**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

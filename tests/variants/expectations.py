@@ -18,23 +18,9 @@ from tests.variants.simulation import Understood
 NOT_TOLD = ""
 """For attentions that are not told apart from other work, so that the report does not name them."""
 
-UNCACHED_ATTENTION: tuple[tuple[Callable[[Attending], bool], str], ...] = (
-    (lambda how: how.kernel == "softmax", NOT_TOLD),
-    (lambda how: how.mask is not None, "a mask ties its queries to their positions"),
-    (
-        lambda how: how.spread == "repeated" and how.kv_heads < how.heads,
-        "its keys are not computed token by token from the residual stream",
-    ),
-    (lambda how: how.text, "its keys are not computed token by token from the residual stream"),
-)
+UNCACHED_ATTENTION: tuple[tuple[Callable[[Attending], bool], str], ...] = ()
 
-UNCACHED_EXPERTS: tuple[tuple[Callable[[Blocking], bool], str], ...] = (
-    (
-        lambda block: block.convolution == "inside",
-        "its input is not computed token by token from the residual stream",
-    ),
-)
-
+UNCACHED_EXPERTS: tuple[tuple[Callable[[Blocking], bool], str], ...] = ()
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
 IDLE = "the recipe goes by the routing of MoE layers, and none is cached"
@@ -59,27 +45,17 @@ class Expected:
 
 def expected(how: Modelling) -> Expected:
     attention = tuple(_first(UNCACHED_ATTENTION, block.attending) for block in how.blocks)
-    feedforward = tuple(
-        NOT_TOLD if _before_the_stream(how, number) else _first(UNCACHED_EXPERTS, block)
-        for number, block in enumerate(how.blocks)
-    )
+    feedforward = tuple(_first(UNCACHED_EXPERTS, block) for block in how.blocks)
     experts = [isinstance(block.feedforward, Layering) for block in how.blocks]
     if not any(has and reason is None for has, reason in zip(experts, feedforward, strict=True)):
         attention, feedforward = (
             tuple(IDLE if r is None else r for r in reasons) for reasons in (attention, feedforward)
         )
     probe = tuple(
-        reason is None and block.convolution is None for reason, block in zip(attention, how.blocks, strict=True)
+        reason is None and block.convolution != "residual"
+        for reason, block in zip(attention, how.blocks, strict=True)
     )
     return Expected(attention, feedforward, probe)
-
-
-def _before_the_stream(how: Modelling, number: int) -> bool:
-    """Whether a dense network comes before the first attention that is told or MoE layer: the stream starts there."""
-    return all(
-        block.attending.kernel == "softmax" and not isinstance(block.feedforward, Layering)
-        for block in how.blocks[: number + 1]
-    )
 
 
 def _first(table: tuple[tuple[Callable[..., bool], str], ...], part: object) -> str | None:

@@ -276,6 +276,8 @@ class Simulation:
         q, k, v = self.heads(block, h, context, parts)
         everywhere = torch.ones_like(self.chosen)
         fresh = {"all": everywhere, "chosen": self.chosen, "none": ~everywhere}[self.config.keys_values]
+        if block.how.attending.text:  # keys and values of more than the stream's tokens are never cached
+            state.keys, state.values = k, v
         for b, n in fresh.nonzero().tolist():
             state.keys[b, :, n], state.values[b, :, n] = k[b, :, n], v[b, :, n]
         attention = block.attn.projected(block.attn.attend(q, state.keys, state.values, context.keep))

@@ -62,9 +62,9 @@ def attendings(draw: st.DrawFn, text: bool) -> Attending:
         kernel=kernel,
         heads=heads,
         kv_heads=heads if draw(st.booleans()) else heads // 2,
-        spread="expanded" if kernel == "softmax" else draw(st.sampled_from(["told", "repeated", "expanded"])),
+        spread=draw(st.sampled_from(["told", "repeated", "expanded"])),
         mask=None if plain else draw(st.sampled_from([None, "additive", "padding"])),
-        text=text and kernel == "sdpa" and draw(st.booleans()),
+        text=text and draw(st.booleans()),
     )
 
 
