@@ -6,18 +6,8 @@ import pytest
 
 from bench import coverage
 
-LATER = {
-    "Diff-MoE": "what is repeated for the tokens of a sample (repeat_interleave) has no token axis yet",
-}
 
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=LATER[name]) if name in LATER else ())
-        for name in ("DSMoE", "DiT-MoE", "Diff-MoE", "TC-DiT", "EC-DiT", "DiffMoE")
-    ],
-)
+@pytest.mark.parametrize("family", ["DSMoE", "DiT-MoE", "Diff-MoE", "TC-DiT", "EC-DiT", "DiffMoE"])
 def test_a_family_is_captured_whole(family: str):
     row = coverage.look_at(next(subject for subject in coverage.subjects() if subject.name == family))
     assert (row.failure, row.graphs, row.breaks, row.kept) == ("", 1, [], [])

@@ -32,14 +32,12 @@ class Expected:
 
     attention: tuple[str | None, ...]
     feedforward: tuple[str | None, ...]
-    probe: tuple[bool, ...]
 
     @property
     def understood(self) -> Understood:
         return Understood(
             tuple(reason is None for reason in self.attention),
             tuple(reason is None for reason in self.feedforward),
-            self.probe,
         )
 
 
@@ -51,11 +49,7 @@ def expected(how: Modelling) -> Expected:
         attention, feedforward = (
             tuple(IDLE if r is None else r for r in reasons) for reasons in (attention, feedforward)
         )
-    probe = tuple(
-        reason is None and block.convolution != "residual"
-        for reason, block in zip(attention, how.blocks, strict=True)
-    )
-    return Expected(attention, feedforward, probe)
+    return Expected(attention, feedforward)
 
 
 def _first(table: tuple[tuple[Callable[..., bool], str], ...], part: object) -> str | None:

@@ -44,7 +44,6 @@ class Understood:
 
     attention: tuple[bool, ...]
     feedforward: tuple[bool, ...]
-    probe: tuple[bool, ...]
 
 
 @dataclass
@@ -247,8 +246,8 @@ class Simulation:
         state, layer = self.states[number], block.mlp if isinstance(block.mlp, Layer) else None
         if self.understood.attention[number]:
             probing = self.config.mask_source == "probe" or self.chosen is None
-            if layer is not None and self.understood.probe[number] and probing:
-                probed = block.join(h, state.attention.at(self.reach), parts[0])
+            if layer is not None and probing:
+                probed = block.after_attention(block.join(h, state.attention.at(self.reach), parts[0]))
                 self.decide(number, layer, block.mlp_input(probed, parts), block.seen(probed, context, parts))
             self.refresh_attention(block, state, h, context, parts)
             attention = state.attention.at(self.reach)
@@ -274,11 +273,10 @@ class Simulation:
         if self.chosen is None:
             return
         q, k, v = self.heads(block, h, context, parts)
-        everywhere = torch.ones_like(self.chosen)
-        fresh = {"all": everywhere, "chosen": self.chosen, "none": ~everywhere}[self.config.keys_values]
-        if block.how.attending.text:  # keys and values of more than the stream's tokens are never cached
+        if self.config.keys_values == "all":
             state.keys, state.values = k, v
-        for b, n in fresh.nonzero().tolist():
+        fresh = self.chosen if self.config.keys_values == "chosen" else torch.zeros_like(self.chosen)
+        for b, n in fresh.nonzero().tolist():  # the text's, which stand behind, are kept from the last full step
             state.keys[b, :, n], state.values[b, :, n] = k[b, :, n], v[b, :, n]
         attention = block.attn.projected(block.attn.attend(q, state.keys, state.values, context.keep))
         for b, n in self.chosen.nonzero().tolist():
