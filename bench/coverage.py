@@ -42,6 +42,8 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 IN_WARNINGS = "see the warnings"  # the reason of a region that a report has a warning for
 TIMESTEPS = (900.0, 860.0)
 OPTIONS: dict[str, Any] = {"recipe": "moeca"}
+WITHOUT_EXPERTS: dict[str, Any] = {"recipe": "fora", "full_every": 1}
+"""For dense models: layer-wise caching, which needs no routing but cannot recompute, so that all steps are full."""
 
 Call = Callable[[Callable[..., Any], float], Tensor]
 """Calls a model, compiled or not, with its inputs at a timestep."""
@@ -53,6 +55,7 @@ class Subject:
 
     name: str
     make: Callable[[], tuple[nn.Module, Call]]
+    options: dict[str, Any] = field(default_factory=lambda: OPTIONS)
 
 
 @dataclass
@@ -77,8 +80,10 @@ class Row:
 
 
 def subjects() -> tuple[Subject, ...]:
-    reduced = (Subject(name, lambda name=name: _family(name)) for name in families.FAMILIES)  # type: ignore[misc]
+    with_experts = [name for name in families.FAMILIES if name != "DiT"]
+    reduced = (Subject(name, lambda name=name: _family(name)) for name in with_experts)  # type: ignore[misc]
     return (
+        Subject("DiT", lambda: _family("DiT"), WITHOUT_EXPERTS),
         *reduced,
         Subject("HiDream", _hidream),
         Subject("Nucleus", lambda: _nucleus(grouped=False)),
@@ -220,7 +225,7 @@ def look_at(subject: Subject) -> Row:
             with _Attentions() as counter:
                 wanted = [call(model, TIMESTEPS[0])]
             wanted += [call(model, at) for at in TIMESTEPS[1:]]
-            compiled = torch.compile(model, backend="moeca", options=OPTIONS)
+            compiled = torch.compile(model, backend="moeca", options=subject.options)
             found = [call(compiled, at) for at in TIMESTEPS]
     except Exception as error:  # the table says so; the other models still have their rows
         row.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -273,6 +278,7 @@ Written by `python -m bench.coverage`; nothing here is written by hand. Measured
 - *Full*: greatest error, relative to the output's scale, of a full step against the model in eager.
   *Recomputed*: that of the next step, at another timestep, with everything recomputed through the caches; where
   nothing is cached, the model itself. *Validated*: the worst of the backend's own checks before first use.
+- The recipe is `moeca`; for DiT, which has no experts, `fora`, and its second step is full too.
 - Steps run as eager functions, without Inductor.
 
 | model | graphs | breaks | MoE layers | attentions | full | recomputed | validated |
