@@ -65,14 +65,21 @@ def regions(how: Modelling) -> list[tuple[str, str, str]]:
         if not isinstance(block.feedforward, Layering):
             found += [region("feedforward", feedforward)] if feedforward in (None, IDLE) else []
         elif feedforward is None:
-            coupled = (
-                block.feedforward.dispatch in PAIRED and PAIRED[block.feedforward.dispatch].coupled and how.batch > 1
-            )
-            found += [("router", "cached", COUPLED if coupled else ""), region("experts", None)]
+            found += [
+                ("router", "cached", COUPLED if coupled(block.feedforward, how) else ""),
+                region("experts", None),
+            ]
             found += [region("feedforward", None) for _ in block.feedforward.shared]
         else:
             found.append(region("experts", feedforward))
     return sorted(found)
+
+
+def coupled(layer: Layering, how: Modelling) -> bool:
+    """Whether a sample's routing depends on the others; not so where experts take a fixed number, and that is all."""
+    if layer.dispatch not in PAIRED or not PAIRED[layer.dispatch].coupled or how.batch == 1:
+        return False
+    return PAIRED[layer.dispatch].by_the_data or layer.routing.top_k < layer.routing.experts
 
 
 def region(kind: str, reason: str | None) -> tuple[str, str, str]:
