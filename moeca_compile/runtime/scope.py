@@ -30,7 +30,7 @@ _stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
 def generation() -> Iterator[None]:
     """Everything called inside is one generation, with caches of its own.
 
-    Needed where generations cannot be told apart by their timesteps: models without a timestep input,
+    Needed where generations cannot be told apart by their timesteps: parallel generations at the same timesteps,
     requests that interleave on one thread, samplers that go back in time. Caches are dropped when the context
     ends.
     """

@@ -73,6 +73,8 @@ class Generation:
     """Calls at the first timestep."""
     largest: float = 0.0
     """The largest step in time so far."""
+    dropped: set[Hashable] = field(default_factory=set)
+    """Streams that had to make room for others."""
 
     def restarts_at(self, timestep: Timestep | None) -> bool:
         """Whether a call at `timestep` belongs to a new generation: time jumps back, or far ahead."""
@@ -120,6 +122,8 @@ class Sessions:
     def __init__(self, config: MoecaConfig, specs: Sequence[CacheSpec], device: torch.device) -> None:
         self.config, self.specs, self.device = config, specs, device
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
+        self.crowded = False
+        """Whether a stream came back after its caches were dropped to make room: then they are never of use."""
         self._lock = threading.RLock()
         scope.at_end(self)
 
@@ -139,6 +143,7 @@ class Sessions:
 
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
+            self.crowded |= name in generation.dropped
             generation.streams[name] = Stream(self._allocate())
         generation.streams.move_to_end(name)
         return generation.streams[name]
@@ -147,7 +152,7 @@ class Sessions:
         """Keep no more than `max_generations` streams; the one in use is the last to go."""
         while sum(len(g.streams) for g in self.generations.values()) > self.config.max_generations:
             key, oldest = next(iter(self.generations.items()))
-            oldest.streams.popitem(last=False)
+            oldest.dropped.add(oldest.streams.popitem(last=False)[0])
             if not oldest.streams:
                 del self.generations[key]
 

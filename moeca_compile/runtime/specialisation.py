@@ -127,6 +127,11 @@ class Specialisation:
         elif not known:
             self.sessions.reset()  # what came before was placed nowhere in time
         position = self.sessions.enter(time)
+        if self.sessions.crowded:
+            self.record.warn(
+                f"caches are dropped before they are used, since more streams take turns than max_generations = "
+                f"{self.config.max_generations} has room for: raise it, at the price of their memory"
+            )
         if time is not None and not known:
             position.generation.direction = self.timesteps.direction
         return position, self.sessions.due(position) if time is not None else Fresh(True, True)

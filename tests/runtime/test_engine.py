@@ -107,6 +107,16 @@ def test_named_streams_keep_apart_what_comes_in_any_order(graph, model):
                 assert torch.equal(found, alone(*graph.arguments(x=x, t=t, y=y))[0])
 
 
+def test_a_user_is_told_when_streams_drop_each_others_caches(graph, model):
+    engine = graph.engine(recipe="stack", max_generations=1)
+    (x, y), t = make_inputs(model), torch.ones(2)
+    with pytest.warns(UserWarning, match="max_generations = 1 has room for: raise it"):
+        for time in (1.0, 0.9, 0.8):
+            for name in ("cond", "uncond"):
+                with stream(name):
+                    engine(*graph.arguments(x=x, t=t * time, y=y))
+
+
 def test_threads_run_generations_of_their_own(graph, run):
     engine, found = graph.engine(), {}
     run(engine, seed=3)  # everything is prepared

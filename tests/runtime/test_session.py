@@ -293,3 +293,22 @@ def test_an_interrupted_call_leaves_nothing_to_stand_on():
     again = sessions.enter((0.9,))
     assert again.stream is next(iter(again.generation.streams.values()))
     assert sessions.due(again) == Fresh(True, True)
+
+
+@pytest.mark.parametrize(("room", "crowded"), [(1, True), (2, False)])
+def test_streams_that_drop_each_other_are_noticed(room, crowded):
+    sessions = make_sessions(max_generations=room)
+    fresh = []
+    for t in (1.0, 1.0, 0.5, 0.5):
+        position = sessions.enter((t,))
+        fresh.append(sessions.due(position) == Fresh(True, True))
+        position.stream.passed(Fresh(True, True), position.number, position.place)
+    assert sessions.crowded is crowded
+    assert all(fresh)  # after two calls at the first timestep, the second is full either way
+
+
+def test_a_later_generation_may_take_the_room_of_an_earlier_one():
+    sessions = make_sessions(max_generations=1)
+    for t in (1.0, 0.5, 0.1, 1.0, 0.5):
+        call(sessions, t)
+    assert not sessions.crowded
