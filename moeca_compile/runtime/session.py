@@ -124,6 +124,8 @@ class Sessions:
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
         self.crowded = False
         """Whether a stream came back after its caches were dropped to make room: then they are never of use."""
+        self.cut_short = 0
+        """How many generations in a row ended after a step or two: time that goes back and forth looks so."""
         self._lock = threading.RLock()
         scope.at_end(self)
 
@@ -134,6 +136,7 @@ class Sessions:
         with self._lock:
             generation = self.generations.get(key)
             if generation is None or (not scope.in_scope() and generation.restarts_at(timestep)):
+                self.cut_short = self.cut_short + 1 if generation is not None and generation.number <= 1 else 0
                 generation = self.generations[key] = self._renewed(generation)
             self.generations.move_to_end(key)
             stream = self._stream(generation, generation.advance(timestep))

@@ -25,6 +25,9 @@ from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.timesteps import TimestepInput
 from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions, token_dtypes, undisturbed
 
+_RESTLESS = 8
+"""So many generations of a step or two, one after the other, are no generations."""
+
 _PROMOTED_ABOVE = 1.25
 """How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
 
@@ -131,6 +134,12 @@ class Specialisation:
             self.record.warn(
                 f"caches are dropped before they are used, since more streams take turns than max_generations = "
                 f"{self.config.max_generations} has room for: raise it, at the price of their memory"
+            )
+        if self.sessions.cut_short >= _RESTLESS:
+            self.record.warn(
+                f"time went back or jumped at almost every one of the last calls, which is taken for {_RESTLESS} new "
+                "generations, so hardly anything is cached. If the sampler does that (churn, restarts), mark each "
+                "generation: with moeca_compile.generation(): ..."
             )
         if time is not None and not known:
             position.generation.direction = self.timesteps.direction

@@ -117,6 +117,19 @@ def test_a_user_is_told_when_streams_drop_each_others_caches(graph, model):
                     engine(*graph.arguments(x=x, t=t * time, y=y))
 
 
+def test_a_user_is_told_when_time_goes_back_and_forth(graph, run):
+    """As with churn: each step starts a little before the last one ended."""
+    times = [time for step in range(10) for time in (1.05 - step / 10, 0.93 - step / 10)]
+    with pytest.warns(UserWarning, match="mark each generation"):
+        run(graph.engine(recipe="stack"), times=times)
+    engine = graph.engine(recipe="stack")
+    with generation():
+        run(engine, times=times)
+    assert not engine.record.warnings
+    (shapes,) = engine.by_shape.values()
+    assert any(not kind.full for kind in shapes.tallies)
+
+
 def test_threads_run_generations_of_their_own(graph, run):
     engine, found = graph.engine(), {}
     run(engine, seed=3)  # everything is prepared
