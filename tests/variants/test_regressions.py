@@ -64,3 +64,13 @@ def test_experts_that_a_shared_expert_drowns_in_low_precision_are_cached():
     """Norms in the experts keep their outputs small, so that the check of capture could not tell them in bfloat16."""
     layer = Layering("choice_normalised", Routing(3, 1, "sigmoid"), "rms", 8, shared=(8,), reads="both")
     assert check(Modelling((Blocking(feedforward=layer),), dtype=torch.bfloat16), {}).steps == 6
+
+
+def test_a_choice_over_the_batch_is_told_whatever_the_first_try_chose():
+    """With other numbers in half of the batch the experts happened to take the same of the few tokens."""
+    layer = Layering("choice_over_batch", Routing(3, 2, "sigmoid", "raw", wide=True), "normed", hidden=24)
+    other = Layering("mask_hit", Routing(4, 1, wide=True), "mlp", 8, shared=(20,), reads="unmodulated")
+    second = Attending(fused=False, rope="half", heads=4, kv_heads=2)
+    blocks = (Blocking(Attending(heads=4, kv_heads=4, rope=None), layer), Blocking(second, other))
+    kind = {"chunks": 4, "gate": "clamp", "label": "text", "timestep": "scalar"}
+    check(Modelling(blocks, width=24, side=2, batch=3, **kind, dtype=torch.float16, seed=2), {})
