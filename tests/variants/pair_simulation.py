@@ -15,7 +15,7 @@ from torch import Tensor
 from moeca_compile.config import MoecaConfig
 from tests.policies.reference_moeca import Decision, expert_thresholds
 from tests.variants.pairs import PairLayer
-from tests.variants.ranking import EDGE, first_tokens, ranks_are_close
+from tests.variants.ranking import first_tokens, ranks_are_close
 
 Pair = tuple[int, int, int]  # sample, token, expert
 
@@ -98,7 +98,7 @@ def pair_scores(pool: Pool, routed: Tensor, weights: Tensor, config: MoecaConfig
 
 
 def decide_pairs(
-    layer: PairLayer, pool: Pool, x: Tensor, seen: Tensor, config: MoecaConfig, step: int, capacity: int
+    layer: PairLayer, pool: Pool, x: Tensor, seen: Tensor, config: MoecaConfig, step: int, capacity: int, edge: float
 ) -> tuple[Decision, bool]:
     """What to recompute, and whether that was too close to call."""
     routed, raw = layer.pairs(x, seen)
@@ -108,11 +108,11 @@ def decide_pairs(
     scores, matched = pair_scores(pool, routed, weights, config, step)
     if config.budget is None:
         wanted = routed & (~matched | (scores > limits))
-        close = bool((matched & ((scores - limits).abs() < EDGE)).any())
+        close = bool((matched & ((scores - limits).abs() < edge)).any())
     else:
         wanted = best_pairs(routed, scores, matched, config.budget)
-        close = ranks_are_close(scores, matched, wanted, routed)
-    recomputed, cut = first_tokens(wanted, scores, matched, capacity)
+        close = ranks_are_close(scores, matched, wanted, edge, routed)
+    recomputed, cut = first_tokens(wanted, scores, matched, capacity, edge)
     return Decision(routed, weights, routed, recomputed, matched, scores, limits, wanted), close or cut
 
 

@@ -35,7 +35,7 @@ from tests.variants.conditioning import Modulation
 from tests.variants.dispatch import Layer
 from tests.variants.pair_simulation import Pool, cached_pairs, decide_pairs, full_pairs
 from tests.variants.pairs import PairLayer
-from tests.variants.ranking import EDGE, first_tokens, ranks_are_close
+from tests.variants.ranking import EDGES, first_tokens, ranks_are_close
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Simulated:
     close: bool = False
 
 
-def with_noise(seen: Tensor) -> list[Tensor]:
+def with_noise(seen: Tensor, edge: float) -> list[Tensor]:
     """What a router reads, twice with a little noise."""
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(seen.shape, generator=generator).to(seen.dtype) for _ in range(2)]
-    return [seen + 0.1 * EDGE * seen.abs().max() * each for each in noise]
+    return [seen + 0.1 * edge * seen.abs().max() * each for each in noise]
 
 
 class Simulation:
@@ -142,7 +142,7 @@ class Simulation:
         self.capacity = model.how.tokens
         self.states = [State(config.forecast) for _ in model.blocks]
         self.number, self.full_at = 0, []
-        self.close = False
+        self.close, self.edge = False, EDGES[model.how.dtype]
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, *inputs: Tensor | None) -> Simulated:
@@ -229,13 +229,13 @@ class Simulation:
     def route(self, layer: Layer, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The router's choice; notes where a little noise would change it."""
         ids, weights = layer.route(seen)
-        for noisy in with_noise(seen):
+        for noisy in with_noise(seen, self.edge):
             self.close |= not torch.equal(layer.route(noisy)[0].sort(-1)[0], ids.sort(-1)[0])
         return ids, weights
 
     def note_close_pairs(self, layer: PairLayer, x: Tensor, seen: Tensor) -> None:
         routed = layer.pairs(x, seen)[0]
-        noisy = zip(with_noise(x), with_noise(seen), strict=True)
+        noisy = zip(with_noise(x, self.edge), with_noise(seen, self.edge), strict=True)
         self.close |= any(not torch.equal(layer.pairs(*each)[0], routed) for each in noisy)
 
     # Cache steps
@@ -292,7 +292,7 @@ class Simulation:
         if isinstance(layer, PairLayer):
             self.note_close_pairs(layer, x, seen)
             pool, config = self.states[number].pool, self.config
-            decision, close = decide_pairs(layer, pool, x, seen, config, self.number, self.capacity)
+            decision, close = decide_pairs(layer, pool, x, seen, config, self.number, self.capacity, self.edge)
             self.decisions[number], self.chosen = decision, decision.recomputed.any(-1)
             self.close |= close
             return
@@ -307,11 +307,11 @@ class Simulation:
         if config.budget is None:
             wanted = over_threshold(scores, ids, matched, thresholds)
             limits = thresholds.unsqueeze(1).expand(-1, ids.shape[1], -1).gather(-1, ids)
-            self.close |= bool((matched & ((scores - limits).abs() < EDGE)).any())
+            self.close |= bool((matched & ((scores - limits).abs() < self.edge)).any())
         else:
             wanted = within_budget(scores, matched, config.budget)
-            self.close |= ranks_are_close(scores, matched, wanted)
-        recomputed, cut = first_tokens(wanted, scores, matched, self.capacity)
+            self.close |= ranks_are_close(scores, matched, wanted, self.edge)
+        recomputed, cut = first_tokens(wanted, scores, matched, self.capacity, self.edge)
         self.close |= cut
         self.decisions[number] = Decision(ids, weights, slots, recomputed, matched, scores, thresholds, wanted)
         self.chosen = recomputed.any(-1)
