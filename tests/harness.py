@@ -126,7 +126,7 @@ class EagerProgram:
     def __init__(self, function: Callable[..., Any], *_: Any) -> None:
         self.function = function
 
-    def lower(self) -> None:
+    def lower(self, whole: bool) -> None:
         """There is nothing to compile."""
 
     @torch.no_grad()

@@ -63,7 +63,15 @@ class Call:
 
 def outline(gm: fx.GraphModule) -> list[Call]:
     """The graph as calls of units, in order. Its boundaries are taken out of it."""
-    stretches = _joined(_stretches(gm.graph))
+    return _calls(_joined(_stretches(gm.graph)))
+
+
+def uncut(gm: fx.GraphModule) -> list[Call]:
+    """The graph as one call. Its boundaries are taken out of it."""
+    return _calls([[node for nodes in _stretches(gm.graph) for node in nodes]])
+
+
+def _calls(stretches: list[Stretch]) -> list[Call]:
     home = {node: i for i, nodes in enumerate(stretches) for node in nodes}
     units: dict[Any, Unit] = {}
     calls = []

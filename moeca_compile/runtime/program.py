@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
-from moeca_compile.passes.outline import outline
+from moeca_compile.passes.outline import outline, uncut
 from moeca_compile.passes.rewrite import StepFunction, StepResult
 from moeca_compile.runtime.chain import Chain
 
@@ -32,9 +32,9 @@ class Program:
         self.graph = self._trace(inputs, state, clock)
         self.compiled: Callable[..., Any] | None = None
 
-    def lower(self) -> None:
-        """Compile the traced graph with Inductor, stretches of it that are alike once."""
-        calls = outline(self.graph)
+    def lower(self, whole: bool) -> None:
+        """Compile the traced graph with Inductor: as a whole, or stretches of it that are alike once."""
+        calls = uncut(self.graph) if whole else outline(self.graph)
         units = {call.unit: compile_graph(call.unit.module(), call.unit.examples()) for call in calls}
         self.compiled = Chain(self.graph, calls, units)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import trace_to_graph
-from moeca_compile.passes.outline import Call, outline
+from moeca_compile.passes.outline import Call, outline, uncut
 from moeca_compile.runtime.chain import Chain
 
 alias = torch.ops.aten.alias
@@ -153,3 +153,18 @@ def test_examples_have_the_layout_of_the_inputs():
     x, weight = calls[0].unit.examples()
     assert (x.stride(), x.dtype) == ((1, 4), torch.bfloat16)
     assert weight.stride() == (4, 1)
+
+
+def test_an_uncut_graph_is_one_call():
+    def function(x, *weights):
+        for weight in weights:
+            x = layer(x, weight)
+        return [x.sum(), x]
+
+    gm = trace_to_graph(function, X, *WEIGHTS)
+    calls = uncut(gm)
+    chain = Chain(gm, calls, {call.unit: call.unit.module() for call in calls})
+    assert len(calls) == 1
+    assert all(node.target is not alias.default for node in calls[0].nodes)
+    for got, want in zip(chain(X, *WEIGHTS), function(X, *WEIGHTS), strict=True):
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
