@@ -86,7 +86,8 @@ def _note_breaks(record: Record) -> None:
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
-        if not capture.refusals():
+        told = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
+        if broken[0].rpartition(":")[0] not in told:  # else it is most likely what was warned of there
             record.warn(BREAK.format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
