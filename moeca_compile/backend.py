@@ -27,6 +27,7 @@ from moeca_compile._torch_private import (
     traced_wrapper,
 )
 from moeca_compile.config import MoecaConfig
+from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record, record_for
@@ -112,10 +113,8 @@ def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
 def _worth_rewriting(gm: fx.GraphModule) -> bool:
     """Whether the graph holds an MoE layer or an attention at all."""
     wanted = (
-        torch.ops.moeca.experts,
-        torch.ops.moeca.experts.default,
-        torch.ops.moeca.expert_pairs,
-        torch.ops.moeca.expert_pairs.default,
+        *MARKERS,
+        *(marker.overloadpacket for marker in MARKERS),
         torch.nn.functional.scaled_dot_product_attention,
     )
     return any(node.target in wanted for node in gm.graph.nodes)

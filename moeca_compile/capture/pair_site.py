@@ -17,11 +17,8 @@ import ast
 
 from moeca_compile.capture.dataflow import Flow, Value
 from moeca_compile.capture.roles import (
-    ADDS_UP,
     COMPARISONS,
     CONTRACTIONS,
-    IN_PLACE,
-    JOINS,
     PICKS,
     PLACES,
     REPEATS,
@@ -172,20 +169,11 @@ class PairFinder(Finder):
     def added_up(self, product: Value) -> Value | None:
         if self.puts_back(product):
             return product
-        result, current, loop = None, product, self.loop_of(product)
-        while True:
-            following = [user for user in self.users.get(id(current), []) if self.carries(user, current, loop)]
-            if not following:
-                break
-            current = following[-1]
-            after_loop = self.loop_of(current) is None
-            if loop is not None and after_loop and result is not None and result.name not in IN_PLACE | JOINS:
-                break  # added up in the loop: what follows is the model's own
-            if current.name in ADDS_UP | IN_PLACE or self.puts_back(current):
-                result = current
-            if after_loop and (current.name in ADDS_UP or self.puts_back(current)):
-                break
+        result = self.last_sum(product)
         return result if result is not None and result.name != "append" else None
+
+    def adds_up(self, value: Value) -> bool:
+        return super().adds_up(value) or self.puts_back(value)
 
     def carries(self, user: Value, current: Value, loop: ast.For | None) -> bool:
         turns = user.kind == "call" and user.name in TURNS

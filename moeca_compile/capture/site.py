@@ -162,23 +162,30 @@ class Finder:
         """The sum that `product` ends in; `product` itself if nothing is added (one branch a token)."""
         if product.name in CONTRACTIONS:
             return product  # contracts the experts' dimension by itself
+        result = self.last_sum(product)
+        if result is None:
+            return product if self.loop_of(product) is None else None
+        whole = result.name == "sum" or result.name in IN_PLACE - {"append"} or self.from_zeros(result)
+        return result if whole else None
+
+    def last_sum(self, product: Value) -> Value | None:
+        """The last of the sums and writes that `product` goes through before the model's own code, if any."""
         result, current, loop = None, product, self.loop_of(product)
         while True:
             following = [user for user in self.users.get(id(current), []) if self.carries(user, current, loop)]
             if not following:
-                break
+                return result
             current = following[-1]
             after_loop = self.loop_of(current) is None
             if loop is not None and after_loop and result is not None and result.name not in IN_PLACE | JOINS:
-                break  # added up in the loop: what follows is the model's own
-            if current.name in ADDS_UP | IN_PLACE:
+                return result  # added up in the loop: what follows is the model's own
+            if self.adds_up(current) or current.name in IN_PLACE:
                 result = current
-            if current.name in ADDS_UP and after_loop:
-                break
-        if result is None:
-            return product if loop is None else None
-        whole = result.name == "sum" or result.name in IN_PLACE - {"append"} or self.from_zeros(result)
-        return result if whole else None
+            if self.adds_up(current) and after_loop:
+                return result
+
+    def adds_up(self, value: Value) -> bool:
+        return value.name in ADDS_UP
 
     def carries(self, user: Value, current: Value, loop: ast.For | None) -> bool:
         if user.name == "Add":

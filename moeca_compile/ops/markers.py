@@ -20,6 +20,8 @@ Both ops are functional and have no autograd formula: capture emits them with gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,28 +42,10 @@ def _expert_rows(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _experts(
-    x: Tensor, index: Tensor, weight: Tensor, body_out: Tensor, params: list[Tensor], num_experts: int
-) -> Tensor:
+def _experts(x: Tensor, choice: Tensor, *_: Any) -> Tensor:
     raise NotImplementedError(
-        f"moeca::experts ({num_experts} experts, {index.shape[-1]} a token) was run before it was lowered. "
-        "It only marks a MoE layer: the experts' body is in the graph around it; a pass has to replace it."
-    )
-
-
-def _expert_pairs(
-    x: Tensor,
-    routed: Tensor,
-    weight: Tensor,
-    body_out: Tensor,
-    params: list[Tensor],
-    num_experts: int,
-    branches: int,
-    coupled: bool,
-) -> Tensor:
-    raise NotImplementedError(
-        f"moeca::expert_pairs ({num_experts} experts) was run before it was lowered. "
-        "It only marks a MoE layer: the experts' body is in the graph around it; a pass has to replace it."
+        f"A marker of a MoE layer ({x.shape[0]} rows, {choice.shape[-1]} choices each) was run before it was "
+        "lowered. The experts' body is in the graph around it; a pass has to replace it."
     )
 
 
@@ -69,28 +53,15 @@ def _expert_rows_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _experts_fake(
-    x: Tensor, index: Tensor, weight: Tensor, body_out: Tensor, params: list[Tensor], num_experts: int
-) -> Tensor:
-    return body_out.new_empty((x.shape[0], body_out.shape[1]))
-
-
-def _expert_pairs_fake(
-    x: Tensor,
-    routed: Tensor,
-    weight: Tensor,
-    body_out: Tensor,
-    params: list[Tensor],
-    num_experts: int,
-    branches: int,
-    coupled: bool,
-) -> Tensor:
+def _experts_fake(x: Tensor, choice: Tensor, weight: Tensor, body_out: Tensor, *_: Any) -> Tensor:
     return body_out.new_empty((x.shape[0], body_out.shape[1]))
 
 
 _library.impl("expert_rows", _expert_rows, "CompositeExplicitAutograd")
-_library.impl("experts", _experts, "CompositeExplicitAutograd")
-_library.impl("expert_pairs", _expert_pairs, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::expert_rows", _expert_rows_fake, lib=_library)
-torch.library.register_fake(f"{NAMESPACE}::experts", _experts_fake, lib=_library)
-torch.library.register_fake(f"{NAMESPACE}::expert_pairs", _expert_pairs_fake, lib=_library)
+for _marker in ("experts", "expert_pairs"):
+    _library.impl(_marker, _experts, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_marker}", _experts_fake, lib=_library)
+
+MARKERS = (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default)
+"""What stands in a graph for a MoE layer: where every token has k experts, and any pairs."""

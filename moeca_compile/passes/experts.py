@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moeca_compile.ops import bodies
+from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.attention import work_between
 from moeca_compile.passes.axis import Layout
 from moeca_compile.passes.regions import (
@@ -30,13 +31,12 @@ from moeca_compile.symbolic.costs import node_flops
 
 TOPK = torch.ops.aten.topk.default
 MARKER = torch.ops.moeca.experts.default
-PAIRS = torch.ops.moeca.expert_pairs.default
 ENTRY = torch.ops.moeca.expert_rows.default
 
 
 def expert_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Every MoE layer's marker, in graph order."""
-    return [node for node in graph.nodes if node.target in (MARKER, PAIRS)]
+    return [node for node in graph.nodes if node.target in MARKERS]
 
 
 def match_experts(
@@ -70,8 +70,9 @@ def _by_row(nodes: Iterable[fx.Node], layouts: Layouts) -> bool:
 
 def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
     """The attention right before the router: nothing heavy stands between its residual addition and the stream."""
-    before = ancestors([residual.stream])
-    last = next((a for a in reversed(attentions) if a.residual.add in before), None)
+    stream = [residual.stream]
+    adds = ((a, a.residual.add) for a in reversed(attentions))
+    last = next((a for a, add in adds if add in ancestors(stream, since=add)), None)
     return last if last is not None and not work_between(last.residual.add, residual.stream) else None
 
 

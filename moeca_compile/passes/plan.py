@@ -50,7 +50,8 @@ def plan_step(graph: fx.Graph, regions: Regions, caches: Iterable[CacheSpec], co
     """Costs and capacities of the recipe on this graph."""
     sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
     parts = [(attention, experts) for attention in (True, False) for experts in (True, False)]
-    costs = {fresh: _cost(graph, regions, config, fresh) for fresh in parts}
+    counted = _outside_bodies(graph, regions)
+    costs = {fresh: _cost(graph, regions, config, fresh, counted) for fresh in parts}
     return Plan(tuple(caches), _capacities(config, regions, sizes[1]), costs, sizes)
 
 
@@ -97,12 +98,17 @@ def _main(regions: Regions) -> Axis:
     return regions.main.axis if regions.main else ()
 
 
-def _cost(graph: fx.Graph, regions: Regions, config: MoecaConfig, fresh: tuple[bool, bool]) -> sympy.Expr:
-    """FLOPs of a step whose attention and experts are `fresh`, or come from the caches but for what is recomputed."""
+def _cost(
+    graph: fx.Graph, regions: Regions, config: MoecaConfig, fresh: tuple[bool, bool], counted: set[fx.Node]
+) -> sympy.Expr:
+    """FLOPs of a step whose attention and experts are `fresh`, or come from the caches but for what is recomputed.
+
+    Of nodes those in `counted`; the work of the others is that of the branches.
+    """
     replaced, also_read = _from_caches(regions, config, fresh)
     output = next(reversed(graph.nodes))
     run = ancestors([output, *also_read], stop=replaced) - replaced
-    cost = _row_flops(regions, run & _outside_bodies(graph, regions))
+    cost = _row_flops(regions, run & counted)
     cost += _branch_flops([marker for marker in regions.bodies if marker in run], regions, config)
     return cost + (_recomputed(regions, config, replaced) if config.family == "moeca" else 0)
 

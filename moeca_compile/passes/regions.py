@@ -191,7 +191,7 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = (), since: fx.
     return found
 
 
-def between(source: fx.Node, outputs: Iterable[fx.Node], carried: Layouts | None = None) -> set[fx.Node]:
+def between(source: fx.Node, outputs: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes on a path from `source` to `outputs`, without the source."""
     inside = ancestors(outputs, stop=(source,), since=source)
     reached = {source}

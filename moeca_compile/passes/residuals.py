@@ -7,17 +7,14 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.regions import Residual, ancestors
 from moeca_compile.passes.token_axis import CASTS, Layouts, shape_of, sliced, sliced_dim
 
 aten = torch.ops.aten
 ADD = (aten.add.Tensor,)
 MUL = (aten.mul.Tensor,)
-ANCHORS = (
-    aten.scaled_dot_product_attention.default,
-    torch.ops.moeca.experts.default,
-    torch.ops.moeca.expert_pairs.default,
-)
+ANCHORS = (aten.scaled_dot_product_attention.default, *MARKERS)
 
 
 def residual_around(anchor: fx.Node) -> Residual | None:

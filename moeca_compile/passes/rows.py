@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.attention import sdpa_options
 from moeca_compile.passes.axis import Axis, Layout, place_in
 from moeca_compile.passes.token_axis import Layouts, is_pointwise, shape_of, sliced_dim
@@ -156,7 +157,7 @@ class Rows:
             if any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
                 raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
             return [node.args[0]]  # type: ignore[list-item]
-        if node.target in (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default):
+        if node.target in MARKERS:
             raise NotRowWiseError("an MoE layer stands in the same branch")
         if self._joins(node):
             return [self._holder(node)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.axis import Layout, Span, cut, join, overlap
 from moeca_compile.passes.viewed_layout import viewed_layout
 
@@ -437,7 +438,6 @@ _RULES: dict[object, Rule] = {
     aten.gather.default: _gather,
     aten.scaled_dot_product_attention.default: _attention,
     operator.getitem: _getitem,
-    torch.ops.moeca.experts.default: _experts,
-    torch.ops.moeca.expert_pairs.default: _experts,
+    **dict.fromkeys(MARKERS, _experts),
 }
 """One rule an op. To teach the analysis an op, add its rule here and a case to its tests."""

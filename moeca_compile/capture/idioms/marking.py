@@ -88,8 +88,7 @@ class Markers(Shapes):
         if self.may_miss:
             index, weight = in_range(index, weight, num_experts)
         out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
-        out = out.to(self.dtype) if out.dtype != self.dtype else out
-        return shaped(out, like, rows[0])
+        return self.result(out, like, rows[0])
 
     def pairs(
         self,
@@ -107,8 +106,10 @@ class Markers(Shapes):
         out = torch.ops.moeca.expert_pairs(
             flat[0], routed, weight, body_out, params, num_experts, branches(index), self.coupled
         )
-        out = out.to(self.dtype) if out.dtype != self.dtype else out
-        return shaped(out, like, rows[0])
+        return self.result(out, like, rows[0])
+
+    def result(self, out: Tensor, like: Any, rows: Tensor) -> Tensor:
+        return shaped(out.to(self.dtype) if out.dtype != self.dtype else out, like, rows)
 
     def body(
         self, rows: list[Tensor], body: Body, items: tuple[Any, ...], shared: tuple[Any, ...]
