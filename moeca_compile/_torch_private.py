@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import CDLL
 from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import ChainedSource, Source, TracingContext, tracing
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -182,6 +184,22 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     with torch.no_grad(), tracing(TracingContext(mode)):
         compiled: Any = compile_fx(gm, list(inputs))
     return compiled
+
+
+def compile_cpp(source: str) -> CDLL:
+    """The functions of a C++ source, compiled with the compiler and flags that Inductor uses, for this machine."""
+    library = CppCodeCache.load(source)
+    assert isinstance(library, CDLL)
+    return library
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch.nn.functional.linear of float32 on CPU by oneDNN."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+onednn_linear = _onednn_linear if torch.backends.mkldnn.is_available() else None
 
 
 def is_size(placeholder: fx.Node) -> bool:

@@ -8,6 +8,7 @@ weighting. The cache of branch outputs is read and written inside `refresh_branc
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.ops import bodies
@@ -39,28 +40,30 @@ def branch_outputs(
         (T, k, width).
     """
     flat = index.flatten()
-    result = rows[0].new_empty(flat.numel(), width)
     pairs = torch.arange(flat.numel(), device=flat.device)
-    for places, outputs in expert_by_expert(rows, flat, pairs, index.shape[1], parameters, experts, body):
-        result.index_copy_(0, places, outputs.to(result.dtype))
-    return result.view(*index.shape, width)
+    order, outputs = expert_outputs(rows, flat, pairs, index.shape[1], parameters, experts, body)
+    result = rows[0].new_empty(flat.numel(), width)
+    return result.index_copy_(0, order, outputs.to(result.dtype)).view(*index.shape, width)
 
 
-def expert_by_expert(rows, expert, pairs, k, parameters, experts, body):  # type: ignore[no-untyped-def]
-    """Run each expert on its rows: yields (positions in `expert`, outputs). `pairs` are flat (row, slot) places."""
+def expert_outputs(
+    rows: list[Tensor], expert: Tensor, pairs: Tensor, k: int, parameters: list[Tensor], experts: int, body: str
+) -> tuple[Tensor, Tensor]:
+    """Run each expert on its rows.
+
+    Args:
+        rows: what enters the experts, each (T, ...).
+        expert: (P,) expert ids; pairs: (P,) flat (row, slot) places, `k` to a row.
+        parameters, experts, body: as in `branch_outputs`.
+
+    Returns:
+        (P,) positions in `expert`, sorted by expert; (P, width) outputs in that order.
+    """
     order = expert.argsort(stable=True)
-    counts = torch.bincount(expert, minlength=experts).tolist()
-    sorted_rows = [value.index_select(0, pairs[order] // k) for value in rows]
-    each = len(parameters) // experts
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            segment = [value[start : start + count] for value in sorted_rows]
-            yield (
-                order[start : start + count],
-                bodies.run(body, segment, parameters[e * each : (e + 1) * each]),
-            )
-            start += count
+    ends = torch.bincount(expert, minlength=experts).cumsum(0)
+    source = pairs[order] // k
+    sorted_rows = [value.index_select(0, source) for value in rows]
+    return order, bodies.run_by_expert(body, sorted_rows, F.pad(ends, (1, 0)), parameters, experts)
 
 
 def refresh_branches(
@@ -103,11 +106,12 @@ def refresh_branches(
         flat_cache = cache.view(-1, width)
         if slope is not None:
             slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[pairs]], 0.0)
-        for places, outputs in expert_by_expert(rows, index.flatten()[pairs], pairs, k, parameters, experts, body):
-            norms.view(-1).index_copy_(0, pairs[places], outputs.norm(dim=-1).to(torch.float32))
-            if slope is not None:
-                outputs = outputs - ratio * slope.view(-1, width).index_select(0, slots[places])
-            flat_cache.index_copy_(0, slots[places], outputs.to(cache.dtype))
+        order, outputs = expert_outputs(rows, index.flatten()[pairs], pairs, k, parameters, experts, body)
+        places = slots[order]
+        norms.view(-1).index_copy_(0, pairs[order], outputs.norm(dim=-1).to(torch.float32))
+        if slope is not None:
+            outputs = outputs - ratio * slope.view(-1, width).index_select(0, places)
+        flat_cache.index_copy_(0, places, outputs.to(cache.dtype))
     return _combine(cache, slope, ratio, weight), norms
 
 

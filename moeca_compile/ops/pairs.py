@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeca_compile.ops.branches import expert_by_expert
+from moeca_compile.ops.branches import expert_outputs
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
@@ -97,10 +97,9 @@ def _run(rows: list[Tensor], mask: Tensor, parameters: list[Tensor], body: str, 
     """The pairs of `mask` as flat numbers (P,), in order of tokens, and their outputs (P, width)."""
     experts = mask.shape[1]
     pairs = mask.flatten().nonzero().squeeze(1)
+    order, values = expert_outputs(rows, pairs % experts, pairs, experts, parameters, experts, body)
     outputs = rows[0].new_empty(len(pairs), width)
-    for places, values in expert_by_expert(rows, pairs % experts, pairs, experts, parameters, experts, body):
-        outputs.index_copy_(0, places, values.to(outputs.dtype))
-    return pairs, outputs
+    return pairs, outputs.index_copy_(0, order, values.to(outputs.dtype))
 
 
 def _add_up(outputs: Tensor, pairs: Tensor, weight: Tensor) -> Tensor:

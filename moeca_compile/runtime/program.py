@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
+from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.outline import outline, uncut
 from moeca_compile.passes.rewrite import StepFunction, StepResult
 from moeca_compile.runtime.chain import Chain
@@ -34,6 +35,7 @@ class Program:
 
     def lower(self, whole: bool) -> None:
         """Compile the traced graph with Inductor: as a whole, or stretches of it that are alike once."""
+        use_fast_linears(self.graph.graph)
         calls = uncut(self.graph) if whole else outline(self.graph)
         units = {call.unit: compile_graph(call.unit.module(), call.unit.examples()) for call in calls}
         self.compiled = Chain(self.graph, calls, units)
