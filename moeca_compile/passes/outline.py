@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeca_compile.passes.regions import ancestors
+
 BOUNDARY = torch.ops.aten.alias.default
 Stretch = list[fx.Node]
 
@@ -87,7 +89,8 @@ def _stretches(graph: fx.Graph) -> list[Stretch]:
     """The graph's ops from one boundary to the next.
 
     What follows the last one is for the most part what the policy keeps of each block. It goes back to the stretch
-    that it was computed in, so that this need not hand on everything that is kept.
+    that it was computed in, so that this need not hand on everything that is kept; what is made of many stretches,
+    such as all layers' counters, stays behind them all, or the last block would not be like the others.
     """
     found: list[Stretch] = [[]]
     handed_on: set[fx.Node] = set()
@@ -101,20 +104,42 @@ def _stretches(graph: fx.Graph) -> list[Stretch]:
             next(nodes for nodes in found if node.args[0] in nodes).append(node)
         elif node.op == "call_function":
             found[-1].append(node)
+    stays = _changed_in_place(graph)
+    _hoist_shared(found, stays | handed_on)
     tail = found.pop()
     found.append([])
     home = {node: i for i, nodes in enumerate(found) for node in nodes}
-    stays = _changed_in_place(graph)
     for node in tail:
         inputs = node.all_input_nodes
         ready = [home[arg] + (arg in handed_on) for arg in inputs if arg in home]
-        if stays & set(inputs):
+        if stays & set(inputs) or len(set(ready)) > 2:
             ready.append(len(found) - 1)
         if ready:
             _settle(node, max(ready), home, found)
     for node in tail:
         _settle(node, len(found) - 1, home, found)
     return [nodes for nodes in found if nodes]
+
+
+def _hoist_shared(found: list[Stretch], ends: set[fx.Node]) -> None:
+    """Move what comes of the inputs alone, and more than two stretches read, to the front: the first block, where the
+    conditioning of all blocks happens to be computed, would not be like the others. Not past `ends`: the stream, and
+    what is changed in place."""
+    home = {node: i for i, nodes in enumerate(found) for node in nodes}
+    free: set[fx.Node] = set()
+    for node in (node for nodes in found for node in nodes):
+        inputs = node.all_input_nodes
+        if not ends & {node, *inputs} and all(arg in free or arg not in home for arg in inputs):
+            free.add(node)
+    shared = {node for node in free if len({home.get(user) for user in node.users}) > 2 and not _is_tuple(node)}
+    moved = ancestors(list(shared)) & free
+    for place, nodes in enumerate(found[1:], start=1):
+        found[0] += [node for node in nodes if node in moved]
+        found[place] = [node for node in nodes if node not in moved]
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return any(user.target is operator.getitem for user in node.users)
 
 
 def _settle(node: fx.Node, place: int, home: dict[fx.Node, int], found: list[Stretch]) -> None:

@@ -37,7 +37,8 @@ class Program:
         """Compile the traced graph with Inductor: as a whole, or stretches of it that are alike once."""
         use_fast_linears(self.graph.graph)
         calls = uncut(self.graph) if whole else outline(self.graph)
-        units = {call.unit: compile_graph(call.unit.module(), call.unit.examples()) for call in calls}
+        distinct = dict.fromkeys(call.unit for call in calls)
+        units = {unit: compile_graph(unit.module(), unit.examples()) for unit in distinct}
         self.compiled = Chain(self.graph, calls, units)
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:

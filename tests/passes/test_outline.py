@@ -168,3 +168,46 @@ def test_an_uncut_graph_is_one_call():
     assert all(node.target is not alias.default for node in calls[0].nodes)
     for got, want in zip(chain(X, *WEIGHTS), function(X, *WEIGHTS), strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+def test_what_all_stretches_read_is_computed_in_front():
+    """Conditioning that the first block happens to compute, and that the head reads too."""
+
+    def function(x, c, *weights):
+        condition = (c * c).tanh()
+        x = alias(x.sin())
+        for weight in weights:
+            x = alias(x + (x @ weight) * condition)
+        return [x * condition.exp()]
+
+    calls = check(function, X, X, *WEIGHTS)
+    assert forms(calls) == [0, 1, 1, 1, 1, 1, 2]
+
+
+def test_what_is_made_of_all_layers_stays_behind_them():
+    def function(x, *weights):
+        counts = []
+        for weight in weights:
+            x = alias(x + (x @ weight).tanh())
+            counts.append(x.sum())
+        return [x, torch.stack(counts)]
+
+    calls = check(function, X, *WEIGHTS)
+    assert forms(calls)[1:-1] == [1] * len(calls[1:-1])
+
+
+def test_what_is_changed_in_place_is_not_computed_in_front():
+    """It is read by many stretches, but from the second on only."""
+
+    def function(x, cache, *weights):
+        x = alias(x @ weights[0])
+        x = alias(x + cache.add_(1.0))
+        changed = cache * 2
+        for weight in weights:
+            x = alias(x @ weight + changed)
+        return [x]
+
+    calls, chain = chain_of(trace_to_graph(function, X, X, *WEIGHTS))
+    targets = [[node.target for node in call.nodes] for call in calls]
+    assert torch.ops.aten.mul.Tensor not in targets[0]
+    torch.testing.assert_close(chain(X, X.clone(), *WEIGHTS), function(X, X.clone(), *WEIGHTS), atol=0, rtol=0)
