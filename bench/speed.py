@@ -1,14 +1,20 @@
-"""How long steps take on the published models: eager, plain torch.compile, and full and cache steps of ours.
+"""How long steps and generations take on the published models: eager, plain torch.compile, and ours.
 
-python -m bench.speed                                        # all models, about ten minutes each on 2 cores
-python -m bench.speed --model DSMoE-S-E16 --fraction 0 --fraction 0.0625 --repeats 5
+python -m bench.speed                                        # all models; see --help for fewer
+python -m bench.speed --model DSMoE-S-E16 --dtype bfloat16 --fraction 0 --fraction 0.0625 --repeats 5
 
 A fraction is a rank budget: so much of a layer's branches is recomputed at every cache step, so that the work is the
-same on every machine. Each way of running the model has a copy of its own and is compiled cold, in an empty cache of
-Inductor's. Then all run in turn, four steps at a time (one full step and three cache steps of ours), so that drift
-of the machine meets all of them alike. `over_compile` is the median of ratios within a turn: plain torch.compile's
-step time over this one's. `share` is what the cost model says that this step's FLOPs are of a full step's.
-Rows are added to a CSV file.
+same on every machine. Each way of running the model has a copy of its own. Plain torch.compile and the first of ours
+that caches are compiled cold, each in an empty cache of Inductor's; the other fractions find what the first left
+there, as a further capacity does. Each is then compiled a second time from a full cache (`warm_seconds`). Then all
+run in turn, four steps at a time (one full step and three cache steps of ours), so that drift of the machine meets
+all of them alike.
+
+`over_compile` is the median of ratios within a turn: plain torch.compile's step time over this one's. `over_full` is
+a step's time over that of a full step of the same way, and `share` what the cost model says that it is in FLOPs. A
+row of kind `generation` is the sum of a turn; with --steps a row of kind `loop` is a whole generation run as one.
+`peak_mib` is the most that one step had allocated beside inputs, weights and caches.
+Rows are added to a CSV file, and the parts of a step's time to another; `python -m bench.plot` draws both.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
+from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
 from examples import families
@@ -35,10 +42,19 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment, private_copy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.csv"
+SPLIT = RESULTS.with_name("step_split.csv")
 MODELS = ("DSMoE-S-E16", "DSMoE-S-E48", "DiT-MoE-S", "Diff-MoE-S", "DiffMoE-S-E16")
 FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
 PERIOD = 4
+STAGES = ("capture", "match", "validate", "plan", "rewrite", "lower")
 EAGER, COMPILED, UNCACHED = "eager", "torch.compile", "none"
+PARTS = {
+    "linear layers": ("moeca::linear", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::linear"),
+    "experts": ("moeca::refresh_branches", "moeca::refresh_pairs", "moeca::branch_outputs", "moeca::pair_outputs"),
+    "attention": ("moeca::attend_rows", "aten::scaled_dot_product_attention"),
+    "top-k and sort": ("aten::topk", "aten::sort"),
+}
+"""Ops by what they do; an op's time is its own and that of all that it calls. Fused kernels go by their name."""
 
 
 @dataclass
@@ -47,30 +63,49 @@ class Way:
 
     name: str
     call: Any
-    compile_seconds: float = 0.0
+    options: Mapping[str, Any] | None = None
+    cold_seconds: float = 0.0
+    warm_seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    peak_mib: float = 0.0
+    loop: list[float] = field(default_factory=list)
     turns: list[list[float]] = field(default_factory=list)
 
-    def milliseconds(self, cached: bool | None) -> list[float]:
-        """A turn's median of full steps (False), cache steps (True) or all (None)."""
-        part = slice(None) if cached is None else slice(1, None) if cached else slice(0, 1)
+    @property
+    def caching(self) -> bool:
+        return self.name not in (EAGER, COMPILED, UNCACHED)
+
+    def milliseconds(self, kind: str) -> list[float]:
+        """By turn: the median of its "full" steps, of its "cache" steps or of all "step"s, or the "generation"."""
+        if kind == "generation":
+            return [sum(turn) for turn in self.turns]
+        part = {"step": slice(None), "cache": slice(1, None), "full": slice(0, 1)}[kind]
         return [median(turn[part]) for turn in self.turns]
 
 
-def ways(model: nn.Module, fractions: Sequence[float]) -> list[Way]:
-    ours = [(UNCACHED, {"recipe": "none"})]
-    ours += [(f"moeca {fraction:g}", {"recipe": "moeca", "budget": fraction}) for fraction in fractions]
-    found = [Way(EAGER, private_copy(model)), Way(COMPILED, torch.compile(private_copy(model)))]
-    for name, options in ours:
-        options = {**options, "full_every": PERIOD}
-        found.append(Way(name, torch.compile(private_copy(model), backend="moeca", options=options)))
-    return found
+def compiled(name: str, model: nn.Module, options: Mapping[str, Any] | None) -> Way:
+    """A way with a copy of the model of its own, compiled by plain torch.compile where there are no options."""
+    copy = private_copy(model)
+    if options is None:
+        return Way(name, torch.compile(copy))
+    return Way(name, torch.compile(copy, backend="moeca", options={**options, "full_every": PERIOD}), options)
 
 
-def run_turn(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> list[float]:
+def ways(model: nn.Module, fractions: Sequence[float]) -> list[list[Way]]:
+    """What is compared, in groups that are compiled with one cache of Inductor's."""
+    ours = [compiled(f"moeca {fraction:g}", model, {"recipe": "moeca", "budget": fraction}) for fraction in fractions]
+    return [
+        [Way(EAGER, private_copy(model))],
+        [compiled(COMPILED, model, None)],
+        [*ours, compiled(UNCACHED, model, {"recipe": "none"})],
+    ]
+
+
+def run_turn(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int, steps: int = PERIOD) -> list[float]:
     """Milliseconds of the steps of one period."""
     x, t, y = inputs
     times = []
-    for step in range(PERIOD):
+    for step in range(steps):
         at = t - (turn * PERIOD + step)
         start = time.perf_counter()
         way.call(x, at, y)
@@ -78,44 +113,130 @@ def run_turn(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> list
     return times
 
 
-def measure(model: nn.Module, batch: int, fractions: Sequence[float], repeats: int, console: Console) -> list[Way]:
+def seconds_to_compile(way: Way, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+    """What the first turn takes longer than the second."""
+    first, second = (sum(run_turn(way, inputs, turn)) for turn in (0, 1))
+    return (first - second) / 1000
+
+
+def compile_all(
+    model: nn.Module, groups: Sequence[Sequence[Way]], inputs: tuple[Tensor, Tensor, Tensor], console: Console
+) -> None:
+    """Compile every way, and a second time with what the first left in the cache."""
+    for group in groups:
+        with fresh_cache():
+            for way in group:
+                if way.name == EAGER:
+                    run_turn(way, inputs, 0)
+                    continue
+                way.cold_seconds = seconds_to_compile(way, inputs)
+                way.warm_seconds = seconds_to_compile(compiled(way.name, model, way.options), inputs)
+                if way.options is not None:
+                    way.stages = moeca_compile.report(way.call).compile_seconds
+                console.print(f"  {way.name}: compiled in {way.cold_seconds:.1f} s, warm {way.warm_seconds:.1f} s")
+
+
+def measure(
+    model: nn.Module, batch: int, fractions: Sequence[float], repeats: int, steps: int, console: Console
+) -> list[Way]:
     """Compile every way, then let them take turns."""
-    inputs = families.inputs_for(model, batch=batch)
-    found = ways(model, fractions)
+    x, t, y = families.inputs_for(model, batch=batch)
+    inputs = (x.to(model.head.weight.dtype), t, y)
+    groups = ways(model, fractions)
+    found = [way for group in groups for way in group]
     with torch.no_grad():
-        for way in found:
-            with fresh_cache():
-                warm = run_turn(way, inputs, 0)
-                again = run_turn(way, inputs, 1)
-            if way.name != EAGER:
-                way.compile_seconds = (sum(warm) - sum(again)) / 1000
-            console.print(f"  {way.name}: compiled in {way.compile_seconds:.1f} s")
+        compile_all(model, groups, inputs, console)
         for turn in range(2, 2 + repeats):
             for way in found:
                 way.turns.append(run_turn(way, inputs, turn))
+        for way in found:
+            way.peak_mib = peak_of_step(way, inputs, 2 + repeats)
+            if steps:
+                way.loop = [sum(run_turn(way, inputs, 100, steps))]
     return found
 
 
+def profiled(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> Any:
+    """A profile of the last of a turn's steps: a cache step, where the way caches."""
+    x, t, y = inputs
+    run_turn(way, inputs, turn, PERIOD - 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+        way.call(x, t - (turn * PERIOD + PERIOD - 1), y)
+    return taken
+
+
+def peak_of_step(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> float:
+    """MiB that a step has allocated at most."""
+    live = most = 0
+    for event in profiled(way, inputs, turn).profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most / 2**20
+
+
+def split_of_step(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> dict[str, float]:
+    """Milliseconds of a cache step by what spends them; what no op accounts for is the calls between them."""
+    roots = [event for event in profiled(way, inputs, turn).events() if event.cpu_parent is None]
+    split = dict.fromkeys([*PARTS, "fused kernels", "other ops", "calls"], 0.0)
+    for root in roots:
+        _add_times(root, split)
+    return {part: spent / 1000 for part, spent in split.items()}
+
+
+def _add_times(event: Any, split: dict[str, float]) -> None:
+    part = next((part for part, names in PARTS.items() if event.name in names), None)
+    if part is None and "_fused_" in event.name:
+        part = "fused kernels"
+    if part is not None:
+        split[part] += event.cpu_time_total
+        return
+    split["other ops" if event.name.startswith("aten::") else "calls"] += event.self_cpu_time_total
+    for child in event.cpu_children:
+        _add_times(child, split)
+
+
 def rows_of(name: str, batch: int, found: Sequence[Way], where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each way and kind of step."""
-    base = next(way for way in found if way.name == COMPILED).milliseconds(None)
+    """Rows for each way: its kinds of step, the sum of a turn, and a whole generation where one was run."""
+    base = next(way for way in found if way.name == COMPILED)
     for way in found:
-        caching = way.name not in (EAGER, COMPILED, UNCACHED)
-        for cached in (False, True) if caching else (None,):
-            times = way.milliseconds(cached)
-            yield {
-                "model": name,
-                "batch": batch,
-                "way": way.name,
-                "step": {None: "", False: "full", True: "cache"}[cached],
-                "milliseconds": round(median(times), 2),
-                "over_compile": round(median(b / t for b, t in zip(base, times, strict=True)), 3),
-                "share": round(cache_share(way), 4) if cached else "",
-                "compile_seconds": round(way.compile_seconds, 1),
-                "cache_mib": round(moeca_compile.report(way.call).cache_bytes / 2**20, 1) if caching else "",
-                "repeats": len(times),
-                **where,
-            }
+        for kind in ("full", "cache", "generation") if way.caching else ("step",):
+            times = way.milliseconds(kind)
+            plain = base.milliseconds("generation" if kind == "generation" else "step")
+            yield _row(name, batch, way, kind, times, plain, where)
+        if way.loop:
+            yield _row(name, batch, way, "loop", way.loop, base.loop, where)
+
+
+def _row(
+    name: str,
+    batch: int,
+    way: Way,
+    kind: str,
+    times: Sequence[float],
+    plain: Sequence[float],
+    where: Mapping[str, Any],
+) -> dict[str, Any]:
+    cached = way.caching and kind == "cache"
+    full = way.milliseconds("full")
+    report = moeca_compile.report(way.call) if way.options is not None else None
+    return {
+        "model": name,
+        "batch": batch,
+        "way": way.name,
+        "kind": kind,
+        "milliseconds": round(median(times), 2),
+        "over_compile": round(median(b / t for b, t in zip(plain, times, strict=True)), 3),
+        "over_full": round(median(t / f for t, f in zip(times, full, strict=True)), 4) if cached else "",
+        "share": round(cache_share(way), 4) if way.caching and kind != "full" else "",
+        "cold_seconds": round(way.cold_seconds, 1),
+        "warm_seconds": round(way.warm_seconds, 1),
+        **{f"{stage}_seconds": round(way.stages.get(stage, 0.0), 2) for stage in STAGES},
+        "cache_mib": round(report.cache_bytes / 2**20, 2) if report is not None else "",
+        "peak_mib": round(way.peak_mib, 2),
+        "repeats": len(times),
+        **where,
+    }
 
 
 def cache_share(way: Way) -> float:
@@ -149,25 +270,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=whole_number(1), default=4, help="samples (4)")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns of four steps (5)")
+    parser.add_argument("--steps", type=whole_number(0), default=0, help="steps of a whole generation too (0: none)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(float32)")
     parser.add_argument("--threads", type=whole_number(1), default=2, help="threads of torch (2)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
+    parser.add_argument("--split", type=Path, default=SPLIT, metavar="CSV", help=f"({SPLIT})")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse_arguments(argv), Console(highlight=False)
     torch.set_num_threads(args.threads)
-    where = environment(torch.device("cpu"), torch.float32)
+    dtype = getattr(torch, args.dtype)
+    where = environment(torch.device("cpu"), dtype)
     warnings.simplefilter("ignore")  # torch's own, once a compilation
     for name in args.model or MODELS:
         model = families.reduced("DSMoE") if name == "tiny" else families.build(name)
-        console.print(f"{name}, batch {args.batch}")
-        found = measure(model, args.batch, args.fraction or FRACTIONS, args.repeats, console)
+        model = model.to(dtype)
+        console.print(f"{name}, batch {args.batch}, {args.dtype}")
+        found = measure(model, args.batch, args.fraction or FRACTIONS, args.repeats, args.steps, console)
         rows = list(rows_of(name, args.batch, found, where))
         for row in rows:
-            console.print("  {way} {step}: {milliseconds} ms, {over_compile}x, share {share}".format(**row))
+            console.print("  {way} {kind}: {milliseconds} ms, {over_compile}x, {over_full} of full".format(**row))
         keep(rows, args.out)
+        keep(list(splits_of(name, model, args.batch, found, where)), args.split)
     return 0
+
+
+def splits_of(
+    name: str, model: nn.Module, batch: int, found: Sequence[Way], where: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows of what spends the time of a cache step."""
+    x, t, y = families.inputs_for(model, batch=batch)
+    inputs = (x.to(model.head.weight.dtype), t, y)
+    with torch.no_grad():
+        for way in found:
+            if way.caching:
+                for part, spent in split_of_step(way, inputs, 200).items():
+                    yield {"model": name, "batch": batch, "way": way.name, "part": part} | {
+                        "milliseconds": round(spent, 3),
+                        **where,
+                    }
 
 
 if __name__ == "__main__":
