@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any
@@ -25,7 +25,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import ChainedSource, Source, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -170,9 +170,35 @@ def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
 
 def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     """Trace a function of pytrees of tensors to ATen on fake tensors; its placeholders are the flat arguments."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with _mode_of(torch.utils._pytree.tree_leaves(arguments)) as mode:
         fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The mode in which a traced graph's `val`s are fake; a new one where none is."""
+    return _mode_of(node.meta.get("val") for node in gm.graph.nodes)
+
+
+def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    found = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return next(found, None) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def has_kernel_for(op: Any, device: torch.device) -> bool:
+    """Whether an implementation of a custom op was registered for this type of device itself."""
+    key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}.get(device.type)
+    return key is not None and bool(op.has_kernel_for_dispatch_key(key))
+
+
+def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its destination, on an accelerator with few kernels; all have something to copy."""
+    torch._foreach_copy_(list(destinations), list(sources), non_blocking=True)
+
+
+def zero_all(tensors: Sequence[torch.Tensor]) -> None:
+    """Fill all tensors with 0, on an accelerator with few kernels."""
+    torch._foreach_zero_(list(tensors))
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -13,11 +13,18 @@ from tests.runtime.joint_models import WithGuidance, make_text
 
 
 def read(times: TimestepInput, *calls: tuple[float, float]) -> list[tuple[float, ...] | None]:
-    return [times.read([(t,), (g,)]) for t, g in calls]
+    return [times.read([lambda t=t: (t,), lambda g=g: (g,)]) for t, g in calls]
 
 
 def test_one_candidate_is_known_at_once():
-    assert TimestepInput(1).read([(1.0, 1.0)]) == (1.0, 1.0)
+    assert TimestepInput(1).read([lambda: (1.0, 1.0)]) == (1.0, 1.0)
+
+
+def test_the_other_one_is_not_read_any_more():
+    times, asked = TimestepInput(2), []
+    read(times, (1.0, 3.0), (0.9, 3.0), (0.8, 3.0))
+    assert times.read([lambda: (0.7,), lambda: asked.append("guidance")]) == (0.7,)
+    assert not asked
 
 
 @pytest.mark.parametrize("place", [0, 1])
