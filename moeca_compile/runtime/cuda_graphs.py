@@ -201,6 +201,7 @@ class CudaGraphs:
         """The buffers with this call's values; new ones where a weight has moved, to which no recording belongs."""
         if self.buffers is None or not self.buffers.fit(inputs):
             self.buffers = Buffers(inputs, self.arguments, clock)
+            self.rehearsed.clear()  # kernels may keep tables of where the weights lie
         self.buffers.fill(inputs, clock)
         return self.buffers
 

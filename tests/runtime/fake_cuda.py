@@ -33,16 +33,17 @@ class OnFakeCuda:
         found = captured(model, *arguments)
         self.gm, self.user_inputs = found.gm, found.user_inputs
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         kept = {f"l_{name}_" for name in stay}
         with self.mode:
             self.inputs = [
-                self._fake(value, CPU if name in kept else CUDA)
-                for name, value in zip(names, found.inputs, strict=True)
+                self._fake(value, CPU if node.name in kept else CUDA)
+                for node, value in zip(placeholders, found.inputs, strict=True)
             ]
-        if not stay:
-            _say_cuda(self.gm.graph)
-            self.gm.recompile()
+        for node, value in zip(placeholders, self.inputs, strict=True):
+            node.meta["example_value"] = value
+        _say_cuda(self.gm.graph)
+        self.gm.recompile()
 
     def _fake(self, value: Any, device: torch.device) -> Any:
         if not isinstance(value, Tensor):
@@ -71,6 +72,7 @@ def without_guards() -> Iterator[None]:
         "__getitem__": _indexed,
         "contiguous": torch.ops.aten.contiguous,
         "__invert__": torch.ops.aten.bitwise_not,
+        "pin_memory": lambda value: value,
     }
     with pytest.MonkeyPatch.context() as patch:
         for kind in (FakeTensor, FunctionalTensor):

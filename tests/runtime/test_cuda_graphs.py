@@ -151,6 +151,7 @@ def test_a_moved_weight_is_recorded_again(on_tape, graph, model):
     found = generate(engine, moved, model)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert recorder.events.count("record") == before + 2
+    assert recorder.events.count("rehearse") == 4
     generate(engine, moved, model)
     assert recorder.events.count("record") == before + 2
 
