@@ -170,17 +170,13 @@ def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
 
 def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     """Trace a function of pytrees of tensors to ATen on fake tensors; its placeholders are the flat arguments."""
-    with _mode_of(torch.utils._pytree.tree_leaves(arguments)) as mode:
+    with fake_mode_of(torch.utils._pytree.tree_leaves(arguments)) as mode:
         fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)
 
 
-def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
-    """The mode in which a traced graph's `val`s are fake; a new one where none is."""
-    return _mode_of(node.meta.get("val") for node in gm.graph.nodes)
-
-
-def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    """The mode that values are fake in; a new one where none is."""
     found = (value.fake_mode for value in values if isinstance(value, FakeTensor))
     return next(found, None) or FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -192,8 +188,15 @@ def has_kernel_for(op: Any, device: torch.device) -> bool:
 
 
 def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its destination, on an accelerator with few kernels; all have something to copy."""
-    torch._foreach_copy_(list(destinations), list(sources), non_blocking=True)
+    """Copy each source into its destination, on an accelerator those that are alike with few kernels."""
+    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for into, source in zip(destinations, sources, strict=True):
+        alike = into.dtype, source.dtype, into.stride() == source.stride()
+        group = groups.setdefault(alike, ([], []))
+        group[0].append(into)
+        group[1].append(source)
+    for intos, froms in groups.values():
+        torch._foreach_copy_(intos, froms, non_blocking=True)
 
 
 def zero_all(tensors: Sequence[torch.Tensor]) -> None:

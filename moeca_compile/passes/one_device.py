@@ -68,7 +68,7 @@ def _move(gm: fx.GraphModule, node: fx.Node, device: torch.device) -> None:
 
 def _propagated(gm: fx.GraphModule, inputs: Sequence[Any], positions: Sequence[int], device: torch.device) -> bool:
     """Give all nodes their new values; whether all of them now lie on one device."""
-    mode = fake_mode_of(gm)
+    mode = fake_mode_of(inputs)
     with mode:
         fakes = [mode.from_tensor(v) if isinstance(v, Tensor) and v.device != CPU else v for v in inputs]
         for i in positions:

@@ -32,6 +32,9 @@ T = TypeVar("T")
 Compare = Callable[[Sequence[Any], Sequence[Any]], None]
 """Compares what a replay gave with what it should have; raises ValidationError."""
 
+_recording = threading.Lock()
+"""torch records one graph at a time in a process."""
+
 
 class Recording(Protocol):
     """Work on fixed memory that can be done again."""
@@ -87,10 +90,16 @@ class CudaRecorder:
         return result
 
     def record(self, function: Callable[[], T]) -> tuple[Recording, T]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating while this one records.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
-            result = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may go on allocating while this one records.
+            with (
+                _recording,
+                torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"),
+            ):
+                result = function()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that failed leaves the other one in place
         return graph, result
 
 
@@ -232,7 +241,8 @@ class CudaGraphs:
         try:
             return Recorded(*self.recorder.record(step), buffers)
         except Exception as error:
-            self._refuse(kind, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            cause = error.__context__ or error  # the end of a recording that was broken off fails too
+            self._refuse(kind, f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")
             return None
 
     def _compared(self, kind: StepKind, stream: Stream, program: StepFunction, recorded: Recorded) -> StepResult:
@@ -251,6 +261,7 @@ class CudaGraphs:
             )
         except ValidationError as error:
             self._refuse(kind, f"its replay is wrong: {error}")
+            del stream.graphs[kind]
             keep(stream.state, {**state, **expected.updates})
             return StepResult(expected.outputs, {}, expected.counts)
         self.compared.add(kind)
