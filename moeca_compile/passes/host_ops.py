@@ -60,8 +60,8 @@ def _outside(node: fx.Node, device: torch.device) -> str | None:
     """Why a node that is used is not on the device."""
     if node.op == "output" or not (node.users or node.op == "call_function"):
         return None
-    other = next((v.device for v in values_of(node) if v.device.type != device.type), None)
-    return None if other is None else f"lies on {other.type}"
+    other = next((value.device for value in values_of(node) if value.device != device), None)
+    return None if other is None else f"lies on {other}"
 
 
 def _reason(node: fx.Node) -> str | None:

@@ -181,10 +181,10 @@ class CudaGraphs:
     ) -> StepResult:
         """Run a step; it has changed the stream's caches when this returns, so no updates are left to adopt."""
         if self.recorder.busy():
+            _clear(stream)
             return _in_place(program, inputs, stream, clock)
         with self._lock, self.recorder.turn():
-            if stream.empty and stream.state:
-                zero_all(list(stream.state.values()))  # they may be those of a generation that has ended
+            _clear(stream)
             if kind in self.refused or self._refuses(kind, program, inputs):
                 return _in_place(program, inputs, stream, clock)
             return self._run(kind, stream, program, self._filled(inputs, clock))
@@ -276,6 +276,12 @@ def keep(state: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
     fresh = [v.clone() if v.untyped_storage().data_ptr() in places else v for v in changed.values()]
     if fresh:
         copy_all([state[name] for name in changed], fresh)
+
+
+def _clear(stream: Stream) -> None:
+    """Caches that hold nothing are 0: they may be those of a generation that has ended."""
+    if stream.empty and stream.state:
+        zero_all(list(stream.state.values()))
 
 
 def _in_place(program: StepFunction, inputs: Sequence[Any], stream: Stream, clock: Tensor) -> StepResult:
