@@ -64,7 +64,7 @@ def compared(bench: Bench, model: nn.Module, name: str, options: dict[str, objec
         for row in asked_of_the_host(generation, f"{name}, {how}"):
             bench.emit(row)
         for text in moeca_compile.report(own).warnings:
-            bench.emit(Row("generation", f"{name}, {how}", float("nan"), "warning", note=text))
+            bench.emit(Row("generation", f"{name}, {how}", 1, "warning", note=f"{WRONG}: {text}"))
     error = worst(relative_error(one, other) for one, other in zip(found[True], found[False], strict=True))
     note = "same bits" if all(map(torch.equal, found[True], found[False])) else "other bits"
     note = note if error <= TOLERANCE[bench.dtype] else f"{WRONG}, {note}"
@@ -91,10 +91,11 @@ def asked_of_the_host(generation: Generation, name: str) -> Iterator[Row]:
         synchronize(generation.bench.device)
     list(steps)
     names = [event.name for event in seen.events()]
-    counts = {
+    asked = {
         "copies to the host": sum("Memcpy DtoH" in each for each in names),
         "waits for the device": sum("synchronizing" in str(each.message) for each in told),
-        "launches": sum(each.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for each in names),
     }
-    for what, count in counts.items():
-        yield Row("generation", name, count, what, step="cache")
+    for what, count in asked.items():
+        yield Row("generation", name, count, what, step="cache", note=WRONG if count else "")
+    launches = sum(each.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for each in names)
+    yield Row("generation", name, launches, "launches", step="cache")

@@ -35,7 +35,7 @@ def to_one_device(
     It is `gm` itself, and no position, where nothing lies on the CPU or something has to: an output, a weight, or
     what draws random numbers (the device would draw others).
     """
-    if not any(_on_cpu(node) for node in gm.graph.nodes) or device == CPU or not _may_move(gm.graph, arguments):
+    if device == CPU or not any(map(_on_cpu, gm.graph.nodes)) or not _may_move(gm.graph, arguments):
         return gm, ()
     moved = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     moved.meta = dict(gm.meta)
