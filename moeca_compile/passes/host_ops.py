@@ -32,6 +32,7 @@ _TAGS = {
     torch.Tag.data_dependent_output: "reads a value on the host",
     torch.Tag.dynamic_output_shape: "has a shape that only the data tell",
 }
+# Ops that draw random numbers pass: torch moves their generator on with every replay.
 
 _INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default)
 """They take masks or positions for indices, and only masks have to be counted."""

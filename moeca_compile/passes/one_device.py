@@ -71,9 +71,8 @@ def _propagated(gm: fx.GraphModule, inputs: Sequence[Any], positions: Sequence[i
     mode = fake_mode_of(inputs)
     with mode:
         fakes = [mode.from_tensor(v) if isinstance(v, Tensor) and v.device != CPU else v for v in inputs]
-        for i in positions:
-            size, stride = inputs[i].size(), inputs[i].stride()
-            fakes[i] = torch.empty_strided(size, stride, dtype=inputs[i].dtype, device=device)
+        for i in positions:  # contiguous, as they are copied
+            fakes[i] = torch.empty(inputs[i].size(), dtype=inputs[i].dtype, device=device)
     try:
         with torch.no_grad():
             FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on the device. On CUDA the copy is queued from pinned memory; any other makes the host wait."""
+    """`value` on the device, contiguous. On CUDA the copy is queued from pinned memory: any other is waited for."""
+    value = value.contiguous()  # what was expanded cannot be pinned as it is
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeca_compile.passes.host_ops import host_ops
 from moeca_compile.passes.one_device import to_one_device
-from tests.harness import exported, ops
+from moeca_compile.runtime.upload import upload
+from tests.harness import exported, ops, placeholders
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -45,6 +46,16 @@ def test_the_numbers_stay_the_same():
     after.recompile()
     x, t = torch.randn(4), torch.tensor(0.3)
     torch.testing.assert_close(after(x, t)[0], on_cuda(x, t))
+
+
+def test_an_expanded_timestep_is_copied_contiguous():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [torch.empty(4, device=CUDA), torch.empty(1).expand(4)]
+        graph, copied = to_one_device(exported(on_cuda, *inputs), inputs, (True, True), CUDA)
+    assert copied == (1,)
+    _, time = placeholders(graph)
+    assert time.meta["val"].stride() == (1,)
+    assert upload(torch.ones(1).expand(4), CPU).stride() == (1,)
 
 
 def random_on_the_cpu(x: Tensor, t: Tensor) -> Tensor:

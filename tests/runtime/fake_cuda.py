@@ -61,8 +61,7 @@ class OnFakeCuda:
         with self.mode, without_guards():
             state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=CUDA) for s in shapes.plan.caches}
             clock = torch.zeros(2, 2, device=CUDA)
-            inputs = [self._fake(v, CUDA) if i in shapes.uploaded else v for i, v in enumerate(self.inputs)]
-            return Program(shapes.function(kind), inputs, state, clock).graph.graph
+            return Program(shapes.function(kind), shapes.placed(self.inputs), state, clock).graph.graph
 
 
 @contextmanager
