@@ -5,6 +5,9 @@ The ops of this package are opaque here; that theirs need no host is a matter of
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from examples import families
 from moeca_compile.passes.host_ops import host_ops, ops_without_kernel
 from moeca_compile.policies.step import StepKind
-from tests.models import TinyDiTMoE, make_inputs, make_model
+from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.runtime.fake_cuda import CUDA, OnFakeCuda
 from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleStream, make_text
 
@@ -108,3 +111,38 @@ def test_a_timestep_on_the_cpu_is_copied_before_the_step():
 
 def test_on_a_cpu_nothing_is_copied(graph):
     assert graph.specialisation(validate=False).uploaded == ()
+
+
+# --- what Inductor makes of a step -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_blocks() -> OnFakeCuda:
+    model = make_model(Sizes(depth=2))
+    noise, labels = make_inputs(model)
+    return OnFakeCuda(model, (noise, torch.ones(2), labels))
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (StepKind(), {"branch_outputs": 1}),
+        (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_branches": 1}),
+        (StepKind(False, False), {}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_code_for_cuda_needs_no_host(two_blocks, kind, own):
+    """Kernels, products, our ops, and what has no code of Inductor's own; nothing of it on the CPU."""
+    pytest.importorskip("triton", reason="Inductor writes no code for CUDA without it")
+    from tests.runtime.cuda_code import cuda_code
+
+    shapes = two_blocks.specialisation(recipe="moeca-forecast", budget=0.25)
+    code = cuda_code(two_blocks.step(shapes, kind).owning_module, two_blocks.mode)
+    called = code[code.rindex("def call(") :]
+    ops = Counter(re.findall(r"= torch\.ops\.(\w+\.\w+)", called))
+    assert {name.removeprefix("moeca."): count for name, count in ops.items() if name.startswith("moeca.")} == own
+    assert {name for name in ops if not name.startswith("moeca.")} <= {"aten.convolution", "aten.topk", "aten.sort"}
+    assert called.count(".run(") > 10
+    for word in (".item(", ".tolist(", ".cpu(", "empty_strided_cpu(", "device='cpu'", "synchronize"):
+        assert word not in called, word
