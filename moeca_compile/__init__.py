@@ -4,7 +4,7 @@ from moeca_compile.backend import moeca_backend
 from moeca_compile.config import ConfigError, MoecaConfig
 from moeca_compile.reporting.collect import report, reset
 from moeca_compile.reporting.report import Report
-from moeca_compile.runtime.scope import generation, stream
+from moeca_compile.runtime.scope import generation, step, stream
 
 __all__ = [
     "ConfigError",
@@ -14,5 +14,6 @@ __all__ = [
     "moeca_backend",
     "report",
     "reset",
+    "step",
     "stream",
 ]

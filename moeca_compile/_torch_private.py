@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import CDLL
 from dataclasses import replace
 from types import CodeType, FrameType
@@ -27,7 +27,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import ChainedSource, Source, TracingContext, tracing
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -172,9 +172,38 @@ def export_functional(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
 
 def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphModule:
     """Trace a function of pytrees of tensors to ATen on fake tensors; its placeholders are the flat arguments."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_mode_of(torch.utils._pytree.tree_leaves(arguments)) as mode:
         fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         return make_fx(function, tracing_mode="real", pre_dispatch=True)(*fakes)
+
+
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    """The mode that values are fake in; a new one where none is."""
+    found = (value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return next(found, None) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def has_kernel_for(op: Any, device: torch.device) -> bool:
+    """Whether an implementation of a custom op was registered for this type of device itself."""
+    key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}.get(device.type)
+    return key is not None and bool(op.has_kernel_for_dispatch_key(key))
+
+
+def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its destination, on an accelerator those that are alike with few kernels."""
+    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for into, source in zip(destinations, sources, strict=True):
+        alike = into.dtype, source.dtype, into.stride() == source.stride()
+        group = groups.setdefault(alike, ([], []))
+        group[0].append(into)
+        group[1].append(source)
+    for intos, froms in groups.values():
+        torch._foreach_copy_(intos, froms, non_blocking=True)
+
+
+def zero_all(tensors: Sequence[torch.Tensor]) -> None:
+    """Fill all tensors with 0, on an accelerator with few kernels."""
+    torch._foreach_zero_(list(tensors))
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

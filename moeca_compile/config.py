@@ -216,6 +216,8 @@ class MoecaConfig:
         >= 1.
     cache_dtype: dtype of cached activations; None is the model's own. A name such as "bfloat16" is taken
         too.
+    cuda_graphs: on CUDA, record each kind of step once a stream as a CUDA graph and replay it. Caches of ended
+        generations are then kept for the next ones, up to max_generations. Without effect on other devices.
 
     Validation:
     validate: check each rewritten graph against the original on the first inputs.
@@ -250,6 +252,7 @@ class MoecaConfig:
     validate: bool = setting(True, flag)
     tolerance: float | None = setting(None, optional(real(0, open_low=True)))
     cache_dtype: torch.dtype | None = setting(None, activation_dtype)
+    cuda_graphs: bool = setting(True, flag)
 
     def __post_init__(self) -> None:
         self._keep("recipe", one_of(*RECIPES), self.recipe)

@@ -51,6 +51,7 @@ WRONG = [
     ("tolerance", 0, "(0, inf)"),
     ("cache_dtype", "int8", "torch.bfloat16"),
     ("cache_dtype", torch.int64, "torch.bfloat16"),
+    ("cuda_graphs", "auto", "True | False"),
 ]
 
 

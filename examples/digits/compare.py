@@ -3,15 +3,11 @@
 A *policy* is a way to make pictures: a compiled model, a sampler and a number of steps.
 """
 
-import copy
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from statistics import median
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,6 +17,8 @@ import moeca_compile
 from examples.digits import metrics
 from examples.digits.classifier import DigitsClassifier
 from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
+from examples.machine import environment as environment  # part of what this module offers
+from examples.machine import private_copy as private_copy
 
 BASELINE = "torch.compile"
 UNCACHED = "none"
@@ -99,19 +97,6 @@ def timed_generation(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images, time.perf_counter() - start
-
-
-def private_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose forward is a code object of its own.
-
-    Plain torch.compile breaks the graph inside the loop over the blocks. Dynamo then marks the code object
-    of that forward as one to skip, for every backend and every other model of the class in the process.
-    """
-    own = copy.deepcopy(model)
-    kind = type(model)
-    forward = FunctionType(kind.forward.__code__.replace(), kind.forward.__globals__, kind.forward.__name__)
-    own.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-    return own
 
 
 def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: object) -> Policy:
@@ -195,19 +180,6 @@ def make_rows(policies: list[Policy], setting: Setting, classifier: DigitsClassi
             )
         )
     return rows
-
-
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
-    """What a timing depends on: device, threads, dtype and versions."""
-    on_gpu = device.type == "cuda"
-    packages = {name: version(name) for name in ("torch", "diffusers", "moeca-compile")}
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        **packages,
-    }
 
 
 def as_json(rows: list[Row], setting: Setting, where: dict[str, str | int]) -> dict[str, object]:

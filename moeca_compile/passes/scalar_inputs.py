@@ -79,9 +79,11 @@ def _is_number(arg: Any, number: fx.Node) -> bool:
 
 def _replace(graph: fx.Graph, user: fx.Node, tensor: fx.Node, shape: Any) -> None:
     """`user`, which makes a tensor of the number, becomes a cast and an expand of the tensor."""
-    dtype = user.kwargs.get("dtype") or user.meta["example_value"].dtype
+    example = user.meta["example_value"]
+    dtype = user.kwargs.get("dtype") or example.dtype
+    place = () if example.device.type == "cpu" else (example.device,)
     with graph.inserting_before(user):
-        cast = graph.call_method("to", (tensor, dtype))
+        cast = graph.call_method("to", (tensor, *place, dtype))
         cast = graph.call_method("expand", (cast, shape))
     user.replace_all_uses_with(cast)
     graph.erase_node(user)

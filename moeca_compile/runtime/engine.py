@@ -91,16 +91,17 @@ class Engine:
 
     def _uncached(self, shapes: Specialisation, inputs: Sequence[Any]) -> tuple[Any, ...]:
         clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
-        outputs = shapes.program(StepKind(), inputs, {}, clock)(inputs, {}, clock).outputs
+        outputs = shapes.run(StepKind(), shapes.stateless, shapes.placed(inputs), clock).outputs
         shapes.tally(StepKind(), None)
         return shapes.settle(inputs, outputs)
 
     def _run(
         self, shapes: Specialisation, fresh: Fresh, position: Position, inputs: Sequence[Any]
     ) -> tuple[Any, ...]:
-        stream, kind = position.stream, shapes.kind(fresh, position, inputs)
+        placed = shapes.placed(inputs)
+        stream, kind = position.stream, shapes.kind(fresh, position, placed)
         clock = shapes.clock(stream.clock(position.place))
-        result = shapes.program(kind, inputs, stream.state, clock)(inputs, stream.state, clock)
+        result = shapes.run(kind, stream, placed, clock)
         stream.state.update(result.updates)
         stream.passed(fresh, position.number, position.place)
         shapes.tally(kind, result.counts)

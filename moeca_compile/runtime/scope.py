@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _live: set[int] = set()
 _threads = threading.local()
 _generation: ContextVar[int | None] = ContextVar("moeca_generation", default=None)
 _stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
+_time: ContextVar[float | None] = ContextVar("moeca_time", default=None)
 
 
 @contextmanager
@@ -59,6 +61,24 @@ def stream(name: str) -> Iterator[None]:
         _stream.reset(token)
 
 
+@contextmanager
+def step(time: float) -> Iterator[None]:
+    """Calls inside are at the timestep `time`, a Python number; the timestep that they are given is not read.
+
+    Needed where that lies on an accelerator and reading it, once a call, makes the host wait for the device. Any
+    numbers do that go from step to step as the timesteps go: forecasts reach along them. Raises ValueError for a
+    number that is not finite.
+    """
+    value = float(time)
+    if not math.isfinite(value):
+        raise ValueError(f"moeca_compile.step({time!r}): a timestep is a finite number")
+    token = _time.set(value)
+    try:
+        yield
+    finally:
+        _time.reset(token)
+
+
 def at_end(holder: Holder) -> None:
     """Tell `holder`, as long as it lives, whenever the context of a generation ends."""
     _holders.add(holder)
@@ -85,6 +105,11 @@ def ended(key: tuple[object, ...]) -> bool:
 def in_scope() -> bool:
     """Whether a generation was marked by hand."""
     return _generation.get() is not None
+
+
+def current_time() -> float | None:
+    """The timestep marked by hand, if any."""
+    return _time.get()
 
 
 def current_stream() -> str | None:

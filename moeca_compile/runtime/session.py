@@ -11,12 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec
+from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, StepKind
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.schedule import Fresh, fresh_parts
 
@@ -35,6 +36,19 @@ class Stream:
     last_full: list[int] = field(default_factory=lambda: [-1, -1])
     """For each part, the number of the last step that computed it anew; -1 where the caches hold nothing."""
     capacity: int | None = None
+    graphs: dict[StepKind, Any] = field(default_factory=dict)
+    """Steps that were recorded over these caches (runtime.cuda_graphs); they go with them."""
+    home: Hashable = None
+    """Where the caches were made: only there may another generation use their memory."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether the caches hold nothing that may be used."""
+        return not any(self.full_at)
+
+    def emptied(self, capacity: int | None) -> Stream:
+        """A stream in the memory of this one, whose recorded steps go on to serve."""
+        return Stream(self.state, capacity=capacity, graphs=self.graphs, home=self.home)
 
     def clock(self, place: float) -> list[list[float]]:
         """For each part: how far a forecast reaches, in intervals between full steps; 1 after a full step."""
@@ -122,6 +136,10 @@ class Sessions:
     def __init__(self, config: MoecaConfig, specs: Sequence[CacheSpec], device: torch.device) -> None:
         self.config, self.specs, self.device = config, specs, device
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
+        self.recycles = config.cuda_graphs and device.type == "cuda"
+        """Whether a stream is given the memory of one that has ended: recorded steps know it by its place."""
+        self.spare: list[tuple[Hashable, Stream]] = []
+        """Streams of ended generations and their names, while there is room."""
         self.crowded = False
         """Whether a stream came back after its caches were dropped to make room: then they are never of use."""
         self.cut_short = 0
@@ -147,12 +165,29 @@ class Sessions:
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
             self.crowded |= name in generation.dropped
-            generation.streams[name] = Stream(self._allocate())
+            generation.streams[name] = self._vacant(name)
         generation.streams.move_to_end(name)
         return generation.streams[name]
 
+    def _vacant(self, name: Hashable) -> Stream:
+        """A stream whose caches hold nothing, if it can be in the memory of one that has ended, best of its name."""
+        home = self._home()
+        fitting = [(other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.home == home]
+        if not fitting:
+            return Stream(self._allocate(), home=home)
+        alike, place = max(fitting)
+        stream = self.spare.pop(place)[1]
+        return stream.emptied(stream.capacity if alike else None)
+
+    def _home(self) -> Hashable:
+        """Memory of one CUDA stream may be in use there when another one writes to it."""
+        queue = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        return torch.is_inference_mode_enabled(), queue
+
     def _make_room(self) -> None:
-        """Keep no more than `max_generations` streams; the one in use is the last to go."""
+        """Keep no more than `max_generations` streams; the one in use is the last to go, spare ones go first."""
+        live = sum(len(g.streams) for g in self.generations.values())
+        del self.spare[: max(0, live + len(self.spare) - self.config.max_generations)]
         while sum(len(g.streams) for g in self.generations.values()) > self.config.max_generations:
             key, oldest = next(iter(self.generations.items()))
             oldest.dropped.add(oldest.streams.popitem(last=False)[0])
@@ -182,17 +217,21 @@ class Sessions:
         """Drop the caches of generations whose context has ended."""
         with self._lock:
             for key in [key for key in self.generations if scope.ended(key)]:
-                del self.generations[key]
+                ended = self.generations.pop(key)
+                if self.recycles:
+                    self.spare += ended.streams.items()
 
     def reset(self) -> None:
         """Drop all caches."""
         with self._lock:
             self.generations.clear()
+            self.spare.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all live caches."""
+        """Bytes of all caches, spare ones among them."""
         streams = [s for g in self.generations.values() for s in g.streams.values()]
+        streams += [stream for _, stream in self.spare]
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
 
     def _allocate(self) -> dict[str, Tensor]:
@@ -202,5 +241,8 @@ class Sessions:
         """A new generation; its streams start with the capacities of the last one's, and with empty caches."""
         fresh = Generation()
         for name, stream in (old.streams if old else {}).items():
-            fresh.streams[name] = Stream(self._allocate(), capacity=stream.capacity)
+            if self.recycles:
+                fresh.streams[name] = stream.emptied(stream.capacity)
+            else:
+                fresh.streams[name] = Stream(self._allocate(), capacity=stream.capacity)
         return fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,20 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.normalise import normalise
+from moeca_compile.passes.one_device import to_one_device
 from moeca_compile.passes.plan import Plan, plan_step
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
 from moeca_compile.policies import Policy, policy_for
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.runtime import scope
+from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
 from moeca_compile.runtime.program import Program
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position, Sessions, Stream, Timestep
 from moeca_compile.runtime.timesteps import TimestepInput
+from moeca_compile.runtime.upload import upload
 from moeca_compile.runtime.validate import ValidationError, same_outputs, sound_regions, token_dtypes, undisturbed
 
 _RESTLESS = 8
@@ -58,32 +63,43 @@ class Specialisation:
         # The names in the model's signature, as far as Dynamo tells.
         self.names = [n.name.removeprefix("l_").rstrip("_") for n in gm.graph.nodes if n.op == "placeholder"]
         with record.timed("capture"):
-            self.module = to_functional_aten(gm, inputs)
+            exported, place = to_functional_aten(gm, inputs), _place(inputs)
+            self.module, self.uploaded = to_one_device(exported, inputs, user_inputs, place)
             self.graph = self.module.graph
+        self.device = place
+        inputs = self.placed(inputs)
         with record.timed("match"):
             normalise(self.graph)
             self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
             arguments = {n for n, user in zip(self.placeholders, user_inputs, strict=True) if user}
             self.regions = match_regions(self.graph, arguments)
         self.mutated: tuple[int, ...] = self.module.meta["mutated_inputs"]
-        example = self._example(inputs)
-        self.device, self.dtype = example.device, example.dtype
+        self.dtype = self._example(inputs).dtype
         self.programs: dict[StepKind, StepFunction] = {}
         self.tallies: dict[StepKind, Tally] = {}
         if config.validate:
             with record.timed("validate"):
                 self.regions = sound_regions(self.graph, self.regions, config, inputs, record)
         self._plan()
+        self.graphs = self._cuda_graphs(user_inputs)
+        self.stateless = Stream({})
+        """What steps of a model that runs uncached go by."""
         self.caching = bool(self.sessions.specs)
         self._warn_if_idle()
 
     def _example(self, inputs: Sequence[Any]) -> Tensor:
-        """A tensor on the model's device and in its dtype: the residual stream, else any input with a fraction."""
+        """A tensor in the model's dtype: the residual stream, else any input with a fraction."""
         if self.regions.residuals:
             stream: Tensor = self.regions.residuals[0].stream.meta["val"]
             return stream
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         return next((value for value in tensors if value.is_floating_point()), tensors[0])
+
+    def placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs, each on the device where the graph takes it."""
+        if not self.uploaded:
+            return inputs
+        return [upload(value, self.device) if i in self.uploaded else value for i, value in enumerate(inputs)]
 
     def settle(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Write back what the model changes in place; returns the model's own outputs."""
@@ -98,6 +114,15 @@ class Specialisation:
             self.plan: Plan = plan_step(self.graph, self.regions, self.policy.specs(), self.config)
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
             self.timesteps = TimestepInput(len(self.regions.timesteps))
+
+    def _cuda_graphs(self, arguments: Sequence[bool]) -> CudaGraphs | None:
+        if not self.config.cuda_graphs or self.device.type != "cuda":
+            return None
+        compare = self._same_replay if self.config.validate else None
+        return CudaGraphs(arguments, self.device, CudaRecorder(self.device), self.record, compare)
+
+    def _same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
+        same_outputs("replayed", found, wanted, self.config, self.record, token_dtypes(self.regions))
 
     def _warn_if_idle(self) -> None:
         if self.config.recipe == "none":
@@ -123,8 +148,9 @@ class Specialisation:
 
     def enter(self, inputs: Sequence[Any]) -> tuple[Position, Fresh]:
         """Where a call stands, and what it computes anew: everything, until it is known which input is the time."""
-        known = self.timesteps.found is not None
-        time = self.timesteps.read([self._value(inputs, node) for node in self.regions.timesteps])
+        marked = scope.current_time()
+        known = self.timesteps.found is not None or marked is not None
+        time = (marked,) if marked is not None else self._timestep(inputs)
         if time is None:
             self._warn_if_unclear()
         elif not known:
@@ -145,8 +171,11 @@ class Specialisation:
             position.generation.direction = self.timesteps.direction
         return position, self.sessions.due(position) if time is not None else Fresh(True, True)
 
+    def _timestep(self, inputs: Sequence[Any]) -> Timestep | None:
+        return self.timesteps.read([partial(self._value, inputs, node) for node in self.regions.timesteps])
+
     def _value(self, inputs: Sequence[Any], node: fx.Node) -> Timestep:
-        """An input's numbers, read on the host."""
+        """An input's numbers, read on the host: from an accelerator by one copy, for which the host waits."""
         value = inputs[self.placeholders.index(node)]
         return tuple(value.detach().flatten().tolist()) if isinstance(value, Tensor) else (float(value),)
 
@@ -162,7 +191,7 @@ class Specialisation:
 
     def clock(self, values: list[list[float]]) -> Tensor:
         """The clock of a step (policies.step.Step) on the model's device."""
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return upload(torch.tensor(values, dtype=torch.float32), self.device)
 
     def kind(self, fresh: Fresh, position: Position, inputs: Sequence[Any]) -> StepKind:
         """The step kind; a stream's first cache step finds out how large a capacity it needs."""
@@ -210,6 +239,13 @@ class Specialisation:
         tally.steps += 1
         if counts is not None:
             tally.counts = counts if tally.counts is None else tally.counts + counts
+
+    def run(self, kind: StepKind, stream: Stream, inputs: Sequence[Any], clock: Tensor) -> StepResult:
+        """Run a step on the stream's caches; the updates of the result are theirs to adopt."""
+        program = self.program(kind, inputs, stream.state, clock)
+        if self.graphs is None:
+            return program(inputs, stream.state, clock)
+        return self.graphs.run(kind, stream, program, inputs, clock)
 
     # --- programs ---------------------------------------------------------------------------------------------
 
@@ -271,3 +307,9 @@ class Specialisation:
             recomputed = sums["recomputed"] / sums["branches"]
         each = self.plan.flops(kind, kind.capacity / self.plan.sizes[1], recomputed)
         return tally.steps * each
+
+
+def _place(inputs: Sequence[Any]) -> torch.device:
+    """Where a model runs: on the accelerator that any of its inputs or weights lies on, else on the CPU."""
+    devices = [value.device for value in inputs if isinstance(value, Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

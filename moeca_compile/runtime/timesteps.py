@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.session import Timestep
@@ -26,11 +26,16 @@ class TimestepInput:
         """Calls so far at which several candidates changed."""
         self._last: dict[Hashable, tuple[Sequence[Timestep], Move | None]] = {}
 
-    def read(self, values: Sequence[Timestep]) -> Timestep | None:
-        """The timestep of a call, of the values of all candidates; None while it is not known which of them it is."""
+    def read(self, candidates: Sequence[Callable[[], Timestep]]) -> Timestep | None:
+        """The timestep of a call; None while it is not known which of the candidates it is.
+
+        Once it is known no other one is read: a value on an accelerator makes the host wait.
+        """
         if self.found is None:
+            values = [candidate() for candidate in candidates]
             self._compare(values)
-        return values[self.found] if self.found is not None else None
+            return values[self.found] if self.found is not None else None
+        return candidates[self.found]()
 
     def _compare(self, values: Sequence[Timestep]) -> None:
         key = (scope.current_generation(), scope.current_stream())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
@@ -89,3 +90,14 @@ def test_sizes_of_tensors_are_not_touched():
         torch.testing.assert_close(fast(X[:rows]), X[:rows] * rows)
     gm, inputs = backend.graphs[-1], backend.inputs[-1]
     assert scalar_inputs_to_tensors(gm, inputs) == []
+
+
+def test_the_tensor_lies_where_the_model_makes_it():
+    """On an accelerator; the number comes from the CPU."""
+    gm, inputs = dynamic_graph(lambda x, t: x + torch.full((4, 1), t), 5, 7, 9)
+    with FakeTensorMode():
+        (made,) = nodes_of(gm, torch.full)
+        made.meta["example_value"] = torch.empty(4, 1, dtype=torch.int64, device="cuda")
+    scalar_inputs_to_tensors(gm, inputs)
+    (cast,) = (node for node in gm.graph.nodes if node.target == "to")
+    assert cast.args[1:] == (torch.device("cuda", 0), torch.int64)

@@ -312,3 +312,79 @@ def test_a_later_generation_may_take_the_room_of_an_earlier_one():
     for t in (1.0, 0.5, 0.1, 1.0, 0.5):
         call(sessions, t)
     assert not sessions.crowded
+
+
+# --- memory that goes from stream to stream, for steps that are recorded over it -----------------------------------
+
+
+def recycling(**options) -> Sessions:
+    sessions = make_sessions(**options)
+    sessions.recycles = True
+    return sessions
+
+
+def memory(position: Position) -> int:
+    return position.stream.state["a"].data_ptr()
+
+
+def test_a_new_generation_is_in_the_memory_of_the_last_one():
+    sessions = recycling()
+    first = call(sessions, 1.0)
+    first.stream.capacity, first.stream.graphs["kind"] = 16, "recorded"
+    call(sessions, 0.5)
+    again = call(sessions, 1.0)
+    assert again.stream is not first.stream and memory(again) == memory(first)
+    assert again.stream.capacity == 16 and again.stream.graphs == {"kind": "recorded"}
+    assert make_sessions().recycles is False
+    plain = make_sessions()
+    before = call(plain, 1.0)
+    call(plain, 0.5)
+    assert memory(call(plain, 1.0)) != memory(before)
+
+
+def test_streams_of_ended_generations_are_taken_best_by_their_name():
+    sessions, made = recycling(), {}
+    with generation():
+        for name in ("cond", "uncond"):
+            with stream(name):
+                made[name] = call(sessions, 1.0)
+            made[name].stream.capacity = 16
+    assert len(sessions.spare) == 2 and sessions.nbytes > 0
+    with generation():
+        with stream("cond"):
+            cond = call(sessions, 1.0)
+        with stream("third"):
+            third = call(sessions, 1.0)
+        with stream("fourth"):
+            fourth = call(sessions, 1.0)
+    assert memory(cond) == memory(made["cond"]) and cond.stream.capacity == 16
+    assert memory(third) == memory(made["uncond"]) and third.stream.capacity is None  # it has yet to find its own
+    assert memory(fourth) not in (memory(cond), memory(third))
+
+
+def test_memory_stays_in_its_mode_and_where_it_was_made(monkeypatch):
+    sessions = recycling()
+    with generation():
+        normal = call(sessions, 1.0)
+    with generation(), torch.inference_mode():
+        inference = call(sessions, 1.0)
+    assert memory(inference) != memory(normal)
+    monkeypatch.setattr(sessions, "_home", lambda: "another queue of the device")
+    with generation():
+        assert memory(call(sessions, 1.0)) not in (memory(inference), memory(normal))
+
+
+def test_spare_streams_make_room_before_live_ones():
+    sessions = recycling(max_generations=2)
+    for _ in range(2):
+        with generation():
+            with stream("a"):
+                call(sessions, 1.0)
+            with stream("b"):
+                call(sessions, 1.0)
+    assert len(sessions.spare) == 2
+    with stream("live"):
+        call(sessions, 1.0)
+    assert len(sessions.spare) == 1
+    sessions.reset()
+    assert sessions.spare == [] and sessions.nbytes == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeca_compile.runtime.scope import generation, stream
+from moeca_compile.runtime.scope import current_time, generation, step, stream
+from moeca_compile.runtime.specialisation import Specialisation
 from moeca_compile.runtime.timesteps import TimestepInput
 from tests.harness import captured
 from tests.models import make_inputs
@@ -13,11 +14,18 @@ from tests.runtime.joint_models import WithGuidance, make_text
 
 
 def read(times: TimestepInput, *calls: tuple[float, float]) -> list[tuple[float, ...] | None]:
-    return [times.read([(t,), (g,)]) for t, g in calls]
+    return [times.read([lambda t=t: (t,), lambda g=g: (g,)]) for t, g in calls]
 
 
 def test_one_candidate_is_known_at_once():
-    assert TimestepInput(1).read([(1.0, 1.0)]) == (1.0, 1.0)
+    assert TimestepInput(1).read([lambda: (1.0, 1.0)]) == (1.0, 1.0)
+
+
+def test_the_other_one_is_not_read_any_more():
+    times, asked = TimestepInput(2), []
+    read(times, (1.0, 3.0), (0.9, 3.0), (0.8, 3.0))
+    assert times.read([lambda: (0.7,), lambda: asked.append("guidance")]) == (0.7,)
+    assert not asked
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -92,3 +100,58 @@ def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
     with pytest.warns(UserWarning, match="'t' and 'guidance' are embedded like timesteps and change together"):
         exact, _ = run(guided, [(1 - i / 20, 3.5 + i) for i in range(6)])
     assert exact == [True] * 6
+
+
+# --- timesteps marked by hand -----------------------------------------------------------------------------------
+
+
+def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
+    """As where it lies on an accelerator: the same steps, bit by bit, and no value of an input is asked for."""
+    (x, y), times = make_inputs(model), [1 - number / 6 for number in range(6)]
+    arguments = [graph.arguments(x=x, t=torch.full((2,), time), y=y) for time in times]
+    told, marked = graph.engine(recipe="moeca-forecast"), graph.engine(recipe="moeca-forecast")
+    expected = [told(*each)[0] for each in arguments]
+
+    def refuses(*_):
+        raise AssertionError("the timestep was read")
+
+    monkeypatch.setattr(Specialisation, "_value", refuses)
+    for time, each, wanted in zip(times, arguments, expected, strict=True):
+        with step(time):
+            assert torch.equal(marked(*each)[0], wanted)
+    (shapes,) = marked.by_shape.values()
+    assert sum(tally.steps for kind, tally in shapes.tallies.items() if not kind.full) == 4
+    with pytest.raises(AssertionError, match="was read"):
+        marked(*arguments[0])
+
+
+def test_calls_at_one_marked_timestep_are_streams(graph, model, eager_steps):
+    (x, y), engine = make_inputs(model), graph.engine(recipe="stack")
+    for time in (1.0, 0.9, 0.8):
+        with step(time):
+            for label in (y, y + 1):
+                engine(*graph.arguments(x=x, t=torch.ones(2), y=label))
+    (shapes,) = engine.by_shape.values()
+    (at_work,) = shapes.sessions.generations.values()
+    assert len(at_work.streams) == 2 and at_work.number == 2
+
+
+def test_a_mark_tells_the_timestep_from_a_guidance_scale(guided, eager_steps):
+    """Of two inputs that are embedded alike, and from the first step on."""
+    engine = guided[1].engine(recipe="stack")
+    for time in (1.0, 0.9, 0.8):
+        with step(time):
+            engine(*guided[1].inputs)
+    (shapes,) = engine.by_shape.values()
+    assert {kind.name: tally.steps for kind, tally in shapes.tallies.items()} == {"full": 1, "cache": 2}
+
+
+def test_marks_are_left_again_and_take_finite_numbers():
+    with step(3):
+        assert current_time() == 3.0
+        with step(2.5):
+            assert current_time() == 2.5
+        assert current_time() == 3.0
+    assert current_time() is None
+    with pytest.raises(ValueError, match="finite"), step(float("nan")):
+        pass

@@ -1,0 +1,173 @@
+"""Every op of the package on the device against its reference there, and against itself: equal, and bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import moeca_compile  # noqa: F401  (registers the ops)
+from bench.gpu_sections.common import WRONG, Bench, Row, worst
+from moeca_compile.ops import attention, bodies, branches, pairs
+from moeca_compile.runtime.validate import TOLERANCE, relative_error
+
+
+@dataclass(frozen=True)
+class Sizes:
+    samples: int = 8
+    tokens: int = 256
+    chosen: int = 32
+    k: int = 2
+    experts: int = 16
+    width: int = 384
+    hidden: int = 768
+    heads: int = 6
+
+
+TINY = Sizes(samples=2, tokens=16, chosen=4, experts=4, width=8, hidden=12, heads=2)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def body() -> str:
+    return bodies.register(fx.symbolic_trace(swiglu))
+
+
+class Make:
+    """Random arguments of the ops on a device."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.sizes, self.dtype, self.device = sizes, dtype, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        value = torch.randn(*shape, generator=self.generator, device=self.device) * scale
+        return value.to(self.dtype)
+
+    def flags(self, share: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.device) < share
+
+    def distinct(self, count: int, most: int, *shape: int) -> Tensor:
+        """`count` numbers below `most`, all different, at each place."""
+        scores = torch.rand(*shape, most, generator=self.generator, device=self.device)
+        return scores.argsort(-1)[..., :count]
+
+    def parameters(self) -> list[Tensor]:
+        s = self.sizes
+        shapes = ((s.hidden, s.width), (s.hidden, s.width), (s.width, s.hidden))
+        return [self.normal(*shape, scale=shape[1] ** -0.5) for _ in range(s.experts) for shape in shapes]
+
+    def branch_outputs(self) -> tuple[Any, ...]:
+        s = self.sizes
+        rows = self.normal(s.samples * s.tokens, s.width)
+        index = self.distinct(s.k, s.experts, len(rows))
+        return [rows], index, self.parameters(), s.experts, body(), s.width
+
+    def refresh_branches(self, share: float = 0.6, forecast: bool = True) -> tuple[Any, ...]:
+        s = self.sizes
+        slots, by_slot = (s.samples, s.tokens, s.k), (s.samples, s.chosen, s.k)
+        return (
+            self.normal(*slots, s.width),
+            [self.normal(s.samples * s.chosen, s.width)],
+            self.distinct(s.k, s.experts, s.samples, s.chosen),
+            self.flags(share, *by_slot),
+            self.flags(0.5, *by_slot),
+            self.distinct(s.chosen, s.tokens, s.samples),
+            self.normal(*slots),
+            self.normal(*slots, s.width) if forecast else None,
+            torch.tensor(0.5, device=self.device),
+            self.parameters(),
+            s.experts,
+            body(),
+        )
+
+    def pair_outputs(self) -> tuple[Any, ...]:
+        s = self.sizes
+        count = s.samples * s.tokens
+        routed, weight = self.flags(s.k / s.experts, count, s.experts), self.normal(count, s.experts)
+        return [self.normal(count, s.width)], routed, weight, self.parameters(), body(), s.width, s.k * count
+
+    def refresh_pairs(self) -> tuple[Any, ...]:
+        s = self.sizes
+        count, slots = s.samples * s.tokens, s.k * s.samples * s.tokens
+        held = self.flags(s.k / s.experts, count, s.experts)
+        place = (held.flatten().cumsum(0) * held.flatten()).view_as(held)
+        place = torch.where(place <= slots, place, 0).to(torch.int32)
+        routed = self.flags(s.k / s.experts, count, s.experts) | (held & self.flags(0.5, count, s.experts))
+        mask = routed & ((place == 0) | self.flags(0.2, count, s.experts))
+        return (
+            self.normal(slots, s.width),
+            self.normal(slots, s.width),
+            [self.normal(count, s.width)],
+            place,
+            routed,
+            mask,
+            self.normal(count, s.experts),
+            torch.tensor(0.5, device=self.device),
+            self.parameters(),
+            body(),
+        )
+
+    def attend_rows(self) -> tuple[Any, ...]:
+        s = self.sizes
+        head = s.width // s.heads
+        caches = [self.normal(s.samples, s.tokens, s.heads, head) for _ in range(2)]
+        rows = [self.normal(s.samples, s.heads, s.chosen, head) for _ in range(3)]
+        chosen, valid = self.distinct(s.chosen, s.tokens, s.samples), self.flags(0.7, s.samples, s.chosen)
+        return *caches, *rows, chosen, valid, None, None, False
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "branch_outputs": branches.branch_outputs,
+    "refresh_branches": branches.refresh_branches,
+    "pair_outputs": pairs.pair_outputs,
+    "refresh_pairs": pairs.refresh_pairs,
+    "attend_rows": attention.attend_rows,
+}
+"""Each op's reference, plain ATen."""
+
+
+def run(bench: Bench) -> None:
+    sizes = TINY if bench.small else Sizes()
+    for dtype in dict.fromkeys((torch.float32, bench.dtype)):
+        make = Make(sizes, bench.device, dtype)
+        for name, reference in OPS.items():
+            check = partial(compared, bench, name, reference, make)
+            bench.attempt("ops", f"{name}, {str(dtype).removeprefix('torch.')}", 5, check)
+
+
+def compared(bench: Bench, name: str, reference: Callable[..., Any], make: Make) -> None:
+    """Greatest error of the op over its results and the tensors that it writes to; whether two runs are equal."""
+    op, arguments = getattr(torch.ops.moeca, name), getattr(make, name)()
+    found, again, wanted = (outcome(function, arguments) for function in (op, op, reference))
+    both = list(zip(found, wanted, strict=True))
+    error = worst(relative_error(one, other) for one, other in both if one.is_floating_point())
+    right = error <= TOLERANCE[make.dtype] and all(
+        torch.equal(*pair) for pair in both if not pair[0].is_floating_point()
+    )
+    note = "" if right else f"{WRONG}, "
+    note += "same bits twice" if all(map(torch.equal, found, again)) else f"{WRONG}: other bits at the second run"
+    what = f"{name}, {str(make.dtype).removeprefix('torch.')}"
+    bench.emit(Row("ops", what, error, "relative error", note=note))
+
+
+def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+    """What a call gives, and its tensor arguments after it; the arguments themselves stay as they are."""
+    given = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+    results = function(*given)
+    return [*_tensors([results]), *_tensors(given)]
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)

@@ -1,0 +1,336 @@
+"""Recorded steps on a CPU, with a tape in place of CUDA graphs: what is copied, kept, recorded again, and refused."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeca_compile._torch_private import trace_to_graph
+from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.rewrite import StepResult
+from moeca_compile.policies.step import StepKind
+from moeca_compile.runtime import cuda_graphs
+from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, keep
+from moeca_compile.runtime.engine import Engine
+from moeca_compile.runtime.record import Record
+from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.runtime.scope import generation, stream
+from moeca_compile.runtime.session import Stream
+from tests.harness import Captured
+from tests.models import TinyDiTMoE, make_inputs
+from tests.runtime.tape import TapeRecorder
+
+CPU = torch.device("cpu")
+FULL, CACHE = StepKind(), StepKind(False, False)
+
+
+# --- whole generations ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_tape(without_inductor, monkeypatch, graph: Captured):
+    """Makes an engine whose steps are recorded on a tape; the ops of the package count as the device's own."""
+    monkeypatch.setattr(cuda_graphs, "ops_without_kernel", lambda graph, device: [])
+
+    def make(**options) -> tuple[Engine, TapeRecorder]:
+        engine, recorder = graph.engine(**options), TapeRecorder()
+        shapes = engine.prepare(graph.inputs)
+        compare = shapes._same_replay if engine.config.validate else None
+        shapes.graphs = CudaGraphs(engine.user_inputs, CPU, recorder, engine.record, compare)
+        shapes.sessions.recycles = True
+        return engine, recorder
+
+    return make
+
+
+def generate(engine: Engine, graph: Captured, model: TinyDiTMoE, seed: int = 1, steps: int = 13) -> list[Tensor]:
+    (x, y), results = make_inputs(model, seed=seed), []
+    with torch.no_grad():
+        for number in range(steps):
+            t = torch.full((len(x),), 1 - number / steps)
+            results.append(engine(*graph.arguments(x=x, t=t, y=y))[0])
+            x = x - results[-1] / steps
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 0.25},
+        {"recipe": "moeca-forecast", "budget": 0.25, "score": "staleness"},
+        {"recipe": "moeca-forecast"},
+        {"recipe": "moeca-forecast", "budget": 0.25, "overwrite": False},
+        {"recipe": "stack-forecast"},
+        {"recipe": "fora", "attention_every": 2},
+        {"recipe": "none"},
+    ],
+    ids=str,
+)
+def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, model, options):
+    """Bit by bit, three generations long: the last two start in the memory of the one before."""
+    engine, recorder = on_tape(**options)
+    plain = graph.engine(**options)
+    for seed in (1, 2, 1):
+        found, expected = (generate(each, graph, model, seed) for each in (engine, plain))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    kinds = len(engine.by_shape[next(iter(engine.by_shape))].tallies)
+    assert not engine.record.warnings
+    assert recorder.events.count("rehearse") == recorder.events.count("record") == kinds
+    assert recorder.events.count("replay") == 3 * 13 - kinds
+    assert engine.record.errors["replayed"] == 0.0
+
+
+def test_a_result_that_the_user_keeps_is_not_overwritten(on_tape, graph, model):
+    engine, _ = on_tape(recipe="fora")
+    results = generate(engine, graph, model)
+    copies = [result.clone() for result in generate(graph.engine(recipe="fora"), graph, model)]
+    assert all(torch.equal(one, other) for one, other in zip(results, copies, strict=True))
+    assert len({result.data_ptr() for result in results}) == len(results)
+
+
+def test_streams_have_recordings_of_their_own(on_tape, graph, model):
+    """Conditional and unconditional calls: as if each had an engine to itself."""
+    (engine, recorder), (x, y) = on_tape(recipe="fora-forecast"), make_inputs(model)
+    labels = {"cond": y, "uncond": torch.full_like(y, model.sizes.classes)}
+    alone = {name: graph.engine(recipe="fora-forecast") for name in labels}
+    with torch.no_grad():
+        for number in range(10):
+            t = torch.full((len(x),), 1 - number / 10)
+            for name, label in labels.items():
+                arguments = graph.arguments(x=x, t=t, y=label)
+                with stream(name):
+                    (found,) = engine(*arguments)
+                assert torch.equal(found, alone[name](*arguments)[0])
+    assert recorder.events.count("record") == 4  # two kinds over two streams
+    assert recorder.events.count("rehearse") == 2  # kernels are built once
+
+
+def test_marked_generations_go_on_with_the_recordings_of_ended_ones(on_tape, graph, model):
+    engine, recorder = on_tape(recipe="fora", max_generations=2)
+    expected = generate(graph.engine(recipe="fora"), graph, model)
+    for _ in range(4):
+        with generation():
+            found = generate(engine, graph, model)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert recorder.events.count("record") == 2
+    (shapes,) = engine.by_shape.values()
+    assert len(shapes.sessions.spare) == 1 and not shapes.sessions.generations
+
+
+def test_recordings_go_with_the_caches_that_make_room(on_tape, graph, model):
+    engine, _ = on_tape(recipe="fora", max_generations=2)
+    (shapes,), (x, y) = engine.by_shape.values(), make_inputs(model)
+    known: weakref.WeakSet = weakref.WeakSet()
+    with torch.no_grad():
+        for name in "abcdef":
+            for number in range(3):
+                with stream(name):
+                    engine(*graph.arguments(x=x, t=torch.full((2,), 1 - number / 10), y=y))
+            streams = [s for g in shapes.sessions.generations.values() for s in g.streams.values()]
+            known.update(recorded for s in streams for recorded in s.graphs.values())
+            del streams
+    gc.collect()
+    assert 0 < len(known) <= 2 * 2  # streams x kinds
+    engine.reset()
+    gc.collect()
+    assert len(known) == 0
+    assert shapes.sessions.nbytes == 0
+
+
+def test_a_moved_weight_is_recorded_again(on_tape, graph, model):
+    engine, recorder = on_tape(recipe="fora", validate=False)
+    expected = generate(engine, graph, model)
+    before = recorder.events.count("record")
+    moved = Captured(graph.gm, list(graph.inputs), graph.user_inputs)
+    place = next(i for i, v in enumerate(graph.inputs) if not graph.user_inputs[i] and isinstance(v, Tensor) and i)
+    moved.inputs[place] = graph.inputs[place].clone()
+    found = generate(engine, moved, model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert recorder.events.count("record") == before + 2
+    assert recorder.events.count("rehearse") == 4
+    generate(engine, moved, model)
+    assert recorder.events.count("record") == before + 2
+
+
+def test_an_interrupted_step_leaves_a_stream_that_starts_anew(on_tape, graph, model, monkeypatch):
+    engine, recorder = on_tape(recipe="fora")
+    generate(engine, graph, model)
+    expected = generate(engine, graph, model)
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CudaGraphs, "_run", broken)
+        generate(engine, graph, model)
+    found = generate(engine, graph, model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert recorder.events.count("record") == 2
+
+
+# --- what cannot be recorded -----------------------------------------------------------------------------------
+
+
+class Program:
+    """What `CudaGraphs` takes for a compiled step: a traced function of (inputs, state, clock)."""
+
+    def __init__(self, function, inputs, state) -> None:
+        self.function = function
+        self.graph = trace_to_graph(lambda *flat: list(function(flat, state, torch.zeros(2, 2)).outputs), *inputs)
+
+    def __call__(self, inputs, state, clock) -> StepResult:
+        return self.function(inputs, state, clock)
+
+
+def counted(inputs, state, clock) -> StepResult:
+    """Adds the input to the cache, and gives the sum."""
+    total = state["sum"] + inputs[0]
+    return StepResult((total,), {"sum": total}, None)
+
+
+def graphs(recorder: TapeRecorder | None = None, compare=None) -> CudaGraphs:
+    return CudaGraphs([True], CPU, recorder or TapeRecorder(), Record(MoecaConfig()), compare)
+
+
+def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
+    """The sums after adding 1, 2, ... one after the other."""
+    place, found = Stream({"sum": torch.zeros(3)}), []
+    for number in range(1, steps + 1):
+        result = steps_of.run(CACHE, place, program, [torch.full((3,), float(number))], torch.zeros(2, 2))
+        place.passed(Fresh(True, True), number, 0.0)
+        assert not result.updates
+        found.append(float(result.outputs[0][0]))
+    return found
+
+
+def test_a_stub_of_a_step_adds_up():
+    recorder = TapeRecorder()
+    example = [torch.zeros(3)]
+    assert sums(graphs(recorder), Program(counted, example, {"sum": torch.zeros(3)}), 5) == [1, 3, 6, 10, 15]
+    assert recorder.events == ["rehearse", "record", "replay", "replay", "replay", "replay"]
+
+
+def test_an_op_that_needs_the_host_is_refused_with_its_name():
+    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    node = next(node for node in program.graph.graph.nodes if node.op == "call_function")
+    node.target = torch.ops.aten.masked_select.default
+    recorder = TapeRecorder()
+    with pytest.warns(UserWarning, match="cache steps are not recorded .* .aten.masked_select.default has"):
+        assert sums(graphs(recorder), program, 4) == [1, 3, 6, 10]
+    assert recorder.events == []
+
+
+def test_a_recording_that_fails_is_warned_of_and_the_step_runs_as_it_is():
+    def reads(inputs, state, clock) -> StepResult:
+        total = state["sum"] + float(inputs[0].sum()) / 3
+        return StepResult((total,), {"sum": total}, None)
+
+    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    program.function = reads
+    each = graphs()
+    with pytest.warns(UserWarning, match="RuntimeError: aten._local_scalar_dense.default while a graph is recorded"):
+        assert sums(each, program, 4) == [1, 3, 6, 10]
+    assert each.refused == {CACHE}
+
+
+def test_a_wrong_replay_is_found_on_its_second_run_and_made_good():
+    """A step that keeps a value of the host: the first replay is right, the next ones would not be."""
+    calls = []
+
+    def remembers(inputs, state, clock) -> StepResult:
+        calls.append(1)
+        total = state["sum"] + len(calls) * torch.ones(3)
+        return StepResult((total,), {"sum": total}, None)
+
+    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    program.function = remembers
+
+    def compare(found, wanted):
+        if not all(map(torch.equal, found, wanted)):
+            raise cuda_graphs.ValidationError("differs")
+
+    each = graphs(compare=compare)
+    with pytest.warns(UserWarning, match="its replay is wrong: differs"):
+        assert sums(each, program, 4) == [1, 3, 6, 10]
+
+
+def test_a_step_without_a_traced_graph_is_refused():
+    with pytest.warns(UserWarning, match="full steps are not recorded .* run without Inductor"):
+        graphs().run(FULL, Stream({"sum": torch.zeros(3)}), counted, [torch.zeros(3)], torch.zeros(2, 2))
+
+
+def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor):
+    """As on a machine where the package has no kernels: the ops' reference code reads counts on the host."""
+    engine, recorder = graph.engine(recipe="fora"), TapeRecorder()
+    shapes = engine.prepare(graph.inputs)
+    shapes.graphs = CudaGraphs(engine.user_inputs, CPU, recorder, engine.record, None)
+    with (
+        pytest.warns(UserWarning, match="moeca.branch_outputs.default has no kernel of its own there"),
+        torch.no_grad(),
+    ):
+        engine(*graph.inputs)
+    assert recorder.events == []
+
+
+def test_an_argument_that_overlaps_with_itself_is_refused():
+    windows = torch.arange(4.0).unfold(0, 2, 1)
+
+    def step(inputs, state, clock) -> StepResult:
+        return StepResult((inputs[0] * 2,), {}, None)
+
+    with pytest.warns(UserWarning, match="overlaps with itself"):
+        result = graphs().run(FULL, Stream({}), Program(step, [windows], {}), [windows], torch.zeros(2, 2))
+    assert torch.equal(result.outputs[0], windows * 2)
+
+
+def test_within_a_recording_of_the_caller_a_step_is_a_part_of_that():
+    recorder = TapeRecorder()
+    recorder.outer = True
+    assert sums(graphs(recorder), Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), 3) == [1, 3, 6]
+    assert recorder.events == []
+
+
+# --- buffers and caches ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).view(2, 3),
+        torch.arange(6.0).view(2, 3).t(),
+        torch.tensor([7.0]).expand(4),
+        torch.tensor(3.0),
+    ],
+    ids=["plain", "transposed", "expanded", "scalar"],
+)
+def test_buffers_hold_arguments_as_they_are_laid_out(value):
+    weight = torch.ones(2)
+    buffers = Buffers([value, weight, 5], [True, False, True], torch.zeros(2, 2))
+    buffers.fill([value, weight, 5], torch.ones(2, 2))
+    held, same_weight, number = buffers.inputs
+    assert torch.equal(held, value) and held.stride() == value.stride() and held.data_ptr() != value.data_ptr()
+    assert same_weight is weight and number == 5
+    assert torch.equal(buffers.clock, torch.ones(2, 2))
+    assert buffers.fit([value, weight, 5]) and not buffers.fit([value, weight.clone(), 5])
+
+
+def test_buffers_made_in_inference_mode_serve_outside():
+    with torch.inference_mode():
+        value = torch.ones(2)
+        buffers = Buffers([value], [True], torch.zeros(2, 2))
+        buffers.fill([value], torch.zeros(2, 2))
+    buffers.fill([torch.full((2,), 2.0)], torch.zeros(2, 2))
+    assert buffers.inputs[0].tolist() == [2, 2]
+
+
+def test_caches_are_read_before_any_is_written():
+    """An update may be a view of another cache."""
+    state = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.full((2,), 5.0)}
+    places = {name: tensor.data_ptr() for name, tensor in state.items()}
+    keep(state, {"a": state["b"].view(2), "b": state["a"].flip(0), "c": state["c"]})
+    assert state["a"].tolist() == [1, 1] and state["b"].tolist() == [0, 0] and state["c"].tolist() == [5, 5]
+    assert places == {name: tensor.data_ptr() for name, tensor in state.items()}

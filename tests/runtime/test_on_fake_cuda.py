@@ -1,0 +1,148 @@
+"""Steps as they are traced for CUDA, on fake tensors: nothing in them needs the host, whatever the model and recipe.
+
+The ops of this package are opaque here; that theirs need no host is a matter of their own tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples import families
+from moeca_compile.passes.host_ops import host_ops, ops_without_kernel
+from moeca_compile.policies.step import StepKind
+from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
+from tests.runtime.fake_cuda import CUDA, OnFakeCuda
+from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleStream, make_text
+
+RECIPES = ("moeca", "moeca-forecast", "stack-forecast", "fora")
+EVERY_RECIPE = ("DSMoE", "EC-DiT")  # what forecasts is more than what does not, so the others do with that
+OPAQUE = {
+    "moeca.branch_outputs.default",
+    "moeca.refresh_branches.default",
+    "moeca.pair_outputs.default",
+    "moeca.refresh_pairs.default",
+    "moeca.attend_rows.default",
+}
+
+
+def kinds(recipe: str, experts: bool) -> list[StepKind]:
+    """A full step, one that reuses all, and where branches are recomputed, one with room for some of them."""
+    found = [StepKind(), StepKind(False, False)]
+    return [*found, StepKind(False, False, capacity=4)] if experts and recipe.startswith("moeca") else found
+
+
+def assert_needs_no_host(model: OnFakeCuda, recipe: str, cached: bool = True, **options) -> None:
+    shapes = model.specialisation(recipe=recipe, **options)
+    assert shapes.device == CUDA
+    assert shapes.caching == cached
+    for kind in kinds(recipe, bool(shapes.regions.experts)):
+        graph = model.step(shapes, kind)
+        assert host_ops(graph, CUDA) == [], kind.name
+        assert set(ops_without_kernel(graph, CUDA)) <= OPAQUE
+        outside = {getattr(node.target, "namespace", "aten") for node in graph.nodes if node.op == "call_function"}
+        assert outside <= {"aten", "moeca", "prims"}
+
+
+@pytest.mark.filterwarnings("ignore:moeca. nothing was found that recipe")
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_no_step_of_a_family_needs_the_host(family):
+    model = families.reduced(family)
+    fake = OnFakeCuda(model, families.inputs_for(model))
+    for recipe in RECIPES if family in EVERY_RECIPE else ("moeca-forecast", "fora"):
+        assert_needs_no_host(fake, recipe, cached=family != "DiT" or not recipe.startswith("moeca"))
+
+
+@pytest.mark.parametrize("kind", [ExpertsForBoth, DoubleThenSingle, SingleStream])
+def test_nor_where_picture_and_text_attend_together(kind):
+    model = kind().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    fake = OnFakeCuda(model, (noise, torch.ones(2), labels, make_text(2)))
+    assert_needs_no_host(fake, "moeca")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> OnFakeCuda:
+    model = make_model()
+    noise, labels = make_inputs(model)
+    return OnFakeCuda(model, (noise, torch.ones(2), labels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "staleness", "overwrite": False},
+        {"budget": 0.25, "keys_values": "none"},
+        {"mask_source": "previous", "keys_values": "all"},
+        {"entropy": "minmax", "statistic": "batch", "shared": "always"},
+    ],
+    ids=str,
+)
+def test_nor_under_other_options(tiny, options):
+    assert_needs_no_host(tiny, "moeca-forecast", **{"budget": 0.25, **options})
+
+
+# --- an argument on the CPU -----------------------------------------------------------------------------------
+
+
+class TimeFromTheHost(TinyDiTMoE):
+    """Takes its timestep from wherever it lies, as pipelines give it, and has a table that is made on the CPU."""
+
+    def embed_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.arange(1, 2).to(x.device)
+        return super().embed_inputs(x, (t[None] * 0.5).to(x.device).expand(len(x)) * scale, y)
+
+
+def test_a_timestep_on_the_cpu_is_copied_before_the_step():
+    torch.manual_seed(0)
+    model = TimeFromTheHost().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    fake = OnFakeCuda(model, (noise, torch.tensor(1.0), labels), stay=("t",))
+    assert_needs_no_host(fake, "moeca")
+    shapes = fake.specialisation()
+    (place,) = shapes.uploaded
+    assert fake.inputs[place].device.type == "cpu"
+    assert shapes.regions.timesteps == (shapes.placeholders[place],)
+
+
+def test_on_a_cpu_nothing_is_copied(graph):
+    assert graph.specialisation(validate=False).uploaded == ()
+
+
+# --- what Inductor makes of a step -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_blocks() -> OnFakeCuda:
+    model = make_model(Sizes(depth=2))
+    noise, labels = make_inputs(model)
+    return OnFakeCuda(model, (noise, torch.ones(2), labels))
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (StepKind(), {"branch_outputs": 1}),
+        (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_branches": 1}),
+        (StepKind(False, False), {}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_code_for_cuda_needs_no_host(two_blocks, kind, own):
+    """Kernels, products, our ops, and what has no code of Inductor's own; nothing of it on the CPU."""
+    pytest.importorskip("triton", reason="Inductor writes no code for CUDA without it")
+    from tests.runtime.cuda_code import cuda_code
+
+    shapes = two_blocks.specialisation(recipe="moeca-forecast", budget=0.25)
+    code = cuda_code(two_blocks.step(shapes, kind).owning_module, two_blocks.mode)
+    called = code[code.rindex("def call(") :]
+    ops = Counter(re.findall(r"= torch\.ops\.(\w+\.\w+)", called))
+    assert {name.removeprefix("moeca."): count for name, count in ops.items() if name.startswith("moeca.")} == own
+    assert {name for name in ops if not name.startswith("moeca.")} <= {"aten.convolution", "aten.topk", "aten.sort"}
+    assert called.count(".run(") > 10
+    for word in (".item(", ".tolist(", ".cpu(", "empty_strided_cpu(", "device='cpu'", "synchronize"):
+        assert word not in called, word
