@@ -1,0 +1,87 @@
+"""What steps keep and allocate: as much cache as was planned, no copy of a branch cache, nothing that grows."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import moeca_compile
+from examples import families
+from tests.models import make_inputs
+
+RECIPES = ("moeca", "moeca-forecast", "fora", "stack-forecast")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("cache_dtype", [None, "bfloat16"])
+def test_allocated_is_what_was_planned(graph, model, eager_steps, recipe, cache_dtype):
+    engine = graph.engine(recipe=recipe, cache_dtype=cache_dtype, validate=False, full_every=2)
+    x, y = make_inputs(model)
+    for number in range(5):
+        engine(*graph.arguments(x=x, t=torch.full((len(x),), 1 - number / 8), y=y))
+    (shapes,) = engine.by_shape.values()
+    planned = sum(spec.nbytes for spec in shapes.plan.caches)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for generation in shapes.sessions.generations.values()
+        for stream in generation.streams.values()
+        for tensor in stream.state.values()
+    }
+    assert sum(storages.values()) == shapes.sessions.nbytes == planned
+
+
+def test_a_smaller_dtype_of_the_caches_halves_them(graph):
+    full, half = (
+        graph.specialisation(recipe="moeca", validate=False, cache_dtype=dtype).plan.caches
+        for dtype in (None, "bfloat16")
+    )
+    activations = [(a.nbytes, b.nbytes) for a, b in zip(full, half, strict=True) if a.name.endswith("branches")]
+    assert activations
+    assert all(small * 2 == large for large, small in activations)
+
+
+def test_nothing_grows_over_a_thousand_steps(graph, model, without_inductor):
+    engine = graph.engine(recipe="moeca-forecast", validate=False)
+    x, y = make_inputs(model)
+
+    def steps(count: int) -> tuple[int, int]:
+        """Live tensors, and bytes that Python holds, after so many steps of generations of 50."""
+        for number in range(count):
+            engine(*graph.arguments(x=x, t=torch.full((len(x),), 1 - number % 50 / 50), y=y))
+        gc.collect()
+        live = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+        return live, tracemalloc.get_traced_memory()[0]
+
+    steps(100)
+    tracemalloc.start()
+    try:
+        (tensors, before), (after_tensors, after) = steps(50), steps(950)
+    finally:
+        tracemalloc.stop()
+    assert after_tensors == tensors
+    assert after - before < 100 * 1024  # 100 bytes a step would be as much
+
+
+@pytest.mark.slow
+def test_a_compiled_cache_step_copies_no_cache_of_branches():
+    """With Inductor: nothing that a cache step allocates is as large as the smallest cache of branch outputs."""
+    family = families.FAMILIES["DSMoE"]
+    sizes = replace(family.reduced, side=32)  # so many tokens that nothing else is as large
+    model = families.assemble(family, sizes)
+    x, t, y = families.inputs_for(model, batch=2)
+    compiled = torch.compile(model, backend="moeca", options={"budget": 0.1, "full_every": 100})
+    with torch.no_grad():
+        for number in range(3):
+            compiled(x, t - number, y)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+            compiled(x, t - 3, y)
+    assert moeca_compile.report(compiled).steps["full"] == 1
+    events = taken.profiler.kineto_results.events()
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    tokens = (sizes.side // sizes.patch) ** 2
+    assert 0 < largest < 2 * tokens * sizes.top_k * sizes.width * 4
