@@ -1,0 +1,39 @@
+"""The ops' implementation on CUDA: Triton kernels that never ask the host anything.
+
+The ATen functions of `ops.branches`, `ops.attention` and `ops.pairs` are the reference, and what runs on every other
+device. Here counts and offsets stay on the device and all buffers have the capacity that the shapes give, so that a
+step could be captured as one CUDA graph. docs/gpu-kernels.md has the design and its floors.
+
+    compaction   which branches run, sorted by expert
+    grouped      each expert's rows by its own weight, in one launch, with activation and gating
+    rows         what is written where a mask says so, with the norms of recomputed branches
+    combine      weighted sums over a token's branches
+    body_plan    which ops of an expert's body become grouped products; body_run runs such a plan
+    branches, attention, pairs   the ops
+
+Routing, matching, scores and thresholds are no ops of ours: they are pointwise work and small reductions of static
+shape, which Inductor fuses into a kernel or two, and a kernel of ours would only stand in the way of that.
+
+The package is optional: without Triton, or with a torch that has no CUDA, nothing here is imported but `register`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["available", "register"]
+
+
+def available() -> bool:
+    """Whether torch was built for CUDA and Triton is installed."""
+    return torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def register(library: torch.library.Library) -> None:
+    """Give the package's ops their implementation on CUDA."""
+    from moeca_compile.ops.triton import attention, branches, pairs
+
+    for module in (branches, attention, pairs):
+        module.register(library)
