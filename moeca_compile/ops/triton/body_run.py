@@ -135,13 +135,14 @@ class _Run:
         x, shape, *rest = arguments
         rows = self.value(x)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        given: Any = [self._by_row(n, rows.dim()) if isinstance(n, fx.Node) else n for n in rest]
+        given: list[Any] = [self._by_row(n, rows.dim()) if isinstance(n, fx.Node) else n for n in rest]
+        bias = None
         if node.target is aten.layer_norm.default:
-            weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3]
+            weight, bias, eps = (given + [None, None, 1e-5][len(given) :])[:3]
             wide = F.layer_norm(wide, shape, eps=eps)
         else:
-            (weight, eps), bias = (*given, *(None, None)[len(given) :]), None
-            # Without an epsilon the op takes that of the rows' dtype, whatever it computes in.
-            wide = F.rms_norm(wide, shape, eps=torch.finfo(rows.dtype).eps if eps is None else eps)
+            weight, eps = given + [None, None][len(given) :]
+            # Which epsilon stands for none depends on the dtype of what the op is given.
+            wide = F.rms_norm(rows if eps is None else wide, shape, eps=eps)
         wide = wide if weight is None else wide * weight
         return (wide if bias is None else wide + bias).to(rows.dtype)

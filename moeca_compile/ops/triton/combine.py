@@ -91,14 +91,18 @@ def pairs_kernel(
         pair = token * experts + expert
         if tl.load(routed + pair) != 0:
             w = tl.load(weight + pair).to(tl.float32)
-            row = tl.load(place + pair).to(tl.int64) - 1 if place is not None else tl.full([], -1, tl.int64)
-            source = tl.where(row < 0, tl.load(position + pair).to(tl.int64), -1)
-            value = tl.load(fresh + source * width + at, mask=inside & (source >= 0), other=0.0).to(tl.float32)
-            if place is not None:
-                kept = inside & (row >= 0)
-                value += tl.load(pool + row * width + at, mask=kept, other=0.0).to(tl.float32)
+            source = tl.load(position + pair).to(tl.int64)
+            if place is None:
+                value = tl.load(fresh + source * width + at, mask=inside, other=0.0).to(tl.float32)
+            else:
+                row = tl.load(place + pair).to(tl.int64) - 1
+                # All columns of the pool's row or none; of what was computed now or none.
+                held = at < tl.where(row < 0, 0, width)
+                loose = at < tl.where(row < 0, tl.where(source < 0, 0, width), 0)
+                value = tl.load(pool + row * width + at, mask=held, other=0.0).to(tl.float32)
                 if slope is not None:
-                    value += reach * tl.load(slope + row * width + at, mask=kept, other=0.0).to(tl.float32)
+                    value += reach * tl.load(slope + row * width + at, mask=held, other=0.0).to(tl.float32)
+                value += tl.load(fresh + source * width + at, mask=loose, other=0.0).to(tl.float32)
             total += w * value
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
 

@@ -98,20 +98,20 @@ def branch_kernel(
     else:
         slot = tl.load(slots + place)
     slot = slot.to(tl.int64)
-    kept = tl.load(matched + place) != 0 if slope is not None else True
+    end = tl.where(slot < 0, 0, width)  # columns that are kept: all or none
+    holds = tl.load(matched + place) if slope is not None else 1
     reach = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < width
-        value = tl.load(fresh + position.to(tl.int64) * width + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(fresh + position.to(tl.int64) * width + at, mask=at < width, other=0.0).to(tl.float32)
         squares += value * value
-        writes = inside & (slot >= 0)
         if slope is not None:
-            change = tl.load(slope + slot * width + at, mask=writes & kept, other=0.0).to(tl.float32)
-            value -= reach * change
-            tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=writes & (not kept))
-        tl.store(cache + slot * width + at, value.to(cache.dtype.element_ty), mask=writes)
+            stays = at < tl.where(holds == 0, 0, end)
+            goes = at < tl.where(holds == 0, end, 0)
+            value -= reach * tl.load(slope + slot * width + at, mask=stays, other=0.0).to(tl.float32)
+            tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=goes)
+        tl.store(cache + slot * width + at, value.to(cache.dtype.element_ty), mask=at < end)
     tl.store(norms + place, tl.sqrt(tl.sum(squares, 0)))
 
 
