@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,10 @@ class Blocks:
     depth: int
     warps: int
     stages: int
+
+    def narrowed(self) -> Blocks:
+        """For weights whose rows begin anywhere: they come through registers, which hold no more than this."""
+        return replace(self, rows=min(self.rows, 32), depth=16, stages=2)
 
 
 _HALF = (

@@ -43,6 +43,12 @@ class Weight:
         first, second = self.weight.strides
         return (second, first) if self.transposed else (first, second)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of every expert begins at a multiple of 16 bytes."""
+        steps = (stride * self.weight.itemsize for stride in self.strides if stride != 1)
+        return self.weight.aligned and all(step % 16 == 0 for step in steps)
+
 
 @triton.jit
 def product_kernel(
@@ -184,7 +190,10 @@ def grouped_product(
     """
     first, gate = weights[0], weights[-1]
     depth, columns = x.shape[1], first.outputs
+    aligned = all(each.aligned for each in weights)
     blocks = blocks or blocks_for(x.dtype, branches.capacity, branches.experts)
+    if not aligned:
+        blocks = blocks.narrowed()
     out = x.new_empty(branches.capacity, columns)
     product_kernel[_grid(branches, columns, blocks)](
         x,
@@ -206,7 +215,7 @@ def grouped_product(
         KIND=activation,
         GATHER=gather,
         SCATTER=scatter,
-        ALIGNED=all(each.weight.aligned for each in weights),
+        ALIGNED=aligned,
         EVEN=depth % blocks.depth == 0,
         PRECISION=precision(x.dtype),
         # Triton's interpreter, which is what runs this on a CPU, multiplies bfloat16 as integers.

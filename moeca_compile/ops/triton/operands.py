@@ -26,7 +26,7 @@ class Operand:
     Attributes:
         table: (E,) int64 addresses on the device.
         source: the same in pinned memory: a copy that is captured reads it again whenever the graph runs.
-        shape, strides: of each expert's tensor.
+        shape, strides, itemsize: of each expert's tensor.
         aligned: whether each expert's tensor begins at a multiple of 16 bytes.
     """
 
@@ -34,6 +34,7 @@ class Operand:
     source: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    itemsize: int
     aligned: bool
 
 
@@ -47,7 +48,8 @@ def operand(tensors: Sequence[Tensor]) -> Operand:
     if one.is_cuda:
         source = source.pin_memory()  # so that the copy is ordered by the stream and waits for nothing
     table = source.to(one.device, non_blocking=True)
-    return Operand(table, source, tuple(one.shape), one.stride(), all(a % 16 == 0 for a in addresses))
+    aligned = all(address % 16 == 0 for address in addresses)
+    return Operand(table, source, tuple(one.shape), one.stride(), one.element_size(), aligned)
 
 
 def where_they_are(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:

@@ -97,34 +97,47 @@ def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes of a multiprocessor; bytes a block (shared) and a thread (the other two)."""
+    """What one kernel takes of a multiprocessor: bytes of a block (shared) and of a thread (stack, local).
+
+    wide_copies, narrow_copies: instructions that copy to shared memory asynchronously, 16 bytes a thread or fewer
+    tensor_cores: instructions that multiply matrices
+    """
 
     kernel: str
     dtype: str
     arch: int
     blocks: str
+    aligned: bool
     registers: int
     stack: int
     local: int
     shared: int
     warps: int
+    wide_copies: int
+    narrow_copies: int
+    tensor_cores: int
 
 
 def compiled(launch: Launch, dtype: torch.dtype, arch: int) -> Compiled:
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    used = resources(result.asm["cubin"])
+    used, ptx = resources(result.asm["cubin"]), result.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+),", ptx)
     block = "x".join(str(launch.constants[name]) for name in ("ROWS", "COLUMNS", "DEPTH") if name in launch.constants)
     return Compiled(
         launch.kernel.__name__,
         TYPES[dtype],
         arch,
         block,
+        bool(launch.constants.get("ALIGNED")),
         used["REG"],
         used["STACK"],
         used["LOCAL"],
         result.metadata.shared,
         result.metadata.num_warps,
+        copies.count("0x10"),
+        len(copies) - copies.count("0x10"),
+        len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
     )
 
 
@@ -146,16 +159,27 @@ def experts(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype) for shape in shapes * EXPERTS]
 
 
-def products(dtype: torch.dtype, entries: tuple[blocks.Blocks, ...]) -> None:
-    """Both products of SwiGLU at all block sizes: rows gathered and gated; by position, and by place."""
-    rows, hidden = (torch.empty(BATCH * TOKENS, width, dtype=dtype) for width in (WIDTH, HIDDEN))
+def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...]) -> None:
+    """Both products of SwiGLU at all block sizes: rows gathered and gated; by position."""
+    rows, hidden = (torch.empty(BATCH * TOKENS, each, dtype=dtype) for each in (width, 2 * width))
     order = sort_branches(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
     up, down = (
-        grouped.Weight(operand(experts([shape], dtype)), None, False) for shape in ((HIDDEN, WIDTH), (WIDTH, HIDDEN))
+        grouped.Weight(operand(experts([shape], dtype)), None, False)
+        for shape in ((2 * width, width), (width, 2 * width))
     )
     for block in entries:
         grouped.grouped_product(rows, order, (up, up), SILU, gather=True, blocks=block)
         grouped.grouped_product(hidden, order, (down,), blocks=block)
+
+
+def sweep(dtype: torch.dtype) -> None:
+    """All block sizes; sizes that are no multiples of anything; float32 in TensorFloat-32 besides."""
+    entries = blocks.every_entry(dtype)
+    for width in (WIDTH, WIDTH - 1):
+        products(dtype, width, entries)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+        products(dtype, WIDTH, entries)
 
 
 def all_ops(dtype: torch.dtype) -> None:
@@ -200,15 +224,16 @@ def all_ops(dtype: torch.dtype) -> None:
 
 
 def main(every: bool) -> None:
-    """Without `every`, the block sizes that DSMoE-S-E16 meets; both architectures and all dtypes in either case."""
-    results = []
+    """What DSMoE-S-E16 launches, with `every` all block sizes; both architectures and all dtypes in either case."""
+    found: dict[str, tuple[Launch, torch.dtype]] = {}
     for dtype in TYPES:
-        entries = blocks.every_entry(dtype) if every else ()
         with recorded() as launches:
-            products(dtype, entries)
             all_ops(dtype)
-        results += [asdict(compiled(launch, dtype, arch)) for launch in launches.values() for arch in (80, 90)]
-    json.dump(results, sys.stdout)
+            if every:
+                sweep(dtype)
+        found = {key: (launch, dtype) for key, launch in launches.items()} | found
+    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in (80, 90)]
+    json.dump([asdict(result) for result in results], sys.stdout)
 
 
 if __name__ == "__main__":
