@@ -19,11 +19,13 @@ The package is optional: without Triton, or with a torch that has no CUDA, nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
-__all__ = ["available", "register"]
+__all__ = ["available", "register", "why_not"]
 
 
 def available() -> bool:
@@ -37,3 +39,20 @@ def register(library: torch.library.Library) -> None:
 
     for module in (branches, attention, pairs):
         module.register(library)
+
+
+def why_not(
+    device: torch.device, body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], experts: int
+) -> str | None:
+    """Why experts of this body run by the ATen functions, which wait for the device at every step.
+
+    None on a CPU, where nothing waits, and where kernels run them. Needs shapes, strides and dtypes only, so it can
+    be asked of fake tensors when a graph is planned.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or not available():
+        return f"there are no kernels for {device.type} here (they need torch for CUDA, and Triton)"
+    from moeca_compile.ops.triton import plans
+
+    return plans.why_not(body, rows, parameters, experts)

@@ -35,10 +35,7 @@ def _layout(parameters: Sequence[Tensor]) -> Hashable:
 
 
 def why_not(body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], experts: int) -> str | None:
-    """Why experts of this body run by the ATen functions, which wait for the device; None where kernels run them.
-
-    Needs shapes, strides and dtypes only, so it can be asked of fake tensors when a graph is planned.
-    """
+    """As `ops.triton.why_not` on CUDA."""
     try:
         plan_for(body, rows, parameters, experts)
     except UnsupportedError as reason:

@@ -93,6 +93,7 @@ def assert_as_the_reference(case: Case) -> None:
     rough = max((case.rows[0].dtype, case.cache.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     assert_within(found.cache, expected.cache, BODY_ROUNDINGS + 3, rough)
     assert out.dtype == wanted_out.dtype and norms.dtype == torch.float32
+    assert out.is_contiguous() and norms.is_contiguous(), "as the fakes say"
     k = case.index.shape[-1]  # the reference rounds after each of 2 * k sums
     assert_within(out, wanted_out, BODY_ROUNDINGS + 3 + 2 * k, rough)
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, rough)
@@ -195,7 +196,7 @@ def assert_outputs(body: Body, dtype: torch.dtype, index: Tensor, experts: int) 
     rows = [random((len(index), WIDTH), dtype) for _ in range(body.rows)]
     arguments = (rows, index, body.parameters(experts, dtype), experts, body.key(dtype), WIDTH)
     found, expected = kernels.branch_outputs(*arguments), reference.branch_outputs(*arguments)
-    assert found.dtype == expected.dtype
+    assert found.dtype == expected.dtype and found.is_contiguous()
     assert_within(found, expected, BODY_ROUNDINGS)
 
 

@@ -91,6 +91,7 @@ def test_all_pairs(case: Case):
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, case.dtype)
     assert norms.dtype == torch.float32 and torch.equal(norms == 0, wanted_norms == 0)
     assert_sums(out, wanted_out, case)
+    assert all(value.is_contiguous() for value in (out, pool, place, norms))
 
 
 @settings(max_examples=25, deadline=None)
@@ -112,6 +113,7 @@ def test_a_refresh(case: Case):
     if slope is not None:
         assert torch.equal(slope, wanted_slope)
     assert_sums(out, wanted_out, case)
+    assert all(value.is_contiguous() for value in (out, place, norms))
 
 
 def test_strided_masks_and_weights():
