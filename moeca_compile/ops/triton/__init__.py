@@ -19,8 +19,10 @@ The package is optional: without Triton, or with a torch that has no CUDA, nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +39,26 @@ def register(library: torch.library.Library) -> None:
     """Give the package's ops their implementation on CUDA."""
     from moeca_compile.ops.triton import attention, branches, pairs
 
-    for module in (branches, attention, pairs):
-        module.register(library)
+    for op in (
+        branches.branch_outputs,
+        branches.refresh_branches,
+        attention.attend_rows,
+        pairs.pair_outputs,
+        pairs.refresh_pairs,
+    ):
+        library.impl(op.__name__, _on_its_device(op), "CUDA")
+
+
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the first argument, whichever is the current one, as ATen's ops do."""
+
+    @wraps(op)
+    def run(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device_of(first):
+            return op(*args)
+
+    return run
 
 
 def why_not(

@@ -8,7 +8,6 @@ computed in vain: a kernel of ours could skip them, but would have to match Flas
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moeca_compile.ops.attention import attend
@@ -31,8 +30,3 @@ def attend_rows(
     write_tokens(keys, key, chosen, valid)
     write_tokens(values, value, chosen, valid)
     return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
-
-
-def register(library: torch.library.Library) -> None:
-    """Make this the op's implementation on CUDA."""
-    library.impl("attend_rows", attend_rows, "CUDA")

@@ -195,6 +195,8 @@ class _Planner:
             left, right = node_.args
             return self.gated(node, left, right)
         kind, inside = activation_of(node_)
+        if kind == NONE and self.slice(inside) is not None:
+            return None  # the slices of one product are views of it
         part = self.part(inside)
         return Product(node, (part,), kind) if part is not None else None
 

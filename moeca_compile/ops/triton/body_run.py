@@ -37,7 +37,7 @@ def run_body(
     out: Tensor = run.value(plan.output)
     if scatter and not (plan.steps and isinstance(plan.steps[-1], Product)):
         return by_place(out, branches)
-    return out
+    return out.contiguous()
 
 
 def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[Part, Weight]:

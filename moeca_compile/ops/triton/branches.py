@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moeca_compile.ops import branches as reference
@@ -58,9 +57,3 @@ def refresh_branches(
         return reference.refresh_branches(*given)
     norms = write_branches(fresh, order, cache, slope, ratio, matched, chosen=chosen)
     return combine_slots(cache, slope, ratio, weight), norms.view(mask.shape)
-
-
-def register(library: torch.library.Library) -> None:
-    """Make these the ops' implementation on CUDA."""
-    library.impl("branch_outputs", branch_outputs, "CUDA")
-    library.impl("refresh_branches", refresh_branches, "CUDA")

@@ -93,9 +93,3 @@ def with_places(place: Tensor, routed: Tensor, new: Tensor, slots: int) -> Tenso
     # A pair past the last free row finds 0: no more than `slots` can be free.
     mine = torch.where(new_number <= free.sum(), row_of[new_number.clamp_max(slots)], 0).view(place.shape)
     return torch.where(new, mine, torch.where(lost, 0, place)).to(place.dtype)
-
-
-def register(library: torch.library.Library) -> None:
-    """Make these the ops' implementation on CUDA."""
-    library.impl("pair_outputs", pair_outputs, "CUDA")
-    library.impl("refresh_pairs", refresh_pairs, "CUDA")

@@ -90,6 +90,11 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale
 
 
+def one_of_two(x: Tensor, both: Tensor) -> Tensor:
+    """Its output is a view of a wider value."""
+    return torch.chunk(x @ both, 2, dim=-1)[1]
+
+
 @dataclass(frozen=True)
 class Body:
     """A body with the shapes of an expert's parameters, and whether kernels of ours are all that it runs."""
@@ -128,6 +133,7 @@ BODIES = {
     "spelled rms norm": Body(spelled_rms, ((_D,), (_H, _D), (_H, _D), (_D, _H)), False),
     "modulated": Body(modulated, ((3 * _D, _D), (3 * _D,), (_H, _D), (_H, _D), (_D, _H)), False, rows=2),
     "scaled": Body(scaled, ((_D,),), False),
+    "one of two": Body(one_of_two, ((_D, 2 * _D),), False),
 }
 
 

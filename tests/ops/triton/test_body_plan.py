@@ -43,12 +43,23 @@ def kinds(plan: body_plan.BodyPlan) -> list[str]:
         ("one linear", ["relu x1", "square.default"]),
         ("layer norm", ["none x1", "layer_norm.default", "gelu.default", "none x1"]),
         ("scaled", ["mul.Tensor"]),
+        ("one of two", ["none x1", "split.Tensor", "getitem"]),
     ],
 )
 def test_what_runs_in_which_kernel(name, expected):
     plan = plan_of(BODIES[name])
     assert kinds(plan) == expected
     assert plan.products_only == BODIES[name].products_only
+
+
+def test_slices_that_nothing_joins_are_views_of_one_product():
+    plan = plan_of(BODIES["modulated"])
+    products = [step for step in plan.steps if isinstance(step, body_plan.Product)]
+    assert [(len(step.parts), step.parts[0].stop - step.parts[0].start) for step in products] == [
+        (1, 3 * D),
+        (2, H),
+        (1, D),
+    ]
 
 
 def test_halves_of_one_weight_are_told_apart():
