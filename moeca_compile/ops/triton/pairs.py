@@ -85,11 +85,11 @@ def with_places(place: Tensor, routed: Tensor, new: Tensor, slots: int) -> Tenso
         0, place.flatten().long(), torch.arange(pairs, device=device)
     )
     is_routed = torch.cat([routed.flatten(), routed.new_zeros(1)])
-    free = ~is_routed[holder] & (rows > 0)
+    free = ~is_routed.index_select(0, holder) & (rows > 0)
     free_number, new_number = free.cumsum(0), new.flatten().cumsum(0)
     taken = free & (free_number <= new.sum())
     row_of = torch.zeros_like(rows).scatter_(0, torch.where(free, free_number, 0), rows * free)
     lost = torch.zeros_like(is_routed).scatter_(0, torch.where(taken, holder, pairs), True)[:-1].view(place.shape)
     # A pair past the last free row finds 0: no more than `slots` can be free.
-    mine = torch.where(new_number <= free.sum(), row_of[new_number.clamp_max(slots)], 0).view(place.shape)
+    mine = torch.where(new_number <= free.sum(), row_of.take(new_number.clamp_max(slots)), 0).view(place.shape)
     return torch.where(new, mine, torch.where(lost, 0, place)).to(place.dtype)

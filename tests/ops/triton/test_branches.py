@@ -129,7 +129,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases)
 def test_any_refresh(case: Case):
     assert_as_the_reference(case)
@@ -184,7 +184,7 @@ def test_slots_that_are_not_recomputed_keep_their_bits():
     assert torch.equal(after.slope[kept], case.slope[kept])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 40),
     st.integers(1, 8),

@@ -62,7 +62,7 @@ def check(tokens, k, experts, depth, columns, dtype, activation="none", gated=Fa
     assert_within(found[where], expected.to(dtype), ROUNDINGS)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 8), st.integers(1, 6), st.integers(1, 70), st.integers(1, 70),
     st.sampled_from(DTYPES), st.sampled_from(sorted(ACTIVATIONS)), st.booleans(), st.booleans(), st.booleans(),

@@ -80,7 +80,7 @@ def assert_sums(found: Tensor, expected: Tensor, case: Case) -> None:
     assert_within(found, expected, (BODY_ROUNDINGS + 4) * case.routed.shape[1], case.dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases)
 def test_all_pairs(case: Case):
     arguments = (case.rows, case.routed, case.weight, case.parameters, case.body.key(case.dtype), WIDTH, case.slots)
@@ -94,7 +94,7 @@ def test_all_pairs(case: Case):
     assert all(value.is_contiguous() for value in (out, pool, place, norms))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases)
 def test_a_refresh(case: Case):
     def run(function):
