@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,12 @@ import pytest
 import torch
 from torch import fx
 
+if not torch.cuda.is_available():
+    # Kernels are then run by Triton's interpreter, on CPU tensors. It asks when it is imported, which torch itself
+    # puts off, but not torch's compiler. Inductor writes no Triton code for a CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# ruff: isort: split
 import moeca_compile  # noqa: F401  (registers the ops and installs capture)
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime import program, specialisation

@@ -1,5 +1,12 @@
-"""Custom ops. Importing the package defines them all."""
+"""Custom ops. Importing the package defines them all, with their kernels where there can be a device for them."""
+
+import torch
 
 from moeca_compile.ops import attention, branches, linear, markers, pairs
+from moeca_compile.ops import triton as kernels
 
 __all__ = ["attention", "branches", "linear", "markers", "pairs"]
+
+_library = torch.library.Library(markers.NAMESPACE, "FRAGMENT")
+if kernels.available():
+    kernels.register(_library)

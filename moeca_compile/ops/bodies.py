@@ -26,6 +26,11 @@ def register(body: fx.GraphModule) -> str:
     return key
 
 
+def graph(key: str) -> fx.GraphModule:
+    """The body that was stored under `key`. Raises KeyError for one that was not."""
+    return _BODIES[key]
+
+
 def run(key: str, rows: list[Tensor], parameters: list[Tensor]) -> Tensor:
     """One expert on its rows: each of `rows` (R, ...) -> (R, width)."""
     result: Tensor = _BODIES[key](*rows, *parameters)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.ops import triton as kernels
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match import match_regions
 from moeca_compile.passes.normalise import normalise
 from moeca_compile.passes.one_device import to_one_device
 from moeca_compile.passes.plan import Plan, plan_step
+from moeca_compile.passes.regions import module_path
 from moeca_compile.passes.rewrite import StepFunction, StepResult, step_function
 from moeca_compile.policies import Policy, policy_for
 from moeca_compile.policies.plain import Plain
@@ -86,6 +88,7 @@ class Specialisation:
         """What steps of a model that runs uncached go by."""
         self.caching = bool(self.sessions.specs)
         self._warn_if_idle()
+        self._warn_of_waits()
 
     def _example(self, inputs: Sequence[Any]) -> Tensor:
         """A tensor in the model's dtype: the residual stream, else any input with a fraction."""
@@ -143,6 +146,14 @@ class Specialisation:
                 "no timestep was found among the model's inputs, so steps and generations cannot be told apart: "
                 "the model runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding."
             )
+
+    def _warn_of_waits(self) -> None:
+        """On a device, say which layers' ops have to ask the host at every step, and why."""
+        for marker, body in self.regions.bodies.items():
+            rows, parameters = ([node.meta["val"] for node in nodes] for nodes in (body.rows, body.parameters))
+            reason = kernels.why_not(self.device, body.key, rows, parameters, body.experts)
+            if reason is not None:
+                self.record.warn(f"the experts of {module_path(marker)} wait for the device at every step: {reason}")
 
     # --- a step ---------------------------------------------------------------------------------------------
 

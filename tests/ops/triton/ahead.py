@@ -1,0 +1,240 @@
+"""Compile the kernels that the ops launch, for GPUs that need not be there; prints JSON.
+
+    python tests/ops/triton/ahead.py [every]
+
+The ops run on CPU tensors at the sizes of a published model, and what they would launch is recorded instead: so the
+kernels are compiled for just the arguments, block sizes and specialisations that they get. Triton's interpreter must
+be off, which is why this is a program of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from moeca_compile.ops.triton import blocks, grouped
+from moeca_compile.ops.triton import branches as branch_ops
+from moeca_compile.ops.triton import pairs as pair_ops
+from moeca_compile.ops.triton.activations import SILU
+from moeca_compile.ops.triton.attention import attend_rows
+from moeca_compile.ops.triton.compaction import sort_branches
+from moeca_compile.ops.triton.operands import operand
+from moeca_compile.ops.triton.rows import by_place
+from tests.ops.triton.cases import body_of, gelu_mlp, swiglu
+
+WIDTH, HIDDEN, EXPERTS, K, BATCH, TOKENS, HEADS = 384, 768, 16, 2, 8, 256, 6
+"""DSMoE-S-E16 at batch 8."""
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+POINTERS = TYPES | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it is compiled for."""
+
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        parts = (self.kernel.__name__, self.signature, self.constants, self.attributes, self.options)
+        return repr(parts)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, Launch]]:
+    """Kernels that are launched inside are noted and not run."""
+    launches: dict[str, Launch] = {}
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = launch_of(kernel, args, kwargs)
+        launches[launch.key] = launch
+
+    before = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = before
+
+
+def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """As Triton specialises: 1 and None are constants, multiples of 16 are known to be."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    if "WIDENED" in values:
+        values["WIDENED"] = False  # as on a device
+    signature, constants, attributes = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = f"*{POINTERS[value.dtype]}" if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[number,] = [["tt.divisibility", 16]]
+    return Launch(kernel, signature, constants, attributes, options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes of a multiprocessor: bytes of a block (shared) and of a thread (stack, local).
+
+    wide_copies, narrow_copies: instructions that copy to shared memory asynchronously, 16 bytes a thread or fewer
+    tensor_cores: instructions that multiply matrices
+    """
+
+    kernel: str
+    dtype: str
+    arch: int
+    blocks: str
+    aligned: bool
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    wide_copies: int
+    narrow_copies: int
+    tensor_cores: int
+
+
+def compiled(launch: Launch, dtype: torch.dtype, arch: int) -> Compiled:
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    used, ptx = resources(result.asm["cubin"]), result.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+),", ptx)
+    block = "x".join(str(launch.constants[name]) for name in ("ROWS", "COLUMNS", "DEPTH") if name in launch.constants)
+    return Compiled(
+        launch.kernel.__name__,
+        TYPES[dtype],
+        arch,
+        block,
+        bool(launch.constants.get("ALIGNED")),
+        used["REG"],
+        used["STACK"],
+        used["LOCAL"],
+        result.metadata.shared,
+        result.metadata.num_warps,
+        copies.count("0x10"),
+        len(copies) - copies.count("0x10"),
+        len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump, which Triton brings, says of a kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+# --- what is launched -------------------------------------------------------------------------------------------
+
+
+def experts(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype) for shape in shapes * EXPERTS]
+
+
+def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...]) -> None:
+    """Both products of SwiGLU at all block sizes: rows gathered and gated; by position."""
+    rows, hidden = (torch.empty(BATCH * TOKENS, each, dtype=dtype) for each in (width, 2 * width))
+    order = sort_branches(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
+    up, down = (
+        grouped.Weight(operand(experts([shape], dtype)), None, False)
+        for shape in ((2 * width, width), (width, 2 * width))
+    )
+    for block in entries:
+        grouped.grouped_product(rows, order, (up, up), SILU, gather=True, blocks=block)
+        grouped.grouped_product(hidden, order, (down,), blocks=block)
+
+
+def sweep(dtype: torch.dtype) -> None:
+    """All block sizes; sizes that are no multiples of anything; float32 in TensorFloat-32 besides."""
+    entries = blocks.every_entry(dtype)
+    for width in (WIDTH, WIDTH - 1):
+        products(dtype, width, entries)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+        products(dtype, WIDTH, entries)
+
+
+def all_ops(dtype: torch.dtype) -> None:
+    """Every op once, with a forecast; an MLP with biases, whose outputs go to their places."""
+    chosen, ratio = BATCH * TOKENS // 16, torch.tensor(0.5)
+    shapes = [(HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
+    gated = (body_of(swiglu, shapes, WIDTH, dtype), experts(shapes, dtype))
+    shapes = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
+    plain = (body_of(gelu_mlp, shapes, WIDTH, dtype), experts(shapes, dtype))
+    rows = torch.empty(BATCH * TOKENS, WIDTH, dtype=dtype)
+    index = torch.zeros(BATCH * TOKENS, K, dtype=torch.int64)
+    branch_ops.branch_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
+    cache = torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype)
+    some = (BATCH, chosen // BATCH)
+    mask = torch.zeros(*some, K, dtype=torch.bool)
+    tokens, weight = torch.zeros(some, dtype=torch.int64), torch.empty(BATCH, TOKENS, K, dtype=dtype)
+    branch_ops.refresh_branches(
+        cache,
+        [rows[:chosen]],
+        mask.long(),
+        mask,
+        mask,
+        tokens,
+        weight,
+        cache.clone(),
+        ratio,
+        gated[1],
+        EXPERTS,
+        gated[0],
+    )
+    by_place(rows, sort_branches(index[:, :1], None, EXPERTS, 1))
+    routed, place = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
+    pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
+    pair_ops.pair_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
+    pair_ops.refresh_pairs(pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated))
+    keys, heads = (
+        torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))
+    )
+    attend_rows(
+        keys, keys.clone(), heads, heads, heads, tokens, torch.zeros(some, dtype=torch.bool), None, None, False
+    )
+
+
+def main(every: bool) -> None:
+    """What DSMoE-S-E16 launches, with `every` all block sizes; both architectures and all dtypes in either case."""
+    found: dict[str, tuple[Launch, torch.dtype]] = {}
+    for dtype in TYPES:
+        with recorded() as launches:
+            all_ops(dtype)
+            if every:
+                sweep(dtype)
+        found = {key: (launch, dtype) for key, launch in launches.items()} | found
+    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in (80, 90)]
+    json.dump([asdict(result) for result in results], sys.stdout)
+
+
+if __name__ == "__main__":
+    main("every" in sys.argv[1:])

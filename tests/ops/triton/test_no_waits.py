@@ -1,0 +1,96 @@
+"""The ops on CUDA call nothing that would ask a device for numbers; the ATen functions, which do, are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeca_compile.ops import attention as attention_reference
+from moeca_compile.ops import branches as branch_reference
+from moeca_compile.ops import pairs as pair_reference
+from tests.ops.triton.cases import BODIES, WIDTH
+
+pytest.importorskip("triton")
+from moeca_compile.ops.triton import attention, branches, pairs
+from tests.ops.triton import test_attention as attention_cases
+from tests.ops.triton import test_branches as branch_cases
+from tests.ops.triton import test_pairs as pair_cases
+
+WAITS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+"""What marks ops whose result, or its shape, the host has to read. torch.bincount bears neither."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes the ops that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if WAITS & set(op.tags) or "bincount" in str(op):
+            self.found.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    with Waits() as mode:
+        yield mode.found
+
+
+def branch_calls(module: Any, name: str) -> list[Callable[[], Any]]:
+    case = branch_cases.make_case(body=BODIES[name])
+    full = (case.rows, case.index.flatten(0, 1), case.parameters, case.experts, case.body, WIDTH)
+    return [lambda: module.refresh_branches(*case.copy().arguments()), lambda: module.branch_outputs(*full)]
+
+
+def pair_calls(module: Any, name: str) -> list[Callable[[], Any]]:
+    case = pair_cases.make_case(6, 4, 12, 0.6, True, BODIES[name], torch.float32, 0)
+    rest = (case.parameters, case.body.key(case.dtype))
+    state = (case.pool, case.slope, case.rows, case.place, case.routed, case.mask, case.weight, torch.tensor(0.5))
+    return [
+        lambda: module.pair_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots),
+        lambda: module.refresh_pairs(*state, *rest),
+    ]
+
+
+def attention_calls(module: Any) -> list[Callable[[], Any]]:
+    case = attention_cases.make_case(2, 3, 3, 7, 4, 8, 8, torch.float32, torch.float32, 0.5, 0)
+    return [lambda: module.attend_rows(*case, None, None, False)]
+
+
+@pytest.mark.parametrize("name", ["swiglu", "layer norm", "modulated", "one of two"])
+def test_experts(name):
+    """A body of products alone, one with a norm, one with a second row a token, one that ends in a view."""
+    for call in (*branch_calls(branches, name), *pair_calls(pairs, name)):
+        call()  # tables of addresses are there from the first step on
+        with waits() as found:
+            call()
+        assert found == []
+
+
+def test_attention():
+    (call,) = attention_calls(attention)
+    with waits() as found:
+        call()
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *branch_calls(branch_reference, "swiglu"),
+        *pair_calls(pair_reference, "swiglu"),
+        *attention_calls(attention_reference),
+    ],
+)
+def test_the_reference_waits(call):
+    with waits() as found:
+        call()
+    assert found

@@ -1,0 +1,89 @@
+"""Whole steps of a model with the kernels in the ops' place: the outputs and the state of the ATen functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.library import _scoped_library
+
+from examples.families import inputs_for, reduced
+from moeca_compile.ops.markers import NAMESPACE
+from moeca_compile.policies.step import StepKind
+from tests.harness import Captured, captured
+from tests.models import TinyDiTMoE, make_inputs
+from tests.ops.triton.cases import DEVICE, assert_within
+
+pytest.importorskip("triton")
+from moeca_compile.ops.triton import attention, branches, pairs
+
+pytestmark = [
+    pytest.mark.filterwarnings("error:moeca"),
+    pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are the ops there"),
+]
+
+ROUNDINGS = 200
+"""Of float32, after four blocks: sums of some tens of terms in another order, and norms and softmaxes between."""
+
+KERNELS = (
+    branches.branch_outputs,
+    branches.refresh_branches,
+    attention.attend_rows,
+    pairs.pair_outputs,
+    pairs.refresh_pairs,
+)
+
+
+@contextmanager
+def kernels_on_the_cpu(called: set[str]) -> Iterator[None]:
+    """The ops run as they do on CUDA; `called` collects the names of those that ran."""
+
+    def noted(op: Any) -> Any:
+        return lambda *args: called.add(op.__name__) or op(*args)
+
+    with _scoped_library(NAMESPACE, "FRAGMENT") as library:
+        for op in KERNELS:
+            library.impl(op.__name__, noted(op), "CPU")
+        yield
+
+
+def steps(graph: Captured, seconds: list[Any], recipe: str) -> list[torch.Tensor]:
+    """Outputs and state of a full step, and of a cache step on other inputs with room for half of the tokens."""
+    shapes = graph.specialisation(recipe=recipe, validate=False)
+    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.plan.caches}
+    clock = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
+    full = shapes.eager(StepKind(), graph.inputs, state, clock)
+    state |= full.updates
+    kind = StepKind(False, False, shapes.plan.sizes[1] // 2)
+    cached = shapes.function(kind)(seconds, state, clock)  # writes into the state
+    state |= cached.updates
+    return [*full.outputs, *cached.outputs, *(state[name] for name in sorted(state))]
+
+
+def assert_same_steps(graph: Captured, seconds: list[Any], recipe: str, expected: set[str]) -> None:
+    with torch.no_grad():
+        plain, called = steps(graph, seconds, recipe), set[str]()
+        with kernels_on_the_cpu(called):
+            found = steps(graph, seconds, recipe)
+    assert called == expected
+    for one, other in zip(found, plain, strict=True):
+        assert_within(one, other, ROUNDINGS, torch.float32)
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast"])
+def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
+    noise, labels = make_inputs(model, seed=5)
+    seconds = graph.arguments(x=noise, t=0.9 * torch.ones(len(noise)), y=labels)
+    assert_same_steps(graph, seconds, recipe, {"branch_outputs", "refresh_branches", "attend_rows"})
+
+
+def test_expert_choice():
+    """A layer whose pairs of tokens and experts are counted by the data."""
+    model = reduced("EC-DiT")
+    graph = captured(model, *inputs_for(model))
+    x, t, y = inputs_for(model, seed=5)
+    seconds = graph.arguments(x=x, t=t - 20, y=y)
+    assert_same_steps(graph, seconds, "moeca-forecast", {"pair_outputs", "refresh_pairs", "attend_rows"})
