@@ -284,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype)
     where = environment(torch.device("cpu"), dtype)
     warnings.simplefilter("ignore")  # torch's own, once a compilation
+    torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels are named in a profile, nothing else
     for name in args.model or MODELS:
         model = families.reduced("DSMoE") if name == "tiny" else families.build(name)
         model = model.to(dtype)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import moeca_compile.ops.branches
+import moeca_compile.ops.pairs  # noqa: F401  (both define ops that are named below)
 from moeca_compile._torch_private import has_kernel_for
 
 aten = torch.ops.aten
@@ -34,6 +36,11 @@ _TAGS = {
 }
 # Ops that draw random numbers pass: torch moves their generator on with every replay.
 
+_EXPERTS = tuple(
+    getattr(torch.ops.moeca, name).default
+    for name in ("branch_outputs", "refresh_branches", "pair_outputs", "refresh_pairs")
+)
+
 _INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default)
 """They take masks or positions for indices, and only masks have to be counted."""
 
@@ -55,6 +62,11 @@ def ops_without_kernel(graph: fx.Graph, device: torch.device) -> list[str]:
     """
     ops = {node.target for node in graph.nodes if getattr(node.target, "namespace", None) == "moeca"}
     return sorted(str(op) for op in ops if not has_kernel_for(op, device))
+
+
+def runs_experts(graph: fx.Graph) -> bool:
+    """Whether expert bodies run in the graph."""
+    return any(node.target in _EXPERTS for node in graph.nodes)
 
 
 def _outside(node: fx.Node, device: torch.device) -> str | None:

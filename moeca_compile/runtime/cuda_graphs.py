@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import copy_all, zero_all
-from moeca_compile.passes.host_ops import host_ops, ops_without_kernel
+from moeca_compile.passes.host_ops import host_ops, ops_without_kernel, runs_experts
 from moeca_compile.passes.rewrite import StepFunction, StepResult
 from moeca_compile.policies.step import StepKind
 from moeca_compile.runtime.record import Record
@@ -158,6 +158,7 @@ class CudaGraphs:
         recorder: the device, or what stands for it in tests.
         record: where warnings go.
         compare: how to check a replay; None checks nothing.
+        waits: why the experts' ops wait for the host on this device; None where they do not.
     """
 
     def __init__(
@@ -167,9 +168,10 @@ class CudaGraphs:
         recorder: Recorder,
         record: Record,
         compare: Compare | None,
+        waits: str | None = None,
     ) -> None:
         self.arguments, self.device, self.recorder, self.record = list(arguments), device, recorder, record
-        self.compare = compare
+        self.compare, self.waits = compare, waits
         self.buffers: Buffers | None = None
         self.rehearsed: set[StepKind] = set()
         self.compared: set[StepKind] = set()
@@ -228,6 +230,7 @@ class CudaGraphs:
         if graph is None:
             return "they run without Inductor"
         found = host_ops(graph, self.device)
+        found += [self.waits] if self.waits is not None and runs_experts(graph) else []
         found += [f"{op} has no kernel of its own there" for op in ops_without_kernel(graph, self.device)]
         arguments = [v for v, argument in zip(inputs, self.arguments, strict=True) if argument and _is_tensor(v)]
         found += ["an argument overlaps with itself in memory"] * any(map(_overlaps, arguments))

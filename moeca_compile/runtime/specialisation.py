@@ -83,12 +83,11 @@ class Specialisation:
             with record.timed("validate"):
                 self.regions = sound_regions(self.graph, self.regions, config, inputs, record)
         self._plan()
-        self.graphs = self._cuda_graphs(user_inputs)
+        self.graphs = self._cuda_graphs(user_inputs, self._warn_of_waits())
         self.stateless = Stream({})
         """What steps of a model that runs uncached go by."""
         self.caching = bool(self.sessions.specs)
         self._warn_if_idle()
-        self._warn_of_waits()
 
     def _example(self, inputs: Sequence[Any]) -> Tensor:
         """A tensor in the model's dtype: the residual stream, else any input with a fraction."""
@@ -118,11 +117,11 @@ class Specialisation:
             self.sessions = Sessions(self.config, self.plan.caches, self.device)
             self.timesteps = TimestepInput(len(self.regions.timesteps))
 
-    def _cuda_graphs(self, arguments: Sequence[bool]) -> CudaGraphs | None:
+    def _cuda_graphs(self, arguments: Sequence[bool], waits: str | None) -> CudaGraphs | None:
         if not self.config.cuda_graphs or self.device.type != "cuda":
             return None
         compare = self._same_replay if self.config.validate else None
-        return CudaGraphs(arguments, self.device, CudaRecorder(self.device), self.record, compare)
+        return CudaGraphs(arguments, self.device, CudaRecorder(self.device), self.record, compare, waits)
 
     def _same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
         same_outputs("replayed", found, wanted, self.config, self.record, token_dtypes(self.regions))
@@ -147,13 +146,16 @@ class Specialisation:
                 "the model runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding."
             )
 
-    def _warn_of_waits(self) -> None:
-        """On a device, say which layers' ops have to ask the host at every step, and why."""
+    def _warn_of_waits(self) -> str | None:
+        """On a device, say which layers' ops have to ask the host at every step, and why; returns one reason."""
+        found = None
         for marker, body in self.regions.bodies.items():
             rows, parameters = ([node.meta["val"] for node in nodes] for nodes in (body.rows, body.parameters))
             reason = kernels.why_not(self.device, body.key, rows, parameters, body.experts)
             if reason is not None:
-                self.record.warn(f"the experts of {module_path(marker)} wait for the device at every step: {reason}")
+                found = f"the experts of {module_path(marker)} wait for the device at every step: {reason}"
+                self.record.warn(found)
+        return found
 
     # --- a step ---------------------------------------------------------------------------------------------
 

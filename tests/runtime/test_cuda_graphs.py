@@ -276,6 +276,19 @@ def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor)
     assert recorder.events == []
 
 
+def test_experts_that_wait_for_the_device_are_refused_where_they_run():
+    waits = "the experts of blocks.0 wait for the device at every step: float64"
+    each = CudaGraphs([True], CPU, TapeRecorder(), Record(MoecaConfig()), None, waits)
+    without = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    assert sums(each, without, 3) == [1, 3, 6]
+    assert not each.refused
+    node = next(node for node in without.graph.graph.nodes if node.op == "call_function")
+    node.target = torch.ops.moeca.branch_outputs.default
+    each = CudaGraphs([True], CPU, TapeRecorder(), Record(MoecaConfig()), None, waits)
+    with pytest.warns(UserWarning, match=f"not recorded as a CUDA graph .*{waits}"):
+        sums(each, without, 2)
+
+
 def test_an_argument_that_overlaps_with_itself_is_refused():
     windows = torch.arange(4.0).unfold(0, 2, 1)
 
