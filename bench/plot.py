@@ -64,6 +64,7 @@ def draw_speed(rows: Sequence[Row], axis: Any) -> None:
         axis.plot(at, [allowed(row) for row in points], ":", color=line.get_color())
     axis.set(xlabel="fraction of the branches recomputed", ylabel="speed-up over torch.compile", ylim=(0, None))
     axis.plot([], [], "k:", label="what FLOPs allow")
+    axis.grid(alpha=0.3)
     axis.legend()
 
 
@@ -95,16 +96,17 @@ def draw_compile(rows: Sequence[Row], axis: Any) -> None:
         axis.plot([0, 400], [-extra, 400 * saved - extra], label=label)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="steps sampled", ylabel="seconds saved over torch.compile", xlim=(0, 400))
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
 
-def picture(path: Path, draw: Callable[[Sequence[Row], Any], None], rows: Sequence[Row]) -> None:
+def picture(path: Path, draw: Callable[[Sequence[Row], Any], None], rows: Sequence[Row], columns: int = 1) -> None:
+    """Save what `draw` makes of the rows on one axis, or on so many side by side."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    draw(rows, axis)
-    axis.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(1, columns, figsize=(8 if columns == 1 else 11, 4), layout="constrained")
+    draw(rows, axes)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
