@@ -86,6 +86,24 @@ def test_what_the_kernels_take():
     assert not library.takes(rows, [weight.double()], None)
     assert not library.takes(rows, [torch.randn(8, 5).t()], None)
     assert not library.takes(rows.half(), [weight.half()], None)
+    assert not library.takes(rows, [weight, torch.randn(6, 8)], None)  # the kernel would read past its end
+    assert not library.takes(rows, [weight], [torch.randn(4)])
+
+
+def test_a_compiler_that_fails_is_warned_of_and_pytorchs_products_stand_in(monkeypatch):
+    def failing(source: str) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(library, "compile_cpp", failing)
+    library.library.cache_clear()
+    rows, weights = torch.randn(5, 4), [torch.randn(3, 4) for _ in range(2)]
+    try:
+        with pytest.warns(UserWarning, match=r"RuntimeError: no compiler here.*apt install g\+\+"):
+            found = grouped_linear(rows, torch.tensor([0, 2, 5]), weights, None)
+    finally:
+        library.library.cache_clear()
+    assert_close(found[:2], (rows[:2], weights[0], None))
+    assert_close(found[2:], (rows[2:], weights[1], None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from ctypes import CDLL, c_int, c_int64, c_void_p
 from functools import cache
@@ -17,21 +18,28 @@ _KERNELS = {torch.float32: "grouped_linear_float32", torch.bfloat16: "grouped_li
 
 @cache
 def library() -> CDLL | None:
-    """The compiled kernels; None where there is no compiler that builds them."""
+    """The compiled kernels; None, after a warning, where there is no compiler that builds them."""
     try:
         return compile_cpp((Path(__file__).parent / "grouped_linear.cpp").read_text())
-    except Exception:  # a compiler can be missing or fail in any way; Inductor then reports it for all steps
+    except Exception as error:  # a compiler can be missing or fail in any way
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        warnings.warn(
+            f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's products stand in for them and are "
+            "slower where rows are few. They need a C++ compiler, as Inductor does (apt install g++).",
+            stacklevel=2,
+        )
         return None
 
 
 def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> bool:
     """Whether `grouped_linear` can run on these: on CPU, contiguous, in one dtype that the kernels know."""
-    operands = [rows, *weights, *(biases or ())]
-    dtype = rows.dtype
-    if rows.device.type != "cpu" or dtype not in _KERNELS or (dtype is torch.bfloat16 and rows.shape[1] % 2):
+    dtype, (outputs, inputs) = rows.dtype, weights[0].shape
+    if rows.device.type != "cpu" or dtype not in _KERNELS or (dtype is torch.bfloat16 and inputs % 2):
         return False
-    if any(value.dtype is not dtype or not value.is_contiguous() for value in operands):
-        return False
+    wanted = (((len(rows), inputs), [rows]), ((outputs, inputs), weights), ((outputs,), biases or ()))
+    for shape, operands in wanted:
+        if any(v.dtype is not dtype or not v.is_contiguous() or v.shape != shape for v in operands):
+            return False
     return hasattr(library(), _KERNELS[dtype])
 
 
