@@ -24,8 +24,8 @@ def library() -> CDLL | None:
     except Exception as error:  # a compiler can be missing or fail in any way
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         warnings.warn(
-            f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's products stand in for them and are "
-            "slower where rows are few. They need a C++ compiler, as Inductor does (apt install g++).",
+            f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's products stand in and are "
+            "slower where rows are few. The kernels need a C++ compiler, as Inductor does (apt install g++).",
             stacklevel=2,
         )
         return None
