@@ -54,6 +54,8 @@ class Term:
     factor: float = 1.0
     kind: str = "bias"
     """"bias", "keep" (true where a key takes part), "drop" (true where it does not)."""
+    fill: float = -inf
+    """What a mask puts in the place of scores. Where it is finite, a query with no key left still attends to all."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Scores:
         return replace(self, path=(*self.path, node), terms=(*self.terms, *terms))
 
     def times(self, node: fx.Node, factor: float) -> Scores:
-        terms = tuple(t if t.kind != "bias" else replace(t, factor=t.factor * factor) for t in self.terms)
+        terms = tuple(replace(t, factor=t.factor * factor) for t in self.terms)
         if factor <= 0 and any(term.kind != "bias" for term in self.terms):
             raise UnclearError("its masked scores change their sign")
         return replace(self.then(node), factor=self.factor * factor, terms=terms)
@@ -352,18 +354,20 @@ def _masked(node: fx.Node) -> Scores | None:
     if inner is None:
         return None
     assert isinstance(mask, fx.Node)
-    if not _is_minus_infinity(fill, node.meta["val"].dtype):
+    number = _number(fill)
+    # So far below any score that a score added to it is lost, if it is not minus infinity.
+    if number is None or number * torch.finfo(node.meta["val"].dtype).eps > -64:
         raise UnclearError("its masked scores are not minus infinity")
-    return inner.then(node, Term(mask, shape_of(node), kind=kind))
+    return inner.then(node, Term(mask, shape_of(node), kind=kind, fill=number))
 
 
-def _is_minus_infinity(fill: Any, dtype: torch.dtype) -> bool:
-    """Minus infinity, or so far below any score that a score added to it is lost."""
+def _number(fill: Any) -> float | None:
+    """A fill as a number, where the graph says which."""
     if isinstance(fill, fx.Node) and fill.target in (aten.full.default, aten.full_like.default):
         fill = fill.args[1]
     if isinstance(fill, fx.Node) and fill.target is aten.scalar_tensor.default:
         fill = fill.args[0]
-    return isinstance(fill, (int, float)) and fill * torch.finfo(dtype).eps <= -64
+    return float(fill) if isinstance(fill, (int, float)) else None
 
 
 # --- rewriting --------------------------------------------------------------------------------------------
@@ -405,7 +409,20 @@ def _mask(
             bias = node if bias is None else new(aten.add.Tensor, bias, node)
         else:
             node = node if term.kind == "keep" else new(aten.logical_not.default, node)
-            keep = node if keep is None else new(aten.logical_and.default, keep, node)
-    if bias is None or keep is None:
-        return bias if keep is None else keep
-    return new(aten.where.ScalarOther, keep, bias, -inf)
+            if term.fill == -inf:
+                keep = node if keep is None else new(aten.logical_and.default, keep, node)
+            else:
+                bias = _filled(new, node, _filled(new, keep, bias, -inf, dtype), term.fill * term.factor, dtype)
+                keep = None
+    return keep if bias is None else _filled(new, keep, bias, -inf, dtype)
+
+
+def _filled(
+    new: Inserted, keep: fx.Node | None, bias: fx.Node | None, fill: float, dtype: torch.dtype
+) -> fx.Node | None:
+    """The bias, or 0 where there is none, with `fill` where `keep` is false."""
+    if keep is None:
+        return bias
+    if bias is None:
+        return new.cast(new(aten.where.Scalar, keep, 0.0, fill), dtype)
+    return new(aten.where.ScalarOther, keep, bias, fill)

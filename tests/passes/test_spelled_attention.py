@@ -18,9 +18,11 @@ Q, K, V = (
     torch.randn(B, H, *sizes, generator=torch.Generator().manual_seed(i))
     for i, sizes in enumerate([(N, D), (M, D), (M, E)])
 )
-BIAS, BIAS_BY_HEAD = torch.randn(N, M), torch.randn(H, N, M)
-KEEP = (torch.rand(N, M) < 0.5).index_fill(1, torch.tensor(0), True)
-TEMPERATURE = torch.rand(H, 1, 1) + 0.5
+DRAWN = torch.Generator().manual_seed(0)
+BIAS, BIAS_BY_HEAD = (torch.randn(*sizes, generator=DRAWN) for sizes in ((N, M), (H, N, M)))
+KEEP = (torch.rand(N, M, generator=DRAWN) < 0.5).index_fill(1, torch.tensor(0), True)
+KEEP[N - 1, 1:] = False  # the last query has one key
+TEMPERATURE = torch.rand(H, 1, 1, generator=DRAWN) + 0.5
 INPUTS = (Q, K, V, BIAS, BIAS_BY_HEAD, KEEP, TEMPERATURE)
 aten = torch.ops.aten
 
@@ -84,6 +86,15 @@ SPELLINGS = {
     "a mask and a bias": over(lambda q, k, m, h, keep, t: torch.where(keep, q @ k.mT * 0.3, -inf) + m),
     "two masks": over(
         lambda q, k, m, h, keep, t: (q @ k.mT).masked_fill(~keep, -inf).masked_fill(h[:, :1] > 1, -1e9)
+    ),
+    "a finite mask that leaves a query no key": over(
+        lambda q, k, m, h, keep, t: (q @ k.mT).masked_fill(~keep & (m < 0) | (m > m[-1:].amin()), -1e9)
+    ),
+    "a scaled finite mask, then a bias": over(
+        lambda q, k, m, h, keep, t: (q @ k.mT).masked_fill(m < m.amax(-1, keepdim=True) + 1, -1e9) * 0.5 + h
+    ),
+    "a finite mask over what another has dropped": over(
+        lambda q, k, m, h, keep, t: (q @ k.mT).masked_fill(~keep, -inf).masked_fill(keep, -1e9)
     ),
     "a temperature a head": over(lambda q, k, m, h, keep, t: (q @ k.mT) * t + m),
     "a scale that is a tensor": over(lambda q, k, *_: (q @ k.mT) / torch.tensor(8.0).sqrt()),
