@@ -24,6 +24,12 @@ from tests.models import TinyDiTMoE, make_inputs, make_model
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Models and inputs are the same in whatever order, and on however many processes, the tests run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are traced to graphs as always, and these run as they are: Inductor takes 10 seconds each.

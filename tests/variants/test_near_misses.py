@@ -156,10 +156,11 @@ class NormOverTokens(nn.Module):
 class ConvolutionOverTokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2)  # enough for an expert without tokens
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3)
 
     def forward(self, x):
-        return self.conv(x.t()[None])[0].t()[: len(x)]
+        padded = F.pad(x.t()[None], (2, 2))  # torch refuses to pad within the convolution where there are no tokens
+        return self.conv(padded)[0].t()[: len(x)]
 
 
 class Counting(nn.Module):
