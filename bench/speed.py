@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     where = environment(torch.device("cpu"), dtype)
     warnings.simplefilter("ignore")  # torch's own, once a compilation
     torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels are named in a profile, nothing else
+    torch.compile(torch.sin)(torch.ones(1))  # the first in a process waits 8 s for what Inductor asks of the compiler
     for name in args.model or MODELS:
         model = families.reduced("DSMoE") if name == "tiny" else families.build(name)
         model = model.to(dtype)

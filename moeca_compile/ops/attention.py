@@ -50,9 +50,17 @@ def attend_rows(
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """Queries (B, H, C, d) against cached keys and values (B, N, H, d)."""
-    keys, values = (cache.transpose(1, 2).to(query.dtype) for cache in (keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=enable_gqa)
+    """Queries (B, H, C, d) against cached keys and values (B, N, H, d).
+
+    On CPU types of 16 bits are taken in float32: PyTorch's kernel for these is slower, by a quarter at 32 queries.
+    """
+    narrow = query.device.type == "cpu" and query.dtype.itemsize == 2
+    dtype = torch.float32 if narrow else query.dtype
+    keys, values = (cache.transpose(1, 2).to(dtype) for cache in (keys, values))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)
+    out = F.scaled_dot_product_attention(query.to(dtype), keys, values, mask, scale=scale, enable_gqa=enable_gqa)
+    return out.to(query.dtype)
 
 
 _library.impl("attend_rows", attend_rows, "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.ops import bodies
+from moeca_compile.ops.cpu import library
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
@@ -117,6 +118,9 @@ def refresh_branches(
 
 def _combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor:
     """Sum over slots of weight * (cached output + ratio * slope): (B, N, width)."""
+    combined = library.combine(cache, slope, ratio, weight)
+    if combined is not None:
+        return combined
     result = torch.zeros_like(cache[:, :, 0])
     for slot in range(cache.shape[2]):
         w = weight[:, :, slot, None].to(cache.dtype)

@@ -19,6 +19,9 @@ from moeca_compile.ops.cpu import library
 _FEW, _FEW_EACH = 64, 192
 """Up to so many rows our own kernel is faster than oneDNN's: of one product, and of each in a group of them."""
 
+_NARROW = 32
+"""With fewer outputs, as of a router, PyTorch's product is the fastest."""
+
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -60,7 +63,7 @@ def _(x, weight, bias):  # type: ignore[no-untyped-def]
 
 
 def use_fast_linears(graph: fx.Graph) -> None:
-    """Let the graph's linear layers on CPU be taken by `linear`."""
+    """Let the graph's linear layers on CPU be taken by `linear`, but for narrow ones."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        if node.meta["val"].device.type == "cpu":
+        if node.meta["val"].device.type == "cpu" and node.meta["val"].shape[-1] >= _NARROW:
             node.target, node.args = torch.ops.moeca.linear.default, (*node.args, None)[:3]

@@ -1,46 +1,56 @@
-"""The C++ kernels as functions of tensors, compiled for this machine when first needed (2 s, then cached)."""
+"""The C++ kernels as functions of tensors, compiled for this machine when first needed (a second each, cached)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from ctypes import CDLL, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import compile_cpp
 
-_KERNELS = {torch.float32: "grouped_linear_float32", torch.bfloat16: "grouped_linear_bfloat16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @cache
-def library() -> CDLL | None:
-    """The compiled kernels; None, after a warning, where there is no compiler that builds them."""
+def library(source: str) -> CDLL | None:
+    """The compiled kernels of a source beside this file; None, after a warning, where no compiler builds them."""
     try:
-        return compile_cpp((Path(__file__).parent / "grouped_linear.cpp").read_text())
+        return compile_cpp((Path(__file__).parent / f"{source}.cpp").read_text())
     except Exception as error:  # a compiler can be missing or fail in any way
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        warnings.warn(
-            f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's products stand in and are "
-            "slower where rows are few. The kernels need a C++ compiler, as Inductor does (apt install g++).",
-            stacklevel=2,
-        )
+        _warn(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return None
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's own ops stand in and are "
+        "slower where rows are few. The kernels need a C++ compiler, as Inductor does (apt install g++).",
+        stacklevel=3,
+    )
+
+
+def _kernel(source: str, dtype: torch.dtype) -> Any:
+    """The function of a source for a dtype, None where there is none."""
+    return getattr(library(source), f"{source}_{_NAMES.get(dtype)}", None)
 
 
 def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> bool:
     """Whether `grouped_linear` can run on these: on CPU, contiguous, in one dtype that the kernels know."""
     dtype, (outputs, inputs) = rows.dtype, weights[0].shape
-    if rows.device.type != "cpu" or dtype not in _KERNELS or (dtype is torch.bfloat16 and inputs % 2):
+    if rows.device.type != "cpu" or dtype not in _NAMES or (dtype is torch.bfloat16 and inputs % 2):
         return False
     wanted = (((len(rows), inputs), [rows]), ((outputs, inputs), weights), ((outputs,), biases or ()))
     for shape, operands in wanted:
         if any(v.dtype is not dtype or not v.is_contiguous() or v.shape != shape for v in operands):
             return False
-    return hasattr(library(), _KERNELS[dtype])
+    return _kernel("grouped_linear", dtype) is not None
 
 
 def grouped_linear(
@@ -55,12 +65,11 @@ def grouped_linear(
     Returns:
         (R, N).
     """
-    kernels = library()
+    kernels, run = library("grouped_linear"), _kernel("grouped_linear", rows.dtype)
     assert kernels is not None
     outputs, inputs = weights[0].shape
     out = rows.new_empty(len(rows), outputs)
     packed = rows.new_empty(len(rows) + len(weights) * kernels.lanes(), inputs)
-    run = getattr(kernels, _KERNELS[rows.dtype])
     run.argtypes = [c_void_p] * 4 + [c_int64] * 3 + [c_void_p] * 2 + [c_int]
     run(
         rows.data_ptr(),
@@ -79,3 +88,35 @@ def grouped_linear(
 
 def _pointers(tensors: Sequence[Tensor]) -> object:
     return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor | None:
+    """Sum over slots of weight * (cached output + ratio * slope), taken in float32 and rounded once.
+
+    Args:
+        cache, slope: (..., k, width), of one dtype; ratio: a scalar; weight: (..., k).
+
+    Returns:
+        (..., width) in the dtype of the cache; None where these are not on CPU, not contiguous or of another dtype.
+    """
+    read = [value for value in (cache, slope) if value is not None]
+    known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is cache.dtype for v in read)
+    run = _kernel("combine", cache.dtype) if known else None
+    if run is None:
+        return None
+    weight = weight.to(torch.float32).contiguous()
+    *outer, slots, width = cache.shape
+    out = cache.new_empty(*outer, width)
+    run.argtypes = [c_void_p] * 3 + [c_float] + [c_int64] * 3 + [c_void_p, c_int]
+    run(
+        cache.data_ptr(),
+        slope.data_ptr() if slope is not None else None,
+        weight.data_ptr(),
+        float(ratio),
+        weight.numel() // slots,
+        slots,
+        width,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
