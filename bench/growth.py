@@ -52,7 +52,7 @@ def measure(batch: int, sizes: DSMoESizes, repeats: int) -> dict[str, float]:
     way = compiled("moeca", model, {"recipe": "moeca", "budget": 1 / 16})
     with torch.no_grad():
         for turn in range(2 + repeats):
-            way.turns.append(run_turn(way, inputs, turn))
+            way.turns.append(run_turn(way.call, inputs, turn))
     way.turns = way.turns[2:]  # compiled in the first; the second may still allocate
     return {
         "full_ms": round(median(way.milliseconds("full")), 2),

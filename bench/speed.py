@@ -6,9 +6,10 @@ python -m bench.speed --model DSMoE-S-E16 --dtype bfloat16 --fraction 0 --fracti
 A fraction is a rank budget: so much of a layer's branches is recomputed at every cache step, so that the work is the
 same on every machine. Each way of running the model has a copy of its own. Plain torch.compile and the first of ours
 that caches are compiled cold, each in an empty cache of Inductor's; the other fractions find what the first left
-there, as a further capacity does. Each is then compiled a second time from a full cache (`warm_seconds`). Then all
-run in turn, four steps at a time (one full step and three cache steps of ours), so that drift of the machine meets
-all of them alike.
+there, as a further capacity does. Each is then compiled a second time from a full cache (`warm_seconds`), for a
+second copy of the model: where weights happen to lie in memory moves times by a tenth and more. Then all copies of
+all run in turn, four steps at a time (one full step and three cache steps of ours), so that drift of the machine
+meets all alike.
 
 `over_compile` is the median of ratios within a turn: plain torch.compile's step time over this one's. `over_full` is
 a step's time over that of a full step of the same way, and `share` what the cost model says that it is in FLOPs. A
@@ -59,11 +60,15 @@ PARTS = {
 
 @dataclass
 class Way:
-    """One way of running the model: how it is called, and the milliseconds of its calls by turn and step."""
+    """One way of running the model: how it is called, and the milliseconds of its calls by turn and step.
+
+    The `twin` runs a second copy of the model in the same way, every other turn.
+    """
 
     name: str
     call: Any
     options: Mapping[str, Any] | None = None
+    twin: Any = None
     cold_seconds: float = 0.0
     warm_seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
@@ -101,21 +106,21 @@ def ways(model: nn.Module, fractions: Sequence[float]) -> list[list[Way]]:
     ]
 
 
-def run_turn(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int, steps: int = PERIOD) -> list[float]:
+def run_turn(call: Any, inputs: tuple[Tensor, Tensor, Tensor], turn: int, steps: int = PERIOD) -> list[float]:
     """Milliseconds of the steps of one period."""
     x, t, y = inputs
     times = []
     for step in range(steps):
         at = t - (turn * PERIOD + step)
         start = time.perf_counter()
-        way.call(x, at, y)
+        call(x, at, y)
         times.append(1000 * (time.perf_counter() - start))
     return times
 
 
-def seconds_to_compile(way: Way, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+def seconds_to_compile(call: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     """What the first turn takes longer than the second."""
-    first, second = (sum(run_turn(way, inputs, turn)) for turn in (0, 1))
+    first, second = (sum(run_turn(call, inputs, turn)) for turn in (0, 1))
     return (first - second) / 1000
 
 
@@ -127,10 +132,11 @@ def compile_all(
         with fresh_cache():
             for way in group:
                 if way.name == EAGER:
-                    run_turn(way, inputs, 0)
+                    way.twin = private_copy(model)
                     continue
-                way.cold_seconds = seconds_to_compile(way, inputs)
-                way.warm_seconds = seconds_to_compile(compiled(way.name, model, way.options), inputs)
+                way.cold_seconds = seconds_to_compile(way.call, inputs)
+                way.twin = compiled(way.name, model, way.options).call
+                way.warm_seconds = seconds_to_compile(way.twin, inputs)
                 if way.options is not None:
                     way.stages = moeca_compile.report(way.call).compile_seconds
                 console.print(f"  {way.name}: compiled in {way.cold_seconds:.1f} s, warm {way.warm_seconds:.1f} s")
@@ -148,18 +154,18 @@ def measure(
         compile_all(model, groups, inputs, console)
         for turn in range(2, 2 + repeats):
             for way in found:
-                way.turns.append(run_turn(way, inputs, turn))
+                way.turns += [run_turn(call, inputs, turn) for call in (way.call, way.twin)]
         for way in found:
             way.peak_mib = peak_of_step(way, inputs, 2 + repeats)
             if steps:
-                way.loop = [sum(run_turn(way, inputs, 100, steps))]
+                way.loop = [sum(run_turn(call, inputs, 100, steps)) for call in (way.call, way.twin)]
     return found
 
 
 def profiled(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> Any:
     """A profile of the last of a turn's steps: a cache step, where the way caches."""
     x, t, y = inputs
-    run_turn(way, inputs, turn, PERIOD - 1)
+    run_turn(way.call, inputs, turn, PERIOD - 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
         way.call(x, t - (turn * PERIOD + PERIOD - 1), y)
     return taken
@@ -269,7 +275,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--fraction", action="append", type=float, help="recomputed; several times (0, 1/16, 1/8, 1/4)"
     )
     parser.add_argument("--batch", type=whole_number(1), default=4, help="samples (4)")
-    parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns of four steps (5)")
+    parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns of four steps with each copy (5)")
     parser.add_argument("--steps", type=whole_number(0), default=0, help="steps of a whole generation too (0: none)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(float32)")
     parser.add_argument("--threads", type=whole_number(1), default=2, help="threads of torch (2)")

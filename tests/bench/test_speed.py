@@ -31,6 +31,7 @@ def test_rows_of_a_tiny_model(without_inductor, monkeypatch, tmp_path):
         *(("moeca 0.25", kind) for kind in ("full", "cache", "generation", "loop")),
     ]
     assert float(rows[2]["over_compile"]) == float(rows[3]["over_compile"]) == 1.0
+    assert all(row["repeats"] == "4" for row in rows if row["kind"] != "loop")  # two turns of each of two copies
     cache = rows[5]
     assert 0.1 < float(cache["share"]) < 0.9  # a quarter of the branches, and what a cache step always computes
     assert float(cache["cache_mib"]) > 0
@@ -43,9 +44,8 @@ def test_rows_of_a_tiny_model(without_inductor, monkeypatch, tmp_path):
 
 def test_a_turn_is_one_full_step_and_cache_steps():
     calls = []
-    way = speed.Way("x", lambda x, t, y: calls.append(float(t[0])))
     inputs = families.inputs_for(families.reduced("DSMoE"))
-    assert len(speed.run_turn(way, inputs, 2)) == speed.PERIOD
+    assert len(speed.run_turn(lambda x, t, y: calls.append(float(t[0])), inputs, 2)) == speed.PERIOD
     assert calls == sorted(calls, reverse=True)
     assert calls[0] == float(inputs[1][0]) - 2 * speed.PERIOD
 
