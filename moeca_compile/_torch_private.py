@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL
 from dataclasses import replace
+from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch._dynamo.variables.lists import ListVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import ChainedSource, Source, TracingContext, tracing
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -213,6 +216,30 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     with torch.no_grad(), tracing(TracingContext(mode)):
         compiled: Any = compile_fx(gm, list(inputs))
     return compiled
+
+
+@contextmanager
+def compiled_side_by_side() -> Iterator[None]:
+    """Inside, graphs compiled one after the other do not wait for their kernels; at the end all are waited for.
+
+    Inductor waits for a graph's kernels as soon as it has written that graph's code, which leaves the interpreter
+    idle while the C++ compiler works, and most cores idle while Inductor writes. Until the end nothing may be run.
+    """
+    here, waiting, wait = get_ident(), [], AsyncCompile.wait
+
+    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if get_ident() == here:
+            waiting.append((self, scope))
+        else:
+            wait(self, scope)
+
+    AsyncCompile.wait = later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for compiler, scope in waiting:
+            wait(compiler, scope)
 
 
 def compile_cpp(source: str) -> CDLL:
