@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from moeca_compile._torch_private import compile_graph, compiled_side_by_side, t
 
 
 @pytest.fixture(autouse=True)
-def two_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_compilers() -> Iterator[None]:
     """On a single core Inductor compiles each kernel at once."""
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    with torch._inductor.config.patch(compile_threads=2):
+        yield
 
 
 def test_graphs_compiled_side_by_side_run_once_all_are_there():
