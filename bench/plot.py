@@ -14,6 +14,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,22 @@ def draw_speed(rows: Sequence[Row], axis: Any) -> None:
 
 
 def draw_split(rows: Sequence[Row], axis: Any) -> None:
-    bars = list(dict.fromkeys((row["model"], row["way"]) for row in rows))
-    labels = [f"{model}\n{way.removeprefix('moeca ')}" for model, way in bars]
-    height = [0.0] * len(bars)
-    for part in dict.fromkeys(row["part"] for row in rows):
-        spent = {(row["model"], row["way"]): float(row["milliseconds"]) for row in rows if row["part"] == part}
-        values = [spent.get(bar, 0.0) for bar in bars]
-        axis.bar(labels, values, bottom=height, label=part)
-        height = [below + value for below, value in zip(height, values, strict=True)]
-    axis.set(ylabel="milliseconds of a cache step")
-    axis.tick_params(axis="x", labelsize=7)
-    axis.legend(fontsize=8)
+    """Shares of a cache step, with its milliseconds in the label."""
+    spent = {(row["model"], row["way"], row["part"]): float(row["milliseconds"]) for row in rows}
+    parts, bars = (list(dict.fromkeys(found)) for found in ((k[2] for k in spent), (k[:2] for k in spent)))
+    totals = [sum(spent.get((*bar, part), 0.0) for part in parts) for bar in bars]
+    labels = [
+        f"{model}, {Fraction(way.removeprefix('moeca ')).limit_denominator(64)}: {total:.0f} ms"
+        for (model, way), total in zip(bars, totals, strict=True)
+    ]
+    before = [0.0] * len(bars)
+    for part in parts:
+        shares = [spent.get((*bar, part), 0.0) / total for bar, total in zip(bars, totals, strict=True)]
+        axis.barh(labels, shares, left=before, label=part)
+        before = [left + share for left, share in zip(before, shares, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="share of a cache step, by what spends it", xlim=(0, 1))
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_compile(rows: Sequence[Row], axis: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from moeca_compile._torch_private import onednn_linear
 from moeca_compile.ops.cpu import library
 
-_FEW, _FEW_EACH = 64, 192
+_FEW, _FEW_EACH = 64, 320
 """Up to so many rows our own kernel is faster than oneDNN's: of one product, and of each in a group of them."""
 
 _NARROW = 32

@@ -12,6 +12,8 @@ from bench import capture_time
 from bench.capture_time import Case
 from examples import families
 
+pytestmark = pytest.mark.bench
+
 SMALL = Case("blocks", "DiT-MoE", families.FAMILIES["DiT-MoE"].reduced, target=6.0)
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from bench import coverage
 
+pytestmark = pytest.mark.bench
+
 
 def test_a_family_that_is_covered_has_a_row_that_says_so(tmp_path: Path):
     out = tmp_path / "coverage.md"

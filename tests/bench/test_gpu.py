@@ -15,6 +15,8 @@ from bench import gpu
 from bench.gpu_sections import common, generation, kernels, ops, speed
 from bench.gpu_sections.common import TINY, Bench, Budget, OutOfTimeError, Row
 
+pytestmark = pytest.mark.bench
+
 CPU = torch.device("cpu")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 
+import pytest
 import torch
 
 from bench import growth
+
+pytestmark = pytest.mark.bench
 
 
 def test_rows_and_picture(without_inductor, monkeypatch, tmp_path):

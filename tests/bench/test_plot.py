@@ -9,6 +9,8 @@ import pytest
 
 from bench import plot
 
+pytestmark = pytest.mark.bench
+
 WHERE = {"threads": "2", "dtype": "float32"}
 
 

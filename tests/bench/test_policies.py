@@ -15,6 +15,8 @@ from examples.digits.metrics import EXACT_DB
 from examples.digits.model import DigitsConfig, DigitsDiT
 from moeca_compile import MoecaConfig
 
+pytestmark = pytest.mark.bench
+
 Run = Callable[..., dict[str, dict[str, str]]]
 
 

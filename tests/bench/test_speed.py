@@ -10,6 +10,8 @@ import torch
 from bench import speed
 from examples import families
 
+pytestmark = pytest.mark.bench
+
 
 def test_rows_of_a_tiny_model(without_inductor, monkeypatch, tmp_path):
     def ways(model, fractions):
