@@ -46,7 +46,7 @@ def case(question: str, value: int) -> tuple[int, DSMoESizes]:
 
 
 def measure(batch: int, sizes: DSMoESizes, repeats: int) -> dict[str, float]:
-    """Milliseconds of a full and of a cache step, MiB of caches, and the FLOPs of a cache step over a full one's."""
+    """Milliseconds of a full and of a cache step, and MiB of caches."""
     model = families.assemble(families.FAMILIES["DSMoE"], sizes)
     inputs = families.inputs_for(model, batch=batch)
     way = compiled("moeca", model, {"recipe": "moeca", "budget": 1 / 16})

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ctypes import CDLL
 from dataclasses import replace
-from threading import get_ident
+from threading import RLock, get_ident
 from types import CodeType, FrameType
 from typing import Any
 
@@ -38,6 +38,8 @@ _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 CompileStart = Callable[[CallbackArgs], None]
 
 _lasting: list[CompileStart] = []
+_one_at_a_time = RLock()
+"""Two threads that put something in the place of AsyncCompile.wait would put back each other's."""
 
 
 def tracing_backend() -> Iterator[Any]:
@@ -225,21 +227,20 @@ def compiled_side_by_side() -> Iterator[None]:
     Inductor waits for a graph's kernels as soon as it has written that graph's code, which leaves the interpreter
     idle while the C++ compiler works, and most cores idle while Inductor writes. Until the end nothing may be run.
     """
-    here, waiting, wait = get_ident(), [], AsyncCompile.wait
+    with _one_at_a_time, ExitStack() as at_the_end:
+        here, wait = get_ident(), AsyncCompile.wait
 
-    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
-        if get_ident() == here:
-            waiting.append((self, scope))
-        else:
-            wait(self, scope)
+        def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+            if get_ident() == here:
+                at_the_end.callback(wait, self, scope)
+            else:
+                wait(self, scope)
 
-    AsyncCompile.wait = later  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AsyncCompile.wait = wait  # type: ignore[method-assign]
-        for compiler, scope in waiting:
-            wait(compiler, scope)
+        AsyncCompile.wait = later  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            AsyncCompile.wait = wait  # type: ignore[method-assign]
 
 
 def compile_cpp(source: str) -> CDLL:

@@ -50,3 +50,10 @@ def test_no_number_stays_none_in_bfloat16():
 )
 def test_what_has_no_kernel(cache):
     assert library.combine(cache, None, torch.tensor(0.0), torch.ones(3, 2)) is None
+
+
+def test_operands_that_do_not_fit_are_left_alone():
+    """The kernel would read past their end."""
+    cache, ratio = torch.zeros(3, 2, 4), torch.tensor(0.0)
+    assert library.combine(cache, None, ratio, torch.ones(4, 2)) is None
+    assert library.combine(cache, torch.zeros(2, 2, 4), ratio, torch.ones(3, 2)) is None

@@ -48,6 +48,17 @@ def test_another_thread_waits_for_its_own_kernels_and_an_error_leaves_nothing_be
     assert AsyncCompile.wait is wait
 
 
+def test_a_kernel_that_fails_does_not_keep_others_from_being_waited_for():
+    def failing() -> None:
+        raise ZeroDivisionError
+
+    good, bad = kernels(), {"kernel": LambdaFuture(failing)}
+    with pytest.raises(ZeroDivisionError), compiled_side_by_side():
+        for scope in (bad, good, bad):
+            AsyncCompile.wait(AsyncCompile(), scope)
+    assert good == {"kernel": 5}
+
+
 def kernels() -> dict[str, Any]:
     """The globals of a graph's code with one kernel, which will be the number 5."""
     return {"kernel": LambdaFuture(lambda: 5)}

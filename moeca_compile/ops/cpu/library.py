@@ -15,6 +15,10 @@ from torch import Tensor
 from moeca_compile._torch_private import compile_cpp
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ARGUMENTS = {
+    "grouped_linear": [c_void_p] * 4 + [c_int64] * 3 + [c_void_p] * 2 + [c_int],
+    "combine": [c_void_p] * 3 + [c_float] + [c_int64] * 3 + [c_void_p, c_int],
+}
 
 
 @cache
@@ -38,7 +42,10 @@ def _warn(reason: str) -> None:
 
 def _kernel(source: str, dtype: torch.dtype) -> Any:
     """The function of a source for a dtype, None where there is none."""
-    return getattr(library(source), f"{source}_{_NAMES.get(dtype)}", None)
+    function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None) if dtype in _NAMES else None
+    if function is not None and function.argtypes is None:
+        function.argtypes = _ARGUMENTS[source]
+    return function
 
 
 def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> bool:
@@ -70,7 +77,6 @@ def grouped_linear(
     outputs, inputs = weights[0].shape
     out = rows.new_empty(len(rows), outputs)
     packed = rows.new_empty(len(rows) + len(weights) * kernels.lanes(), inputs)
-    run.argtypes = [c_void_p] * 4 + [c_int64] * 3 + [c_void_p] * 2 + [c_int]
     run(
         rows.data_ptr(),
         offsets.data_ptr(),
@@ -97,17 +103,18 @@ def combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) 
         cache, slope: (..., k, width), of one dtype; ratio: a scalar; weight: (..., k).
 
     Returns:
-        (..., width) in the dtype of the cache; None where these are not on CPU, not contiguous or of another dtype.
+        (..., width) in the dtype of the cache; None where these do not fit, are not on CPU, not
+        contiguous or of another dtype.
     """
     read = [value for value in (cache, slope) if value is not None]
     known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is cache.dtype for v in read)
-    run = _kernel("combine", cache.dtype) if known else None
+    fits = all(v.shape == cache.shape for v in read) and weight.shape == cache.shape[:-1]
+    run = _kernel("combine", cache.dtype) if known and fits else None
     if run is None:
         return None
     weight = weight.to(torch.float32).contiguous()
     *outer, slots, width = cache.shape
     out = cache.new_empty(*outer, width)
-    run.argtypes = [c_void_p] * 3 + [c_float] + [c_int64] * 3 + [c_void_p, c_int]
     run(
         cache.data_ptr(),
         slope.data_ptr() if slope is not None else None,
