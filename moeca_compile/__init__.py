@@ -1,19 +1,48 @@
-"""Faster sampling from DiT-MoE models: `torch.compile(model, backend="moeca", options={"recipe": "moeca"})`."""
+"""Faster sampling from DiT-MoE models: `torch.compile(model, backend="moeca", options={"recipe": "moeca"})`.
 
-from moeca_compile.backend import moeca_backend
-from moeca_compile.config import ConfigError, MoecaConfig
-from moeca_compile.reporting.collect import report, reset
-from moeca_compile.reporting.report import Report
-from moeca_compile.runtime.scope import generation, step, stream
+Importing the package reads no class and loads no compiler: each name below is loaded when it is first used.
+"""
 
-__all__ = [
-    "ConfigError",
-    "MoecaConfig",
-    "Report",
-    "generation",
-    "moeca_backend",
-    "report",
-    "reset",
-    "step",
-    "stream",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeca_compile.backend import moeca_backend as moeca_backend
+    from moeca_compile.config import ConfigError as ConfigError
+    from moeca_compile.config import MoecaConfig as MoecaConfig
+    from moeca_compile.reporting.collect import report as report
+    from moeca_compile.reporting.collect import reset as reset
+    from moeca_compile.reporting.report import Report as Report
+    from moeca_compile.runtime.scope import generation as generation
+    from moeca_compile.runtime.scope import step as step
+    from moeca_compile.runtime.scope import stream as stream
+
+_HOMES = {
+    "ConfigError": "config",
+    "MoecaConfig": "config",
+    "Report": "reporting.report",
+    "generation": "runtime.scope",
+    "moeca_backend": "backend",
+    "report": "reporting.collect",
+    "reset": "reporting.collect",
+    "step": "runtime.scope",
+    "stream": "runtime.scope",
+}
+"""The module of each public name."""
+
+__version__ = "0.1.0"
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # ruff: isort: split
-import moeca_compile  # noqa: F401  (registers the ops and installs capture)
+import moeca_compile.backend  # noqa: F401  (registers the ops and installs capture)
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime import program, specialisation
 from tests.harness import Captured, EagerProgram, captured

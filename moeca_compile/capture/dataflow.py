@@ -217,6 +217,9 @@ class _Walker:
             self.bind(target, self.make("element", "", (iterable,)))
 
     def rebind(self, node: ast.AST, name: str, value: Value) -> None:
+        """Give a local the value that a change in place left it with; what is no local is not followed."""
+        if name not in self.values:
+            return self.unsupported(node, "a change of something that is no local")
         if self.values[name].kind in ("parameter", "self"):
             self.unsupported(node, CHANGES_ARGUMENT)
         self.values[name] = value

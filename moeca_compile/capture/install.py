@@ -1,7 +1,7 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
-`install()` looks through the subclasses of nn.Module, now and before each compilation, and wraps the methods
-that an idiom recognises. A wrapped method runs its original code, in eager and under every other backend;
+After `install()` each compilation begins with a look through the subclasses of nn.Module that are new, and the
+methods that an idiom recognises are wrapped. Installing itself reads no class. A wrapped method runs its original code, in eager and under every other backend;
 only where Dynamo traces it for a backend of ours, without gradients, in eval mode, and its check passed
 (trust.py), it is traced as its equivalent.
 """
@@ -38,14 +38,13 @@ _ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it w
 
 
 def install() -> None:
-    """Wrap the MoE dispatch of every nn.Module class, and before each compilation that of new ones."""
-    on_every_compile_start(_wrap_new_classes)
-    _wrap_new_classes()
+    """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
+    on_every_compile_start(wrap_new_classes)
 
 
 def uninstall() -> None:
     """Give every class its own methods back."""
-    not_on_compile_start(_wrap_new_classes)
+    not_on_compile_start(wrap_new_classes)
     with _lock:
         for owner in list(_seen):
             for name, function in list(vars(owner).items()):
@@ -54,7 +53,8 @@ def uninstall() -> None:
         _seen.clear()
 
 
-def _wrap_new_classes(*_: Any) -> None:
+def wrap_new_classes(*_: Any) -> None:
+    """Wrap the MoE dispatch of the classes that have come since the last time."""
     with _lock:
         for owner in _subclasses(nn.Module):
             if owner not in _seen:
@@ -73,16 +73,21 @@ def _subclasses(root: type) -> Iterator[type]:
             if owner not in met:
                 met.add(owner)
                 pending.append(owner)
-                if not owner.__module__.startswith("torch."):
+                if not str(owner.__module__).startswith("torch."):
                     yield owner
 
 
 def _wrap_methods(owner: type) -> None:
+    """Wrap a class's MoE dispatch. Every class of the process comes by here: one that cannot be read stays as it
+    is, and neither its compilation nor those of others fail for it."""
     for name, function in list(vars(owner).items()):
-        if isinstance(function, FunctionType) and not hasattr(function, _ORIGINAL):
-            wrapper = _wrapper(function)
-            if wrapper is not None:
-                setattr(owner, name, wrapper)
+        try:
+            if isinstance(function, FunctionType) and not hasattr(function, _ORIGINAL):
+                wrapper = _wrapper(function)
+                if wrapper is not None:
+                    setattr(owner, name, wrapper)
+        except Exception:
+            _log.debug("%s.%s stays as it is: reading it failed", owner.__qualname__, name, exc_info=True)
 
 
 def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -106,7 +111,7 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def _recognised(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
-    """The idiom's answer. Every class of the process comes by here: one that it fails on must not stop the others."""
+    """The idiom's answer; None where it fails, which must not keep the other idioms from answering."""
     try:
         return idiom.recognise(method)
     except Exception:

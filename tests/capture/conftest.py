@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from moeca_compile import capture
+from moeca_compile.capture.install import wrap_new_classes
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.capture.trust import forget_verdicts
 
 
 @pytest.fixture(autouse=True)
 def fresh_capture() -> None:
-    """Capture is installed, as after `import moeca_compile.backend`, and remembers nothing of other tests."""
+    """Capture is installed and has seen all classes, as in a first compilation, and remembers nothing of other tests."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     forget_refusals()
     forget_verdicts()
     capture.install()
+    wrap_new_classes()

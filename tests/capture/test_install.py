@@ -8,8 +8,10 @@ import textwrap
 
 import pytest
 import torch
+from torch import nn
 
 from moeca_compile import capture
+from moeca_compile.capture.install import wrap_new_classes
 from moeca_compile.capture.source import innermost
 from tests.capture.layers import NumpyEnds, RunningStart, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
@@ -85,7 +87,40 @@ def test_a_class_defined_after_a_reset_is_captured():
 def test_installing_again_wraps_nothing_twice():
     wrapped = NumpyEnds.moe_infer
     capture.install()
+    wrap_new_classes()
     assert NumpyEnds.moe_infer is wrapped
+
+
+def test_a_class_that_cannot_be_read_stays_as_it_is_and_others_are_wrapped():
+    """A subscript of a name that is no local; a method that hides its code; a class that refuses new attributes."""
+
+    class Unlocal(nn.Module):
+        def forward(self, rows, **options):
+            for expert in self.experts:
+                hit = torch.where(rows > 0)[0]
+                options["rows"] = expert(rows[hit])
+                GLOBAL[hit] = 0
+            return rows
+
+    class Refusing(type(nn.Module)):
+        def __setattr__(cls, name, value):
+            raise TypeError("this class is sealed")
+
+    class Sealed(NumpyEnds, metaclass=Refusing):
+        moe_infer = NumpyEnds.moe_infer.__wrapped__
+
+    unwrapped = vars(Sealed)["moe_infer"]
+    wrap_new_classes()
+    assert vars(Sealed)["moe_infer"] is unwrapped and not hasattr(Unlocal.forward, "__wrapped__")
+
+    class After(NumpyEnds):
+        moe_infer = NumpyEnds.moe_infer.__wrapped__
+
+    wrap_new_classes()
+    assert hasattr(After.moe_infer, "__wrapped__")
+
+
+GLOBAL = torch.zeros(4)
 
 
 def test_uninstall_gives_the_methods_back():
@@ -96,6 +131,7 @@ def test_uninstall_gives_the_methods_back():
         assert markers(stack(NumpyEnds()), tokens()) == 0
     finally:
         capture.install()
+        wrap_new_classes()
     assert NumpyEnds.moe_infer.__wrapped__ is wrapped.__wrapped__
 
 

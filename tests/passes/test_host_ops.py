@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import moeca_compile  # noqa: F401  (registers the ops)
+import moeca_compile.backend  # noqa: F401  (registers the ops)
 from moeca_compile.passes.host_ops import DENIED, host_ops, ops_without_kernel
 
 aten = torch.ops.aten
