@@ -13,7 +13,8 @@ import sys, time, torch
 loaded, start = set(sys.modules), time.perf_counter()
 import moeca_compile
 seconds = time.perf_counter() - start
-heavy = {name for name in set(sys.modules) - loaded if name.startswith(("torch._dynamo", "torch._inductor", "triton"))}
+compilers = ("torch._dynamo", "torch._inductor", "triton")
+heavy = {name for name in set(sys.modules) - loaded if name.startswith(compilers)}
 assert not heavy, heavy
 assert seconds < 0.3, seconds
 assert set(moeca_compile.__all__) <= set(dir(moeca_compile)) and moeca_compile.__version__

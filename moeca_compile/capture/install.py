@@ -1,9 +1,9 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
 After `install()` each compilation begins with a look through the subclasses of nn.Module that are new, and the
-methods that an idiom recognises are wrapped. Installing itself reads no class. A wrapped method runs its original code, in eager and under every other backend;
-only where Dynamo traces it for a backend of ours, without gradients, in eval mode, and its check passed
-(trust.py), it is traced as its equivalent.
+methods that an idiom recognises are wrapped. Installing itself reads no class. A wrapped method runs its original
+code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without gradients,
+in eval mode, and its check passed (trust.py), it is traced as its equivalent.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from moeca_compile.capture.trust import forget_verdicts
 
 @pytest.fixture(autouse=True)
 def fresh_capture() -> None:
-    """Capture is installed and has seen all classes, as in a first compilation, and remembers nothing of other tests."""
+    """Capture is installed, has seen all classes as in a first compilation, and remembers nothing of other tests."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     forget_refusals()
