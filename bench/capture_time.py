@@ -35,9 +35,9 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
 from examples.families.dit_moe import DiTMoESizes
 from examples.families.dsmoe import DSMoESizes
+from moeca_compile.lower.program import Program
 from moeca_compile.runtime import engine
-from moeca_compile.runtime.program import Program
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 
 RESULTS = Path(__file__).resolve().parent / "results" / "capture_time.csv"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "capture-time.png"
@@ -93,21 +93,21 @@ class _Clock:
 
 
 class Stopwatch:
-    """In place of `Specialisation` and its compiled steps: notes when it is made; traces steps, runs them eagerly."""
+    """In place of `Specialization` and its compiled steps: notes when it is made; traces steps, runs them eagerly."""
 
     def __init__(self, rewrites: bool) -> None:
         self.clock, self.rewrites = _Clock(), rewrites
         self.made_at = self.capture = self.rewrite = 0.0
         self.wall = 0.0
 
-    def specialisation(self, *args: Any) -> Specialisation:
+    def specialization(self, *args: Any) -> Specialization:
         self.capture = self.clock.cpu
-        made = Specialisation(*args)
+        made = Specialization(*args)
         self.made_at, self.wall = self.clock.cpu, self.clock.wall
         made.program = self._traced(made)  # type: ignore[method-assign]
         return made
 
-    def _traced(self, shapes: Specialisation) -> Any:
+    def _traced(self, shapes: Specialization) -> Any:
         def program(kind: Any, inputs: Any, state: Any, clock: Any) -> Any:
             if self.rewrites:
                 start = time.process_time()
@@ -135,7 +135,7 @@ def _once(case: Case) -> Seconds:
     watch = Stopwatch(rewrites=case.target is not None)
     timesteps = (t, t - 100) if case.target else (t,)
     with (
-        patch.object(engine, "Specialisation", watch.specialisation),
+        patch.object(engine, "Specialization", watch.specialization),
         patch.object(torch._dynamo, "lookup_backend", lambda _: lambda gm, inputs: gm.forward),
         torch.no_grad(),
     ):

@@ -32,11 +32,11 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
 from examples.families.common import randomise
 from moeca_compile import capture
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.reporting.report import Report
-from moeca_compile.runtime import specialisation
+from moeca_compile.runtime import specialization
 from moeca_compile.runtime.schedule import Fresh
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 IN_WARNINGS = "see the warnings"  # the reason of a region that a report has a warning for
@@ -185,8 +185,8 @@ class _EagerStep:
         return self.function(*arguments)
 
 
-def _recomputing(shapes: Specialisation, fresh: Fresh, *_: Any) -> StepKind:
-    """In place of `Specialisation.kind`: cache steps recompute everything."""
+def _recomputing(shapes: Specialization, fresh: Fresh, *_: Any) -> StepKind:
+    """In place of `Specialization.kind`: cache steps recompute everything."""
     if fresh.attention and fresh.experts:
         return StepKind()
     return StepKind(False, False, shapes.plan.capacities[-1], forced=True)  # room for all tokens
@@ -196,8 +196,8 @@ def _recomputing(shapes: Specialisation, fresh: Fresh, *_: Any) -> StepKind:
 def recomputing_steps() -> Iterator[None]:
     """Without Inductor: steps are eager functions, and graphs in which nothing is cached run as they are."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(specialisation, "Program", _EagerStep))
-        stack.enter_context(patch.object(Specialisation, "kind", _recomputing))
+        stack.enter_context(patch.object(specialization, "Program", _EagerStep))
+        stack.enter_context(patch.object(Specialization, "kind", _recomputing))
         stack.enter_context(patch.object(torch._dynamo, "lookup_backend", lambda _: lambda gm, inputs: gm.forward))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what is warned of stands in the report
@@ -290,7 +290,7 @@ def document(rows: Sequence[Row], where: dict[str, Any]) -> str:
     """The Markdown text of the table, with what was kept and where graphs break below it."""
     versions = ", ".join(f"{name} {value}" for name, value in where.items())
     lines = [_HEAD.format(versions=versions) + "\n".join(_line(row) for row in rows)]
-    for title, of in (("Graph breaks", lambda row: row.breaks), ("Kept as it was, and why", _reasons)):
+    for title, of in (("Graph breaks", lambda row: row.breaks), ("Skipped as it was, and why", _reasons)):
         found = [(row.name, _counted(of(row))) for row in rows if of(row)]
         lines += [f"\n## {title}\n", *(f"- {name}: {text}" for name, texts in found for text in texts)]
         lines += [] if found else ["None."]

@@ -219,7 +219,7 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
         options = {"validate": False, **case.options}
         model = torch.compile(model, backend="moeca", options=options)
     steps, sampler = case.steps or study.steps, case.sampler or question.sampler
-    with patch("moeca_compile.runtime.program.compile_graph", _uncompiled):
+    with patch("moeca_compile.lower.program.compile_graph", _uncompiled):
         pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
     costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
     torch._dynamo.reset()

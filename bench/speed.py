@@ -51,7 +51,12 @@ STAGES = ("capture", "match", "validate", "plan", "rewrite", "lower")
 EAGER, COMPILED, UNCACHED = "eager", "torch.compile", "none"
 PARTS = {
     "linear layers": ("moeca::linear", "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::linear"),
-    "experts": ("moeca::refresh_branches", "moeca::refresh_pairs", "moeca::branch_outputs", "moeca::pair_outputs"),
+    "experts": (
+        "moeca::refresh_fixed_k",
+        "moeca::refresh_variable_k",
+        "moeca::fixed_k_outputs",
+        "moeca::variable_k_outputs",
+    ),
     "attention": ("moeca::attend_rows", "aten::scaled_dot_product_attention"),
     "top-k and sort": ("aten::topk", "aten::sort"),
 }

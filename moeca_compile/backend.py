@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="moeca")`: the pipeline.
 
-    capture -> export -> normalise -> match -> plan -> rewrite -> lower -> validate -> run -> report
+    capture -> export -> normalize -> match -> plan -> rewrite -> lower -> validate -> run -> report
 
-Capture happens while Dynamo traces (capture/). What follows happens in `runtime.specialisation` for each set of
+Capture happens while Dynamo traces (capture/). What follows happens in `runtime.specialization` for each set of
 input shapes, in this order: to_functional_aten, collapse_views, match_regions, plan_step, and for each kind of
 step when it is first needed: step_function (rewrite), Program.lower, Validator.check.
 """
@@ -28,7 +28,7 @@ from moeca_compile._torch_private import (
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.ops.markers import MARKERS
-from moeca_compile.passes.scalar_inputs import scalar_inputs_to_tensors
+from moeca_compile.passes.normalize.scalar_inputs_to_tensors import scalar_inputs_to_tensors
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record, record_for
 

@@ -183,13 +183,13 @@ class MoecaConfig:
     entropy: how H_e of eq. 11 comes to [0, 1]: "log" divides by log(tokens); "minmax" maps the layer's
         smallest to 0 and its largest to 1, per sample.
     statistic: "sample" keeps one statistic per sample; "batch" one for all (samples then depend on
-        neighbours).
+        neighbors).
 
     Score, equation 9:
     lambda1, lambda2: weight of the temporal drift and of the historical contribution, >= 0.
     score: "paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds to eq. 9 the steps since the
         slot was last computed, times 0.25 / full_every.
-    score_weights: w in eq. 9 is "normalised" over the token's branches, or the model's "raw" weight. The
+    score_weights: w in eq. 9 is "normalized" over the token's branches, or the model's "raw" weight. The
         output, eq. 8, has the model's own weights either way.
     budget: recompute this fraction of a sample's branches, rounded, the highest-ranked ones (unmatched before
         matched, then by score); None recomputes what exceeds the threshold.
@@ -241,7 +241,7 @@ class MoecaConfig:
     shared: str = setting("never", one_of("any", "always", "never"))
     entropy: str = setting("log", one_of("log", "minmax"))
     statistic: str = setting("sample", one_of("sample", "batch"))
-    score_weights: str = setting("normalised", one_of("normalised", "raw"))
+    score_weights: str = setting("normalized", one_of("normalized", "raw"))
     score: str = setting("paper", one_of("paper", "drift", "staleness"))
     overwrite: bool = setting(True, flag)
     budget: float | None = setting(None, optional(real(0, 1)))

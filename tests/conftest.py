@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
 
 # ruff: isort: split
 import moeca_compile.backend  # noqa: F401  (registers the ops and installs capture)
+from moeca_compile.lower import program
 from moeca_compile.passes.export import to_functional_aten
-from moeca_compile.runtime import program, specialisation
+from moeca_compile.runtime import specialization
 from tests.harness import Captured, EagerProgram, captured
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
@@ -43,8 +44,8 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch, export_once: Callable[..., Any]) -> None:
     """Steps run as eager functions, neither traced nor compiled; a captured graph is exported only once."""
-    monkeypatch.setattr(specialisation, "Program", EagerProgram)
-    monkeypatch.setattr(specialisation, "to_functional_aten", export_once)
+    monkeypatch.setattr(specialization, "Program", EagerProgram)
+    monkeypatch.setattr(specialization, "to_functional_aten", export_once)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 
 
 class RecordingBackend:
@@ -62,7 +62,7 @@ class Captured:
         config = MoecaConfig.from_options(options)
         return Engine(self.gm, self.inputs, self.user_inputs, [], config, Record(config))
 
-    def specialisation(self, **options: Any) -> Specialisation:
+    def specialization(self, **options: Any) -> Specialization:
         """The engine's first set of shapes: the matched graph and its plan."""
         return self.engine(**options).prepare(self.inputs)
 

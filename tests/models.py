@@ -96,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores, the top k of them normalised to a sum of 1 and scaled."""
+    """Sigmoid scores, the top k of them normalized to a sum of 1 and scaled."""
 
     def __init__(self, width: int, experts: int, top_k: int, scale: float = 1.5) -> None:
         super().__init__()

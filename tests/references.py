@@ -12,8 +12,8 @@ from tests.harness import nodes_of
 
 
 def run_with_markers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run a graph in which `moeca::experts` and `moeca::expert_pairs` take their meaning: the body of expert 0 with
-    each expert's parameters.
+    """Run a graph in which `moeca::experts_fixed_k` and `moeca::experts_variable_k` take their meaning: the body of
+    expert 0 with each expert's parameters.
 
     gm: Dynamo's graph or its functional export; inputs: one for each placeholder. Returns what the graph
     returns.
@@ -25,8 +25,8 @@ def run_with_markers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 class _MarkerInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.meaning = {node: self.experts for node in nodes_of(gm, torch.ops.moeca.experts)}
-        self.meaning |= {node: self.pairs for node in nodes_of(gm, torch.ops.moeca.expert_pairs)}
+        self.meaning = {node: self.experts for node in nodes_of(gm, torch.ops.moeca.experts_fixed_k)}
+        self.meaning |= {node: self.pairs for node in nodes_of(gm, torch.ops.moeca.experts_variable_k)}
 
     def run_node(self, n: fx.Node) -> Any:
         return self.meaning[n](n) if n in self.meaning else super().run_node(n)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import moeca_compile
 from moeca_compile import ConfigError, MoecaConfig, moeca_backend, report, reset
 from moeca_compile.capture.refusals import forget_refusals
-from moeca_compile.runtime import program
+from moeca_compile.lower import program
 from tests.models import Mlp, MoE, Sizes, TinyDiTMoE, make_inputs, make_model, modulate, sinusoidal
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)

@@ -15,7 +15,7 @@ import moeca_compile
 from bench.gpu_sections.common import WRONG, Bench, Row, build, synchronize, worst
 from examples import families
 from examples.machine import private_copy
-from moeca_compile.runtime.validate import TOLERANCE, relative_error
+from moeca_compile.lower.validate import TOLERANCE, relative_error
 
 STEPS, PERIOD = 17, 4
 RECIPES = ({"recipe": "moeca", "budget": 0.25}, {"recipe": "moeca-forecast"})

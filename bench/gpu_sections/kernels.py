@@ -41,7 +41,7 @@ def products(bench: Bench, what: str, rows: int, width: int, hidden: int, expert
     dense = milliseconds(lambda: x @ weights[0].t(), bench.device)
     flops = 2 * rows * width * hidden
     ways: dict[str, Callable[[], Any]] = {
-        "moeca": lambda: torch.ops.moeca.branch_outputs([x], index, weights, experts, key, hidden)
+        "moeca": lambda: torch.ops.moeca.fixed_k_outputs([x], index, weights, experts, key, hidden)
     }
     if bench.dtype is torch.bfloat16 and hasattr(torch, "_grouped_mm"):
         order = index.flatten().sort()
@@ -63,12 +63,10 @@ def row_work(bench: Bench, batch: int) -> None:
     base = ops.TINY if bench.small else ops.Sizes(width=1024, hidden=64)
     make = ops.Make(replace(base, samples=batch), bench.device, bench.dtype)
     for name, forecast in (("combine", False), ("combine with forecast", True)):
-        arguments = make.refresh_branches(share=0.0, forecast=forecast)
+        arguments = make.refresh_fixed_k(share=0.0, forecast=forecast)
         cache = arguments[0]
         moved = cache.nbytes * (1 + forecast) + cache.nbytes // cache.shape[2]
-        _against_copy(
-            bench, f"{name}, batch {batch}", lambda a=arguments: torch.ops.moeca.refresh_branches(*a), moved
-        )
+        _against_copy(bench, f"{name}, batch {batch}", lambda a=arguments: torch.ops.moeca.refresh_fixed_k(*a), moved)
     arguments = make.attend_rows()
     moved = sum(value.nbytes for value in arguments[:5]) + arguments[2].nbytes  # reads all, writes the output
     _against_copy(bench, f"attend, batch {batch}", lambda: torch.ops.moeca.attend_rows(*arguments), moved)

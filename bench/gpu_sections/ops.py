@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 import moeca_compile  # noqa: F401  (registers the ops)
 from bench.gpu_sections.common import WRONG, Bench, Row, worst
-from moeca_compile.ops import attention, bodies, branches, pairs
-from moeca_compile.runtime.validate import TOLERANCE, relative_error
+from moeca_compile.lower.validate import TOLERANCE, relative_error
+from moeca_compile.ops import attention, bodies, fixed_k, variable_k
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Make:
         shapes = ((s.hidden, s.width), (s.hidden, s.width), (s.width, s.hidden))
         return [self.normal(*shape, scale=shape[1] ** -0.5) for _ in range(s.experts) for shape in shapes]
 
-    def branch_outputs(self) -> tuple[Any, ...]:
+    def fixed_k_outputs(self) -> tuple[Any, ...]:
         s = self.sizes
         rows = self.normal(s.samples * s.tokens, s.width)
         index = self.distinct(s.k, s.experts, len(rows))
         return [rows], index, self.parameters(), s.experts, body(), s.width
 
-    def refresh_branches(self, share: float = 0.6, forecast: bool = True) -> tuple[Any, ...]:
+    def refresh_fixed_k(self, share: float = 0.6, forecast: bool = True) -> tuple[Any, ...]:
         s = self.sizes
         slots, by_slot = (s.samples, s.tokens, s.k), (s.samples, s.chosen, s.k)
         return (
@@ -88,13 +88,13 @@ class Make:
             body(),
         )
 
-    def pair_outputs(self) -> tuple[Any, ...]:
+    def variable_k_outputs(self) -> tuple[Any, ...]:
         s = self.sizes
         count = s.samples * s.tokens
         routed, weight = self.flags(s.k / s.experts, count, s.experts), self.normal(count, s.experts)
         return [self.normal(count, s.width)], routed, weight, self.parameters(), body(), s.width, s.k * count
 
-    def refresh_pairs(self) -> tuple[Any, ...]:
+    def refresh_variable_k(self) -> tuple[Any, ...]:
         s = self.sizes
         count, slots = s.samples * s.tokens, s.k * s.samples * s.tokens
         held = self.flags(s.k / s.experts, count, s.experts)
@@ -125,10 +125,10 @@ class Make:
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    "branch_outputs": branches.branch_outputs,
-    "refresh_branches": branches.refresh_branches,
-    "pair_outputs": pairs.pair_outputs,
-    "refresh_pairs": pairs.refresh_pairs,
+    "fixed_k_outputs": fixed_k.fixed_k_outputs,
+    "refresh_fixed_k": fixed_k.refresh_fixed_k,
+    "variable_k_outputs": variable_k.variable_k_outputs,
+    "refresh_variable_k": variable_k.refresh_variable_k,
     "attend_rows": attention.attend_rows,
 }
 """Each op's reference, plain ATen."""

@@ -125,10 +125,10 @@ class SwiGLU(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Sigmoid router. Weights are normalised over a token's chosen experts, then scaled.
+    """Sigmoid router. Weights are normalized over a token's chosen experts, then scaled.
 
     In training the last call's balance loss is kept in ``balance_loss``: the share of choices that an
-    expert gets over the batch times its mean normalised score, summed over the experts; 1 when balanced.
+    expert gets over the batch times its mean normalized score, summed over the experts; 1 when balanced.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, scale: float) -> None:

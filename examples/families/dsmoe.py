@@ -1,7 +1,7 @@
 """DSMoE: experts in every second block, chosen as in DeepSeek-V3, and one shared expert.
 
 Sigmoid scores plus a bias that balances the load choose the experts, within the best groups of experts where there
-are groups; the scores without the bias, normalised over a token's experts and scaled, are the weights.
+are groups; the scores without the bias, normalized over a token's experts and scaled, are the weights.
 """
 
 from __future__ import annotations

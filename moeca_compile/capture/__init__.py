@@ -1,6 +1,6 @@
 """Capture: a model whose MoE dispatch breaks Dynamo's graph becomes one graph with marker ops.
 
-    install.py    wraps the methods that an idiom recognises (idioms/: one file an idiom)
+    install.py    wraps the methods that an idiom recognizes (idioms/: one file an idiom)
     gate.py       is this trace for our backend?
     trust.py      is the equivalent right for this layer? checked with numbers
     refusals.py   what was left as it was, and why

@@ -4,7 +4,7 @@
 value last bound to it, a loop's body is gone through once, both sides of an `if` in turn. The result answers
 the questions the idioms ask ("is what is returned scattered from rows of which parameter?") whatever the
 locals are called and however the expressions are nested. It is an approximation on purpose: an idiom that it
-recognises is checked with numbers before it is used (trust.py).
+recognizes is checked with numbers before it is used (trust.py).
 
 `torch.f(a, b)` and `a.f(b)` become the same `call f(a, b)`; an in-place call or an augmented assignment
 rebinds the name it changes. Code that changes `self` or an argument, or whose effect cannot be followed, is

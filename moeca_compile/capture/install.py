@@ -1,7 +1,7 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
 After `install()` each compilation begins with a look through the subclasses of nn.Module that are new, and the
-methods that an idiom recognises are wrapped. Installing itself reads no class. A wrapped method runs its original
+methods that an idiom recognizes are wrapped. Installing itself reads no class. A wrapped method runs its original
 code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without gradients,
 in eval mode, and its check passed (trust.py), it is traced as its equivalent.
 """
@@ -100,34 +100,34 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     method = read_method(function) if idioms or suspicious else None
     if method is None:
         return None
-    recognised = [each for each in (_recognised(idiom, method) for idiom in idioms) if each is not None]
-    dispatches = tuple(each for each in recognised if not isinstance(each, Bank))
+    recognized = [each for each in (_recognized(idiom, method) for idiom in idioms) if each is not None]
+    dispatches = tuple(each for each in recognized if not isinstance(each, Bank))
     if dispatches:
         return _with_equivalent(function, method, dispatches)
-    for bank in recognised:
+    for bank in recognized:
         return _with_single_experts(function, bank)  # type: ignore[arg-type]
     lists = suspects.expert_lists(method)
     return _with_warning(function, method, lists) if lists else None
 
 
-def _recognised(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
+def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
     """The idiom's answer; None where it fails, which must not keep the other idioms from answering."""
     try:
-        return idiom.recognise(method)
+        return idiom.recognize(method)
     except Exception:
         _log.debug("%s: reading %s for the idiom %r failed", method.where, method.name, idiom.name, exc_info=True)
         return None
 
 
 def _with_equivalent(
-    original: Callable[..., Any], method: Method, recognised: tuple[Dispatch, ...]
+    original: Callable[..., Any], method: Method, recognized: tuple[Dispatch, ...]
 ) -> Callable[..., Any]:
     """Several idioms may see their dispatch in a method: numbers tell which of them is right."""
 
     @torch.compiler.assume_constant_result
     def vouched(module: nn.Module, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
         reasons = []
-        for number, dispatch in enumerate(recognised):
+        for number, dispatch in enumerate(recognized):
             try:
                 of_call = facts[number]
                 if isinstance(of_call, str):
@@ -144,10 +144,10 @@ def _with_equivalent(
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            found = vouched(self, tuple([each.facts(args, kwargs) for each in recognised]))
+            found = vouched(self, tuple([each.facts(args, kwargs) for each in recognized]))
             if found is not None:
                 number, trusted = found
-                return recognised[number].equivalent(trusted, self, args, kwargs)
+                return recognized[number].equivalent(trusted, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return _dressed_as(original, dispatch)

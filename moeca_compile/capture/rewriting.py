@@ -5,7 +5,7 @@
         out = torch.zeros_like(x)                         out = torch.zeros_like(x)
         for e in range(self.num_experts):                 def moeca_body(moeca_rows_0, moeca_item_0):
             token, slot = torch.where(index == e)             return moeca_item_0(moeca_rows_0)
-            y = self.experts[e](x[token])                 out = moeca.experts(
+            y = self.experts[e](x[token])                 out = moeca.experts_fixed_k(
             y = y * weight[token, slot, None]                 out, (x,), index, weight, moeca_body,
             out.index_add_(0, token, y)                       (self.experts,), ())
         return out + self.shared(x)                       return out + self.shared(x)

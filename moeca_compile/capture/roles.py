@@ -64,7 +64,7 @@ ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
 TOKENS = frozenset({"FloorDiv", "div", "floor_divide", "where", "nonzero", "any"})
 
 IndexOf = Callable[[Value], "Value | None"]
-"""The expert ids, if a value is the one that an idiom recognises them by: the argument of a one_hot, a sort."""
+"""The expert ids, if a value is the one that an idiom recognizes them by: the argument of a one_hot, a sort."""
 
 ItemsOf = Callable[[Flow], "dict[int, Item]"]
 

@@ -7,7 +7,7 @@ is handed rows and expert ids. It looks for this shape in the data flow, whateve
     product = y * entries of weight
     result = the products, added up over a token's branches
 
-An idiom says how the expert ids are recognised (`index_of`) and how an expert's own parameters are (`items`).
+An idiom says how the expert ids are recognized (`index_of`) and how an expert's own parameters are (`items`).
 What is found is used by rewriting.py and checked with numbers; nothing here has to be proven.
 """
 

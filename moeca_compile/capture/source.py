@@ -1,4 +1,4 @@
-"""The code of a method, as the recognisers read it."""
+"""The code of a method, as the recognizers read it."""
 
 from __future__ import annotations
 

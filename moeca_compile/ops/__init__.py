@@ -2,10 +2,10 @@
 
 import torch
 
-from moeca_compile.ops import attention, branches, linear, markers, pairs
+from moeca_compile.ops import attention, fixed_k, linear, markers, variable_k
 from moeca_compile.ops import triton as kernels
 
-__all__ = ["attention", "branches", "linear", "markers", "pairs"]
+__all__ = ["attention", "fixed_k", "linear", "markers", "variable_k"]
 
 _library = torch.library.Library(markers.NAMESPACE, "FRAGMENT")
 if kernels.available():

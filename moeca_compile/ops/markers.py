@@ -1,15 +1,15 @@
 """Marker ops: what a MoE layer means, written into the graph at capture and lowered by the later passes.
 
     expert_rows(x) -> rows                                       the rows that enter an expert's body
-    experts(x, index, weight, body_out, params, num_experts) -> out
+    experts_fixed_k(x, index, weight, body_out, params, num_experts) -> out
                                       out[t] = sum_j weight[t, j] * expert_index[t, j](x[t])
 
-    expert_pairs(x, routed, weight, body_out, params, num_experts, branches, coupled) -> out
+    experts_variable_k(x, routed, weight, body_out, params, num_experts, branches, coupled) -> out
                                       out[t] = sum_e routed[t, e] * weight[t, e] * expert_e(x[t])
 
-`experts` is for layers where every token has k branches, `expert_pairs` for all others (expert choice, dynamic
-capacity): any (token, expert) pairs. Its `branches` is how many pairs are routed where the sizes alone tell, else
-0; `coupled` says that the routing of one sample depends on the others in the batch.
+`experts_fixed_k` is for layers where every token has k branches, `experts_variable_k` for all others (expert choice,
+dynamic capacity): any (token, expert) pairs. Its `branches` is how many pairs are routed where the sizes alone tell,
+else 0; `coupled` says that the routing of one sample depends on the others in the batch.
 
 Between entry and marker stands the body of expert 0, run on every row; `params` holds the same parameters of all
 experts, so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of
@@ -30,10 +30,11 @@ NAMESPACE = "moeca"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
-    "experts(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) -> Tensor"
+    "experts_fixed_k(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) "
+    "-> Tensor"
 )
 _library.define(
-    "expert_pairs(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
+    "experts_variable_k(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
     "SymInt branches, bool coupled) -> Tensor"
 )
 
@@ -59,9 +60,9 @@ def _experts_fake(x: Tensor, choice: Tensor, weight: Tensor, body_out: Tensor, *
 
 _library.impl("expert_rows", _expert_rows, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::expert_rows", _expert_rows_fake, lib=_library)
-for _marker in ("experts", "expert_pairs"):
+for _marker in ("experts_fixed_k", "experts_variable_k"):
     _library.impl(_marker, _experts, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_marker}", _experts_fake, lib=_library)
 
-MARKERS = (torch.ops.moeca.experts.default, torch.ops.moeca.expert_pairs.default)
+MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default)
 """What stands in a graph for a MoE layer: where every token has k experts, and any pairs."""

@@ -1,7 +1,7 @@
 """Leave inputs that only stand in markers' lists out of tracing: the parameters of the experts after the first.
 
-Before: moeca::experts(x, index, weight, body_out, [a0, b0, a1, b1, a2, b2], 3), with six inputs of the graph.
-While traced: moeca::experts(x, index, weight, body_out, [a0, b0], 3), with two; then as before.
+Before: moeca::experts_fixed_k(x, index, weight, body_out, [a0, b0, a1, b1, a2, b2], 3), with six inputs of the graph.
+While traced: moeca::experts_fixed_k(x, index, weight, body_out, [a0, b0], 3), with two; then as before.
 
 There may be thousands of them, and tracing takes longer for an input than for a node.
 """
@@ -87,7 +87,7 @@ class ListedParameters:
 
 
 def _markers(graph: fx.Graph) -> list[fx.Node]:
-    wanted = (torch.ops.moeca.experts, torch.ops.moeca.expert_pairs)
+    wanted = (torch.ops.moeca.experts_fixed_k, torch.ops.moeca.experts_variable_k)
     return [node for node in graph.nodes if getattr(node.target, "overloadpacket", node.target) in wanted]
 
 

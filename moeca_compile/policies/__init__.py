@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.regions import Regions
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.step import CacheSpec, Step
 from moeca_compile.policies.layerwise import Layerwise
 from moeca_compile.policies.moeca import Moeca
 from moeca_compile.policies.plain import Plain
 from moeca_compile.policies.stack import Stack
-from moeca_compile.policies.step import CacheSpec, Step
 
 
 class StepPolicy(Protocol):

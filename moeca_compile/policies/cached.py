@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.passes.token_axis import shape_of
-from moeca_compile.policies.step import CacheSpec, Step
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.rewrite.step import CacheSpec, Step
 
 
 @dataclass(frozen=True)

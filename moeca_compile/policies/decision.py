@@ -64,7 +64,7 @@ def _count_before(flags: Tensor) -> Tensor:
     return (flags[..., None, :] & earlier).sum(-1)
 
 
-def normalised(weight: Tensor) -> Tensor:
+def normalized(weight: Tensor) -> Tensor:
     """Weights that sum to 1 over a token's branches; the score and tau0 assume such."""
     return weight / weight.sum(-1, keepdim=True).clamp_min(1e-20)
 

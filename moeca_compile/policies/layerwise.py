@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.regions import Regions
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.step import ATTENTION, EXPERTS, CacheSpec, Step
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.plain import run_layers
-from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, Step
 
 
 class Layerwise:

@@ -22,18 +22,18 @@ from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.ops.attention import attend
-from moeca_compile.passes.attention import sdpa_options
-from moeca_compile.passes.axis import Axis, count, place_in
-from moeca_compile.passes.regions import Attention, Experts, FeedForward, Regions
-from moeca_compile.passes.rows import Rows
-from moeca_compile.passes.token_axis import shape_of
+from moeca_compile.passes.analysis.axis import Axis, count, place_in
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.match.attention import sdpa_options
+from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
+from moeca_compile.passes.rewrite.rows import Rows
+from moeca_compile.passes.rewrite.step import ATTENTION, EXPERTS, CacheSpec, Step
 from moeca_compile.policies import decision as decide
-from moeca_compile.policies.branch_cache import BranchCache
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.decision import Decision
-from moeca_compile.policies.pair_cache import PairCache
+from moeca_compile.policies.fixed_k_cache import FixedKCache
 from moeca_compile.policies.plain import run_layers
-from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, Step
+from moeca_compile.policies.variable_k_cache import VariableKCache
 
 Tokens = tuple[Tensor, Tensor]
 """Chosen tokens (B, C), counted on the axis of some stream, and which of them are valid."""
@@ -295,8 +295,8 @@ def _row_major(node: fx.Node, samples: int) -> tuple[int, ...]:
     return samples, tokens, prod(shape[:-2]) // samples, width
 
 
-def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> BranchCache | PairCache:
-    return (PairCache if layer.by_pair else BranchCache)(name, layer, regions, config)
+def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> FixedKCache | VariableKCache:
+    return (VariableKCache if layer.variable_k else FixedKCache)(name, layer, regions, config)
 
 
 def _forced_tokens(step: Step, output: fx.Node) -> Tokens:

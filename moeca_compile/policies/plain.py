@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.passes.regions import Regions
-from moeca_compile.passes.token_axis import shape_of
-from moeca_compile.policies.step import CacheSpec, Step, combine, run_experts
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.step import CacheSpec, Step, combine, run_experts
 
 
 class Plain:
@@ -40,10 +40,10 @@ def run_layers(step: Step) -> None:
 def _layer_output(step: Step, marker: fx.Node) -> Tensor:
     choice, weight = marker.args[1:3]
     assert isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
-    if marker.target is torch.ops.moeca.experts.default:
+    if marker.target is torch.ops.moeca.experts_fixed_k.default:
         return combine(run_experts(step, marker), step[weight])
     body = step.regions.bodies[marker]
     rows, parameters = ([step[node] for node in nodes] for nodes in (body.rows, body.parameters))
-    width = shape_of(marker)[-1]
-    out: Tensor = torch.ops.moeca.pair_outputs(rows, step[choice], step[weight], parameters, body.key, width, 0)[0]
+    width, routing = shape_of(marker)[-1], (step[choice], step[weight])
+    out: Tensor = torch.ops.moeca.variable_k_outputs(rows, *routing, parameters, body.key, width, 0)[0]
     return out

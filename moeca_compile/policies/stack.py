@@ -10,11 +10,11 @@ from functools import partial
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.axis import place_in
-from moeca_compile.passes.regions import Regions
+from moeca_compile.passes.analysis.axis import place_in
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.step import ATTENTION, CacheSpec, Step
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.plain import run_layers
-from moeca_compile.policies.step import ATTENTION, CacheSpec, Step
 
 
 class Stack:

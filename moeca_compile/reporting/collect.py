@@ -9,10 +9,10 @@ from torch import nn
 
 from moeca_compile import capture
 from moeca_compile._torch_private import wrapper_of
-from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.step import COUNTERS, StepKind
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 from moeca_compile.runtime.record import Record, find_record
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
 
@@ -68,7 +68,7 @@ def _record(model: Any) -> Record | None:
     return find_record(wrapper, module if isinstance(module, nn.Module) else None)
 
 
-def _regions(shapes: Specialisation) -> list[Region]:
+def _regions(shapes: Specialization) -> list[Region]:
     regions = shapes.regions
     status, reason = ("cached", "") if shapes.caching else ("kept", _why_idle(shapes))
     found = [Region("attention", a.name, status, reason) for a in regions.attentions]
@@ -77,19 +77,19 @@ def _regions(shapes: Specialisation) -> list[Region]:
         found += [Region("router", layer.name, status, how), Region("experts", layer.name, status, reason)]
         found += [Region("feedforward", s.name, status, reason) for s in layer.shared]
     found += [Region("feedforward", f.name, status, reason) for f in regions.feedforwards]
-    return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.kept]
+    return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.skipped]
 
 
-def _why_idle(shapes: Specialisation) -> str:
+def _why_idle(shapes: Specialization) -> str:
     """Why nothing of a graph is cached."""
     if shapes.config.family == "none":
         return "the recipe caches nothing"
-    if shapes.config.family == "moeca" and shapes.regions.kept and not shapes.regions.experts:
+    if shapes.config.family == "moeca" and shapes.regions.skipped and not shapes.regions.experts:
         return "the recipe goes by the routing of MoE layers, and none is cached"
     return "see the warnings"
 
 
-def _counts(shapes: list[Specialisation]) -> tuple[dict[str, float], int]:
+def _counts(shapes: list[Specialization]) -> tuple[dict[str, float], int]:
     """Counters summed over layers and steps, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
     for tally in (t for s in shapes for k, t in s.tallies.items() if not k.full):
@@ -100,7 +100,7 @@ def _counts(shapes: list[Specialisation]) -> tuple[dict[str, float], int]:
     return counts, steps
 
 
-def _steps(shapes: list[Specialisation]) -> dict[str, int]:
+def _steps(shapes: list[Specialization]) -> dict[str, int]:
     """Steps by kind."""
     steps: dict[str, int] = {}
     for kind, tally in ((k, t) for s in shapes for k, t in s.tallies.items()):
@@ -112,7 +112,7 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _flops(shapes: list[Specialisation]) -> Flops | None:
+def _flops(shapes: list[Specialization]) -> Flops | None:
     tallies = [(s, kind, tally.steps) for s in shapes for kind, tally in s.tallies.items()]
     calls = sum(steps for _, _, steps in tallies)
     full = sum(steps * s.plan.flops(StepKind()) for s, _, steps in tallies)

@@ -14,7 +14,7 @@ KINDS = ("router", "experts", "attention", "feedforward")
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the model that was recognised.
+    """A part of the model that was recognized.
 
     kind: "router", "experts", "attention" or "feedforward"; name: the module's path.
     status: "cached" or "kept" (it runs as it was); reason: why it is kept, or how it is cached.
@@ -58,7 +58,7 @@ class Report:
     """The state of one compiled model when the report was made. Holds plain values and never runs anything.
 
     graphs: graphs compiled; graph_breaks: where Dynamo had to stop.
-    regions: every recognised region; cache_bytes: bytes of all live caches.
+    regions: every recognized region; cache_bytes: bytes of all live caches.
     compile_seconds: by stage, in the order of the stages; steps: calls by step kind.
     match_ratio: branches found in the cache, of all branches on cache steps; reuse_ratio: branches whose
         cached output was used, of the same; recomputed_branches_per_step: mean over cache steps. None before
@@ -85,7 +85,7 @@ class Report:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-serialisable values."""
+        """The report as JSON-serializable values."""
         values = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
         if self.flops is not None:
             values["flops"]["speedup"] = self.flops.speedup

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import copy_all, zero_all
-from moeca_compile.passes.host_ops import host_ops, ops_without_kernel, runs_experts
-from moeca_compile.passes.rewrite import StepFunction, StepResult
-from moeca_compile.policies.step import StepKind
+from moeca_compile.lower.validate import ValidationError, undisturbed
+from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel, runs_experts
+from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.session import Stream
-from moeca_compile.runtime.validate import ValidationError, undisturbed
 
 T = TypeVar("T")
 Compare = Callable[[Sequence[Any], Sequence[Any]], None]

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 
 from moeca_compile._torch_private import numeric_modes
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.session import Position
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 
 _MOST_SHAPES = 8
 """Input shapes for which compiled graphs are kept."""
@@ -46,7 +46,7 @@ class Engine:
         self.weights = [_signature(v) for v, user in zip(inputs, self.user_inputs, strict=True) if not user]
         self.modes, self.partial = numeric_modes(), record.partial
         self.config, self.record = config, record
-        self.by_shape: OrderedDict[tuple[Any, ...], Specialisation] = OrderedDict()
+        self.by_shape: OrderedDict[tuple[Any, ...], Specialization] = OrderedDict()
         self._lock = threading.RLock()
 
     def same_graph(self, other: Engine) -> bool:
@@ -55,7 +55,7 @@ class Engine:
         mine, theirs = ((e.gm.code, e.user_inputs, e.numbers, e.modes, e.weights) for e in (self, other))
         return mine == theirs and not constants
 
-    def prepare(self, inputs: Sequence[Any]) -> Specialisation:
+    def prepare(self, inputs: Sequence[Any]) -> Specialization:
         """Capture, match and plan for the shapes of `inputs`, unless that was done before."""
         key = (
             *(_signature(value) for value, user in zip(inputs, self.user_inputs, strict=True) if user),
@@ -63,7 +63,7 @@ class Engine:
         )
         with self._lock:
             if key not in self.by_shape:
-                self.by_shape[key] = Specialisation(self.gm, inputs, self.user_inputs, self.config, self.record)
+                self.by_shape[key] = Specialization(self.gm, inputs, self.user_inputs, self.config, self.record)
                 if len(self.by_shape) > _MOST_SHAPES:
                     self.by_shape.popitem(last=False)
             self.by_shape.move_to_end(key)
@@ -89,14 +89,14 @@ class Engine:
             shapes.sessions.interrupted(position)
             raise
 
-    def _uncached(self, shapes: Specialisation, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    def _uncached(self, shapes: Specialization, inputs: Sequence[Any]) -> tuple[Any, ...]:
         clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
         outputs = shapes.run(StepKind(), shapes.stateless, shapes.placed(inputs), clock).outputs
         shapes.tally(StepKind(), None)
         return shapes.settle(inputs, outputs)
 
     def _run(
-        self, shapes: Specialisation, fresh: Fresh, position: Position, inputs: Sequence[Any]
+        self, shapes: Specialization, fresh: Fresh, position: Position, inputs: Sequence[Any]
     ) -> tuple[Any, ...]:
         placed = shapes.placed(inputs)
         stream, kind = position.stream, shapes.kind(fresh, position, placed)

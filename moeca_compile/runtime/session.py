@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import ATTENTION, EXPERTS, CacheSpec, StepKind
+from moeca_compile.passes.rewrite.step import ATTENTION, EXPERTS, CacheSpec, StepKind
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.schedule import Fresh, fresh_parts
 

@@ -120,8 +120,8 @@ def test_ops_that_equal_their_references_and_one_that_does_not(monkeypatch):
     ops.run(bench(rows))
     assert [(row.value, row.note) for row in rows] == [(0.0, "same bits twice")] * len(ops.OPS)
     rows.clear()
-    reference = ops.OPS["branch_outputs"]
-    monkeypatch.setitem(ops.OPS, "branch_outputs", lambda *arguments: 1.01 * reference(*arguments))
+    reference = ops.OPS["fixed_k_outputs"]
+    monkeypatch.setitem(ops.OPS, "fixed_k_outputs", lambda *arguments: 1.01 * reference(*arguments))
     ops.run(bench(rows))
     assert [row.note.startswith("WRONG") for row in rows] == [True] + [False] * (len(ops.OPS) - 1)
 
@@ -136,7 +136,7 @@ def test_an_op_that_gives_no_number_is_wrong(monkeypatch):
 
 def test_the_arguments_of_refresh_pairs_keep_its_contract():
     """Places are distinct, and what is computed anew is routed."""
-    _, _, _, place, routed, mask, *_ = ops.Make(ops.TINY, CPU, torch.float32).refresh_pairs()
+    _, _, _, place, routed, mask, *_ = ops.Make(ops.TINY, CPU, torch.float32).refresh_variable_k()
     held = place[place > 0]
     assert len(held.unique()) == len(held) > 0
     assert bool((routed | ~mask).all()) and bool(mask.any())

@@ -523,7 +523,7 @@ class DenseStack(MoE):
 
 
 class DenseLoop(MoE):
-    """A loop over all experts on all tokens, 3-D; the gate normalised after it was made sparse."""
+    """A loop over all experts on all tokens, 3-D; the gate normalized after it was made sparse."""
 
     def forward(self, x):
         scores = self.router(x).sigmoid()

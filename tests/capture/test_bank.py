@@ -124,13 +124,13 @@ def test_what_is_not_understood_runs_as_it_is_with_one_warning(experts):
         got = torch.compile(model, backend=backend)(tokens())
         torch.testing.assert_close(got, model(tokens()))
     assert len([each for each in caught if each.category is capture.CaptureWarning]) == 1
-    assert not any(nodes_of(gm, torch.ops.moeca.expert_pairs) for gm in backend.graphs)
+    assert not any(nodes_of(gm, torch.ops.moeca.experts_variable_k) for gm in backend.graphs)
     assert len(capture.refusals()) == 1
 
 
-def recognise(function):
+def recognize(function):
     method = read_method(innermost(function))
-    return bank.recognise(method) if bank.plausible(method.function.__code__) else None
+    return bank.recognize(method) if bank.plausible(method.function.__code__) else None
 
 
 def sizes_of_patches(self, x, sizes):
@@ -148,4 +148,4 @@ def one_network(self, x, counts):
 
 @pytest.mark.parametrize("near_miss", [sizes_of_patches, one_network])
 def test_near_misses_are_no_bank(near_miss):
-    assert recognise(near_miss) is None
+    assert recognize(near_miss) is None

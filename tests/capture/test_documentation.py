@@ -42,5 +42,5 @@ def test_the_documented_idiom_captures_the_documented_model(tmp_path, monkeypatc
     with torch.no_grad():
         got = torch.compile(model, backend=backend)(tokens())
         torch.testing.assert_close(got, model(tokens()))
-    assert len(backend.graphs) == len(nodes_of(backend.graphs[0], torch.ops.moeca.experts)) == 1
+    assert len(backend.graphs) == len(nodes_of(backend.graphs[0], torch.ops.moeca.experts_fixed_k)) == 1
     assert capture.refusals() == ()

@@ -21,7 +21,7 @@ from tests.capture.layers import EXPERTS, WIDTH, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
 
-ROWS, LAYER = torch.ops.moeca.expert_rows, torch.ops.moeca.experts
+ROWS, LAYER = torch.ops.moeca.expert_rows, torch.ops.moeca.experts_fixed_k
 
 
 def assert_captured(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **tolerance: float) -> None:

@@ -16,7 +16,7 @@ from moeca_compile.capture.source import innermost
 from tests.capture.layers import NumpyEnds, RunningStart, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 
-LAYER = torch.ops.moeca.experts
+LAYER = torch.ops.moeca.experts_fixed_k
 
 
 def markers(model, x, gradients=False) -> int:

@@ -14,7 +14,7 @@ def params_of_layer(backend: RecordingBackend) -> list[torch.Tensor]:
     """The tensors in the marker's list, of the last graph."""
     gm, inputs = backend.graphs[-1], backend.inputs[-1]
     value = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    (layer,) = nodes_of(gm, torch.ops.moeca.experts)
+    (layer,) = nodes_of(gm, torch.ops.moeca.experts_fixed_k)
     return [value[node] for node in layer.args[4]]
 
 

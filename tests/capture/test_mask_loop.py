@@ -16,22 +16,22 @@ from tests.capture.inline_layers import BooleanMask, OneHotHit, WithTimestep
 from tests.capture.layers import MoE, tokens
 
 
-def recognise(function) -> Inline | None:
+def recognize(function) -> Inline | None:
     method = read_method(innermost(function))
-    return mask_loop.recognise(method) if mask_loop.plausible(method.function.__code__) else None
+    return mask_loop.recognize(method) if mask_loop.plausible(method.function.__code__) else None
 
 
 def checked(layer: nn.Module, *args: torch.Tensor) -> torch.dtype:
     """The verdict of the check on random numbers. Raises UntrustedError."""
     layer.eval()
-    found = recognise(type(layer).forward)
+    found = recognize(type(layer).forward)
     assert found is not None
     return vouch(found, innermost(type(layer).forward), layer, found.facts(args, {}))[1]
 
 
 @pytest.mark.parametrize("layer", [OneHotHit, BooleanMask, WithTimestep])
 def test_the_experts_are_found(layer):
-    found = recognise(layer.forward)
+    found = recognize(layer.forward)
     assert found.method.items == ("experts",) and found.method.shared == ()
 
 
@@ -97,8 +97,8 @@ def reads_the_last_rows(self, x):
     "near_miss",
     [on_top_of_the_input, weights_of_the_rows, other_masks, no_experts, keeps_its_load, reads_the_last_rows],
 )
-def test_near_misses_are_not_recognised(near_miss):
-    assert recognise(near_miss) is None
+def test_near_misses_are_not_recognized(near_miss):
+    assert recognize(near_miss) is None
 
 
 class SquaredWeights(MoE):

@@ -23,7 +23,7 @@ from tests.capture.layers import (
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
 
-ROWS, LAYER = torch.ops.moeca.expert_rows, torch.ops.moeca.experts
+ROWS, LAYER = torch.ops.moeca.expert_rows, torch.ops.moeca.experts_fixed_k
 
 
 def recorded(model: nn.Module, x: torch.Tensor, **options: object) -> tuple[torch.Tensor, RecordingBackend]:

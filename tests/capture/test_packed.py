@@ -12,13 +12,13 @@ from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.source import innermost, read_method
 from moeca_compile.capture.trust import vouch
 from moeca_compile.ops import bodies
-from moeca_compile.passes.experts import expert_body
+from moeca_compile.passes.match.experts import expert_body
 from tests.capture.inline_layers import DensePacked, GatheredEinsum, GroupedMatmul, Packed, PackedMask
 from tests.capture.layers import EXPERTS, WIDTH, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
 
-LAYER = torch.ops.moeca.experts
+LAYER = torch.ops.moeca.experts_fixed_k
 
 
 @pytest.mark.parametrize("layer", [PackedMask, GroupedMatmul, GatheredEinsum, DensePacked])
@@ -40,16 +40,16 @@ def test_the_passes_take_slices_as_parameters(layer):
     assert bodies.run(body.key, [rows], own).shape == (3, WIDTH)
 
 
-def recognise(function, idiom):
+def recognize(function, idiom):
     method = read_method(innermost(function))
-    return idiom.recognise(method) if idiom.plausible(method.function.__code__) else None
+    return idiom.recognize(method) if idiom.plausible(method.function.__code__) else None
 
 
 def refused(layer: torch.nn.Module, idiom) -> str:
     """The reason why the check refuses the layer's forward."""
     layer.eval()
     forward = type(layer).forward
-    found = recognise(forward, idiom)
+    found = recognize(forward, idiom)
     assert found is not None
     with pytest.raises(UntrustedError) as caught:
         vouch(found, innermost(forward), layer, found.facts((tokens()[0],), {}))
@@ -125,5 +125,5 @@ def multi_head(self, x):
 
 @pytest.mark.parametrize("near_miss", [embedding, routed_tables, multi_head])
 @pytest.mark.parametrize("idiom", [dense, gathered_weights, grouped_matmul])
-def test_near_misses_are_not_recognised(near_miss, idiom):
-    assert recognise(near_miss, idiom) is None
+def test_near_misses_are_not_recognized(near_miss, idiom):
+    assert recognize(near_miss, idiom) is None

@@ -1,4 +1,4 @@
-"""Layers in which experts take tokens: one graph, one `moeca::expert_pairs` a layer, eager's numbers."""
+"""Layers in which experts take tokens: one graph, one `moeca::experts_variable_k` a layer, eager's numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.harness import RecordingBackend, captured, nodes_of
 from tests.models import Sizes, make_inputs, make_model
 from tests.references import run_with_markers
 
-PAIRS = torch.ops.moeca.expert_pairs
+PAIRS = torch.ops.moeca.experts_variable_k
 
 
 def captured_pairs(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **tolerance: float) -> list[fx.Node]:
@@ -243,8 +243,8 @@ def thresholded_pixels(self, x):
 
 @pytest.mark.parametrize("near_miss", [selected_tokens, best_images, thresholded_pixels])
 @pytest.mark.parametrize("idiom", [expert_choice, expert_loop])
-def test_near_misses_are_not_recognised(near_miss, idiom):
-    assert idiom.recognise(read_method(near_miss)) is None
+def test_near_misses_are_not_recognized(near_miss, idiom):
+    assert idiom.recognize(read_method(near_miss)) is None
 
 
 @pytest.mark.parametrize("layer", [GatherStack, PackedBmm, DiffMoE, Threshold])
@@ -252,6 +252,6 @@ def test_the_passes_match_what_is_captured(layer):
     model = make_model(Sizes(width=WIDTH, heads=1, depth=2))
     model.blocks[1].mlp = layer().eval().requires_grad_(False)
     noise, labels = make_inputs(model)
-    regions = captured(model, noise, torch.ones(len(noise)), labels).specialisation().regions
+    regions = captured(model, noise, torch.ones(len(noise)), labels).specialization().regions
     assert len(regions.experts) == 1
-    assert not any(kept.kind == "experts" for kept in regions.kept)
+    assert not any(kept.kind == "experts" for kept in regions.skipped)

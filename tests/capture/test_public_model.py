@@ -21,7 +21,7 @@ def test_hidreams_feed_forward_is_one_graph():
     with torch.no_grad():
         got, want = torch.compile(model, backend=backend)(x), model(x)
     assert len(backend.graphs) == 1
-    assert len(nodes_of(backend.graphs[0], torch.ops.moeca.experts)) == 1
+    assert len(nodes_of(backend.graphs[0], torch.ops.moeca.experts_fixed_k)) == 1
     assert capture.refusals() == ()
     torch.testing.assert_close(got, want)
 
@@ -43,7 +43,7 @@ def test_nucleus_layer_of_expert_choice_is_one_graph(use_grouped_mm, use_sigmoid
         got = torch.compile(model, backend=backend)(x, unmodulated, timestep=time)
         want = model(x, unmodulated, timestep=time)
     (gm,) = backend.graphs
-    (marker,) = nodes_of(gm, torch.ops.moeca.expert_pairs)
+    (marker,) = nodes_of(gm, torch.ops.moeca.experts_variable_k)
     assert marker.args[5:] == (4, 2 * 4 * 4, False)
     assert capture.refusals() == ()
     torch.testing.assert_close(got, want)
@@ -75,5 +75,5 @@ def test_the_whole_nucleus_model_is_one_graph(use_grouped_mm):
     with torch.no_grad():
         want = model(*inputs, time, return_dict=False)[0]
         got = torch.compile(model, backend=backend)(*inputs, time, return_dict=False)[0]
-    assert len(backend.graphs) == len(nodes_of(backend.graphs[0], torch.ops.moeca.expert_pairs)) == 1
+    assert len(backend.graphs) == len(nodes_of(backend.graphs[0], torch.ops.moeca.experts_variable_k)) == 1
     torch.testing.assert_close(got, want)

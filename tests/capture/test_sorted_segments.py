@@ -11,9 +11,9 @@ from tests.capture import layers
 from tests.capture.layers import NumpyEnds, RunningStart, SortedFirst, SplitSegments
 
 
-def recognise(function):
+def recognize(function):
     """The idiom's answer for a method as its class was written, wrapped by capture or not."""
-    return sorted_segments.recognise(read_method(innermost(function)))
+    return sorted_segments.recognize(read_method(innermost(function)))
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def recognise(function):
     ],
 )
 def test_roles_come_from_the_code(function, x, index, weight):
-    recognised = recognise(function)
-    assert (recognised.experts, recognised.x, recognised.index, recognised.weight) == (
+    recognized = recognize(function)
+    assert (recognized.experts, recognized.x, recognized.index, recognized.weight) == (
         "experts",
         x,
         index,
@@ -151,8 +151,8 @@ def traceable_as_it_is(self, x, ids, weights):
         traceable_as_it_is,
     ],
 )
-def test_near_misses_are_not_recognised(near_miss):
-    assert recognise(near_miss) is None
+def test_near_misses_are_not_recognized(near_miss):
+    assert recognize(near_miss) is None
 
 
 def test_a_function_without_source_is_no_method():

@@ -1,4 +1,4 @@
-"""A recognised method is replaced only where numbers show that its equivalent means the same."""
+"""A recognized method is replaced only where numbers show that its equivalent means the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeca_compile.capture.structure import unlike
 from tests.capture.layers import WIDTH, NumpyEnds, SwiGLU, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 
-LAYER = torch.ops.moeca.experts
+LAYER = torch.ops.moeca.experts_fixed_k
 
 
 class Dropping(nn.Module):
@@ -195,7 +195,7 @@ def test_no_rows_at_all_are_refused():
     assert not any(nodes_of(gm, LAYER) for gm in backend.graphs)
 
 
-def test_zero_initialised_experts_are_trusted():
+def test_zero_initialized_experts_are_trusted():
     backend = RecordingBackend(run=lambda gm: lambda *inputs: (inputs[0],))
     with torch.no_grad():
         torch.compile(stack(zeroed(NumpyEnds())), backend=backend)(tokens())

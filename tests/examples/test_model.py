@@ -48,7 +48,7 @@ def test_training_dispatch_gives_the_same_output_and_gradients(layer):
     assert all(layer.experts[e].down_proj.weight.grad.abs().sum() > 0 for e in used)
 
 
-def test_router_weights_are_normalised_and_scaled(layer):
+def test_router_weights_are_normalized_and_scaled(layer):
     indices, weights = layer.gate(torch.randn(2, 5, SMALL.width))
     assert indices.shape == weights.shape == (2, 5, SMALL.experts_per_token)
     torch.testing.assert_close(weights.sum(dim=-1), torch.full((2, 5), SMALL.route_scale))

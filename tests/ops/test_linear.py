@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from moeca_compile.lower.program import Program
 from moeca_compile.ops import bodies
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.linear import grouped_linear, linear
-from moeca_compile.passes.rewrite import StepResult
-from moeca_compile.runtime.program import Program
+from moeca_compile.passes.rewrite.step_function import StepResult
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
 DTYPES = tuple(EPS)

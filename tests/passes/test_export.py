@@ -10,7 +10,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.listed_parameters import ListedParameters
 from tests.harness import Captured, exported, nodes_of, ops, placeholders
 
-EXPERTS = torch.ops.moeca.experts
+EXPERTS = torch.ops.moeca.experts_fixed_k
 X, W = torch.randn(2, 6, 8), torch.randn(8, 8)
 
 
@@ -45,7 +45,7 @@ def test_every_node_has_a_fake_value_and_no_assertion_is_left(graph: Captured):
     assert all("val" in node.meta for node in nodes)
     assert not [node for node in nodes if "assert" in str(node.target)]
     assert len(placeholders(gm)) == len(graph.inputs)
-    assert ops(gm)["experts"] == ops(gm)["expert_rows"] == 2
+    assert ops(gm)["experts_fixed_k"] == ops(gm)["expert_rows"] == 2
 
 
 def test_a_graph_with_markers_is_what_it_would_be_were_all_experts_traced(graph: Captured, monkeypatch):

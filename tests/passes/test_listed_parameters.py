@@ -9,7 +9,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.listed_parameters import ListedParameters
 from tests.harness import nodes_of, placeholders
 
-MARKER = torch.ops.moeca.experts
+MARKER = torch.ops.moeca.experts_fixed_k
 SIZES = {"x": (5, 4), "index": (5, 2), "weight": (5, 2), "a0": (4, 4), "a1": (4, 4), "a2": (4, 4)}
 
 

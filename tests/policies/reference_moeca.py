@@ -342,7 +342,7 @@ def update_statistic(old: Tensor | float, ids: Tensor, experts: int, config: Moe
     return config.beta * old + (1 - config.beta) * routed
 
 
-def normalised_entropy(statistic: Tensor, config: MoecaConfig) -> Tensor:
+def normalized_entropy(statistic: Tensor, config: MoecaConfig) -> Tensor:
     """Equation 11, (B, E) in [0, 1]; an expert that no token was ever routed to has 0."""
     p = statistic / statistic.sum(-1, keepdim=True).clamp_min(TINY)
     entropy = torch.special.entr(p).sum(-1)
@@ -354,7 +354,7 @@ def normalised_entropy(statistic: Tensor, config: MoecaConfig) -> Tensor:
 
 def expert_thresholds(statistic: Tensor, config: MoecaConfig) -> Tensor:
     """Equation 12, (B, E)."""
-    return config.tau0 * (1 + config.alpha * (2 * normalised_entropy(statistic, config) - 1))
+    return config.tau0 * (1 + config.alpha * (2 * normalized_entropy(statistic, config) - 1))
 
 
 def match(ids: Tensor, cached_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,9 @@ def test_a_contribution_of_nothing_is_zero():
     assert decide.score(MoecaConfig(), zero, zero, zero, zero).tolist() == [[[0.0, 0.0]]]
 
 
-def test_normalised_weights():
-    torch.testing.assert_close(decide.normalised(torch.tensor([[0.9, 0.3]])), torch.tensor([[0.75, 0.25]]))
-    assert decide.normalised(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
+def test_normalized_weights():
+    torch.testing.assert_close(decide.normalized(torch.tensor([[0.9, 0.3]])), torch.tensor([[0.75, 0.25]]))
+    assert decide.normalized(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
 def _routed(ids: list[list[int]]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite import StepResult
-from moeca_compile.policies.step import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.step import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.step_function import StepResult
 from moeca_compile.runtime.engine import Engine
 from tests.harness import Captured
 from tests.models import TinyDiTMoE, make_inputs
@@ -67,14 +67,14 @@ class Masks:
 
 
 class Watch(TorchDispatchMode):
-    """Keeps what `refresh_branches` is called with."""
+    """Keeps what `refresh_fixed_k` is called with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.masks: list[Masks] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.moeca.refresh_branches.default:
+        if func is torch.ops.moeca.refresh_fixed_k.default:
             self.masks.append(_masks(*args[:7]))
         return func(*args, **(kwargs or {}))
 

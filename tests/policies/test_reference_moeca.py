@@ -13,7 +13,7 @@ from tests.policies.reference_moeca import (
     branch_scores,
     expert_thresholds,
     match,
-    normalised_entropy,
+    normalized_entropy,
     over_threshold,
     score_weights,
     simulate,
@@ -73,8 +73,8 @@ def test_score_of_equation_9():
 
 def test_score_weights():
     weights = torch.tensor([[[0.9, 0.3]]])
-    normalised = score_weights(weights, MoecaConfig())
-    torch.testing.assert_close(normalised, torch.tensor([[[0.75, 0.25]]]))
+    normalized = score_weights(weights, MoecaConfig())
+    torch.testing.assert_close(normalized, torch.tensor([[[0.75, 0.25]]]))
     assert score_weights(weights, MoecaConfig(score_weights="raw")) is weights
 
 
@@ -92,16 +92,16 @@ def test_thresholds_of_equations_11_and_12():
     # expert 0 uniform over 2 tokens (H = 1), expert 1 on one of them (H = 0), expert 2 on 3 to 1
     statistic = torch.tensor([[[0.2, 0.2], [0.4, 0.0], [0.3, 0.1]]])
     h = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    torch.testing.assert_close(normalised_entropy(statistic, MoecaConfig()), torch.tensor([[1.0, 0.0, h]]))
+    torch.testing.assert_close(normalized_entropy(statistic, MoecaConfig()), torch.tensor([[1.0, 0.0, h]]))
     expected = [0.8 * 1.6, 0.8 * 0.4, 0.8 * (1 + 0.6 * (2 * h - 1))]
     torch.testing.assert_close(expert_thresholds(statistic, MoecaConfig()), torch.tensor([expected]))
 
 
 def test_minmax_entropy_spans_the_layer_s_experts():
     statistic = torch.tensor([[[0.3, 0.3, 0.3, 0.3], [0.3, 0.3, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0]]])
-    log = normalised_entropy(statistic, MoecaConfig())
+    log = normalized_entropy(statistic, MoecaConfig())
     torch.testing.assert_close(log, torch.tensor([[1.0, 0.5, 0.0]]))
-    torch.testing.assert_close(normalised_entropy(statistic[:, :2], MoecaConfig(entropy="minmax")), log[:, ::2])
+    torch.testing.assert_close(normalized_entropy(statistic[:, :2], MoecaConfig(entropy="minmax")), log[:, ::2])
 
 
 def test_recomputed_are_the_unmatched_and_those_over_their_expert_s_threshold():
@@ -286,7 +286,7 @@ def test_full_steps_are_those_listed(model, start):
     assert [i for i, result in enumerate(results) if result.kind == "full"] == [0, 1, 7]
 
 
-def test_samples_do_not_depend_on_their_neighbours(model, start):
+def test_samples_do_not_depend_on_their_neighbors(model, start):
     noise, labels = start
     together, _ = simulate(model, MoecaConfig(), noise, labels, STEPS)
     alone, _ = simulate(model, MoecaConfig(), noise[1:], labels[1:], STEPS)

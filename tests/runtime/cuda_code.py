@@ -29,7 +29,7 @@ from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from moeca_compile.passes.outline import uncut
+from moeca_compile.lower.partition import uncut
 from tests.runtime.fake_cuda import CUDA, without_guards
 
 H100 = {

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import StepKind
-from moeca_compile.runtime.program import Program
+from moeca_compile.lower.program import Program
+from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 from tests.harness import captured
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -50,13 +50,13 @@ class OnFakeCuda:
             return value
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
 
-    def specialisation(self, **options: Any) -> Specialisation:
+    def specialization(self, **options: Any) -> Specialization:
         """Nothing can run, so nothing is validated or recorded."""
         config = MoecaConfig.from_options({**options, "validate": False, "cuda_graphs": False})
         with self.mode, without_guards():
-            return Specialisation(self.gm, self.inputs, self.user_inputs, config, Record(config))
+            return Specialization(self.gm, self.inputs, self.user_inputs, config, Record(config))
 
-    def step(self, shapes: Specialisation, kind: StepKind) -> fx.Graph:
+    def step(self, shapes: Specialization, kind: StepKind) -> fx.Graph:
         """The traced graph of a step."""
         with self.mode, without_guards():
             state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=CUDA) for s in shapes.plan.caches}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile.passes.token_axis import shape_of
+from moeca_compile.passes.analysis.graph import shape_of
 from tests.harness import captured
 from tests.models import Block, Sizes, make_inputs, modulate, rotate
 from tests.runtime.test_variants import SIZES, Variant, assert_forced_is_the_model
@@ -512,9 +512,9 @@ def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) ->
     noise, labels = make_inputs(model)
     graph = captured(model, noise, torch.ones(2), labels)
     for mode in keys_values:
-        shapes = graph.specialisation(keys_values=mode, shared="any")
+        shapes = graph.specialization(keys_values=mode, shared="any")
         regions = shapes.regions
-        assert [(k.name, k.reason) for k in regions.kept] == []
+        assert [(k.name, k.reason) for k in regions.skipped] == []
         assert {name: len(getattr(regions, name)) for name in counts} == counts
         assert all(error < 1e-5 for error in shapes.record.errors.values())
         by_token = [a for a in regions.attentions if a.by_token]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moeca_compile._torch_private import trace_to_graph
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite import StepResult
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.step_function import StepResult
 from moeca_compile.runtime import cuda_graphs
 from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, keep
 from moeca_compile.runtime.engine import Engine
@@ -269,7 +269,7 @@ def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor)
     shapes = engine.prepare(graph.inputs)
     shapes.graphs = CudaGraphs(engine.user_inputs, CPU, recorder, engine.record, None)
     with (
-        pytest.warns(UserWarning, match="moeca.branch_outputs.default has no kernel of its own there"),
+        pytest.warns(UserWarning, match="moeca.fixed_k_outputs.default has no kernel of its own there"),
         torch.no_grad(),
     ):
         engine(*graph.inputs)
@@ -283,7 +283,7 @@ def test_experts_that_wait_for_the_device_are_refused_where_they_run():
     assert sums(each, without, 3) == [1, 3, 6]
     assert not each.refused
     node = next(node for node in without.graph.graph.nodes if node.op == "call_function")
-    node.target = torch.ops.moeca.branch_outputs.default
+    node.target = torch.ops.moeca.fixed_k_outputs.default
     each = CudaGraphs([True], CPU, TapeRecorder(), Record(MoecaConfig()), None, waits)
     with pytest.warns(UserWarning, match=f"not recorded as a CUDA graph .*{waits}"):
         sums(each, without, 2)

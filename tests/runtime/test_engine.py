@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.runtime import engine as engine_module
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.scope import generation, stream

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moeca_compile
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from tests.harness import captured
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
@@ -95,10 +95,10 @@ def test_forced_recomputation_is_the_model(eager_steps):
         return (picture, torch.full((BATCH,), time), *texts(seed), ids, sizes, mask, None, False)
 
     graph = captured(model, *arguments(1, 900.0))
-    shapes = graph.specialisation(keys_values="chosen", shared="any")
+    shapes = graph.specialization(keys_values="chosen", shared="any")
     assert len(shapes.regions.experts) == 4
     assert len(shapes.regions.attentions) == 6
-    assert shapes.regions.kept == ()
+    assert shapes.regions.skipped == ()
 
     def inputs(seed: int, time: float) -> list[Any]:
         return graph.arguments(**{f"args_{i}": value for i, value in enumerate(arguments(seed, time))})

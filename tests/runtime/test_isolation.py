@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from moeca_compile.runtime.program import Program
+from moeca_compile.lower.program import Program
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
 

@@ -37,7 +37,7 @@ def test_allocated_is_what_was_planned(graph, model, eager_steps, recipe, cache_
 
 def test_a_smaller_dtype_of_the_caches_halves_them(graph):
     full, half = (
-        graph.specialisation(recipe="moeca", validate=False, cache_dtype=dtype).plan.caches
+        graph.specialization(recipe="moeca", validate=False, cache_dtype=dtype).plan.caches
         for dtype in (None, "bfloat16")
     )
     activations = [(a.nbytes, b.nbytes) for a, b in zip(full, half, strict=True) if a.name.endswith("branches")]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from tests.harness import captured
 
 nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
@@ -37,7 +37,7 @@ def make_model() -> torch.nn.Module:
         mlp_ratio=12.0,
     ).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # its experts are left uninitialised
+        for parameter in model.parameters():  # its experts are left uninitialized
             if parameter.ndim > 1:
                 parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
     return model.requires_grad_(False)
@@ -55,11 +55,11 @@ def test_all_of_it_is_cached_and_forced_recomputation_is_the_model(padded):
         return picture, [(1, SIDE, SIDE)] * BATCH, text, mask, torch.full((BATCH,), time), None, False
 
     graph = captured(model, *arguments(1, 0.9))
-    shapes = graph.specialisation(keys_values="chosen", shared="any")
+    shapes = graph.specialization(keys_values="chosen", shared="any")
     regions = shapes.regions
     assert [a.name for a in regions.attentions] == [f"transformer_blocks.{i}.attn" for i in range(3)]
     assert [e.name for e in regions.experts] == [f"transformer_blocks.{i}.img_mlp" for i in (1, 2)]
-    assert regions.kept == ()
+    assert regions.skipped == ()
     assert all(attention.by_token for attention in regions.attentions), "keys and values are cached"
 
     def inputs(seed: int, time: float) -> list[Any]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from examples import families
-from moeca_compile.passes.host_ops import host_ops, ops_without_kernel
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel
+from moeca_compile.passes.rewrite.step import StepKind
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.runtime.fake_cuda import CUDA, OnFakeCuda
 from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleStream, make_text
@@ -22,10 +22,10 @@ from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleS
 RECIPES = ("moeca", "moeca-forecast", "stack-forecast", "fora")
 EVERY_RECIPE = ("DSMoE", "EC-DiT")  # what forecasts is more than what does not, so the others do with that
 OPAQUE = {
-    "moeca.branch_outputs.default",
-    "moeca.refresh_branches.default",
-    "moeca.pair_outputs.default",
-    "moeca.refresh_pairs.default",
+    "moeca.fixed_k_outputs.default",
+    "moeca.refresh_fixed_k.default",
+    "moeca.variable_k_outputs.default",
+    "moeca.refresh_variable_k.default",
     "moeca.attend_rows.default",
 }
 
@@ -37,7 +37,7 @@ def kinds(recipe: str, experts: bool) -> list[StepKind]:
 
 
 def assert_needs_no_host(model: OnFakeCuda, recipe: str, cached: bool = True, **options) -> None:
-    shapes = model.specialisation(recipe=recipe, **options)
+    shapes = model.specialization(recipe=recipe, **options)
     assert shapes.device == CUDA
     assert shapes.caching == cached
     for kind in kinds(recipe, bool(shapes.regions.experts)):
@@ -103,14 +103,14 @@ def test_a_timestep_on_the_cpu_is_copied_before_the_step():
     noise, labels = make_inputs(model)
     fake = OnFakeCuda(model, (noise, torch.tensor(1.0), labels), stay=("t",))
     assert_needs_no_host(fake, "moeca")
-    shapes = fake.specialisation()
+    shapes = fake.specialization()
     (place,) = shapes.uploaded
     assert fake.inputs[place].device.type == "cpu"
     assert shapes.regions.timesteps == (shapes.placeholders[place],)
 
 
 def test_on_a_cpu_nothing_is_copied(graph):
-    assert graph.specialisation(validate=False).uploaded == ()
+    assert graph.specialization(validate=False).uploaded == ()
 
 
 # --- what Inductor makes of a step -----------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def two_blocks() -> OnFakeCuda:
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        (StepKind(), {"branch_outputs": 1}),
-        (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_branches": 1}),
+        (StepKind(), {"fixed_k_outputs": 1}),
+        (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_fixed_k": 1}),
         (StepKind(False, False), {}),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -137,7 +137,7 @@ def test_the_code_for_cuda_needs_no_host(two_blocks, kind, own):
     pytest.importorskip("triton", reason="Inductor writes no code for CUDA without it")
     from tests.runtime.cuda_code import cuda_code
 
-    shapes = two_blocks.specialisation(recipe="moeca-forecast", budget=0.25)
+    shapes = two_blocks.specialization(recipe="moeca-forecast", budget=0.25)
     code = cuda_code(two_blocks.step(shapes, kind).owning_module, two_blocks.mode)
     called = code[code.rindex("def call(") :]
     ops = Counter(re.findall(r"= torch\.ops\.(\w+\.\w+)", called))

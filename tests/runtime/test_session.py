@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import CacheSpec
+from moeca_compile.passes.rewrite.step import CacheSpec
 from moeca_compile.runtime.schedule import Fresh
 from moeca_compile.runtime.scope import generation, stream
 from moeca_compile.runtime.session import Position, Sessions

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile.policies.step import StepKind
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.runtime.specialization import Specialization
 from tests.harness import Captured, captured
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
@@ -56,9 +56,9 @@ def captured_model(kind: type[Streams]) -> tuple[Streams, Captured]:
     return model, captured(model, noise, torch.ones(2), labels, make_text())
 
 
-def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, Specialisation]:
+def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, Specialization]:
     model, graph = captured_model(kind)
-    return model, graph, graph.specialisation(**options)
+    return model, graph, graph.specialization(**options)
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
@@ -70,7 +70,7 @@ def test_every_region_is_found_with_its_tokens(kind, recwarn):
     assert [tokens[a.residual.output] for a in regions.attentions] == attentions
     assert [tokens[e.marker] for e in regions.experts] == experts
     assert [tokens[f.output] for f in regions.feedforwards] == feedforwards
-    assert regions.kept == ()
+    assert regions.skipped == ()
     assert shapes.caching
     assert not [w for w in recwarn if "moeca" in str(w.message)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moeca_compile.runtime.scope import current_time, generation, step, stream
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 from moeca_compile.runtime.timesteps import TimestepInput
 from tests.harness import captured
 from tests.models import make_inputs
@@ -115,7 +115,7 @@ def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
     def refuses(*_):
         raise AssertionError("the timestep was read")
 
-    monkeypatch.setattr(Specialisation, "_value", refuses)
+    monkeypatch.setattr(Specialization, "_value", refuses)
     for time, each, wanted in zip(times, arguments, expected, strict=True):
         with step(time):
             assert torch.equal(marked(*each)[0], wanted)

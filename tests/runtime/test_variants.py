@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile.policies.step import StepKind
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.runtime.specialization import Specialization
 from tests.harness import captured
 from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate, sinusoidal
 
@@ -200,11 +200,11 @@ VARIANTS: dict[type[Variant], tuple[dict[str, int], dict[str, int]]] = {
 }
 
 
-def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Specialisation]:
+def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Specialization]:
     model = variant().eval().requires_grad_(False)
     noise, labels = make_inputs(model)
     graph = captured(model, noise, torch.ones(2), labels)
-    return model, graph, graph.specialisation(**options)
+    return model, graph, graph.specialization(**options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
@@ -213,13 +213,13 @@ def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
     regions = shapes.regions
     expected, kept = VARIANTS[variant]
     assert cached(len(regions.attentions), len(regions.experts), len(regions.feedforwards)) == expected
-    assert Counter(k.kind for k in regions.kept) == kept
+    assert Counter(k.kind for k in regions.skipped) == kept
     assert not [w for w in recwarn if "moeca" in str(w.message)]
     assert all(error < 1e-5 for error in shapes.record.errors.values())
     assert_forced_is_the_model(model, graph, shapes)
 
 
-def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specialisation) -> None:
+def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specialization) -> None:
     """A cache step on another picture with everything recomputed."""
     (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
     clock = torch.zeros(2, 2)
@@ -236,7 +236,7 @@ def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specialisatio
 @pytest.mark.parametrize("recipe", ["moeca", "fora", "stack"])
 @pytest.mark.filterwarnings("ignore:moeca")
 def test_what_is_not_understood_runs_right(variant, recipe):
-    """Kept with a reason, or cached in a way that is the model when recomputed."""
+    """Skipped with a reason, or cached in a way that is the model when recomputed."""
     model, graph, shapes = prepared(variant, recipe=recipe)
     engine = graph.engine(recipe=recipe, full_every=1)
     x, y = make_inputs(model)

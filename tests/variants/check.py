@@ -14,9 +14,9 @@ from torch import Tensor
 import moeca_compile
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.config import MoecaConfig
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.reporting.collect import _record
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 from tests.variants.blocks import Modelling, make_inputs, make_model, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
@@ -56,7 +56,7 @@ class Compiled:
         return moeca_compile.report(self.compiled)
 
     @property
-    def shapes(self) -> Specialisation:
+    def shapes(self) -> Specialization:
         (engine,) = _record(self.compiled).engines
         (shapes,) = engine.by_shape.values()
         return shapes

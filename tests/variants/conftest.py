@@ -5,7 +5,7 @@ import torch
 
 from moeca_compile import capture
 from moeca_compile.capture.refusals import forget_refusals
-from moeca_compile.runtime import specialisation
+from moeca_compile.runtime import specialization
 from tests.harness import EagerProgram
 
 
@@ -15,7 +15,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Unlike `eager_steps` no graph is kept: there are too many of them.
     """
-    monkeypatch.setattr(specialisation, "Program", EagerProgram)
+    monkeypatch.setattr(specialization, "Program", EagerProgram)
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
     torch._dynamo.reset()
     forget_refusals()

@@ -21,7 +21,7 @@ Pair = tuple[int, int, int]  # sample, token, expert
 
 
 @dataclass
-class Kept:
+class Skipped:
     """What is kept of one pair: its output and how that changed between full steps, weight, norm, step."""
 
     value: Tensor
@@ -37,7 +37,7 @@ class Pool:
 
     forecast: bool
     rows: list[Pair | None] = field(default_factory=list)
-    held: dict[Pair, Kept] = field(default_factory=dict)
+    held: dict[Pair, Skipped] = field(default_factory=dict)
     statistic: Tensor | float = 0.0
 
 
@@ -54,7 +54,7 @@ def full_pairs(layer: PairLayer, pool: Pool, x: Tensor, seen: Tensor, config: Mo
         value = one_output(layer, x, pair)
         out[pair[:2]] += weights[pair] * value
         change = value - old[pair].value if pool.forecast and pair in old else torch.zeros_like(value)
-        new[pair] = Kept(value, change, score[pair], value.norm(), step)
+        new[pair] = Skipped(value, change, score[pair], value.norm(), step)
     slots = layer.branches(*x.shape[:2]) or round(config.branches_per_token * x.shape[0] * x.shape[1])
     pool.rows = [*new, *[None] * slots][:slots]
     pool.held = {pair: new[pair] for pair in pool.rows if pair is not None}
@@ -159,7 +159,7 @@ def keep(pool: Pool, routed: Tensor, fresh: dict[Pair, Tensor], score: Tensor, r
         if old is not None:
             del pool.held[old]
         pool.rows[row], zero = pair, torch.zeros_like(fresh[pair])
-        pool.held[pair] = Kept(zero, zero.clone(), score[pair], zero.norm(), step)
+        pool.held[pair] = Skipped(zero, zero.clone(), score[pair], zero.norm(), step)
     for pair, value in fresh.items():
         if pair in pool.held:
             kept = pool.held[pair]

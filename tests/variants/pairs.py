@@ -93,7 +93,7 @@ class ChoiceOneHot(PairLayer):
         return self.with_shared(torch.einsum("becs,bec,becd->bsd", dispatch, gating, x_e), x)
 
 
-class ChoiceNormalised(PairLayer):
+class ChoiceNormalized(PairLayer):
     """Weights that sum to one over a token's experts, after the choice."""
 
     def forward(self, x, seen, extra):
@@ -208,7 +208,7 @@ PAIRED: dict[str, type[PairLayer]] = {
     "choice_stack": ChoiceStack,
     "choice_loop": ChoiceLoop,
     "choice_one_hot": ChoiceOneHot,
-    "choice_normalised": ChoiceNormalised,
+    "choice_normalized": ChoiceNormalized,
     "choice_over_batch": ChoiceOverBatch,
     "predicted_topk": PredictedTopk,
     "predicted_slice": PredictedSlice,

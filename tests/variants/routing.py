@@ -14,7 +14,7 @@ class Routing:
     """How a router chooses.
 
     scores: "softmax" or "sigmoid"
-    choice: "raw" top-k of the scores; "renormalised" to a sum of 1; "scaled" after that; "bias", the choice by
+    choice: "raw" top-k of the scores; "renormalized" to a sum of 1; "scaled" after that; "bias", the choice by
         scores plus a learned bias, the weights without it; "groups", the best experts of the best half of groups
     wide: whether the router computes in float32 whatever the model's dtype
     """
@@ -22,7 +22,7 @@ class Routing:
     experts: int = 4
     top_k: int = 2
     scores: str = "softmax"
-    choice: str = "renormalised"
+    choice: str = "renormalized"
     wide: bool = False
 
 

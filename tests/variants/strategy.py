@@ -22,7 +22,7 @@ PLANS = ((True,), (True,), (True,), (True, True), (True, True), (False, True), (
 
 @st.composite
 def routings(draw: st.DrawFn) -> Routing:
-    choice = draw(st.sampled_from(["raw", "renormalised", "scaled", "bias", "groups"]))
+    choice = draw(st.sampled_from(["raw", "renormalized", "scaled", "bias", "groups"]))
     experts = 8 if choice == "groups" else draw(st.sampled_from([3, 4, 6]))
     top_k = draw(st.integers(1, min(4, experts)))
     return Routing(experts, top_k, draw(st.sampled_from(["softmax", "sigmoid"])), choice, draw(st.booleans()))
@@ -124,7 +124,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "mask_source": ["probe", "previous"],
         "shared": ["any", "always", "never"],
         "score": ["paper", "drift", "staleness"],
-        "score_weights": ["normalised", "raw"],
+        "score_weights": ["normalized", "raw"],
         "entropy": ["log", "minmax"],
         "statistic": ["sample", "batch"],
         "overwrite": [True, False],

@@ -62,7 +62,7 @@ def test_two_shared_experts_of_other_widths_and_a_long_skip():
 
 def test_experts_that_a_shared_expert_drowns_in_low_precision_are_cached():
     """Norms in the experts keep their outputs small, so that the check of capture could not tell them in bfloat16."""
-    layer = Layering("choice_normalised", Routing(3, 1, "sigmoid"), "rms", 8, shared=(8,), reads="both")
+    layer = Layering("choice_normalized", Routing(3, 1, "sigmoid"), "rms", 8, shared=(8,), reads="both")
     check(Modelling((Blocking(feedforward=layer),), dtype=torch.bfloat16), {})  # raises where the layer is kept
 
 

@@ -5,7 +5,7 @@
         return torch.cat([part @ self.w[e] for e, part in enumerate(parts)])
 
 By itself it is no dispatch, since it does not know of tokens: the rows were sorted by its caller, whose own method
-another idiom recognises (expert_choice.py). When that one traces an expert's body, it calls the bank with an
+another idiom recognizes (expert_choice.py). When that one traces an expert's body, it calls the bank with an
 `ExpertOf` among the arguments, and the bank runs that one expert on all rows. What comes of it is checked with the
 caller's numbers.
 """
@@ -73,7 +73,7 @@ def plausible(code: CodeType) -> bool:
     return segments or not names.isdisjoint(GROUPED)
 
 
-def recognise(method: Method) -> Bank | None:
+def recognize(method: Method) -> Bank | None:
     """The bank that `method` is, else None."""
     flow = follow(method.tree)
     grouped = items_of(flow)
@@ -125,4 +125,4 @@ def _parameter_under(value: Value) -> str | None:
     return value.name if value.kind == "parameter" else None
 
 
-IDIOM = Idiom("bank", plausible, recognise)
+IDIOM = Idiom("bank", plausible, recognize)

@@ -1,4 +1,4 @@
-"""What an idiom is: a way of writing MoE dispatch, recognised in code, and its traceable equivalent.
+"""What an idiom is: a way of writing MoE dispatch, recognized in code, and its traceable equivalent.
 
 There are two kinds of equivalents: `routed.Routed` for methods that are handed rows, expert ids and weights and
 do nothing but dispatch, and `inline.Inline` for all others, whose code is kept around the dispatch.
@@ -35,7 +35,7 @@ class Layout:
 
 
 class Dispatch(Protocol):
-    """A recognised method. `facts` and `equivalent` are traced by Dynamo."""
+    """A recognized method. `facts` and `equivalent` are traced by Dynamo."""
 
     def facts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts | str:
         """What the check must know about a call, or why it is not supported."""
@@ -56,13 +56,13 @@ class Idiom:
 
     name: for messages
     plausible: a cheap test on a method's code object, before its source is read
-    recognise: the Dispatch (or the Bank, bank.py) in a method's code, None where it is no such method; never by
+    recognize: the Dispatch (or the Bank, bank.py) in a method's code, None where it is no such method; never by
         names of classes
     """
 
     name: str
     plausible: Callable[[CodeType], bool]
-    recognise: Callable[[Method], Any]
+    recognize: Callable[[Method], Any]
 
 
 def uses(*names: str) -> Callable[[CodeType], bool]:

@@ -12,7 +12,7 @@ from types import CodeType
 
 from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
-from moeca_compile.capture.idioms.inline import Inline, recognised
+from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.idioms.packed import whole
 from moeca_compile.capture.roles import Item, loop_items
 from moeca_compile.capture.source import Method
@@ -25,9 +25,9 @@ def plausible(code: CodeType) -> bool:
     return not {*_SCATTERS, "one_hot"}.isdisjoint(code.co_names)
 
 
-def recognise(method: Method) -> Inline | None:
+def recognize(method: Method) -> Inline | None:
     """The dispatch in `method` if all experts run on all tokens under a sparse gate, else None."""
-    return recognised(method, follow(method.tree), index_of, items_of, dense=True)
+    return recognized(method, follow(method.tree), index_of, items_of, dense=True)
 
 
 def index_of(value: Value) -> Value | None:
@@ -43,4 +43,4 @@ def items_of(flow: Flow) -> dict[int, Item]:
     return loop_items(flow) | whole(factors)
 
 
-IDIOM = Idiom("dense", plausible, recognise)
+IDIOM = Idiom("dense", plausible, recognize)

@@ -18,7 +18,7 @@ from types import CodeType
 from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.packed import whole
-from moeca_compile.capture.idioms.pairs import Pairs, recognised_pairs
+from moeca_compile.capture.idioms.pairs import Pairs, recognized_pairs
 from moeca_compile.capture.pair_site import chooses, chosen_tokens
 from moeca_compile.capture.roles import (
     CONTRACTIONS,
@@ -50,10 +50,10 @@ def puts_back(code: CodeType) -> bool:
     return not (_PUTS_BACK | {"one_hot"}).isdisjoint(code.co_names) or _STORE in code.co_code[::2]
 
 
-def recognise(method: Method) -> Pairs | None:
+def recognize(method: Method) -> Pairs | None:
     """The dispatch in `method` if experts take tokens, else None."""
     flow = follow(method.tree)
-    found = recognised_pairs(method, flow, items_of(flow))
+    found = recognized_pairs(method, flow, items_of(flow))
     return found if found is not None and found.method.by_ids else None
 
 
@@ -96,4 +96,4 @@ def _is_chosen(rows: Value) -> bool:
     return picks and any(chosen_tokens(subscript) for subscript in rows.operands[1:])
 
 
-IDIOM = Idiom("expert choice", plausible, recognise)
+IDIOM = Idiom("expert choice", plausible, recognize)

@@ -17,7 +17,7 @@ from types import CodeType
 from moeca_compile.capture.dataflow import Flow, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.expert_choice import puts_back
-from moeca_compile.capture.idioms.pairs import Pairs, recognised_pairs
+from moeca_compile.capture.idioms.pairs import Pairs, recognized_pairs
 from moeca_compile.capture.roles import PICKS, SELECTS, dependents, loop_items
 from moeca_compile.capture.source import Method
 
@@ -31,11 +31,11 @@ def plausible(code: CodeType) -> bool:
     return _FOR in ops and chooses and puts_back(code)
 
 
-def recognise(method: Method) -> Pairs | None:
+def recognize(method: Method) -> Pairs | None:
     """The dispatch in `method` if its experts choose in a loop, else None."""
     flow = follow(method.tree)
     items = {key: item for key, item in loop_items(flow).items() if not _chooses(flow, key)}
-    found = recognised_pairs(method, flow, items)
+    found = recognized_pairs(method, flow, items)
     return found if found is not None and not found.method.by_ids else None
 
 
@@ -50,4 +50,4 @@ def _chooses(flow: Flow, item: int) -> bool:
     )
 
 
-IDIOM = Idiom("expert loop", plausible, recognise)
+IDIOM = Idiom("expert loop", plausible, recognize)

@@ -14,7 +14,7 @@ from types import CodeType
 
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.idioms.base import Idiom
-from moeca_compile.capture.idioms.inline import Inline, recognised
+from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.idioms.packed import looked_up
 from moeca_compile.capture.source import Method
 
@@ -34,7 +34,7 @@ def plausible(code: CodeType) -> bool:
     )
 
 
-def recognise(method: Method) -> Inline | None:
+def recognize(method: Method) -> Inline | None:
     """The dispatch in `method` if it looks up its experts' parameters by their ids, else None."""
     flow = follow(method.tree)
     items = looked_up(flow)
@@ -43,7 +43,7 @@ def recognise(method: Method) -> Inline | None:
         item = items.get(id(value))
         return item.gathered if item else None
 
-    return recognised(method, flow, index_of, lambda _: items, dense=True) if items else None
+    return recognized(method, flow, index_of, lambda _: items, dense=True) if items else None
 
 
-IDIOM = Idiom("gathered weights", plausible, recognise)
+IDIOM = Idiom("gathered weights", plausible, recognize)

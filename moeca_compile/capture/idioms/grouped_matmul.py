@@ -15,7 +15,7 @@ from types import CodeType
 
 from moeca_compile.capture.dataflow import Flow, follow
 from moeca_compile.capture.idioms.base import Idiom
-from moeca_compile.capture.idioms.inline import Inline, recognised
+from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.idioms.packed import looked_up, whole
 from moeca_compile.capture.idioms.sorted_segments import index_of
 from moeca_compile.capture.roles import Item
@@ -28,9 +28,9 @@ def plausible(code: CodeType) -> bool:
     return not set(GROUPED).isdisjoint(code.co_names)
 
 
-def recognise(method: Method) -> Inline | None:
+def recognize(method: Method) -> Inline | None:
     """The dispatch in `method` if it is by grouped matmuls, else None."""
-    return recognised(method, follow(method.tree), index_of, items_of)
+    return recognized(method, follow(method.tree), index_of, items_of)
 
 
 def items_of(flow: Flow) -> dict[int, Item]:
@@ -40,4 +40,4 @@ def items_of(flow: Flow) -> dict[int, Item]:
     return (found | looked_up(flow)) if found else {}
 
 
-IDIOM = Idiom("grouped matmul", plausible, recognise)
+IDIOM = Idiom("grouped matmul", plausible, recognize)

@@ -158,7 +158,7 @@ class Inline:
         return [torch.empty(0, dtype=fact[3], device=fact[4]) for fact in facts if fact[1]]
 
 
-def recognised(
+def recognized(
     method: Method, flow: Flow, index_of: IndexOf, items_of: ItemsOf = loop_items, dense: bool = False
 ) -> Inline | None:
     """The dispatch in `method`, found by site.py and rewritten, None where there is none that is understood."""

@@ -87,7 +87,7 @@ class Markers(Shapes):
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
         if self.may_miss:
             index, weight = in_range(index, weight, num_experts)
-        out = torch.ops.moeca.experts(flat[0], index, weight, body_out, params, num_experts)
+        out = torch.ops.moeca.experts_fixed_k(flat[0], index, weight, body_out, params, num_experts)
         return self.result(out, like, rows[0])
 
     def pairs(
@@ -103,7 +103,7 @@ class Markers(Shapes):
         flat = [flat_rows(each) for each in rows]
         body_out, params, num_experts = self.body(flat, body, items, shared)
         routed, weight = routing(index, weight, self.reading, flat[0].shape[0], num_experts)
-        out = torch.ops.moeca.expert_pairs(
+        out = torch.ops.moeca.experts_variable_k(
             flat[0], routed, weight, body_out, params, num_experts, branches(index), self.coupled
         )
         return self.result(out, like, rows[0])

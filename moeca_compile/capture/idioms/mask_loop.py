@@ -16,7 +16,7 @@ from types import CodeType
 
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.idioms.base import Idiom
-from moeca_compile.capture.idioms.inline import Inline, recognised
+from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.source import Method
 
 _FOR, _COMPARE, _STORE = (dis.opmap[name] for name in ("FOR_ITER", "COMPARE_OP", "STORE_SUBSCR"))
@@ -32,9 +32,9 @@ def plausible(code: CodeType) -> bool:
     return _FOR in ops and masks and (_STORE in ops or not _ADDS.isdisjoint(code.co_names))
 
 
-def recognise(method: Method) -> Inline | None:
+def recognize(method: Method) -> Inline | None:
     """The dispatch in `method` if it picks rows by masks, else None."""
-    return recognised(method, follow(method.tree), index_of)
+    return recognized(method, follow(method.tree), index_of)
 
 
 def index_of(value: Value) -> Value | None:
@@ -55,4 +55,4 @@ def _of_loop(value: Value) -> bool:
     return value.kind in ("counter", "element")
 
 
-IDIOM = Idiom("mask loop", plausible, recognise)
+IDIOM = Idiom("mask loop", plausible, recognize)

@@ -1,4 +1,4 @@
-"""For methods in which experts take tokens: any (token, expert) pairs, as `moeca::expert_pairs` has them.
+"""For methods in which experts take tokens: any (token, expert) pairs, as `moeca::experts_variable_k` has them.
 
 As with inline.py, the method is traced as it is written but for its dispatch. The check finds out by numbers, too,
 how ids and weights lie (routing.py), and whether the routing of a sample depends on the others in its batch.
@@ -184,7 +184,7 @@ def _other_half(value: Any, scale: float | None) -> Any:
     return changed
 
 
-def recognised_pairs(method: Method, flow: Flow, items: dict[int, Item]) -> Pairs | None:
+def recognized_pairs(method: Method, flow: Flow, items: dict[int, Item]) -> Pairs | None:
     """The dispatch by token ids in `method`, found by pair_site.py and rewritten, else None."""
     site = find_pair_site(flow, method.tree, items)
     found = rewritten(site, method.function) if site else None

@@ -30,7 +30,7 @@ from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 TRIAL_ROWS = 16
 TRIAL_SEED = 0
 
-# What recognisers ask about the experts
+# What recognizers ask about the experts
 
 
 def expert_call(result: Value) -> Value | None:
@@ -59,7 +59,7 @@ def _is_expert(call: Value) -> bool:
 
 @dataclass(frozen=True)
 class Routed:
-    """The roles in a recognised method.
+    """The roles in a recognized method.
 
     experts: the attribute of self that holds the list of experts
     parameters: all parameters in order, without self
@@ -127,7 +127,7 @@ class Routed:
         params = firsts + tensors_of_others(experts, paths, firsts)
         index = index.to(torch.int64) if index.dtype != torch.int64 else index
         index, weight = in_range(index, weight, len(experts))
-        out = torch.ops.moeca.experts(x, index, weight, body_out, params, len(experts))
+        out = torch.ops.moeca.experts_fixed_k(x, index, weight, body_out, params, len(experts))
         return out.to(dtype) if out.dtype != dtype else out
 
     def _roles(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

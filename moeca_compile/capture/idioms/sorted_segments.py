@@ -23,7 +23,7 @@ from types import CodeType
 from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms import routed
 from moeca_compile.capture.idioms.base import Idiom
-from moeca_compile.capture.idioms.inline import Inline, recognised
+from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.source import Method
 
 SORTS = ("argsort", "sort")
@@ -50,13 +50,13 @@ def plausible(code: CodeType) -> bool:
     return not set(SORTS).isdisjoint(code.co_names) and not set(TO_HOST).isdisjoint(code.co_names)
 
 
-def recognise(method: Method) -> routed.Routed | Inline | None:
+def recognize(method: Method) -> routed.Routed | Inline | None:
     """The dispatch in `method` if it goes over sorted segments, else None."""
     flow = follow(method.tree)
     routed_alone = _routed(flow)
     if routed_alone is not None or not any(call.name in TO_HOST for call in flow.called):
         return routed_alone
-    return recognised(method, flow, index_of)
+    return recognized(method, flow, index_of)
 
 
 def index_of(value: Value) -> Value | None:
@@ -135,4 +135,4 @@ def _without_views(value: Value) -> Value:
     return value
 
 
-IDIOM = Idiom("sorted segments", plausible, recognise)
+IDIOM = Idiom("sorted segments", plausible, recognize)

@@ -1,8 +1,8 @@
 """The ops' implementation on CUDA: Triton kernels that never ask the host anything.
 
-The ATen functions of `ops.branches`, `ops.attention` and `ops.pairs` are the reference, and what runs on every other
-device. Here counts and offsets stay on the device and all buffers have the capacity that the shapes give, so that a
-step could be captured as one CUDA graph. docs/gpu-kernels.md has the design and its floors.
+The ATen functions of `ops.fixed_k`, `ops.attention` and `ops.variable_k` are the reference, and what runs on every
+other device. Here counts and offsets stay on the device and all buffers have the capacity that the shapes give, so
+that a step could be captured as one CUDA graph. docs/gpu-kernels.md has the design and its floors.
 
     compaction   which branches run, sorted by expert
     grouped      each expert's rows by its own weight, in one launch, with activation and gating
@@ -37,14 +37,14 @@ def available() -> bool:
 
 def register(library: torch.library.Library) -> None:
     """Give the package's ops their implementation on CUDA."""
-    from moeca_compile.ops.triton import attention, branches, pairs
+    from moeca_compile.ops.triton import attention, fixed_k, variable_k
 
     for op in (
-        branches.branch_outputs,
-        branches.refresh_branches,
+        fixed_k.fixed_k_outputs,
+        fixed_k.refresh_fixed_k,
         attention.attend_rows,
-        pairs.pair_outputs,
-        pairs.refresh_pairs,
+        variable_k.variable_k_outputs,
+        variable_k.refresh_variable_k,
     ):
         library.impl(op.__name__, _on_its_device(op), "CUDA")
 

@@ -107,7 +107,7 @@ def pairs_kernel(
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def combine_pairs(
+def combine_variable_k(
     fresh: Tensor,
     position: Tensor,
     routed: Tensor,

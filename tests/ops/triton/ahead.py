@@ -3,7 +3,7 @@
     python tests/ops/triton/ahead.py [every]
 
 The ops run on CPU tensors at the sizes of a published model, and what they would launch is recorded instead: so the
-kernels are compiled for just the arguments, block sizes and specialisations that they get. Triton's interpreter must
+kernels are compiled for just the arguments, block sizes and specializations that they get. Triton's interpreter must
 be off, which is why this is a program of its own.
 """
 
@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from moeca_compile.ops.triton import blocks, grouped
-from moeca_compile.ops.triton import branches as branch_ops
-from moeca_compile.ops.triton import pairs as pair_ops
+from moeca_compile.ops.triton import fixed_k as branch_ops
+from moeca_compile.ops.triton import variable_k as pair_ops
 from moeca_compile.ops.triton.activations import SILU
 from moeca_compile.ops.triton.attention import attend_rows
 from moeca_compile.ops.triton.compaction import sort_branches
@@ -78,7 +78,7 @@ def recorded() -> Iterator[dict[str, Launch]]:
 
 
 def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """As Triton specialises: 1 and None are constants, multiples of 16 are known to be."""
+    """As Triton specializes: 1 and None are constants, multiples of 16 are known to be."""
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     if "WIDENED" in values:
@@ -191,12 +191,12 @@ def all_ops(dtype: torch.dtype) -> None:
     plain = (body_of(gelu_mlp, shapes, WIDTH, dtype), experts(shapes, dtype))
     rows = torch.empty(BATCH * TOKENS, WIDTH, dtype=dtype)
     index = torch.zeros(BATCH * TOKENS, K, dtype=torch.int64)
-    branch_ops.branch_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
+    branch_ops.fixed_k_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
     cache = torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype)
     some = (BATCH, chosen // BATCH)
     mask = torch.zeros(*some, K, dtype=torch.bool)
     tokens, weight = torch.zeros(some, dtype=torch.int64), torch.empty(BATCH, TOKENS, K, dtype=dtype)
-    branch_ops.refresh_branches(
+    branch_ops.refresh_fixed_k(
         cache,
         [rows[:chosen]],
         mask.long(),
@@ -213,8 +213,8 @@ def all_ops(dtype: torch.dtype) -> None:
     by_place(rows, sort_branches(index[:, :1], None, EXPERTS, 1))
     routed, place = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
     pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
-    pair_ops.pair_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
-    pair_ops.refresh_pairs(pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated))
+    pair_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
+    pair_ops.refresh_variable_k(pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated))
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))
     )

@@ -11,15 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile.ops import attention as attention_reference
-from moeca_compile.ops import branches as branch_reference
-from moeca_compile.ops import pairs as pair_reference
+from moeca_compile.ops import fixed_k as branch_reference
+from moeca_compile.ops import variable_k as pair_reference
 from tests.ops.triton.cases import BODIES, WIDTH
 
 pytest.importorskip("triton")
-from moeca_compile.ops.triton import attention, branches, pairs
+from moeca_compile.ops.triton import attention, fixed_k, variable_k
 from tests.ops.triton import test_attention as attention_cases
-from tests.ops.triton import test_branches as branch_cases
-from tests.ops.triton import test_pairs as pair_cases
+from tests.ops.triton import test_fixed_k as branch_cases
+from tests.ops.triton import test_variable_k as pair_cases
 
 WAITS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 """What marks ops whose result, or its shape, the host has to read. torch.bincount bears neither."""
@@ -47,7 +47,7 @@ def waits() -> Iterator[list[str]]:
 def branch_calls(module: Any, name: str) -> list[Callable[[], Any]]:
     case = branch_cases.make_case(body=BODIES[name])
     full = (case.rows, case.index.flatten(0, 1), case.parameters, case.experts, case.body, WIDTH)
-    return [lambda: module.refresh_branches(*case.copy().arguments()), lambda: module.branch_outputs(*full)]
+    return [lambda: module.refresh_fixed_k(*case.copy().arguments()), lambda: module.fixed_k_outputs(*full)]
 
 
 def pair_calls(module: Any, name: str) -> list[Callable[[], Any]]:
@@ -55,8 +55,8 @@ def pair_calls(module: Any, name: str) -> list[Callable[[], Any]]:
     rest = (case.parameters, case.body.key(case.dtype))
     state = (case.pool, case.slope, case.rows, case.place, case.routed, case.mask, case.weight, torch.tensor(0.5))
     return [
-        lambda: module.pair_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots),
-        lambda: module.refresh_pairs(*state, *rest),
+        lambda: module.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots),
+        lambda: module.refresh_variable_k(*state, *rest),
     ]
 
 
@@ -68,7 +68,7 @@ def attention_calls(module: Any) -> list[Callable[[], Any]]:
 @pytest.mark.parametrize("name", ["swiglu", "layer norm", "modulated", "one of two"])
 def test_experts(name):
     """A body of products alone, one with a norm, one with a second row a token, one that ends in a view."""
-    for call in (*branch_calls(branches, name), *pair_calls(pairs, name)):
+    for call in (*branch_calls(fixed_k, name), *pair_calls(variable_k, name)):
         call()  # tables of addresses are there from the first step on
         with waits() as found:
             call()

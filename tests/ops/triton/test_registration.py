@@ -13,15 +13,15 @@ from torch.library import _scoped_library
 
 from moeca_compile.ops import triton as kernels
 from moeca_compile.ops.markers import NAMESPACE
-from moeca_compile.runtime.specialisation import Specialisation
+from moeca_compile.runtime.specialization import Specialization
 from tests.harness import Captured, captured
 from tests.models import make_inputs, make_model
 from tests.ops.triton import test_attention as attention_cases
-from tests.ops.triton import test_branches as branch_cases
-from tests.ops.triton import test_pairs as pair_cases
+from tests.ops.triton import test_fixed_k as branch_cases
+from tests.ops.triton import test_variable_k as pair_cases
 from tests.ops.triton.cases import BODIES, BODY_ROUNDINGS, DEVICE, WIDTH, assert_within
 
-OPS = ("branch_outputs", "refresh_branches", "attend_rows", "pair_outputs", "refresh_pairs")
+OPS = ("fixed_k_outputs", "refresh_fixed_k", "attend_rows", "variable_k_outputs", "refresh_variable_k")
 
 
 @pytest.fixture
@@ -39,13 +39,15 @@ def on_device(monkeypatch):
 
 def test_branch_ops(on_device):
     found, expected = (branch_cases.make_case() for _ in range(2))
-    out, norms = on_device("refresh_branches")(*found.arguments())
-    wanted, wanted_norms = torch.ops.moeca.refresh_branches(*expected.arguments())
+    out, norms = on_device("refresh_fixed_k")(*found.arguments())
+    wanted, wanted_norms = torch.ops.moeca.refresh_fixed_k(*expected.arguments())
     for one, other in ((out, wanted), (norms, wanted_norms), (found.cache, expected.cache)):
         assert_within(one, other, 2 * BODY_ROUNDINGS)
     rows, index = found.rows, found.index.flatten(0, 1)
     arguments = (rows, index, found.parameters, found.experts, found.body, WIDTH)
-    assert_within(on_device("branch_outputs")(*arguments), torch.ops.moeca.branch_outputs(*arguments), BODY_ROUNDINGS)
+    assert_within(
+        on_device("fixed_k_outputs")(*arguments), torch.ops.moeca.fixed_k_outputs(*arguments), BODY_ROUNDINGS
+    )
 
 
 def test_pair_ops(on_device):
@@ -53,7 +55,7 @@ def test_pair_ops(on_device):
     body = case.body.key(case.dtype)
     arguments = (case.rows, case.routed, case.weight, case.parameters, body, WIDTH, case.slots)
     for one, other in zip(
-        on_device("pair_outputs")(*arguments), torch.ops.moeca.pair_outputs(*arguments), strict=True
+        on_device("variable_k_outputs")(*arguments), torch.ops.moeca.variable_k_outputs(*arguments), strict=True
     ):
         assert_within(one, other, 4 * BODY_ROUNDINGS, torch.float32)
 
@@ -63,7 +65,7 @@ def test_pair_ops(on_device):
         return [*op(*state, ratio, case.parameters, body), *state[:2]]
 
     for one, other in zip(
-        refreshed(on_device("refresh_pairs")), refreshed(torch.ops.moeca.refresh_pairs), strict=True
+        refreshed(on_device("refresh_variable_k")), refreshed(torch.ops.moeca.refresh_variable_k), strict=True
     ):
         assert_within(one, other, 4 * BODY_ROUNDINGS, torch.float32)
 
@@ -102,8 +104,8 @@ def test_the_package_needs_no_triton():
     assert done.returncode == 0, done.stderr
 
 
-def as_on_a_device(shapes: Specialisation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is warned of when a specialisation is planned on a device."""
+def as_on_a_device(shapes: Specialization, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of when a specialization is planned on a device."""
     monkeypatch.setattr(kernels, "available", lambda: True)
     shapes.device = torch.device("cuda")
     shapes.record.warnings.clear()
@@ -112,7 +114,7 @@ def as_on_a_device(shapes: Specialisation, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def test_nothing_is_said_of_experts_that_kernels_run(graph: Captured, monkeypatch):
-    shapes = graph.specialisation(validate=False)
+    shapes = graph.specialization(validate=False)
     assert len(shapes.regions.bodies) == 2
     assert shapes.record.warnings == []
     assert as_on_a_device(shapes, monkeypatch) == []
@@ -122,7 +124,7 @@ def test_nothing_is_said_of_experts_that_kernels_run(graph: Captured, monkeypatc
 def test_experts_that_wait_are_in_the_report_with_their_reason(monkeypatch):
     model = make_model().double()
     noise, labels = make_inputs(model)
-    shapes = captured(model, noise.double(), torch.ones(len(noise)).double(), labels).specialisation(validate=False)
+    shapes = captured(model, noise.double(), torch.ones(len(noise)).double(), labels).specialization(validate=False)
     warnings = as_on_a_device(shapes, monkeypatch)
     assert len(warnings) == 2
     assert all("wait for the device at every step" in text and "float64" in text for text in warnings)

@@ -12,13 +12,13 @@ from torch.library import _scoped_library
 
 from examples.families import inputs_for, reduced
 from moeca_compile.ops.markers import NAMESPACE
-from moeca_compile.policies.step import StepKind
+from moeca_compile.passes.rewrite.step import StepKind
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs
 from tests.ops.triton.cases import DEVICE, assert_within
 
 pytest.importorskip("triton")
-from moeca_compile.ops.triton import attention, branches, pairs
+from moeca_compile.ops.triton import attention, fixed_k, variable_k
 
 pytestmark = [
     pytest.mark.filterwarnings("error:moeca"),
@@ -29,11 +29,11 @@ ROUNDINGS = 200
 """Of float32, after four blocks: sums of some tens of terms in another order, and norms and softmaxes between."""
 
 KERNELS = (
-    branches.branch_outputs,
-    branches.refresh_branches,
+    fixed_k.fixed_k_outputs,
+    fixed_k.refresh_fixed_k,
     attention.attend_rows,
-    pairs.pair_outputs,
-    pairs.refresh_pairs,
+    variable_k.variable_k_outputs,
+    variable_k.refresh_variable_k,
 )
 
 
@@ -52,7 +52,7 @@ def kernels_on_the_cpu(called: set[str]) -> Iterator[None]:
 
 def steps(graph: Captured, seconds: list[Any], recipe: str) -> list[torch.Tensor]:
     """Outputs and state of a full step, and of a cache step on other inputs with room for half of the tokens."""
-    shapes = graph.specialisation(recipe=recipe, validate=False)
+    shapes = graph.specialization(recipe=recipe, validate=False)
     state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.plan.caches}
     clock = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
     full = shapes.eager(StepKind(), graph.inputs, state, clock)
@@ -77,7 +77,7 @@ def assert_same_steps(graph: Captured, seconds: list[Any], recipe: str, expected
 def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
     noise, labels = make_inputs(model, seed=5)
     seconds = graph.arguments(x=noise, t=0.9 * torch.ones(len(noise)), y=labels)
-    assert_same_steps(graph, seconds, recipe, {"branch_outputs", "refresh_branches", "attend_rows"})
+    assert_same_steps(graph, seconds, recipe, {"fixed_k_outputs", "refresh_fixed_k", "attend_rows"})
 
 
 def test_expert_choice():
@@ -86,4 +86,4 @@ def test_expert_choice():
     graph = captured(model, *inputs_for(model))
     x, t, y = inputs_for(model, seed=5)
     seconds = graph.arguments(x=x, t=t - 20, y=y)
-    assert_same_steps(graph, seconds, "moeca-forecast", {"pair_outputs", "refresh_pairs", "attend_rows"})
+    assert_same_steps(graph, seconds, "moeca-forecast", {"variable_k_outputs", "refresh_variable_k", "attend_rows"})

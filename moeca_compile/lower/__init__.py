@@ -1,0 +1,1 @@
+"""From a step as a function to compiled, checked code."""

@@ -1,0 +1,144 @@
+"""Expert branches: all of them at a full step, the chosen ones at a cache step.
+
+Each op is one plain function that is schema, reference and fake at once; a provider for another device
+registers against the same schema. A branch is a (token, expert) pair, its output the expert's row before
+weighting. The cache of branch outputs is read and written inside `refresh_fixed_k` only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeca_compile.ops import bodies
+from moeca_compile.ops.cpu import library
+
+_library = torch.library.Library("moeca", "FRAGMENT")
+_library.define(
+    "fixed_k_outputs(Tensor[] rows, Tensor index, Tensor[] parameters, int experts, str body, int width) -> Tensor"
+)
+_library.define(
+    "refresh_fixed_k(Tensor(a!) cache, Tensor[] rows, Tensor index, Tensor mask, Tensor matched, Tensor chosen, "
+    "Tensor weight, Tensor(b!)? slope, Tensor ratio, Tensor[] parameters, int experts, str body) -> (Tensor, Tensor)"
+)
+
+
+def fixed_k_outputs(
+    rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str, width: int
+) -> Tensor:
+    """Outputs of all branches, before weighting.
+
+    Args:
+        rows: what enters the experts, each (T, ...).
+        index: (T, k) expert ids.
+        parameters: expert-major, experts * P tensors.
+        experts: number of experts E.
+        body: key of the expert body (ops.bodies).
+        width: width of an expert's output.
+
+    Returns:
+        (T, k, width).
+    """
+    flat = index.flatten()
+    pairs = torch.arange(flat.numel(), device=flat.device)
+    order, outputs = expert_outputs(rows, flat, pairs, index.shape[1], parameters, experts, body)
+    result = rows[0].new_empty(flat.numel(), width)
+    return result.index_copy_(0, order, outputs.to(result.dtype)).view(*index.shape, width)
+
+
+def expert_outputs(
+    rows: list[Tensor], expert: Tensor, pairs: Tensor, k: int, parameters: list[Tensor], experts: int, body: str
+) -> tuple[Tensor, Tensor]:
+    """Run each expert on its rows.
+
+    Args:
+        rows: what enters the experts, each (T, ...).
+        expert: (P,) expert ids; pairs: (P,) flat (row, slot) places, `k` to a row.
+        parameters, experts, body: as in `fixed_k_outputs`.
+
+    Returns:
+        (P,) positions in `expert`, sorted by expert; (P, width) outputs in that order.
+    """
+    order = expert.argsort(stable=True)
+    ends = torch.bincount(expert, minlength=experts).cumsum(0)
+    source = pairs[order] // k
+    sorted_rows = [value.index_select(0, source) for value in rows]
+    return order, bodies.run_by_expert(body, sorted_rows, F.pad(ends, (1, 0)), parameters, experts)
+
+
+def refresh_fixed_k(
+    cache: Tensor,
+    rows: list[Tensor],
+    index: Tensor,
+    mask: Tensor,
+    matched: Tensor,
+    chosen: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    ratio: Tensor,
+    parameters: list[Tensor],
+    experts: int,
+    body: str,
+) -> tuple[Tensor, Tensor]:
+    """Recompute masked branches of chosen tokens into the cache, then combine all tokens (paper, eq. 8).
+
+    Args:
+        cache: (B, N, k, width) branch outputs by slot, written in place.
+        rows: what enters the experts on the chosen tokens, each (B * C, ...).
+        index: (B, C, k) expert ids by slot of the chosen tokens.
+        mask: (B, C, k) which of them to recompute.
+        matched: (B, C, k) whether the slot already holds this expert; where not, its slope starts at 0.
+        chosen: (B, C) token indices.
+        weight: (B, N, k) current weights by slot, of all tokens.
+        slope: (B, N, k, width) change of a branch between full steps, written in place, or None without forecast.
+        ratio: scalar, how far the forecast reaches in units of that change.
+        parameters, experts, body: as in `fixed_k_outputs`.
+
+    Returns:
+        (B, N, width) combined output; (B, C, k) norms of the recomputed branches, 0 elsewhere.
+    """
+    samples, tokens, k, width = cache.shape
+    norms = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    pairs = mask.flatten().nonzero().squeeze(1)
+    if pairs.numel():
+        first = torch.arange(samples, device=chosen.device)[:, None] * tokens
+        slots = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[pairs]
+        flat_cache = cache.view(-1, width)
+        if slope is not None:
+            slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[pairs]], 0.0)
+        order, outputs = expert_outputs(rows, index.flatten()[pairs], pairs, k, parameters, experts, body)
+        places = slots[order]
+        norms.view(-1).index_copy_(0, pairs[order], outputs.norm(dim=-1).to(torch.float32))
+        if slope is not None:
+            outputs = outputs - ratio * slope.view(-1, width).index_select(0, places)
+        flat_cache.index_copy_(0, places, outputs.to(cache.dtype))
+    return _combine(cache, slope, ratio, weight), norms
+
+
+def _combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor:
+    """Sum over slots of weight * (cached output + ratio * slope): (B, N, width)."""
+    combined = library.combine(cache, slope, ratio, weight)
+    if combined is not None:
+        return combined
+    result = torch.zeros_like(cache[:, :, 0])
+    for slot in range(cache.shape[2]):
+        w = weight[:, :, slot, None].to(cache.dtype)
+        result.addcmul_(cache[:, :, slot], w)
+        if slope is not None:
+            result.addcmul_(slope[:, :, slot], w * ratio)
+    return result
+
+
+_library.impl("fixed_k_outputs", fixed_k_outputs, "CompositeExplicitAutograd")
+_library.impl("refresh_fixed_k", refresh_fixed_k, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moeca::fixed_k_outputs", lib=_library)
+def _(rows, index, parameters, experts, body, width):  # type: ignore[no-untyped-def]
+    return rows[0].new_empty(*index.shape, width)
+
+
+@torch.library.register_fake("moeca::refresh_fixed_k", lib=_library)
+def _(cache, rows, index, mask, matched, chosen, weight, slope, ratio, parameters, experts, body):  # type: ignore[no-untyped-def]
+    return torch.empty_like(cache[:, :, 0]), mask.new_empty(mask.shape, dtype=torch.float32)

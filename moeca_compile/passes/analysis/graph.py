@@ -1,0 +1,85 @@
+"""Questions that every pass asks of a graph, and the names of ops that several of them know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.type_as.default,
+}
+"""Ops that give the values of their first argument, perhaps elsewhere in memory or in another dtype."""
+
+COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
+PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Static shape of the node's value, of its first output where it has several; () for a number."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return tuple(first.shape) if isinstance(first, torch.Tensor) else ()
+
+
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_pointwise(target: object) -> bool:
+    """Ops whose every output element depends on the aligned elements of broadcast inputs only."""
+    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in COPIES)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node was traced from (for reports only), "" where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values()))), "")
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """`L['self'].__dict__['_modules']['blocks']._modules['1'].attn` -> `blocks.1.attn`."""
+    names = re.findall(r"\w+", path.removeprefix("L['self']").removeprefix("L"))
+    return ".".join(name for name in names if name not in ("_modules", "__dict__"))
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = (), since: fx.Node | None = None) -> set[fx.Node]:
+    """All nodes that `nodes` are computed from, themselves included, not looking past `stop`.
+
+    With `since` only what depends on that node is wanted, so nothing before it in the graph is looked at: else every
+    question about a late block would lead through all blocks before it.
+    """
+    found: set[fx.Node] = set()
+    ends = set(stop)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and (since is None or not node < since):
+            found.add(node)
+            if node not in ends:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def between(source: fx.Node, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes on a path from `source` to `outputs`, without the source."""
+    inside = ancestors(outputs, stop=(source,), since=source)
+    reached = {source}
+    for node in sorted(inside):
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return reached & inside - {source}

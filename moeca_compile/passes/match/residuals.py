@@ -1,0 +1,111 @@
+"""Match residual branches: stream + gate * f(stream), in either operand order, with or without a gate."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import fx
+
+from moeca_compile.ops.markers import MARKERS
+from moeca_compile.passes.analysis.graph import CASTS, ancestors, shape_of
+from moeca_compile.passes.analysis.token_axis import Layouts, sliced, sliced_dim
+from moeca_compile.passes.match.regions import Residual
+
+aten = torch.ops.aten
+ADD = (aten.add.Tensor,)
+MUL = (aten.mul.Tensor,)
+ANCHORS = (aten.scaled_dot_product_attention.default, *MARKERS)
+
+
+def residual_around(anchor: fx.Node) -> Residual | None:
+    """The one residual branch that the value of `anchor` (an attention, an MoE layer) ends in, if it is one."""
+    found = residuals_around(anchor)
+    return found[0] if len(found) == 1 else None
+
+
+def residuals_around(anchor: fx.Node) -> list[Residual]:
+    """The residual branches that the value of `anchor` ends in, in graph order: one for each stream.
+
+    Walks forward from the anchor along its only path until an addition whose other operand the anchor itself
+    was computed from. A joint attention is cut into the tokens of several streams, each with a path of its own;
+    none where the paths fork in any other way, or where one of them ends in no such addition. Where several anchors
+    share a branch (attention and experts side by side), `output` is this one's part of their sum.
+    """
+    found: dict[fx.Node, Residual] = {}
+    paths: list[tuple[fx.Node, set[fx.Node], fx.Node | None]] = [(anchor, {anchor}, None)]
+    while paths:
+        node, path, part = paths.pop()
+        users = list(node.users)
+        if not users or (len(users) > 1 and not _cut_apart(users)):
+            return []
+        for add in users:
+            other = _other_operand(add, node, ADD)
+            stream = _uncast(other) if other is not None else None
+            if stream is None or shape_of(stream) != shape_of(add) or not _leads_to(anchor, stream):
+                shared = part is None and other is not None and _has_anchor(other, anchor)
+                paths.append((add, path | {add}, _before_gate(node, path) if shared else part))
+            elif add in found:
+                return []  # the parts meet again
+            else:
+                found[add] = Residual(stream, part or _before_gate(node, path), add)
+    return [found[add] for add in sorted(found)]
+
+
+def _has_anchor(node: fx.Node, anchor: fx.Node) -> bool:
+    """Whether another attention or MoE layer leads to `node` that does not lead to the anchor as well."""
+    upstream = ancestors([anchor])
+    return any(one.target in ANCHORS for one in ancestors([node], stop=upstream) - upstream)
+
+
+def _cut_apart(users: list[fx.Node]) -> bool:
+    """Whether the users of a value are slices of it, of one dim and without a common element."""
+    if any(user.target is not aten.slice.Tensor for user in users) or len({sliced_dim(u) for u in users}) > 1:
+        return False
+    bounds = sorted(sliced(user)[1] for user in users)
+    return all(step == 1 for *_, step in bounds) and all(one[1] <= other[0] for one, other in pairwise(bounds))
+
+
+def _leads_to(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` is another one than `source`, and computed from it."""
+    return node is not source and source in ancestors([node], stop=(source,), since=source)
+
+
+def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
+    """The residual branch that the addition `add` ends, where one operand is computed from the other.
+
+    Both must be laid out in the same way, that is hold the same tokens.
+    """
+    if add.target not in ADD or len(add.all_input_nodes) != 2:
+        return None
+    for operand, branch in (add.all_input_nodes, add.all_input_nodes[::-1]):
+        stream = _uncast(operand)
+        same_shape = shape_of(stream) == shape_of(branch) == shape_of(add)
+        alike = same_shape and stream in layouts and layouts.get(branch) == layouts[stream]
+        if alike and _leads_to(branch, stream):
+            carried = {node for node in ancestors([branch], stop=(stream,)) if node in layouts}
+            return Residual(stream, _before_gate(branch, carried), add)
+    return None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The stream itself, where a sum in higher precision reads a copy of it."""
+    while node.target in CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _before_gate(branch: fx.Node, carried: set[fx.Node]) -> fx.Node:
+    """`output` of branch = gate * output, where the gate is not computed from the branch's own path."""
+    while branch.target in MUL and len(branch.all_input_nodes) == 2:
+        inside = [arg for arg in branch.all_input_nodes if arg in carried]
+        if len(inside) != 1 or shape_of(inside[0]) != shape_of(branch):
+            break
+        branch = inside[0]
+    return branch
+
+
+def _other_operand(node: fx.Node, one: fx.Node, targets: tuple[object, ...]) -> fx.Node | None:
+    if node.target not in targets or len(node.all_input_nodes) != 2:
+        return None
+    return next(arg for arg in node.all_input_nodes if arg is not one)

@@ -1,0 +1,36 @@
+"""Find the timestep: a model's input that reaches a sinusoidal embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.analysis.graph import shape_of
+
+aten = torch.ops.aten
+_SINE = (aten.sin.default, aten.cos.default)
+
+
+def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The scalar or per-sample inputs whose sine and cosine are taken, in graph order.
+
+    Where a guidance scale is embedded like the timestep there are two, and nothing in the graph tells them apart.
+    """
+    return tuple(
+        node
+        for node in sorted(user_inputs)
+        if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)
+    )
+
+
+def _reaches_both(source: fx.Node) -> bool:
+    """Follow the input while its values stay few: only shapes, dtypes and factors of frequency change on the way."""
+    reached, stack, seen = set(), [source], {source}
+    while stack:
+        for user in stack.pop().users:
+            if user.target in _SINE:
+                reached.add(user.target)
+            elif user not in seen and user.target not in (aten.linear.default, aten.embedding.default):
+                seen.add(user)
+                stack.append(user)
+    return len(reached) == len(_SINE)

@@ -1,0 +1,30 @@
+"""Normalize: a view of a view becomes one view of the first value.
+
+Before:  flat = view(choice, [T * k]);  index = view(flat, [T, k])
+After:   index = view(choice, [T, k])
+
+Dispatch code flattens a router's (T, k) choice and takes it apart again. In between, a dim holds rows and slots
+at once, and there the token axis would be lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.analysis.graph import shape_of
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def collapse_views(graph: fx.Graph) -> int:
+    """Rewrite chains of views in place; returns how many views now read past another one."""
+    changed = 0
+    for node in graph.nodes:
+        if node.target in VIEWS and node.args[0].target in VIEWS:
+            node.target = aten.reshape.default
+            node.args = (node.args[0].args[0], list(shape_of(node)))
+            changed += 1
+    graph.eliminate_dead_code()
+    return changed

@@ -1,0 +1,426 @@
+"""Normalize: attention spelled out as two products and a softmax becomes one scaled_dot_product_attention.
+
+Before:  scores = matmul(q, transpose(k, -2, -1)) * 0.125 + bias
+         out = matmul(softmax(scores, -1), v)
+After:   out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.125)
+
+The products may be matmul, bmm, baddbmm or einsum over dims in any order; between them may stand casts, factors,
+masks and biases, and views that only regroup heads. What has the form of an attention and
+something else on the way (live dropout, a tanh of the scores) stays, and `unclear_attentions` says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.analysis.graph import CASTS, ancestors, argument, shape_of
+from moeca_compile.passes.analysis.products import Product, product
+from moeca_compile.passes.normalize.insert import Inserted, permutation
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+)
+_LAYERS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.conv1d.default, SDPA)
+_FACTORS = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: True, aten.div.Scalar: True}
+"""Products and quotients of scores; True where the factor is the reciprocal."""
+
+
+class UnclearError(Exception):
+    """The form of an attention, with something that scaled_dot_product_attention cannot say; the message is why."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A bias, or a boolean mask that is true where a key takes part; it broadcasts against scores of `shape`."""
+
+    node: fx.Node
+    shape: tuple[int, ...]
+    factor: float = 1.0
+    kind: str = "bias"
+    """"bias", "keep" (true where a key takes part), "drop" (true where it does not)."""
+    fill: float = -inf
+    """What a mask puts in the place of scores. Where it is finite, a query with no key left still attends to all."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """factor * query . key, plus biases, under masks; `path` are the nodes from the product to the softmax."""
+
+    product: Product
+    path: tuple[fx.Node, ...]
+    factor: float = 1.0
+    terms: tuple[Term, ...] = ()
+    temperatures: tuple[tuple[fx.Node, bool], ...] = ()
+    """Factors that are tensors with one value a head or fewer, and whether they divide."""
+
+    def then(self, node: fx.Node, *terms: Term) -> Scores:
+        return replace(self, path=(*self.path, node), terms=(*self.terms, *terms))
+
+    def times(self, node: fx.Node, factor: float) -> Scores:
+        terms = tuple(replace(t, factor=t.factor * factor) for t in self.terms)
+        if factor <= 0 and any(term.kind != "bias" for term in self.terms):
+            raise UnclearError("its masked scores change their sign")
+        return replace(self.then(node), factor=self.factor * factor, terms=terms)
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One attention: its scores, the product `output` of their softmax with the values, and what the dims mean.
+
+    All labels are those of the first product; `batch` are samples, heads and the like.
+    """
+
+    scores: Scores
+    output: Product
+    value: fx.Node
+    value_labels: list[str]
+    out_labels: list[str]
+    sizes: dict[str, int]
+    batch: tuple[str, ...]
+    query: str
+    key: str
+    depth: str
+    width: str
+
+
+def normalize_attention(graph: fx.Graph) -> int:
+    """Rewrite spelled-out attention in place, and name the arguments of every attention alike; returns how many."""
+    count = 0
+    for _, spelled in _candidates(graph):
+        if isinstance(spelled, Spelled):
+            _rewrite(graph, spelled)
+            count += 1
+    for node in graph.nodes:
+        if node.target is SDPA:
+            _name_arguments(node)
+    graph.eliminate_dead_code()
+    return count
+
+
+def unclear_attentions(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
+    """What has the form of an attention and cannot be normalized, with the reason."""
+    return [(node, reason) for node, reason in _candidates(graph) if isinstance(reason, str)]
+
+
+def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, Spelled | str]]:
+    for node in list(graph.nodes):
+        try:
+            spelled = _recognize(node)
+        except UnclearError as error:
+            yield node, str(error)
+        else:
+            if spelled is not None:
+                yield node, spelled
+
+
+def _name_arguments(node: fx.Node) -> None:
+    """Queries, keys and values by position, options by name and only where they are not the default."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    node.args = (given.pop("query"), given.pop("key"), given.pop("value"))
+    node.kwargs = {
+        name: value for name, value in given.items() if value is not defaults[name] and value != defaults[name]
+    }
+
+
+# --- recognizing ------------------------------------------------------------------------------------------
+
+
+def _recognize(node: fx.Node) -> Spelled | None:
+    """The attention that ends in the product `node`, None where it is none. Raises UnclearError."""
+    output = product(node)
+    if output is None:
+        return None
+    for operand, labels, value in (
+        (output.left, output.left_labels, output.right),
+        (output.right, output.right_labels, output.left),
+    ):
+        weights = _softmax_behind(operand)
+        if weights is None or not _products_behind(weights[0]):
+            continue
+        softmax, order, path = weights
+        scores = _scores(softmax.args[0])
+        if scores is None:
+            raise UnclearError("its scores are not products of queries and keys with scales, biases and masks only")
+        _check_path(softmax, [*path, *scores.path], node)
+        if len(labels) != len(scores.product.out_labels):
+            raise UnclearError("its heads are regrouped between scores and values")
+        same = {label: scores.product.out_labels[dim] for label, dim in zip(labels, order, strict=True)}
+        return _with_roles(scores, output, value, same, softmax)
+    return None
+
+
+def _check_path(softmax: fx.Node, path: list[fx.Node], end: fx.Node) -> None:
+    inside = {*path, end}
+    if not all(user in inside for node in path for user in node.users):
+        raise UnclearError("its attention weights are used by something else as well")
+    last = len(shape_of(softmax)) - 1
+    if any(_regroups(node) for node in path) and argument(softmax, 1, "dim") not in (-1, last):
+        raise UnclearError("its softmax is not over the keys")
+
+
+def _with_roles(scores: Scores, output: Product, value: fx.Node, same: dict[str, str], softmax: fx.Node) -> Spelled:
+    """Tell queries, keys, heads and widths from where each dim occurs. `same` maps labels of the softmax's dims."""
+    first = scores.product
+    names = {label: same.get(label, f"value {label}") for label in (*output.left_labels, *output.right_labels)}
+    value_labels = [names[label] for label in (output.right_labels if value is output.right else output.left_labels)]
+    dim = argument(softmax, 1, "dim") % len(shape_of(softmax)) - len(shape_of(softmax))
+    key = first.out_labels[dim]
+    if output.contracted is None or names[output.contracted] != key:
+        raise UnclearError("its softmax is not over the keys")
+    of_keys = first.operand(key)[1]
+    rest = [label for label in first.out_labels if label != key]
+    queries = [label for label in rest if label not in of_keys and label not in value_labels]
+    widths = [label for label in value_labels if label not in first.out_labels]
+    if not queries or len(widths) != 1 or first.contracted is None or first.operand(queries[-1])[1] == of_keys:
+        raise UnclearError("its queries, keys and values do not fit each other")
+    batch = tuple(label for label in rest if label != queries[-1])
+    natural = first.out_labels == (*batch, queries[-1], key)
+    if not natural and (scores.temperatures or any(_regroups(node) for node in scores.path)):
+        raise UnclearError("its dims come in an order that its scale does not fit")
+    sizes = {**{names[label]: size for label, size in output.sizes.items()}, **first.sizes}
+    out_labels = [names[label] for label in output.out_labels]
+    return Spelled(
+        scores, output, value, value_labels, out_labels, sizes, batch, queries[-1], key, first.contracted, widths[0]
+    )
+
+
+def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] | None:
+    """(softmax, order, path): `node` is the softmax's result with its dims in this order."""
+    order, path = list(range(len(shape_of(node)))), []
+    dropped = False
+    while node.target not in _SOFTMAX:
+        path.append(node)
+        if (order_here := permutation(node)) is not None:
+            order = [order_here[dim] for dim in order]
+        elif node.target is aten.dropout.default:  # one that drops; the others are gone by now
+            dropped = True
+        elif not (node.target in CASTS or _regroups(node)):
+            if any(one.target in _SOFTMAX and _products_behind(one) for one in _near(node)):
+                raise UnclearError("its attention weights are changed before they meet the values")
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    if dropped and _products_behind(node):
+        raise UnclearError("it drops out at random")
+    return node, order, [*path, node]
+
+
+def _near(node: fx.Node, steps: int = 3) -> set[fx.Node]:
+    """What `node` is computed from in a few steps without a product."""
+    found, last = {node}, {node}
+    for _ in range(steps):
+        last = {arg for one in last if product(one) is None for arg in one.all_input_nodes} - found
+        found |= last
+    return found
+
+
+def _regroups(node: fx.Node) -> bool:
+    """A view that leaves the last two dims, queries and keys, alone."""
+    if node.target not in _VIEWS:
+        return False
+    before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    return min(len(before), len(after)) > 2 and before[-2:] == after[-2:]
+
+
+def _products_behind(softmax: fx.Node, depth: int = 12) -> bool:
+    """Whether the scores come from a product of two activations, whatever else happens to them on the way."""
+    keys = shape_of(softmax)[-1]
+    near: list[Any] = [softmax.args[0]]
+    for _ in range(depth):
+        if any(_of_activations(node) for node in near):
+            return True
+        passed = [node for node in near if node.target not in _LAYERS and product(node) is None]
+        near = [arg for node in passed for arg in node.all_input_nodes]
+        near = [node for node in near if len(shape_of(node)) > 1 and shape_of(node)[-1] in (keys, keys - 1)]
+    return False
+
+
+def _of_activations(node: Any) -> bool:
+    found = product(node)
+    return found is not None and bool(found.batch) and found.contracted is not None
+
+
+def _scores(node: Any) -> Scores | None:
+    """`node` as scores. None where something else than a factor, a bias or a mask is on the way."""
+    if not isinstance(node, fx.Node):
+        return None
+    if _of_activations(node):
+        return _first_scores(node)
+    if node.target in CASTS or _regroups(node):
+        return _then(_scores(node.args[0]), node)
+    for rule in (_scaled, _biased, _masked, _shifted):
+        found = rule(node)
+        if found is not None:
+            return found
+    return None
+
+
+def _then(scores: Scores | None, node: fx.Node, *terms: Term) -> Scores | None:
+    return scores.then(node, *terms) if scores is not None else None
+
+
+def _first_scores(node: fx.Node) -> Scores:
+    found = product(node)
+    assert found is not None
+    scores = Scores(found, (node,))
+    if node.target is not aten.baddbmm.default:
+        return scores
+    alpha, beta = (argument(node, i, name, 1.0) for i, name in ((4, "alpha"), (3, "beta")))
+    bias = (Term(node.args[0], shape_of(node), float(beta)),) if beta else ()  # type: ignore[arg-type]
+    return replace(scores, factor=float(alpha), terms=bias)
+
+
+def _scaled(node: fx.Node) -> Scores | None:
+    if node.target not in _FACTORS:
+        return None
+    one, factor = node.args[:2]
+    divides = _FACTORS[node.target]
+    if isinstance(factor, (int, float)):
+        inner = _scores(one)
+        return inner.times(node, 1 / factor if divides else factor) if inner is not None else None
+    for scores, by in ((one, factor), (factor, one)) if not divides else ((one, factor),):
+        inner = _scores(scores)
+        if inner is not None and isinstance(by, fx.Node) and shape_of(by)[-2:] in ((), (1,), (1, 1)):
+            if inner.terms or any(_regroups(step) for step in inner.path):
+                raise UnclearError("its scores are scaled by a tensor after a bias or a mask")
+            return replace(inner.then(node), temperatures=(*inner.temperatures, (by, divides)))
+    return None
+
+
+def _biased(node: fx.Node) -> Scores | None:
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or len(node.all_input_nodes) != 2:
+        return None
+    one, other = node.all_input_nodes
+    sign = float(argument(node, 2, "alpha", 1.0)) * (1 if node.target is aten.add.Tensor else -1)
+    inner = _scores(one)
+    if inner is not None and inner.path[0] not in ancestors([other]):
+        return inner.then(node, Term(other, shape_of(node), sign))
+    inner = _scores(other) if sign == 1 else None
+    if inner is not None and inner.path[0] not in ancestors([one]):
+        return inner.then(node, Term(one, shape_of(node)))
+    return None
+
+
+def _shifted(node: fx.Node) -> Scores | None:
+    """scores - max(scores) over the keys: the softmax is the same without it."""
+    if node.target is not aten.sub.Tensor or len(node.all_input_nodes) != 2:
+        return None
+    scores, peak = node.all_input_nodes
+    beneath = [peak]
+    while beneath[-1].target in CASTS:
+        beneath.append(beneath[-1].args[0])  # type: ignore[arg-type]
+    if beneath[-1].target is operator.getitem and beneath[-1].args[1] == 0:
+        beneath.append(beneath[-1].args[0])  # type: ignore[arg-type]
+    top = beneath[-1]
+    is_peak = top.target in (aten.amax.default, aten.max.dim) and top.args[0] is scores
+    last, dim = len(shape_of(scores)) - 1, argument(top, 1, "dim", [])
+    if not is_peak or dim not in (-1, last, [-1], [last]) or not argument(top, 2, "keepdim", False):
+        return None
+    inner = _scores(scores)
+    return replace(inner, path=(*inner.path, *beneath, node)) if inner is not None else None
+
+
+def _masked(node: fx.Node) -> Scores | None:
+    if node.target is aten.masked_fill.Scalar or node.target is aten.masked_fill.Tensor:
+        scores, mask, fill = node.args[:3]
+        kind = "drop"
+    elif node.target in (aten.where.self, aten.where.ScalarOther):
+        (mask, scores, fill), kind = node.args[:3], "keep"
+    elif node.target is aten.where.ScalarSelf:
+        (mask, fill, scores), kind = node.args[:3], "drop"
+    else:
+        return None
+    inner = _scores(scores)
+    if inner is None and node.target is aten.where.self:
+        fill, scores, kind = scores, fill, "drop"
+        inner = _scores(scores)
+    if inner is None:
+        return None
+    assert isinstance(mask, fx.Node)
+    number = _number(fill)
+    # So far below any score that a score added to it is lost, if it is not minus infinity.
+    if number is None or number * torch.finfo(node.meta["val"].dtype).eps > -64:
+        raise UnclearError("its masked scores are not minus infinity")
+    return inner.then(node, Term(mask, shape_of(node), kind=kind, fill=number))
+
+
+def _number(fill: Any) -> float | None:
+    """A fill as a number, where the graph says which."""
+    if isinstance(fill, fx.Node) and fill.target in (aten.full.default, aten.full_like.default):
+        fill = fill.args[1]
+    if isinstance(fill, fx.Node) and fill.target is aten.scalar_tensor.default:
+        fill = fill.args[0]
+    return float(fill) if isinstance(fill, (int, float)) else None
+
+
+# --- rewriting --------------------------------------------------------------------------------------------
+
+
+def _rewrite(graph: fx.Graph, spelled: Spelled) -> None:
+    """Replace the second product by one attention node, dims brought into the order batch..., tokens, width."""
+    first, end, batch, sizes = spelled.scores.product, spelled.output.node, spelled.batch, spelled.sizes
+    new = Inserted(graph, end)
+    query = new.arranged(*first.operand(spelled.query), [*batch, spelled.query, spelled.depth], sizes)
+    key = new.arranged(*first.operand(spelled.key), [*batch, spelled.key, spelled.depth], sizes)
+    value = new.arranged(spelled.value, spelled.value_labels, [*batch, spelled.key, spelled.width], sizes)
+    for temperature, divides in spelled.scores.temperatures:
+        query = new(aten.div.Tensor if divides else aten.mul.Tensor, query, temperature)
+    dtype = query.meta["val"].dtype
+    options: dict[str, Any] = {"scale": spelled.scores.factor}
+    mask = _mask(new, spelled.scores, first.out_labels, [*batch, spelled.query, spelled.key], dtype)
+    if mask is not None:
+        options["attn_mask"] = mask
+    out = new(SDPA, query, new.cast(key, dtype), new.cast(value, dtype), **options)
+    out = new.cast(out, end.meta["val"].dtype)
+    out = new.arranged(out, [*batch, spelled.query, spelled.width], spelled.out_labels, sizes)
+    end.replace_all_uses_with(out)
+    graph.erase_node(end)
+
+
+def _mask(
+    new: Inserted, scores: Scores, labels: tuple[str, ...], wanted: list[str], dtype: torch.dtype
+) -> fx.Node | None:
+    """All biases and masks as one argument, in the order of dims `wanted`."""
+    bias: fx.Node | None = None
+    keep: fx.Node | None = None
+    for term in scores.terms:
+        node = new.regrouped(term.node, term.shape, shape_of(scores.path[0]))
+        node = new.reordered(node, list(labels), wanted)
+        if term.kind == "bias":
+            node = new.cast(node, dtype)
+            node = node if term.factor == 1 else new(aten.mul.Tensor, node, term.factor)
+            bias = node if bias is None else new(aten.add.Tensor, bias, node)
+        else:
+            node = node if term.kind == "keep" else new(aten.logical_not.default, node)
+            if term.fill == -inf:
+                keep = node if keep is None else new(aten.logical_and.default, keep, node)
+            else:
+                bias = _filled(new, node, _filled(new, keep, bias, -inf, dtype), term.fill * term.factor, dtype)
+                keep = None
+    return keep if bias is None else _filled(new, keep, bias, -inf, dtype)
+
+
+def _filled(
+    new: Inserted, keep: fx.Node | None, bias: fx.Node | None, fill: float, dtype: torch.dtype
+) -> fx.Node | None:
+    """The bias, or 0 where there is none, with `fill` where `keep` is false."""
+    if keep is None:
+        return bias
+    if bias is None:
+        return new.cast(new(aten.where.Scalar, keep, 0.0, fill), dtype)
+    return new(aten.where.ScalarOther, keep, bias, fill)

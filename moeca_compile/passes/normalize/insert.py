@@ -1,0 +1,84 @@
+"""Write new nodes into a graph: the small vocabulary of the normalizing passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.analysis.graph import argument, shape_of
+
+aten = torch.ops.aten
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """Which dim of its input each dim of `node` is, where it does nothing but order them; else None."""
+    ndim = len(shape_of(node))
+    if node.target is aten.permute.default:
+        return [dim % ndim for dim in argument(node, 1, "dims")]
+    order = list(range(ndim))
+    if node.target is aten.t.default:
+        return order[::-1]
+    if node.target is not aten.transpose.int:
+        return None
+    one, other = argument(node, 1, "dim0") % ndim, argument(node, 2, "dim1") % ndim
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+class Inserted:
+    """New nodes before `place`, which have its name in reports, and values like all others in the graph."""
+
+    def __init__(self, graph: fx.Graph, place: fx.Node) -> None:
+        self.graph, self.place = graph, place
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.place):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {
+            name: self.place.meta[name] for name in ("nn_module_stack", "stack_trace") if name in self.place.meta
+        }
+        values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        fake_mode = next(arg.meta["val"].fake_mode for arg in node.all_input_nodes)
+        with torch.no_grad(), fake_mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if node.meta["val"].dtype == dtype else self(aten.to.dtype, node, dtype)
+
+    def permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        """`node` with its dims in this order; two permutations in a row become one."""
+        order = list(order)
+        while (before := permutation(node)) is not None:
+            order = [before[dim] for dim in order]
+            node = node.args[0]  # type: ignore[assignment]
+        return node if order == sorted(order) else self(aten.permute.default, node, order)
+
+    def arranged(self, node: fx.Node, have: Sequence[str], want: Sequence[str], sizes: Mapping[str, int]) -> fx.Node:
+        """`node`, whose dims are labeled `have`, with the dims `want`: permuted, new ones inserted and expanded."""
+        node = self.permuted(node, [have.index(label) for label in want if label in have])
+        for place, label in enumerate(want):
+            if label not in have:
+                node = self(aten.unsqueeze.default, node, place)
+        shape = [sizes[label] for label in want]
+        return node if list(shape_of(node)) == shape else self(aten.expand.default, node, shape)
+
+    def reordered(self, node: fx.Node, have: Sequence[str], want: Sequence[str]) -> fx.Node:
+        """As `arranged`, for a value that broadcasts against dims `have`: it has at least two dims, then."""
+        full = len(have) if list(have) != list(want) else 2
+        while len(shape_of(node)) < full:
+            node = self(aten.unsqueeze.default, node, 0)
+        return node if list(have) == list(want) else self.permuted(node, [have.index(label) for label in want])
+
+    def regrouped(self, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]) -> fx.Node:
+        """What broadcasts against `before` so that it does against `after`, whose last two dims are the same."""
+        if before == after:
+            return node
+        node = self.reordered(node, "ab", "ab")
+        last = shape_of(node)[-2:]
+        return self(
+            aten.reshape.default, self(aten.expand.default, node, [*before[:-2], *last]), [*after[:-2], *last]
+        )

@@ -1,0 +1,89 @@
+"""Normalize Dynamo's graph: a number that changes from call to call becomes a 0-dim tensor input.
+
+Before:  def forward(x, t: int):     time = torch.full((2,), t)
+After:   def forward(x, t: Tensor):  time = t.to(torch.int64).expand((2,))
+
+Otherwise every timestep given as a Python number would be a constant of a graph of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile._torch_private import is_size
+
+_ARITHMETIC = {getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "neg", "mod")}
+_FROM_NUMBER = (torch.tensor, torch._refs.tensor, torch.as_tensor, torch.scalar_tensor)
+
+
+def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Rewrite `gm` in place; returns the positions of the inputs that callers must now pass as tensors.
+
+    Sizes of tensors stay numbers, and so does what is used as a size or a bound.
+    A float comes from Dynamo as a tensor and an `item()` call, which goes away.
+    """
+    positions = []
+    for position, node in enumerate(_placeholders(gm.graph)):
+        is_number = isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node)
+        if is_number and _only_a_value(node):
+            positions.append(position)
+            _follow(gm.graph, node, node)
+        for user in list(node.users):
+            if isinstance(inputs[position], Tensor) and user.op == "call_method" and user.target == "item":
+                _follow(gm.graph, user, node)
+                user.replace_all_uses_with(node)
+                gm.graph.erase_node(user)
+    gm.recompile()
+    return positions
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _only_a_value(number: fx.Node) -> bool:
+    """Whether a number is nowhere used but as a factor, a term or the value of a new tensor."""
+    for user in number.users:
+        if user.target in _ARITHMETIC:
+            numeric = not isinstance(user.meta.get("example_value"), Tensor)
+            if numeric and not _only_a_value(user):
+                return False
+        elif user.target is torch.full:
+            if not user.args or number in user.args[0]:  # type: ignore[operator]
+                return False
+        elif user.target not in _FROM_NUMBER:
+            return False
+    return True
+
+
+def _follow(graph: fx.Graph, number: fx.Node, tensor: fx.Node) -> None:
+    """Rewrite the users of a number for which a 0-dim tensor stands from now on."""
+    for user in list(number.users):
+        if user.target in _ARITHMETIC and all(_is_number(arg, number) for arg in user.args):
+            _follow(graph, user, user)
+        elif user.target in _FROM_NUMBER:
+            shape = [1] if isinstance(user.args[0], (list, tuple)) else []
+            _replace(graph, user, tensor, shape)
+        elif user.target is torch.full:
+            _replace(graph, user, tensor, user.args[0])
+
+
+def _is_number(arg: Any, number: fx.Node) -> bool:
+    return arg is number or isinstance(arg, (int, float))
+
+
+def _replace(graph: fx.Graph, user: fx.Node, tensor: fx.Node, shape: Any) -> None:
+    """`user`, which makes a tensor of the number, becomes a cast and an expand of the tensor."""
+    example = user.meta["example_value"]
+    dtype = user.kwargs.get("dtype") or example.dtype
+    place = () if example.device.type == "cpu" else (example.device,)
+    with graph.inserting_before(user):
+        cast = graph.call_method("to", (tensor, *place, dtype))
+        cast = graph.call_method("expand", (cast, shape))
+    user.replace_all_uses_with(cast)
+    graph.erase_node(user)

@@ -1,0 +1,32 @@
+"""Normalize: the parts of a split are slices.
+
+Before:  parts = split_with_sizes(x, [16, 8], 1);  image = getitem(parts, 0);  text = getitem(parts, 1)
+After:   image = slice(x, 1, 0, 16);  text = slice(x, 1, 16, 24)
+
+So tokens are cut off a longer sequence in one way only.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+def split_to_slices(graph: fx.Graph) -> int:
+    """Rewrite the parts of splits in place; returns how many."""
+    changed = 0
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and node.args[0].target in SPLITS:
+            split, part = node.args
+            dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+            sizes = [value.shape[dim] for value in split.meta["val"]]
+            start = sum(sizes[:part])
+            node.target, node.args = aten.slice.Tensor, (split.args[0], dim, start, start + sizes[part])
+            changed += 1
+    graph.eliminate_dead_code()
+    return changed

@@ -1,0 +1,90 @@
+"""What a model computes on the CPU on its way to the accelerator is computed on the accelerator.
+
+Before:  def forward(x (cuda), t (cpu)):   time = t.to("cuda");   f = arange(16, device="cpu").to("cuda")
+After:   def forward(x (cuda), t (cuda)):  time = t.to("cuda");   f = arange(16, device="cuda").to("cuda")
+
+A copy from the CPU inside a step would make every step wait for it; outside, the argument is copied once a call, and
+nobody waits (`runtime.upload`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from moeca_compile._torch_private import fake_mode_of
+from moeca_compile.passes.analysis.host_ops import values_of
+
+CPU = torch.device("cpu")
+
+
+def to_one_device(
+    gm: fx.GraphModule, inputs: Sequence[Any], arguments: Sequence[bool], device: torch.device
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The exported graph with everything on `device`, and the positions of the inputs that must now lie there.
+
+    Args:
+        gm, inputs: the graph, with `val` on every node, and an input for each placeholder.
+        arguments: which inputs are arguments of the model; weights stay where they are.
+
+    It is `gm` itself, and no position, where nothing lies on the CPU or something has to: an output, a weight, or
+    what draws random numbers (the device would draw others).
+    """
+    if device == CPU or not any(map(_on_cpu, gm.graph.nodes)) or not _may_move(gm.graph, arguments):
+        return gm, ()
+    moved = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    moved.meta = dict(gm.meta)
+    positions = tuple(i for i, node in enumerate(_placeholders(moved.graph)) if _on_cpu(node))
+    for node in moved.graph.nodes:
+        if _on_cpu(node):
+            _move(moved, node, device)
+    return (moved, positions) if _propagated(moved, inputs, positions, device) else (gm, ())
+
+
+def _may_move(graph: fx.Graph, arguments: Sequence[bool]) -> bool:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    weights = [node for node, user in zip(_placeholders(graph), arguments, strict=True) if not user]
+    held = [*output.all_input_nodes, *(node for node in weights if node.users)]
+    random = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    return not any(_on_cpu(node) for node in [*held, *random])
+
+
+def _move(gm: fx.GraphModule, node: fx.Node, device: torch.device) -> None:
+    """Let a node whose value lies on the CPU give it on the device."""
+    if node.op == "get_attr":
+        setattr(gm, f"{node.target}_moved", getattr(gm, str(node.target)).to(device))
+        node.target = f"{node.target}_moved"
+    elif node.op == "call_function":
+        node.args = tuple(device if arg == CPU else arg for arg in node.args)
+        node.kwargs = {name: device if arg == CPU else arg for name, arg in node.kwargs.items()}
+        if not node.all_input_nodes:
+            node.kwargs = {**node.kwargs, "device": device}
+
+
+def _propagated(gm: fx.GraphModule, inputs: Sequence[Any], positions: Sequence[int], device: torch.device) -> bool:
+    """Give all nodes their new values; whether all of them now lie on one device."""
+    mode = fake_mode_of(inputs)
+    with mode:
+        fakes = [mode.from_tensor(v) if isinstance(v, Tensor) and v.device != CPU else v for v in inputs]
+        for i in positions:  # contiguous, as they are copied
+            fakes[i] = torch.empty(inputs[i].size(), dtype=inputs[i].dtype, device=device)
+    try:
+        with torch.no_grad():
+            FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+    except Exception:
+        return False  # an op that insists on the CPU: the graph stays as it is
+    gm.recompile()
+    return not any(_on_cpu(node) for node in gm.graph.nodes)
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _on_cpu(node: fx.Node) -> bool:
+    return bool(node.users) and any(value.device == CPU for value in values_of(node))

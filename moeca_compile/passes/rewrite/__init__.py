@@ -1,0 +1,1 @@
+"""Run the graph with some of its values replaced, also on chosen tokens only: a step as a function."""

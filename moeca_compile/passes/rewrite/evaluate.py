@@ -1,0 +1,97 @@
+"""Evaluate the graph with some of its values replaced: tracing this evaluation is how a graph is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_compile.passes.analysis.graph import ancestors
+
+Replacement = Callable[[], Any]
+
+
+class Evaluation:
+    """Values of the graph's nodes, each computed once and only when asked for.
+
+    Args:
+        graph: the exported graph.
+        inputs: one value per placeholder, in order.
+        replacements: what a node's value is instead of its op's result; called at most once.
+        boundaries: nodes whose values become aliases, at which a traced evaluation can be cut (passes.outline).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Sequence[Any],
+        replacements: Mapping[fx.Node, Replacement],
+        boundaries: Container[fx.Node] = (),
+    ) -> None:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self.values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+        self.graph = graph
+        self.replacements, self.boundaries = replacements, boundaries
+        self.replacing: set[fx.Node] = set()
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            missing = [arg for arg in self._inputs(current) if arg not in self.values]
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if current not in self.values:
+                self.values[current] = self._compute(current)
+        return self.values[node]
+
+    def run(self) -> Any:
+        """The graph's outputs. Goes through the needed nodes in graph order, so replacements run in order too."""
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        needed = self._needed(output.all_input_nodes)
+        for node in self.graph.nodes:
+            if node in needed:
+                _ = self[node]
+        return fx.map_arg(output.args[0], lambda node: self.values[node])
+
+    def instead(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
+        """Values of `wanted` had the nodes of `known` these values; everything else is as it is here."""
+        changed = dict(known)
+        for node in sorted(ancestors(wanted, stop=known)):
+            if node not in known and any(arg in changed for arg in node.all_input_nodes):
+                args = fx.map_arg(node.args, lambda n: changed[n] if n in changed else self[n])
+                kwargs = fx.map_arg(node.kwargs, lambda n: changed[n] if n in changed else self[n])
+                changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [changed[node] if node in changed else self[node] for node in wanted]
+
+    def _inputs(self, node: fx.Node) -> Iterable[fx.Node]:
+        return () if node in self.values or self._replaced(node) else node.all_input_nodes
+
+    def _replaced(self, node: fx.Node) -> bool:
+        """A replacement that asks for the very value that it replaces gets the one of the node's op."""
+        return node in self.replacements and node not in self.replacing
+
+    def _compute(self, node: fx.Node) -> Any:
+        if self._replaced(node):
+            self.replacing.add(node)
+            return self.replacements[node]()
+        if node.op == "get_attr":  # a constant that tracing found in the model's code
+            return getattr(self.graph.owning_module, str(node.target))
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return torch.ops.aten.alias(value) if node in self.boundaries else value
+
+    def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        stack = list(outputs)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(self._inputs(node))
+        return needed

@@ -1,1 +1,0 @@
-"""Costs of a graph as expressions in its sizes."""

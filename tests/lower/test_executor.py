@@ -1,0 +1,57 @@
+"""Running calls of units: values are let go of as soon as no later call needs them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import torch
+
+from moeca_compile._torch_private import trace_to_graph
+from moeca_compile.lower.executor import Chain
+from moeca_compile.lower.partition import outline
+from moeca_compile.lower.program import Program
+from moeca_compile.passes.rewrite.step import StepKind
+
+alias = torch.ops.aten.alias
+
+
+def test_intermediate_values_do_not_outlive_their_last_use():
+    def function(x, *weights):
+        for weight in weights:
+            x = alias(x + (x @ weight).tanh())
+        return [x]
+
+    inputs = [torch.randn(3, 4), *(torch.randn(4, 4) for _ in range(6))]
+    gm = trace_to_graph(function, *inputs)
+    calls = outline(gm)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def watched(module):
+        def run(*arguments):
+            nonlocal most
+            gc.collect()
+            most = max(most, sum(ref() is not None for ref in alive))
+            results = module(*arguments)
+            alive.extend(map(weakref.ref, results))
+            return results
+
+        return run
+
+    chain = Chain(gm, calls, {call.unit: watched(call.unit.module()) for call in calls})
+    (out,) = chain(*inputs)
+    torch.testing.assert_close(out, function(*inputs)[0])
+    assert len(alive) == 6
+    assert most == 1
+
+
+def test_the_blocks_of_a_model_share_their_units(graph, eager_steps):
+    """Four blocks, two of them with experts: attention and MoE are each one unit, whatever is kept of them."""
+    shapes = graph.specialization(recipe="moeca-forecast", validate=False)
+    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.plan.caches}
+    program = Program(shapes.function(StepKind()), graph.inputs, state, torch.zeros(2, 2))
+    calls = outline(program.graph)
+    count = {call.unit: sum(other.unit is call.unit for other in calls) for call in calls}
+    # embedding with the conditioning of all blocks, head; dense, MoE; attentions
+    assert sorted(count.values()) == [1, 1, 2, 2, 4]

@@ -1,0 +1,172 @@
+"""A rewrite that is wrong is found, named and left out; a right one passes with its error noted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from moeca_compile.lower import program
+from moeca_compile.lower.validate import relative_error
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite import rows as rows_module
+from moeca_compile.passes.rewrite.rows import NotRowWiseError, Rows
+from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.policies.cached import Cached
+from moeca_compile.runtime.engine import Engine
+from moeca_compile.runtime.specialization import Specialization
+from tests.harness import Captured
+from tests.models import TinyDiTMoE, make_inputs
+
+pytestmark = pytest.mark.usefixtures("eager_steps")
+RECIPES = ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"]
+
+
+def calls(model: TinyDiTMoE, steps: int = 5) -> Iterator[dict[str, torch.Tensor]]:
+    x, y = make_inputs(model)
+    for number in range(steps):
+        yield {"x": x * (1 - number / 10), "t": torch.full((len(x),), 1 - number / steps), "y": y}
+
+
+def assert_full_steps_are_the_model(engine: Engine, graph: Captured, model: TinyDiTMoE) -> None:
+    for arguments in calls(model):
+        (found,) = engine(*graph.arguments(**arguments))
+        if float(arguments["t"][0]) == 1:
+            torch.testing.assert_close(found, model(**arguments), atol=1e-5, rtol=0)
+
+
+def prepared(graph: Captured, **options: Any) -> tuple[Engine, Specialization, list[str]]:
+    """(engine, its shapes, the warnings of preparing them)."""
+    engine = graph.engine(**options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shapes = engine.prepare(graph.inputs)
+    return engine, shapes, [str(warning.message) for warning in caught]
+
+
+def regions_of(graph: Captured) -> Regions:
+    return graph.specialization(validate=False).regions
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_right_rewrite_passes(graph, recipe):
+    engine, shapes, told = prepared(graph, recipe=recipe)
+    assert told == []
+    assert shapes.regions.skipped == ()
+    assert set(engine.record.errors) == {"rewritten", "recomputed", "reused"}
+    assert all(error < 1e-5 for error in engine.record.errors.values())
+
+
+def test_without_validation_nothing_is_checked(graph):
+    engine, _, told = prepared(graph, validate=False)
+    assert told == []
+    assert engine.record.errors == {}
+
+
+def wrong_at(monkeypatch: pytest.MonkeyPatch, *nodes: fx.Node) -> None:
+    """What is read from the cache for these nodes is off by a little."""
+    read = Cached.read
+    monkeypatch.setattr(Cached, "read", lambda self, step: read(self, step) + 0.1 * (self.node in nodes))
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora"])
+def test_a_region_that_is_wrong_is_named_and_the_others_stay(graph, model, monkeypatch, recipe):
+    regions = regions_of(graph)
+    wrong = regions.feedforwards[1]
+    wrong_at(monkeypatch, wrong.output)
+    engine, shapes, told = prepared(graph, recipe=recipe)
+    (kept,) = shapes.regions.skipped
+    assert (kept.kind, kept.name) == ("feedforward", wrong.name)
+    assert "exceeds" in kept.reason
+    assert len(told) == 1
+    assert wrong.name in told[0]
+    assert shapes.regions.attentions == regions.attentions
+    assert shapes.regions.experts == regions.experts
+    assert shapes.regions.feedforwards == regions.feedforwards[:1]
+    assert shapes.caching
+    assert_full_steps_are_the_model(engine, graph, model)
+
+
+def test_what_stays_is_computed_at_every_step(graph, model, monkeypatch):
+    """With every attention, feed-forward and MoE layer wrong, the model runs uncached, and says so."""
+    regions = regions_of(graph)
+    wrong_at(
+        monkeypatch, *(r.output for r in regions.residuals), *(s.output for e in regions.experts for s in e.shared)
+    )
+    engine, shapes, told = prepared(graph, recipe="fora")
+    assert not shapes.caching
+    assert told
+    assert len(shapes.regions.skipped) == 8
+    for arguments in calls(model):
+        (found,) = engine(*graph.arguments(**arguments))
+        torch.testing.assert_close(found, model(**arguments), atol=1e-5, rtol=0)
+
+
+def test_a_rewrite_that_raises_is_a_reason_too(graph, monkeypatch):
+    regions, settle = regions_of(graph), Rows._settle
+    stopped = regions.feedforwards[0]
+
+    def refuse(self: Rows, node: fx.Node) -> None:
+        if node is stopped.output:
+            raise NotRowWiseError("a convolution has no token axis")
+        settle(self, node)
+
+    monkeypatch.setattr(Rows, "_settle", refuse)
+    _, shapes, told = prepared(graph)
+    (kept,) = shapes.regions.skipped
+    assert kept.name == stopped.name
+    assert "a convolution has no token axis" in kept.reason
+    assert len(told) == 1
+
+
+def test_rows_of_the_wrong_tokens_are_found(graph, monkeypatch):
+    """A table by position that is cut instead of gathered: right for the first tokens in their order alone."""
+
+    def cut(value, layout, chosen):
+        return value.narrow(layout.token, 0, chosen.shape[1])
+
+    take = rows_module.take_rows
+    monkeypatch.setattr(
+        rows_module, "take_rows", lambda v, layout, chosen: (take if v.ndim == 3 else cut)(v, layout, chosen)
+    )
+    _, shapes, told = prepared(graph)
+    assert {kept.kind for kept in shapes.regions.skipped} == {"attention"}
+    assert len(shapes.regions.skipped) == len(told) == 4
+
+
+def test_the_tolerance_is_the_users(graph):
+    _, shapes, told = prepared(graph, tolerance=1e-30)
+    assert len(told) == len(shapes.regions.skipped) > 0  # all but what is equal to the last bit
+    _, shapes, told = prepared(graph, tolerance=0.5)
+    assert not told
+    assert shapes.caching
+
+
+def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
+    monkeypatch.undo()  # traced programs, not eager steps
+    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
+    engine, shapes, told = prepared(graph)
+    assert told == []
+    with pytest.warns(UserWarning, match="Inductor"):
+        for arguments in calls(model, 2):
+            (found,) = engine(*graph.arguments(**arguments))
+    assert set(shapes.programs) >= {StepKind()}
+    expected = graph.engine(validate=False)
+    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+    for arguments in calls(model, 2):
+        (right,) = expected(*graph.arguments(**arguments))
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
+
+
+def test_relative_errors():
+    wanted = torch.tensor([1.0, -2.0, 0.5])
+    assert relative_error(wanted, wanted) == 0
+    assert relative_error(wanted + torch.tensor([0.0, 0.0, 0.1]), wanted) == pytest.approx(0.05)
+    assert relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) != pytest.approx(0)
+    low = wanted.bfloat16()
+    off = low + torch.tensor([0.0, 0.0, 0.5]).bfloat16()
+    assert relative_error(off, low) == pytest.approx((0.25 / 5.25) ** 0.5, rel=1e-2)

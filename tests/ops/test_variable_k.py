@@ -1,0 +1,166 @@
+"""Pairs of tokens and experts: outputs, places and the pool against plain loops over pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, fx, nn
+
+from moeca_compile.ops import bodies
+from tests.harness import exported
+
+WIDTH = 3
+
+
+class Body(nn.Module):
+    def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(rows, weight).tanh()
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: Tensor  # (T, 5)
+    parameters: list[Tensor]  # one an expert
+    weight: Tensor  # (T, E)
+    routed: Tensor
+    body: str
+
+    def expert(self, pair: tuple[int, int]) -> Tensor:
+        return (self.parameters[pair[1]] @ self.rows[pair[0]]).tanh()
+
+
+def make_case(tokens: int, experts: int, share: float, seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.randn(WIDTH, 5, generator=generator) for _ in range(experts)]
+    body = fx.symbolic_trace(Body())
+    return Case(
+        torch.randn(tokens, 5, generator=generator),
+        parameters,
+        torch.rand(tokens, experts, generator=generator),
+        torch.rand(tokens, experts, generator=generator) < share,
+        bodies.register(body),
+    )
+
+
+def pairs_of(mask: Tensor) -> list[tuple[int, int]]:
+    return [tuple(pair) for pair in mask.nonzero().tolist()]
+
+
+cases = st.builds(
+    make_case, st.integers(1, 7), st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.integers(0, 10**6)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.integers(0, 40))
+def test_all_pairs_are_combined_and_the_first_are_kept(case: Case, slots: int):
+    out, pool, place, norms = torch.ops.moeca.variable_k_outputs(
+        [case.rows], case.routed, case.weight, case.parameters, case.body, WIDTH, slots
+    )
+    want = torch.zeros(len(case.rows), WIDTH)
+    for number, pair in enumerate(pairs_of(case.routed)):
+        fresh = case.expert(pair)
+        want[pair[0]] += case.weight[pair] * fresh
+        kept = number < slots
+        assert place[pair] == (number + 1 if kept else 0)
+        torch.testing.assert_close(norms[pair], fresh.norm() if kept else torch.tensor(0.0))
+        if kept:
+            torch.testing.assert_close(pool[number], fresh)
+    torch.testing.assert_close(out, want)
+    assert not place[~case.routed].any() and pool.shape == (slots, WIDTH)
+
+
+def refreshed_by_loop(case: Case, place, mask, pool, slope, ratio):
+    """As `refresh_variable_k`: pair by pair. Returns the output and the places; `pool` and `slope` are written."""
+    place = place.clone()
+    new = [pair for pair in pairs_of(mask) if not place[pair]]
+    holders = {int(place[pair]): pair for pair in pairs_of(place > 0)}
+    free = [row for row in range(1, len(pool) + 1) if row not in holders or not case.routed[holders[row]]]
+    for pair, row in zip(new, free, strict=False):
+        if row in holders:
+            place[holders[row]] = 0
+        place[pair] = row
+        if slope is not None:
+            slope[row - 1] = 0
+    out = torch.zeros(len(case.rows), WIDTH)
+    for pair in pairs_of(case.routed):
+        row = int(place[pair]) - 1
+        if mask[pair] and row >= 0:
+            pool[row] = case.expert(pair) - (ratio * slope[row] if slope is not None else 0)
+        if mask[pair]:
+            value = case.expert(pair)
+        elif row >= 0:
+            value = pool[row] + (ratio * slope[row] if slope is not None else 0)
+        else:
+            continue
+        out[pair[0]] += case.weight[pair] * value
+    return out, place
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases, st.integers(0, 40), st.booleans(), st.integers(0, 10**6))
+def test_a_refresh_equals_the_loop_over_pairs(case: Case, slots: int, forecast: bool, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.rand(case.routed.shape, generator=generator) < 0.5
+    held = before.flatten().nonzero().squeeze(1)[:slots]
+    place = torch.zeros_like(case.routed, dtype=torch.int32)
+    rows = torch.randperm(slots, generator=generator)[: len(held)] + 1
+    place.view(-1)[held] = rows.to(torch.int32)
+    mask = case.routed & ((torch.rand(case.routed.shape, generator=generator) < 0.5) | (place == 0))
+    pool = torch.randn(slots, WIDTH, generator=generator)
+    slope = torch.randn(slots, WIDTH, generator=generator) if forecast else None
+    ratio = torch.tensor(0.5)
+    want_pool, want_slope = pool.clone(), slope.clone() if slope is not None else None
+    want, want_place = refreshed_by_loop(case, place, mask, want_pool, want_slope, ratio)
+    given_place = place.clone()
+    out, new_place, norms = torch.ops.moeca.refresh_variable_k(
+        pool, slope, [case.rows], place, case.routed, mask, case.weight, ratio, case.parameters, case.body
+    )
+    assert torch.equal(place, given_place)
+    assert torch.equal(new_place, want_place)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(pool, want_pool)
+    if slope is not None:
+        torch.testing.assert_close(slope, want_slope)
+    for pair in pairs_of(torch.ones_like(mask)):
+        torch.testing.assert_close(norms[pair], case.expert(pair).norm() if mask[pair] else torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_sums_are_taken_in_float32(dtype):
+    case = make_case(4, 64, 1.0, seed=0)
+    low = [value.to(dtype) for value in (case.rows, *case.parameters)]
+    out = torch.ops.moeca.variable_k_outputs([low[0]], case.routed, case.weight, low[1:], case.body, WIDTH, 0)[0]
+    exact = torch.zeros(4, WIDTH)
+    for t, e in pairs_of(case.routed):
+        exact[t] += case.weight[t, e] * (low[1 + e] @ low[0][t]).tanh().float()
+    torch.testing.assert_close(out, exact.to(dtype), rtol=2e-2, atol=2e-2)
+    assert out.dtype == dtype
+
+
+def test_fakes_agree_with_the_ops():
+    case = make_case(5, 3, 0.5, seed=1)
+    ratio, place = torch.tensor(1.0), torch.zeros(5, 3, dtype=torch.int32)
+    arguments = ([case.rows], case.routed, case.weight, case.parameters, case.body, WIDTH, 4)
+    torch.library.opcheck(torch.ops.moeca.variable_k_outputs.default, arguments, test_utils="test_faketensor")
+    pool, slope = torch.zeros(4, WIDTH), torch.zeros(4, WIDTH)
+    arguments = (pool, slope, [case.rows], place, case.routed, case.routed, case.weight, ratio)
+    torch.library.opcheck(
+        torch.ops.moeca.refresh_variable_k.default,
+        (*arguments, case.parameters, case.body),
+        test_utils="test_faketensor",
+    )
+
+
+def test_a_trace_holds_one_op_of_each():
+    case = make_case(5, 3, 0.5, seed=1)
+
+    def run(rows: Tensor, routed: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.ops.moeca.variable_k_outputs([rows], routed, weight, list(parameters), case.body, WIDTH, 0)[0]
+
+    graph = exported(run, case.rows, case.routed, case.weight, *case.parameters)
+    assert [n.target for n in graph.graph.nodes].count(torch.ops.moeca.variable_k_outputs.default) == 1

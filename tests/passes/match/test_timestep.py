@@ -1,0 +1,79 @@
+"""The input whose sine and cosine are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeca_compile.passes.match.timestep import find_timesteps
+from tests.harness import exported, placeholders
+
+X, T, OTHER, LABEL = torch.randn(2, 8), torch.rand(2), torch.rand(2), torch.tensor([1, 2])
+W, TABLE, INV_FREQ = torch.randn(8, 8), torch.randn(5, 8), torch.rand(4)
+INPUTS = (X, T, OTHER, LABEL, W, TABLE, INV_FREQ)
+
+
+def embedding(t: Tensor) -> Tensor:
+    angles = 1000 * t.float().reshape(-1, 1) * torch.arange(4) / 4
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rotary(x: Tensor, inv_freq: Tensor) -> Tensor:
+    angles = torch.arange(2)[:, None] * inv_freq
+    return x * torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def found(function, inputs=INPUTS, arguments=slice(0, 4)) -> list[int]:
+    """The positions of the inputs that may be the timestep."""
+    gm = exported(function, *inputs)
+    nodes = placeholders(gm)
+    return [nodes.index(node) for node in find_timesteps(set(nodes[arguments]))]
+
+
+TIMESTEPS = {
+    "an embedding": lambda x, t, o, y, w, e, f: x + embedding(t),
+    "a scaled one": lambda x, t, o, y, w, e, f: x + embedding(1000 - t * 999),
+    "in half precision": lambda x, t, o, y, w, e, f: x + embedding(t.half()),
+    "expanded": lambda x, t, o, y, w, e, f: x + embedding(t[:1].expand(2)),
+    "beside a label": lambda x, t, o, y, w, e, f: x + embedding(t) + F.embedding(y, e),
+    "beside rotary tables": lambda x, t, o, y, w, e, f: rotary(x, f) + embedding(t),
+    "beside another scalar": lambda x, t, o, y, w, e, f: x * o[:, None] + embedding(t),
+    "then a network": lambda x, t, o, y, w, e, f: F.linear(F.silu(F.linear(embedding(t), w)), w) + x,
+}
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+def test_found(name):
+    assert found(TIMESTEPS[name]) == [1]
+
+
+def test_a_scalar_timestep():
+    inputs = (X, torch.tensor(0.5), *INPUTS[2:])
+    assert found(lambda x, t, *rest: x + embedding(t), inputs) == [1]
+
+
+def test_a_guidance_scale_is_a_candidate_too():
+    """It is embedded as the timestep is."""
+    assert found(lambda x, t, o, y, w, e, f: x + F.silu(embedding(o) @ w) + embedding(t)) == [1, 2]
+
+
+NEAR_MISSES = {
+    "a sine alone": lambda x, t, o, y, w, e, f: x + t[:, None].sin(),
+    "frequencies of rotary positions alone": lambda x, t, o, y, w, e, f: rotary(x, f) + t[:, None],
+    "a learned embedding": lambda x, t, o, y, w, e, f: x + F.embedding(y, e).sin() + F.embedding(y, e).cos(),
+    "sines behind a linear layer": lambda x, t, o, y, w, e, f: (h := F.linear(t.repeat(4), w)).sin() + h.cos() + x,
+    "sines of the picture": lambda x, t, o, y, w, e, f: x.sin() + x.cos() + t[:, None],
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name):
+    assert found(NEAR_MISSES[name]) == []
+
+
+def test_a_buffer_is_no_timestep():
+    """Frequencies reach a sine and a cosine as well, but are none of the model's arguments."""
+    assert found(lambda x, t, o, y, w, e, f: rotary(x, f), arguments=slice(0, 7)) == [6]
+    assert found(lambda x, t, o, y, w, e, f: rotary(x, f)) == []
