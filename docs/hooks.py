@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from moeca_compile.config import RECIPES, MoecaConfig, NotAllowedError
@@ -12,20 +11,10 @@ from moeca_compile.config import RECIPES, MoecaConfig, NotAllowedError
 PLACE = "<!-- options -->"
 """Where the page of options has its tables."""
 
+RECIPE = {"recipe": ("Recipe", "What cache steps reuse. It also sets the values of options that are left unset.")}
+
 _PROBES: tuple[object, ...] = ((), (object(),), object())
 """Values that checks refuse. An empty list comes first: the refusal of one says the most of a list's items."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One field of MoecaConfig as the page shows it; all but `group` and `name` is Markdown."""
-
-    group: str
-    name: str
-    allowed: str
-    default: str
-    presets: str
-    doc: str
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -35,36 +24,24 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def options_markdown() -> str:
     """All options, group by group, each with an anchor of its name."""
-    parts: list[str] = []
-    group = None
-    for option in options():
-        if option.group != group:
-            group = option.group
-            parts.append(f"## {group}")
-        lines = [f"### `{option.name}` {{ #{option.name} }}", option.doc]
-        lines.append(f"**Allowed:** {option.allowed}. **Default:** {option.default}{option.presets}.")
-        parts += lines
-    return "\n\n".join(parts)
-
-
-def options() -> Iterator[Option]:
-    """The options in the order of their groups."""
-    fields = dataclasses.fields(MoecaConfig)
-    written = _from_docstring(MoecaConfig.__doc__ or "")
-    found = []
-    for field in fields:
-        group, doc = written.get(field.name, ("", ""))
-        group, doc = field.metadata.get("group", group), field.metadata.get("doc", doc)
-        found.append(
-            Option(group, field.name, _allowed(field), _code(_default(field)), _presets(field), _sentence(doc))
+    written = _from_docstring(MoecaConfig.__doc__ or "") | RECIPE
+    groups: dict[str, list[str]] = {}
+    for field in dataclasses.fields(MoecaConfig):
+        group, doc = (
+            written[field.name] if field.name in written else (field.metadata["group"], field.metadata["doc"])
         )
-    order = list(dict.fromkeys(option.group for option in found))
-    return iter(sorted(found, key=lambda option: order.index(option.group)))
+        groups.setdefault(group, []).append(_option(field, doc))
+    return "\n\n".join(part for group, texts in groups.items() for part in (f"## {group}", *texts))
+
+
+def _option(field: dataclasses.Field[Any], doc: str) -> str:
+    facts = f"**Allowed:** {_allowed(field)}. **Default:** {_code(_default(field))}{_presets(field)}.{_users(field)}"
+    return f"### `{field.name}` {{ #{field.name} }}\n\n{_marked(doc)}\n\n{facts}"
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:
     if field.name == "recipe":
-        return ", ".join(f"`{name}`" for name in RECIPES)
+        return ", ".join(map(_code, RECIPES))
     for value in _PROBES:
         try:
             field.metadata["check"](value)
@@ -87,15 +64,25 @@ def _presets(field: dataclasses.Field[Any]) -> str:
     if field.name == "recipe":
         return ""
     values = {name: getattr(MoecaConfig(recipe=name), field.name) for name in RECIPES}
-    others = [f"{_code(value)} in `{name}`" for name, value in values.items() if value != _default(field)]
+    others = [f"{_code(value)} in {_code(name)}" for name, value in values.items() if value != _default(field)]
     return "; " + ", ".join(others) if others else ""
+
+
+def _users(field: dataclasses.Field[Any]) -> str:
+    """Which recipes heed the option, where not all of them do."""
+    heed = [name for name, policy in RECIPES.items() if field.name in getattr(policy, "options", [field.name])]
+    if field.name == "recipe" or len(heed) == len(RECIPES):
+        return ""
+    but_none = {*RECIPES} - {*heed} == {"none"}
+    names = 'all but `"none"`' if but_none else ", ".join(map(_code, heed))
+    return f" **For:** {names}."
 
 
 def _code(value: Any) -> str:
     return f"`{value!r}`".replace("'", '"')
 
 
-def _sentence(doc: str) -> str:
+def _marked(doc: str) -> str:
     """The doc as Markdown: values and the names of options in code, where they are not yet."""
     names = "|".join(field.name for field in dataclasses.fields(MoecaConfig) if "_" in field.name)
     plain, *rest = re.split("(`[^`]*`)", " ".join(doc.split()))

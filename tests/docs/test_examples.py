@@ -32,8 +32,8 @@ def run(folder: Path, pages: dict[str, str], *options: str) -> subprocess.Comple
     files = [folder / f"{name}.py" for name in pages]
     for file, text in zip(files, pages.values(), strict=True):
         file.write_text(program(text))
-    own = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "tests.conftest", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", *own, *options, *map(str, files)]
+    as_tests = ["-c", "pyproject.toml", "--rootdir", ".", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *as_tests, *options, *map(str, files)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
