@@ -38,7 +38,7 @@ GRADIENTS = (
 )
 BREAK = (
     "{0}: the graph breaks here ({1}): the model is compiled in parts, as torch.compile would, and nothing is cached "
-    "across the break. If this is MoE dispatch, docs/adding-an-idiom.md says how to teach moeca_compile to trace it"
+    "across the break. If this is MoE dispatch, docs/extending/idiom.md says how to teach moeca_compile to trace it"
 )
 TRAINING = "the model is in training mode, so the original runs and nothing is cached: call model.eval() first"
 

@@ -41,7 +41,7 @@ def picture(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 STAGES = {
-    "1 capture": ("Dynamo traces the model; MoE", "dispatch becomes marker ops"),
+    "1 capture": ("Dynamo traces the model, with", "marker ops for MoE dispatch"),
     "2 export": ("Dynamo's graph becomes", "functional ATen ops"),
     "3 normalize": ("one spelling for attention,", "views and linear layers"),
     "4 match": ("routers, experts, attentions", "and feed-forwards are found"),
@@ -57,7 +57,7 @@ def pipeline() -> str:
     for i, (name, lines) in enumerate(STAGES.items()):
         x, y = 30 + 242 * (i % 4), 58 + 122 * (i // 4)
         parts += [box(x, y, 218, 84), text(x + 14, y + 27, name, 16, weight=600)]
-        parts += [text(x + 14, y + 49 + 19 * j, line, 13, MUTED) for j, line in enumerate(lines)]
+        parts += [text(x + 14, y + 49 + 19 * j, line, 14, MUTED) for j, line in enumerate(lines)]
         if i % 4 < 3:
             parts.append(arrow((x + 218, y + 42), (x + 241, y + 42)))
     parts.append(arrow((865, 142), (865, 161), (139, 161), (139, 179)))
@@ -77,9 +77,9 @@ def pipeline() -> str:
         text(497, 455, "caches of this generation and stream", 15, weight=600, at="middle"),
     ]
     parts.append(
-        text(30, 500, "A full step runs the model as it is and fills the caches. A cache step reads them", 13, MUTED)
+        text(30, 500, "A full step runs the model as it is and fills the caches. A cache step reads them", 14, MUTED)
     )
-    parts.append(text(30, 518, "and computes little or nothing of attention and experts anew.", 13, MUTED))
+    parts.append(text(30, 518, "and computes little or nothing of attention and experts anew.", 14, MUTED))
     return picture(994, 536, "The stages of compilation, and the steps that run afterwards", parts)
 
 
@@ -105,30 +105,30 @@ BLOCK = {
 
 def cache_step() -> str:
     parts = [text(30, 38, "One block on a cache step of the recipe moeca", 16, weight=600)]
-    parts += [box(612, 22, 18, 18, COMPUTED), text(638, 36, "computed now", 13), box(762, 22, 18, 18, CACHED)]
-    parts.append(text(788, 36, "read from the cache", 13))
+    parts += [box(612, 22, 18, 18, COMPUTED), text(638, 36, "computed now", 14), box(762, 22, 18, 18, CACHED)]
+    parts.append(text(788, 36, "read from the cache", 14))
     for i, (name, (strips, *lines)) in enumerate(BLOCK.items()):
         x = 30 + 242 * i
         parts += [box(x, 62, 214, 158), text(x + 14, 88, name, 16, weight=600)]
-        parts += [text(x + 14, 108 + 17 * j, line, 13, MUTED) for j, line in enumerate(lines)]
+        parts += [text(x + 14, 108 + 17 * j, line, 14, MUTED) for j, line in enumerate(lines)]
         for j, (words, fill) in enumerate(strips):
-            parts += [box(x + 10, 139 + 38 * j, 194, 30, fill), text(x + 20, 159 + 38 * j, words, 13)]
+            parts += [box(x + 10, 139 + 38 * j, 194, 30, fill), text(x + 20, 159 + 38 * j, words, 14)]
         if i < 3:
             parts.append(arrow((x + 214, 141), (x + 241, 141)))
     parts.append(f'<path d="M30 318 L952 318" stroke="{INK}" stroke-width="3" marker-end="url(#end)"/>')
-    parts.append(text(30, 345, "residual stream (batch, tokens, width)", 13, MUTED))
+    parts.append(text(30, 345, "residual stream (batch, tokens, width)", 14, MUTED))
     for x, up, gate in ((137, 0, ""), (560, 674, "attention gate"), (800, 910, "MLP gate")):
         parts.append(arrow((x, 316), (x, 222)))
         if up:
             parts.append(arrow((up, 221), (up, 303)))
             parts.append(f'<circle cx="{up}" cy="318" r="13" fill="{CARD}" stroke="{INK}" stroke-width="2"/>')
             parts.append(text(up, 325, "+", 20, weight=600, at="middle"))
-            parts.append(text(up - 10, 268, f"x {gate}", 13, MUTED, at="end"))
+            parts.append(text(up - 10, 268, f"x {gate}", 14, MUTED, at="end"))
     parts.append(
-        text(30, 385, "Gates, router weights, embedding and head are always those of the current step.", 13, MUTED)
+        text(30, 385, "Gates, router weights, embedding and head are always those of the current step.", 14, MUTED)
     )
     words = "moeca-forecast extrapolates cached values along the timestep; only the router is computed."
-    parts.append(text(30, 405, words, 13, MUTED))
+    parts.append(text(30, 405, words, 14, MUTED))
     return picture(994, 424, "One block of the model on a cache step", parts)
 
 

@@ -75,6 +75,17 @@ def test_what_a_page_refers_to_exists(page):
     assert broken(page) == []
 
 
+@pytest.mark.parametrize("folder", ["bench", "moeca_compile"])
+def test_pages_that_warnings_and_docstrings_name_exist(folder):
+    named = {
+        (str(file.relative_to(ROOT)), page)
+        for file in (ROOT / folder).rglob("*.py")
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text())
+    }
+    assert len(named) > 0
+    assert [each for each in sorted(named) if not (ROOT / each[1]).exists()] == []
+
+
 FAULTS = {
     "a page that is not there": ("[it](nowhere.md)", "nowhere.md"),
     "an anchor that is not there": ("# Here\n[it](#there)", "#there"),
