@@ -36,7 +36,17 @@ def options_markdown() -> str:
 
 def _option(field: dataclasses.Field[Any], doc: str) -> str:
     facts = f"**Allowed:** {_allowed(field)}. **Default:** {_code(_default(field))}{_presets(field)}.{_users(field)}"
-    return f"### `{field.name}` {{ #{field.name} }}\n\n{_marked(doc)}\n\n{facts}"
+    table = _recipes() if field.name == "recipe" else ""
+    return f"### `{field.name}` {{ #{field.name} }}\n\n{_marked(doc)}\n\n{facts}{table}"
+
+
+def _recipes() -> str:
+    """What each recipe reuses, where its policy says so."""
+    reused: dict[str, list[str]] = {}
+    for name, policy in RECIPES.items():
+        reused.setdefault(getattr(policy, "reuses", ""), []).append(name)
+    rows = [f"| {', '.join(map(_code, names))} | {what} |" for what, names in reused.items() if what]
+    return "\n\n" + "\n".join(["| recipe | a cache step reuses |", "|---|---|", *rows]) if rows else ""
 
 
 def _allowed(field: dataclasses.Field[Any]) -> str:
