@@ -303,7 +303,7 @@ def test_dispatch_that_no_idiom_knows_runs_right_with_one_warning(model, without
         assert_near(generate(fast), generate(model))
     assert len(texts) == 1, texts
     assert "test_backend.py:" in texts[0]
-    assert "adding-an-idiom" in texts[0]
+    assert "docs/extending/idiom.md" in texts[0]
     found = report(fast)
     assert any("test_backend.py:" in broken.where for broken in found.graph_breaks)
     assert any("test_backend.py:" in warning for warning in found.warnings)

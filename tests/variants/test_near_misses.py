@@ -330,4 +330,4 @@ def test_an_unknown_idiom_is_told_with_its_place_and_what_to_do():
     run = refused(with_mlp(Membership(*(SwiGLU(WIDTH, 12) for _ in range(EXPERTS)))), "no idiom matches it")
     _, line = inspect.getsourcelines(Membership.forward)
     assert f"{__file__}:{line}: Membership.forward" in run.warnings[0]
-    assert "docs/adding-an-idiom.md" in run.warnings[0]
+    assert "docs/extending/idiom.md" in run.warnings[0]
