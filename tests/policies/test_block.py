@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from moeca_compile.passes.match.regions import Regions
@@ -23,7 +25,7 @@ def test_a_block_is_its_attention_and_its_feed_forward(regions):
     for (before, after), attention in zip(blocks, regions.attentions, strict=True):
         assert before is attention.residual.stream
         assert next(r for r in regions.residuals if r.add is after).stream is attention.residual.add
-    assert all(after is before for (_, after), (before, _) in zip(blocks, blocks[1:], strict=False))
+    assert all(after is before for (_, after), (before, _) in pairwise(blocks))
 
 
 def test_attentions_and_feed_forwards_without_each_other_are_blocks_too(regions):
