@@ -159,4 +159,4 @@ def _new_folder(root: Path) -> Path:
 
 
 def _write(folder: Path, title: str, body: str) -> None:
-    (folder / "index.html").write_text(_PAGE.format(title=escape(title), body=body), encoding="utf-8")
+    (folder / "index.html").write_text(_PAGE.format(title=title, body=body), encoding="utf-8")
