@@ -20,6 +20,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
 from moeca_compile.notes import Notes, first_line
+from moeca_compile.passes.dump import open_dump
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.normalize.scalar_inputs_to_tensors import scalar_inputs_to_tensors
@@ -91,20 +92,24 @@ def compile_graph(
     export: Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule] = to_functional_aten,
 ) -> CompiledGraph:
     """A captured graph at the shapes of `inputs`, exported, normalized, matched, validated and planned."""
-    device = device_of(inputs)
+    device, dump = device_of(inputs), open_dump(config.dump)
     with notes.timed("capture"):
+        dump.graph("dynamo", captured.gm)
         exported = export(captured.gm, inputs)
+        dump.graph("exported", exported)
         module, uploaded = to_one_device(exported, inputs, captured.arguments, device)
         inputs = upload_all(inputs, uploaded, device)
     with notes.timed("match"):
-        normalize(module.graph)
+        notes.add_matches(normalize(module.graph, dump.after_pass))
         regions = match_regions(module.graph, captured.argument_nodes(module.graph))
+        dump.regions("matched", module.graph, regions)
     with notes.timed("validate"):
         regions = sound_regions(module.graph, regions, config, inputs, notes)
     with notes.timed("plan"):
         plan = fallback.uncached_where_idle(plan_steps(module.graph, regions, config), captured, config, notes)
-    waits = why_experts_wait(regions, device, notes)
-    return CompiledGraph(captured, module, device, stream_dtype(regions, inputs), uploaded, plan, config, waits)
+        dump.regions("planned", module.graph, plan.regions)
+    waits, dtype = why_experts_wait(regions, device, notes), stream_dtype(regions, inputs)
+    return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
 
 
 def compile_step(
@@ -121,10 +126,13 @@ def compile_step(
     try:
         with notes.timed("rewrite"):
             traced = trace_step(function, inputs, state, coefficients)
+            compiled.dump.graph(
+                f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
+            )
         with notes.timed("lower"):
             # A step that recomputes nothing is a chain of sums: cut apart it took half as long again.
             whole = not (kind.attention or kind.experts or kind.capacity)
-            step = lower_step(traced, compiled.config.lowering, whole)
+            step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
         with notes.timed("validate"):
             sound = same_step(compiled, kind, step, inputs, state, coefficients, notes)
     except Exception as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from moeca_compile.passes.runner import PassResult
 
 
 @dataclass
@@ -28,6 +30,11 @@ class Notes:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - start
+
+    def add_matches(self, results: Iterable[PassResult]) -> None:
+        """Add up how many places the normalizing passes rewrote."""
+        for result in results:
+            self.matches[result.name] += result.matches
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, step_function
@@ -61,6 +62,7 @@ class CompiledGraph:
         plan: what is cached, and what that costs.
         config: the options in force.
         waits: why the experts' ops wait for the host at every step; None where they do not.
+        dump: where its stages are shown.
     """
 
     captured: CapturedGraph
@@ -71,6 +73,7 @@ class CompiledGraph:
     plan: Plan
     config: MoecaConfig
     waits: str | None = None
+    dump: Dump = field(default_factory=Dump)
 
     @property
     def caching(self) -> bool:
@@ -93,6 +96,11 @@ class CompiledGraph:
         """The positions of the inputs that may be the timestep."""
         places = {node: i for i, node in enumerate(self.placeholders)}
         return [places[node] for node in self.regions.timesteps]
+
+    def input_names(self, state_names: Sequence[str], inputs: Sequence[Any]) -> list[str]:
+        """What to call the inputs of a traced step: those of the model that are tensors, its caches, coefficients."""
+        names = [name for name, value in zip(self.captured.names, inputs, strict=True) if isinstance(value, Tensor)]
+        return [*names, *state_names, "coefficients"]
 
     def function(self, kind: StepKind) -> StepFunction:
         """The step of this kind as an eager function; it may change some of the state in place."""

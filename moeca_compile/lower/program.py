@@ -94,12 +94,15 @@ def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> 
         yield constants[position] if position in constants else next(given)
 
 
-def lower_step(traced: TracedStep, lowering: str, whole: bool) -> CompiledStep:
+def lower_step(
+    traced: TracedStep, lowering: str, whole: bool, on_code: Callable[[str], None] | None = None
+) -> CompiledStep:
     """Compile the traced graph.
 
     Args:
         lowering: "inductor", or "eager" to run the graph op by op.
         whole: compile it as a whole, else partitions of it that are alike once.
+        on_code: is given the path of each file of code that Inductor wrote.
     """
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
@@ -108,5 +111,5 @@ def lower_step(traced: TracedStep, lowering: str, whole: bool) -> CompiledStep:
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     with compiled_side_by_side():
-        compiled = {subgraph: compile_graph(subgraph.module(), subgraph.examples()) for subgraph in distinct}
+        compiled = {each: compile_graph(each.module(), each.examples(), on_code) for each in distinct}
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .text import binary_bytes, count, flop_count, percent, plural, seconds
+from moeca_compile.text import binary_bytes, count, flop_count, percent, plural, seconds
 
 KINDS = ("router", "experts", "attention", "feedforward")
 

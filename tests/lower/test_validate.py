@@ -148,7 +148,9 @@ def test_the_tolerance_is_the_users(graph):
 
 def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     monkeypatch.undo()  # traced programs, not eager steps
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
+    monkeypatch.setattr(
+        program, "compile_graph", lambda gm, inputs, on_code=None: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]]
+    )
     engine, loop, told = prepared(graph)
     assert told == []
     with pytest.warns(UserWarning, match="Inductor"):
@@ -156,7 +158,7 @@ def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
             (found,) = engine(*graph.arguments(**arguments))
     assert set(loop.steps) >= {StepKind()}
     expected = graph.engine(validate=False)
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: gm)
     for arguments in calls(model, 2):
         (right,) = expected(*graph.arguments(**arguments))
     torch.testing.assert_close(found, right, atol=1e-5, rtol=0)

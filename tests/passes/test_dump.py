@@ -11,11 +11,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moeca_compile._torch_private import compile_graph
-from moeca_compile.config import ConfigError
+from moeca_compile.options import ConfigError
+from moeca_compile.passes.dump import Dump, open_dump
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.runner import PassResult, normalize
-from moeca_compile.reporting.dump import Dump, open_dump
 from tests.harness import Captured, captured, exported, placeholders
 from tests.models import Attention, make_inputs, make_model
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from moeca_compile.passes.export import to_functional_aten
+from moeca_compile.passes.graph_text import graph_text, region_marks
 from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.match.regions import Regions, Skipped
 from moeca_compile.passes.runner import normalize
-from moeca_compile.reporting.graph_text import graph_text, region_marks
 from tests.harness import Captured, exported, placeholders
 
 

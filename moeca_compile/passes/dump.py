@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import count
 from pathlib import Path
 
 from torch import fx
 
-from moeca_compile.config import ConfigError
+from moeca_compile.options import ConfigError
+from moeca_compile.passes.graph_text import graph_text, region_marks
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.runner import PassResult
-from moeca_compile.reporting.graph_text import graph_text, region_marks
-from moeca_compile.reporting.text import plural, seconds
+from moeca_compile.text import plural, seconds
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,10 @@ class Dump:
 
     def code(self, stage: str, path: str | Path) -> None:
         """Show the code that Inductor wrote to a file of its own."""
+
+    def code_of(self, step: str) -> Callable[[str], None] | None:
+        """What takes the paths of a step's code; None where nobody wants them."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,18 @@ class FolderDump(Dump):
         code = Path(path).read_text(encoding="utf-8")
         self._add(stage, f"# copied from {path}\n{code}", plural(code.count("\n"), "line"), f"copied from {path}")
 
+    def code_of(self, step: str) -> Callable[[str], None] | None:
+        return partial(self.code, f"code {step}")
+
     def _add(self, name: str, text: str, size: str, note: str) -> None:
+        """Write a stage. A disk that is full must not stop the compilation that it is to explain."""
         file = f"{len(self.stages):02}-{re.sub('[^a-zA-Z0-9_+]+', '-', name).strip('-')}.txt"
-        (self.folder / file).write_text(text, encoding="utf-8")
-        self.stages.append(_Stage(name, file, size, note))
-        self._write_page()
-        log.debug("wrote %s", self.folder / file)
+        try:
+            (self.folder / file).write_text(text, encoding="utf-8")
+            self.stages.append(_Stage(name, file, size, note))
+            self._write_page()
+        except OSError as error:
+            log.warning("%s could not be written: %s", self.folder / file, error)
 
     def _write_page(self) -> None:
         rows = [
@@ -141,8 +152,8 @@ def open_dump(folder: str | Path | None) -> Dump:
         links = [f'<li><a href="{path.name}/index.html">{path.name}</a></li>' for path in graphs]
         _write(root, "Compiled graphs", "\n".join(["<ul>", *links, "</ul>"]))
     except OSError as error:
-        allowed = f"None or a folder that can be made and written to ({error.strerror})"
-        raise ConfigError("dump", str(folder), allowed) from error
+        reason = f"allowed is None or a folder that can be made and written to ({error.strerror})"
+        raise ConfigError("dump", str(folder), reason) from error
     log.debug("graphs are dumped to %s", dump.folder)
     return dump
 
