@@ -88,7 +88,8 @@ def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: li
     try:
         plan = plan_for(body, rows, own[0])
     except UnsupportedError:
-        return torch.cat([bodies.run(body, [x[a:b] for x in rows], list(p)) for (a, b), p in zip(groups, own)])
+        each_rows = ([value[start:end] for value in rows] for start, end in groups)
+        return torch.cat([bodies.run(body, x, list(p)) for x, p in zip(each_rows, own, strict=True)])
     return run_steps(plan, dict(zip(plan.rows, rows, strict=True)), AtenProvider(parameter_values(plan, own), groups))
 
 

@@ -9,8 +9,8 @@
         cache[n, j] = expert_index[c, j](rows[c]) - ratio * slope[n, j]    where mask[c, j], with n = chosen[c]
         combined[n] = sum_j weight[n, j] * (cache[n, j] + ratio * slope[n, j])
 
-A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has a slot for each of a
-token's k branches and is written inside `refresh_fixed_k` only.
+A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has a slot for each of
+a token's k branches and is written inside `refresh_fixed_k` only.
 
 Each op is one plain function of ATen ops that runs on any device, registered under the op's schema. It is the
 contract that `ops.triton.fixed_k`, which runs in its place on CUDA, is tested against. Shapes alone come from the

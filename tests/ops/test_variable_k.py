@@ -75,7 +75,7 @@ def test_all_branches_are_combined_and_the_first_are_cached(case: Case, slots: i
 
 
 def refreshed_by_loop(case: Case, place, mask, pool, slope, ratio):
-    """As `refresh_variable_k`: branch by branch. Returns the output and the places; `pool` and `slope` are written."""
+    """As `refresh_variable_k`: branch by branch. Returns output and places; `pool` and `slope` are written."""
     place = place.clone()
     new = [branch for branch in branches_of(mask) if not place[branch]]
     holders = {int(place[branch]): branch for branch in branches_of(place > 0)}

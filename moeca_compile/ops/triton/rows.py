@@ -134,7 +134,8 @@ def write_outputs(
         slope: like the cache, or None; then `ratio` and `matched` are not read.
         ratio: scalar, how far the forecast reaches.
         matched: (M,) by place, whether its slope holds.
-        chosen: (B, C) tokens of the rows; slots: (M,) int32 by place, -1 for branches that are not cached. One of them.
+        chosen: (B, C) tokens of the rows, or
+        slots: (M,) int32 by place, -1 for branches that are not cached.
 
     Returns:
         (M,) float32 norms by place, 0 where nothing was recomputed.

@@ -1,8 +1,8 @@
 """`variable_k_outputs` and `refresh_variable_k` by kernels (ops.variable_k has their contract).
 
-How many branches there are is known from the data only, so the buffers between the kernels have room for all T * E of
-them; kernels stop at the branches that there are, so what is paid for the rest is memory: T * E * (hidden + 2 * width)
-elements, given back when the op ends. Places in the pool are found with plain ops of static shape.
+Only the data say how many branches there are, so the buffers between the kernels have room for all T * E of them;
+kernels stop at the branches that there are, and the rest costs memory: T * E * (hidden + 2 * width) elements, given
+back when the op ends. Places in the pool are found with plain ops of static shape.
 """
 
 from __future__ import annotations

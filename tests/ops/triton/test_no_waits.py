@@ -1,4 +1,4 @@
-"""The ops on CUDA call nothing that would ask a device for numbers; the ATen functions, which do, are found by the same check."""
+"""The ops on CUDA call nothing that would ask a device for numbers; the same check finds the ATen functions out."""
 
 from __future__ import annotations
 
