@@ -63,6 +63,10 @@ class GroupedProduct:
     def rows(self) -> fx.Node:
         return self.slices[0].rows
 
+    @property
+    def reads(self) -> list[fx.Node]:
+        return [node for each in self.slices for node in each.reads]
+
 
 @dataclass(frozen=True)
 class RowOp:
@@ -70,6 +74,10 @@ class RowOp:
 
     node: fx.Node
     reads_parameters: bool
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        return self.node.all_input_nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,7 @@ class BodyPlan:
         output: the node that is returned.
         inner: sizes of the rows of each value, without the number of rows.
         per_expert: nodes that are computed for each expert from its parameters, in order.
+        last_read: for each step, the values on rows that no later one reads: their memory is the next step's.
     """
 
     steps: tuple[GroupedProduct | RowOp, ...]
@@ -89,6 +98,7 @@ class BodyPlan:
     output: fx.Node
     inner: dict[fx.Node, tuple[int, ...]]
     per_expert: tuple[fx.Node, ...]
+    last_read: tuple[tuple[fx.Node, ...], ...]
 
 
 _plans: dict[Hashable, BodyPlan | str] = {}
@@ -185,7 +195,10 @@ class Planner:
         if output not in self.by_row or len(inner[output]) != 1:
             raise UnsupportedError(f"an expert's output has the shape (rows, *{inner[output]})")
         fixed = tuple(n for n in self.graph.nodes if n.op == "call_function" and n in self.planned - self.by_row)
-        return BodyPlan(tuple(self.steps), rows, parameters, output, inner, fixed)
+        last = {node: number for number, step in enumerate(self.steps) for node in step.reads if node in self.by_row}
+        last.pop(output, None)
+        last_read = tuple(tuple(n for n, at in last.items() if at == number) for number in range(len(self.steps)))
+        return BodyPlan(tuple(self.steps), rows, parameters, output, inner, fixed, last_read)
 
     def _depend_on(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
         found = set(nodes)
@@ -203,8 +216,7 @@ class Planner:
             return
         self.check(node)
         step = self.step(node) if node in self.by_row else None
-        read = {n for each in step.slices for n in each.reads} if isinstance(step, GroupedProduct) else None
-        for source in read or node.all_input_nodes:
+        for source in step.reads if step is not None else node.all_input_nodes:
             self.need(source)
         if step is not None:
             self.steps.append(step)

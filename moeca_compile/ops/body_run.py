@@ -30,14 +30,19 @@ class Provider(Protocol):
 
 
 def run_steps(plan: BodyPlan, values: Values, provider: Provider) -> Tensor:
-    """The output (M, width) of a plan, by position in the sorted rows; `values` has those of the inputs."""
-    for step in plan.steps:
+    """The output (M, width) of a plan, by position in the sorted rows.
+
+    `values` has those of the inputs, and loses each that is read no more.
+    """
+    for step, done in zip(plan.steps, plan.last_read, strict=True):
         if isinstance(step, GroupedProduct):
             values[step.node] = provider.product(step, values)
         elif step.reads_parameters:
             values[step.node] = provider.row_op(step.node, values)
         else:
             values[step.node] = call(step.node, values.__getitem__)
+        for node in done:
+            values.pop(node, None)
     out: Tensor = values[plan.output]
     return out
 
