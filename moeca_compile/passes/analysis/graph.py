@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
 from moeca_compile.ops.aten import CASTS
 
 aten = torch.ops.aten
