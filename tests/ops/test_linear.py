@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from moeca_compile.lower.program import Program
 from moeca_compile.ops import bodies
+from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.linear import grouped_linear, linear
 from moeca_compile.passes.rewrite.step_function import StepResult
@@ -144,7 +145,7 @@ def test_bodies_by_expert(per_expert_scale):
     parameters = [torch.randn(shape) for _ in range(3) for shape in shapes]
     key = aten_body(body, torch.randn(2, 4), *parameters[:4])
     rows, offsets = torch.randn(6, 4), torch.tensor([0, 2, 2, 6])
-    found = bodies.run_by_expert(key, [rows], offsets, parameters, 3)
+    found = run_by_expert(key, [rows], offsets, parameters, 3)
     expected = torch.cat([body(rows[:2], *parameters[:4]), body(rows[2:], *parameters[8:])])
     torch.testing.assert_close(found, expected)
 

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile._torch_private import fake_mode_of
-from moeca_compile.ops import attention, bodies, fixed_k, linear, variable_k  # noqa: F401  (define the ops named below)
+from moeca_compile.ops import attention, fixed_k, linear, variable_k  # noqa: F401  (define the ops named below)
+from moeca_compile.ops.body_plan import flops_per_row
 from moeca_compile.passes.analysis.graph import is_pointwise
 
 moeca = torch.ops.moeca
@@ -98,8 +99,7 @@ def _per_branch(node: fx.Node) -> int:
     given = dict(zip(names, _values(node.args), strict=False))
     rows, parameters = given["rows"], given["parameters"]
     experts = given["experts"] if "experts" in given else given["routed"].shape[-1]
-    body = bodies.graph(given["body"])
-    return _counted(body, (*rows, *parameters[: len(parameters) // experts]), {}) // max(1, len(rows[0]))
+    return flops_per_row(given["body"], rows, parameters[: len(parameters) // experts])
 
 
 def _values(arguments: Any) -> Any:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import VIEWS
 from moeca_compile.passes.analysis.graph import shape_of
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def collapse_views(graph: fx.Graph) -> int:

@@ -20,21 +20,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_compile.passes.analysis.graph import CASTS, ancestors, argument, shape_of
+from moeca_compile.ops.aten import CASTS, NORMS, RESHAPES, SDPA, SOFTMAXES
+from moeca_compile.passes.analysis.graph import ancestors, argument, shape_of
 from moeca_compile.passes.analysis.products import Product, product
 from moeca_compile.passes.normalize.insert import Inserted, permutation
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unflatten.int,
-    aten.flatten.using_ints,
-)
-_LAYERS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.conv1d.default, SDPA)
+_LAYERS = NORMS | {aten.linear.default, aten.conv1d.default, SDPA}
 _FACTORS = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: True, aten.div.Scalar: True}
 """Products and quotients of scores; True where the factor is the reciprocal."""
 
@@ -191,14 +183,14 @@ def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] |
     """(softmax, order, path): `node` is the softmax's result with its dims in this order."""
     order, path = list(range(len(shape_of(node)))), []
     dropped = False
-    while node.target not in _SOFTMAX:
+    while node.target not in SOFTMAXES:
         path.append(node)
         if (order_here := permutation(node)) is not None:
             order = [order_here[dim] for dim in order]
         elif node.target is aten.dropout.default:  # one that drops; the others are gone by now
             dropped = True
         elif not (node.target in CASTS or _regroups(node)):
-            if any(one.target in _SOFTMAX and _products_behind(one) for one in _near(node)):
+            if any(one.target in SOFTMAXES and _products_behind(one) for one in _near(node)):
                 raise UnclearError("its attention weights are changed before they meet the values")
             return None
         node = node.args[0]  # type: ignore[assignment]
@@ -218,7 +210,7 @@ def _near(node: fx.Node, steps: int = 3) -> set[fx.Node]:
 
 def _regroups(node: fx.Node) -> bool:
     """A view that leaves the last two dims, queries and keys, alone."""
-    if node.target not in _VIEWS:
+    if node.target not in RESHAPES:
         return False
     before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
     return min(len(before), len(after)) > 2 and before[-2:] == after[-2:]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from moeca_compile.passes.normalize.fuse_attention import SDPA
+from moeca_compile.ops.aten import SDPA
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}

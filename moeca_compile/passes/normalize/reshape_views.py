@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moeca_compile.passes.normalize.collapse_views import VIEWS
+from moeca_compile.ops.aten import VIEWS
 
 aten = torch.ops.aten
 

@@ -13,8 +13,9 @@ import operator
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import SPLITS
+
 aten = torch.ops.aten
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def split_to_slices(graph: fx.Graph) -> int:

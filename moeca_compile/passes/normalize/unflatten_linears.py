@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import VIEWS
 from moeca_compile.passes.analysis.graph import shape_of
-from moeca_compile.passes.normalize.collapse_views import VIEWS
 from moeca_compile.passes.normalize.insert import Inserted
 
 aten = torch.ops.aten

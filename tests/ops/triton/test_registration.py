@@ -19,8 +19,8 @@ from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured, captured
 from tests.models import make_inputs, make_model
 from tests.ops.triton import test_attention as attention_cases
-from tests.ops.triton import test_fixed_k as branch_cases
-from tests.ops.triton import test_variable_k as pair_cases
+from tests.ops.triton import test_fixed_k as fixed_k_cases
+from tests.ops.triton import test_variable_k as variable_k_cases
 from tests.ops.triton.cases import BODIES, BODY_ROUNDINGS, DEVICE, WIDTH, assert_within
 
 OPS = ("fixed_k_outputs", "refresh_fixed_k", "attend_rows", "variable_k_outputs", "refresh_variable_k")
@@ -39,8 +39,8 @@ def on_device(monkeypatch):
         yield lambda name: lambda *args: getattr(torch.ops.moeca, name).default.redispatch(keys, *args)
 
 
-def test_branch_ops(on_device):
-    found, expected = (branch_cases.make_case() for _ in range(2))
+def test_fixed_k_ops(on_device):
+    found, expected = (fixed_k_cases.make_case() for _ in range(2))
     out, norms = on_device("refresh_fixed_k")(*found.arguments())
     wanted, wanted_norms = torch.ops.moeca.refresh_fixed_k(*expected.arguments())
     for one, other in ((out, wanted), (norms, wanted_norms), (found.cache, expected.cache)):
@@ -52,8 +52,8 @@ def test_branch_ops(on_device):
     )
 
 
-def test_pair_ops(on_device):
-    case = pair_cases.make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
+def test_variable_k_ops(on_device):
+    case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
     body = case.body.key(case.dtype)
     arguments = (case.rows, case.routed, case.weight, case.parameters, body, WIDTH, case.slots)
     for one, other in zip(

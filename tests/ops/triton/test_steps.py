@@ -81,7 +81,7 @@ def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
 
 
 def test_expert_choice():
-    """A layer whose pairs of tokens and experts are counted by the data."""
+    """A layer of variable k, whose branches are counted by the data."""
     model = reduced("EC-DiT")
     graph = captured(model, *inputs_for(model))
     x, t, y = inputs_for(model, seed=5)
