@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from moeca_compile.lower.program import Program
+from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
@@ -159,11 +159,11 @@ def test_a_compiled_step_takes_all_but_narrow_linear_layers_so(outputs, target):
     def step(inputs, state, coefficients):
         return StepResult((F.linear(inputs[0], inputs[1]).relu(),), {}, None)
 
-    program = Program(step, [x, weight], {}, torch.zeros(2, 2))
+    traced = trace_step(step, [x, weight], {}, torch.zeros(2, 2))
     with torch.no_grad():
-        program.lower(whole=True)
-        assert [str(n.target) for n in program.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
-        torch.testing.assert_close(program([x, weight], {}, torch.zeros(2, 2)).outputs[0], F.linear(x, weight).relu())
+        lowered = lower_step(traced, "inductor", whole=True)
+        assert [str(n.target) for n in traced.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
+        torch.testing.assert_close(lowered([x, weight], {}, torch.zeros(2, 2)).outputs[0], F.linear(x, weight).relu())
 
 
 @pytest.mark.parametrize("bias", [False, True])

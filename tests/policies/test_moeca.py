@@ -198,10 +198,10 @@ def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, gr
 
 
 @pytest.mark.parametrize(
-    "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"]
+    "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast", "block"]
 )
 def test_full_steps_alone_are_the_model(model, graph, eager_steps, recipe):
-    engine = graph.engine(recipe=recipe, full_every=1)
+    engine = graph.engine(recipe=recipe, **({} if recipe == "none" else {"full_every": 1}))
     for arguments in trajectory(model):
         (output,) = engine(*graph.arguments(**arguments))
         torch.testing.assert_close(output, model(**arguments), atol=1e-5, rtol=0)
