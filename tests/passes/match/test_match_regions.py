@@ -43,7 +43,7 @@ def test_names_are_module_paths(regions):
     assert [e.name for e in regions.experts] == ["blocks.1.mlp", "blocks.3.mlp"]
     assert [f.name for f in regions.feedforwards] == ["blocks.0.mlp.fc2", "blocks.2.mlp.fc2"]
     (shared,) = regions.experts[0].shared
-    assert shared.name == "blocks.1.mlp.shared_experts.down_proj"
+    assert shared.name == "blocks.1.mlp.shared_expert.down_proj"
 
 
 def test_residuals_form_a_chain(regions):
