@@ -29,7 +29,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import ChainedSource, Source, TracingContext, tracing
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppCodeCache
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -211,13 +212,35 @@ def zero_all(tensors: Sequence[torch.Tensor]) -> None:
     torch._foreach_zero_(list(tensors))
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one."""
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], on_code: Callable[[str], None] | None = None
+) -> Callable[..., Any]:
+    """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one.
+
+    `on_code` is given the path of the file that this code is in. Inductor is then asked although AOTAutograd may have
+    the compiled graph in its cache, which does not say where its code is.
+    """
     # Inductor's cache of compiled graphs wants a shape environment, though all sizes are static.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    with torch.no_grad(), tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(gm, list(inputs))
+    with torch.no_grad(), tracing(TracingContext(mode)), ExitStack() as patches:
+        inner: Any = compile_fx_inner
+        if on_code is not None:
+            patches.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+            inner = _reporting_its_code(on_code)
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner)
     return compiled
+
+
+def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
+    """`compile_fx_inner`, which also gives `on_code` the path of the code that it wrote."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile_fx_inner(*args, **kwargs)
+        if isinstance(compiled, CompiledFxGraph):
+            on_code(compiled.write_to_disk())
+        return compiled
+
+    return inner
 
 
 @contextmanager

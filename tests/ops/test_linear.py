@@ -155,7 +155,7 @@ def test_bodies_by_expert(per_expert_scale):
 def test_a_compiled_step_takes_all_but_narrow_linear_layers_so(outputs, target):
     weight, x = torch.randn(outputs, 4), torch.randn(3, 4)
 
-    def step(inputs, state, clock):
+    def step(inputs, state, coefficients):
         return StepResult((F.linear(inputs[0], inputs[1]).relu(),), {}, None)
 
     program = Program(step, [x, weight], {}, torch.zeros(2, 2))

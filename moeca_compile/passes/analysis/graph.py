@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
+
 aten = torch.ops.aten
 
 CASTS = {
