@@ -6,6 +6,7 @@ what the runtime runs steps over; `compile_step` makes one kind of step of it, w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from moeca_compile.passes.runner import normalize
 from moeca_compile.plan import plan_steps
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, record_for
+
+_log = logging.getLogger(__name__)
 
 
 def moeca_backend(
@@ -136,6 +139,7 @@ def compile_step(
         with notes.timed("validate"):
             sound = same_step(compiled, kind, step, inputs, state, coefficients, notes)
     except Exception as error:
+        _log.debug("compiling %s steps failed", kind.name, exc_info=True)
         notes.warn(f"{kind.name} steps could not be compiled and run op by op, slower ({first_line(error)})")
         return function
     return step if sound else function

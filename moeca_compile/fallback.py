@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from moeca_compile.notes import Notes
 from moeca_compile.ops.markers import MARKERS
 from moeca_compile.plan import Plan
 from moeca_compile.runtime.record import Record
+
+_log = logging.getLogger(__name__)
 
 GRADIENTS = (
     "gradients are enabled, so nothing is cached and the original model runs: call it under torch.no_grad() or "
@@ -47,6 +50,7 @@ def runs_as_it_was(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) ->
     """Whether a graph is left to torch.compile: under autograd, in training, or without anything to rewrite."""
     reason = _why_original(inputs, record)
     if reason is not None:
+        _log.debug("a graph of %d nodes is left to torch.compile: %s", len(gm.graph.nodes), reason)
         record.notes.warn(reason)
         return True
     _note_breaks(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import defaultdict
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from moeca_compile.passes.runner import PassResult
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,7 +32,9 @@ class Notes:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds[stage] += spent
+            _log.debug("%s: %.3f s", stage, spent)
 
     def add_matches(self, results: Iterable[PassResult]) -> None:
         """Add up how many places the normalizing passes rewrote."""

@@ -6,6 +6,7 @@ lowering made of a graph, when a step is first used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,6 +22,8 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult, step_function
+
+_log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Greatest error that passes. For float32 and float64 it is the greatest difference over the greatest magnitude;
@@ -88,6 +91,7 @@ def _fault(
             compare("recomputed" if capacity else "reused", again)
     except Exception as error:
         # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
+        _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
         return first_line(error)
     return None
 

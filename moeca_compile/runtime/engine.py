@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime.loop import StepLoop
+
+_log = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
 """Input shapes for which compiled graphs are kept."""
@@ -66,6 +69,7 @@ class Engine:
         key = (*(_signature(v) for v in self._of_model(inputs, False)), self._first_weight(inputs))
         with self._lock:
             if key not in self.loops:
+                _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
                 compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
                 self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes)
                 if len(self.loops) > self.most_shapes:

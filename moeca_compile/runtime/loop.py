@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.session import Position, Sessions, Stream
 from moeca_compile.runtime.tallies import Tallies
 from moeca_compile.runtime.timesteps import TimestepReader
+
+_log = logging.getLogger(__name__)
 
 
 class StepLoop:
@@ -105,6 +108,7 @@ class StepLoop:
 
     def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run a step on the stream's caches, take over its updates, and count it."""
+        _log.debug("%s step at time %g", kind.name, time)
         placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
         step = self.step(kind, placed, stream.state, coefficients)
         if self.graphs is None:
