@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from examples.dit import Block, modulate, rotate
 from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.plan import SAVES_NOTHING
 from tests.harness import captured
 from tests.models import Sizes, make_inputs
 from tests.runtime.test_variants import SIZES, Variant, assert_forced_is_the_model
@@ -505,8 +506,8 @@ class WithCondition(Sampler):
         return self.finish(h, c)
 
 
-def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) -> None:
-    """`counts` are the regions that must be cached, by kind; nothing may be kept."""
+def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, idle: int = 0, **counts: int) -> None:
+    """`counts` are the regions that must be cached, by kind; `idle` ones alone are skipped, since that saves nothing."""
     model = model.eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.norm_q.parameters():
@@ -516,7 +517,7 @@ def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) ->
     for mode in keys_values:
         loop = graph.loop(keys_values=mode, shared="any")
         regions = loop.compiled.regions
-        assert [(k.name, k.reason) for k in regions.skipped] == []
+        assert [skipped.reason for skipped in regions.skipped] == [SAVES_NOTHING] * idle
         assert {name: len(getattr(regions, name)) for name in counts} == counts
         assert all(error < 1e-5 for error in loop.notes.errors.values())
         by_token = [a for a in regions.attentions if a.by_token]
@@ -565,9 +566,17 @@ def test_blocks(name):
 @pytest.mark.parametrize("name", MIXED)
 def test_values_that_mix_tokens(name, side):
     """As many tokens as channels, and not: which dim is which must not depend on it."""
-    feedforwards = 3 if "feed-forward" in name else 1
-    sizes = replace(SIZES, side=side)
-    check(WithCondition(None, MIXED[name], sizes), ("chosen",), attentions=2, experts=1, feedforwards=feedforwards)
+    idle = 2 if name == "a convolution that ends a feed-forward" else 0  # then all of it runs for all tokens
+    feedforwards = (3 if "feed-forward" in name else 1) - idle
+    model = WithCondition(None, MIXED[name], replace(SIZES, side=side))
+    check(model, ("chosen",), idle, attentions=2, experts=1, feedforwards=feedforwards)
+
+
+def test_what_all_tokens_need_anyway_is_cached_where_nothing_is_recomputed():
+    model = WithCondition(None, MIXED["a convolution that ends a feed-forward"]).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    regions = captured(model, noise, torch.ones(2), labels).loop(budget=0.0).compiled.regions
+    assert len(regions.feedforwards) == 3 and not regions.skipped
 
 
 def test_a_text_that_changes_with_the_timestep():
