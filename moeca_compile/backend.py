@@ -22,6 +22,7 @@ from moeca_compile._torch_private import (
     graph_break,
     in_decorated_function,
     is_module_state,
+    missing,
     outermost_module,
     root_module,
     traced_wrapper,
@@ -39,6 +40,10 @@ GRADIENTS = (
 BREAK = (
     "{0}: the graph breaks here ({1}): the model is compiled in parts, as torch.compile would, and nothing is cached "
     "across the break. If this is MoE dispatch, docs/adding-an-idiom.md says how to teach moeca_compile to trace it"
+)
+MISSING = (
+    "torch {0} has no {1}, so the model runs as under plain torch.compile and nothing is cached: use a "
+    "version of torch that docs/private-apis.md names"
 )
 TRAINING = "the model is in training mode, so the original runs and nothing is cached: call model.eval() first"
 
@@ -100,6 +105,8 @@ def _note_breaks(record: Record) -> None:
 
 def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
     module, callers = outermost_module(), calling_code()
+    if missing():
+        return MISSING.format(torch.__version__, ", ".join(missing()))
     if module is not None and module.training:
         return TRAINING
     # Capture is off while gradients are on, so a graph that comes in parts then says nothing of the model.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import compile_graph, compiled_side_by_side, trace_to_graph
+from moeca_compile._torch_private import compile_graph, trace_to_graph
 from moeca_compile.lower.executor import Chain
 from moeca_compile.lower.partition import outline, uncut
 from moeca_compile.ops.linear import use_fast_linears
@@ -38,8 +38,7 @@ class Program:
         use_fast_linears(self.graph.graph)
         calls = uncut(self.graph) if whole else outline(self.graph)
         distinct = dict.fromkeys(call.unit for call in calls)
-        with compiled_side_by_side():
-            units = {unit: compile_graph(unit.module(), unit.examples()) for unit in distinct}
+        units = {unit: compile_graph(unit.module(), unit.examples()) for unit in distinct}
         self.compiled = Chain(self.graph, calls, units)
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:

@@ -152,7 +152,7 @@ class _Planner:
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.rows = tuple(inputs[: self.row_inputs])
         self.by_row = self._depend_on(self.rows)
-        (output,) = next(reversed(self.graph.nodes)).all_input_nodes
+        (output,) = next(iter(reversed(self.graph.nodes))).all_input_nodes
         self.need(output)
         inner = {node: tuple(value.shape[1:]) for node, value in self.values.items() if isinstance(value, Tensor)}
         if len(inner[output]) != 1:

@@ -40,8 +40,9 @@ def step_function(graph: fx.Graph, regions: Regions, policy: Policy, kind: StepK
 
 def _apart(outputs: Sequence[Any], caches: dict[str, Tensor]) -> tuple[Any, ...]:
     """The outputs, copied where they share memory with a cache: what the user does to them must not reach it."""
-    held = {tensor.untyped_storage()._cdata for tensor in caches.values()}
-    return tuple(
-        value.clone() if isinstance(value, Tensor) and value.untyped_storage()._cdata in held else value
-        for value in outputs
-    )
+    held = [tensor.untyped_storage() for tensor in caches.values()]
+    return tuple(value.clone() if isinstance(value, Tensor) and _lies_in(value, held) else value for value in outputs)
+
+
+def _lies_in(tensor: Tensor, storages: Sequence[Any]) -> bool:
+    return any(tensor.untyped_storage() is storage for storage in storages)
