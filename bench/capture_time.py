@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import matplotlib
 import torch
@@ -35,9 +34,12 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
 from examples.families.dit_moe import DiTMoESizes
 from examples.families.dsmoe import DSMoESizes
-from moeca_compile.lower.program import Program
-from moeca_compile.runtime import engine
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.backend import backend_with, compile_graph
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.program import trace_step
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime.engine import Stages
 
 RESULTS = Path(__file__).resolve().parent / "results" / "capture_time.csv"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "capture-time.png"
@@ -93,29 +95,30 @@ class _Clock:
 
 
 class Stopwatch:
-    """In place of `Specialization` and its compiled steps: notes when it is made; traces steps, runs them eagerly."""
+    """Stages that note when a graph is compiled; steps are traced and run eagerly."""
 
     def __init__(self, rewrites: bool) -> None:
         self.clock, self.rewrites = _Clock(), rewrites
         self.made_at = self.capture = self.rewrite = 0.0
         self.wall = 0.0
 
-    def specialization(self, *args: Any) -> Specialization:
+    @property
+    def stages(self) -> Stages:
+        return Stages(self._compile_graph, self._compile_step)
+
+    def _compile_graph(self, *args: Any) -> CompiledGraph:
         self.capture = self.clock.cpu
-        made = Specialization(*args)
+        made = compile_graph(*args)
         self.made_at, self.wall = self.clock.cpu, self.clock.wall
-        made.program = self._traced(made)  # type: ignore[method-assign]
         return made
 
-    def _traced(self, shapes: Specialization) -> Any:
-        def program(kind: Any, inputs: Any, state: Any, clock: Any) -> Any:
-            if self.rewrites:
-                start = time.process_time()
-                Program(shapes.function(kind), inputs, state, clock)
-                self.rewrite += time.process_time() - start
-            return shapes.function(kind)
-
-        return program
+    def _compile_step(self, compiled: CompiledGraph, kind: StepKind, *arguments: Any) -> StepFunction:
+        function = compiled.function(kind)
+        if self.rewrites:
+            start = time.process_time()
+            trace_step(function, *arguments[:3])
+            self.rewrite += time.process_time() - start
+        return function
 
     def seconds(self) -> Seconds:
         passes = self.made_at - self.capture
@@ -131,15 +134,11 @@ def _once(case: Case) -> Seconds:
     torch._dynamo.reset()
     model = families.assemble(families.FAMILIES[case.family], case.sizes)
     x, t, y = families.inputs_for(model)
-    compiled = torch.compile(model, backend="moeca", options={"recipe": "moeca"})
     watch = Stopwatch(rewrites=case.target is not None)
-    timesteps = (t, t - 100) if case.target else (t,)
-    with (
-        patch.object(engine, "Specialization", watch.specialization),
-        patch.object(torch._dynamo, "lookup_backend", lambda _: lambda gm, inputs: gm.forward),
-        torch.no_grad(),
-    ):
-        for at in timesteps:
+    options = {"recipe": "moeca", "lowering": "eager"}
+    compiled = torch.compile(model, backend=backend_with(watch.stages), options=options)
+    with torch.no_grad():
+        for at in (t, t - 100) if case.target else (t,):
             compiled(x, at, y)
     found = moeca_compile.report(compiled)
     missed = [region for region in found.regions if region.status != "cached"]

@@ -16,11 +16,10 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +31,17 @@ from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
 from examples.families.common import randomise
 from moeca_compile import capture
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.backend import backend_with, compile_graph
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.reporting.report import Report
-from moeca_compile.runtime import specialization
-from moeca_compile.runtime.schedule import Fresh
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.runtime.engine import Stages
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 IN_WARNINGS = "see the warnings"  # the reason of a region that a report has a warning for
 TIMESTEPS = (900.0, 860.0)
-OPTIONS: dict[str, Any] = {"recipe": "moeca"}
+OPTIONS: dict[str, Any] = {"recipe": "moeca", "capacities": (1.0,)}
 WITHOUT_EXPERTS: dict[str, Any] = {"recipe": "fora", "full_every": 1}
 """For dense models: layer-wise caching, which needs no routing but cannot recompute, so that all steps are full."""
 
@@ -171,37 +171,21 @@ def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
 # --- what is found of one -------------------------------------------------------------------------------------
 
 
-class _EagerStep:
-    """In place of a compiled step: the step function as it is."""
-
-    def __init__(self, function: Callable[..., Any], *_: Any) -> None:
-        self.function = function
-
-    def lower(self, *_: Any) -> None:
-        """There is nothing to compile."""
-
-    @torch.no_grad()
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-
-def _recomputing(shapes: Specialization, fresh: Fresh, *_: Any) -> StepKind:
-    """In place of `Specialization.kind`: cache steps recompute everything."""
-    if fresh.attention and fresh.experts:
-        return StepKind()
-    return StepKind(False, False, shapes.plan.capacities[-1], forced=True)  # room for all tokens
+def _recomputing(compiled: CompiledGraph, kind: StepKind, *_: Any) -> StepFunction:
+    """A step as an eager function; a cache step recomputes everything."""
+    forced = StepKind(False, False, compiled.plan.capacities[-1], forced=True)  # room for all tokens
+    return torch.no_grad()(compiled.function(kind if kind.full else forced))
 
 
 @contextmanager
-def recomputing_steps() -> Iterator[None]:
-    """Without Inductor: steps are eager functions, and graphs in which nothing is cached run as they are."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(specialization, "Program", _EagerStep))
-        stack.enter_context(patch.object(Specialization, "kind", _recomputing))
-        stack.enter_context(patch.object(torch._dynamo, "lookup_backend", lambda _: lambda gm, inputs: gm.forward))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what is warned of stands in the report
+def without_warnings() -> Iterator[None]:
+    """What is warned of stands in the report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
+
+
+BACKEND = backend_with(Stages(compile_graph, _recomputing))
 
 
 class _Attentions(TorchFunctionMode):
@@ -221,11 +205,11 @@ def look_at(subject: Subject) -> Row:
     before = _refusals()
     try:
         model, call = subject.make()
-        with torch.no_grad(), recomputing_steps():
+        with torch.no_grad(), without_warnings():
             with _Attentions() as counter:
                 wanted = [call(model, TIMESTEPS[0])]
             wanted += [call(model, at) for at in TIMESTEPS[1:]]
-            compiled = torch.compile(model, backend="moeca", options=subject.options)
+            compiled = torch.compile(model, backend=BACKEND, options={**subject.options, "lowering": "eager"})
             found = [call(compiled, at) for at in TIMESTEPS]
     except Exception as error:  # the table says so; the other models still have their rows
         row.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -16,12 +16,11 @@ import csv
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -37,6 +36,7 @@ from examples.digits.compare import environment
 from examples.digits.data import load_split
 from examples.digits.model import DigitsDiT
 from examples.digits.sampling import generate
+from moeca_compile.config import RECIPES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "policies.csv"
 FORECASTS = ("attention", "experts", "shared")
@@ -125,7 +125,7 @@ def questions() -> tuple[Question, ...]:
 def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
     yield Case("none", {"recipe": "none"})
     for every in intervals:
-        for recipe in ("fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast"):
+        for recipe in (name for name in RECIPES if name != "none"):
             yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
 
 
@@ -216,18 +216,13 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
     """Pictures of one case, scored, and what they cost."""
     model: Any = study.model()
     if case.options is not None:
-        options = {"validate": False, **case.options}
+        options = {"validate": False, "lowering": "eager", **case.options}
         model = torch.compile(model, backend="moeca", options=options)
     steps, sampler = case.steps or study.steps, case.sampler or question.sampler
-    with patch("moeca_compile.lower.program.compile_graph", _uncompiled):
-        pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
+    pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
     costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
     torch._dynamo.reset()
     return _scores(study, question, pictures), costs
-
-
-def _uncompiled(graph: Callable[..., Any], inputs: Sequence[Any], *_: Any, **__: Any) -> Callable[..., Any]:
-    return graph
 
 
 def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:

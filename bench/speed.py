@@ -98,7 +98,8 @@ def compiled(name: str, model: nn.Module, options: Mapping[str, Any] | None) -> 
     copy = private_copy(model)
     if options is None:
         return Way(name, torch.compile(copy))
-    return Way(name, torch.compile(copy, backend="moeca", options={**options, "full_every": PERIOD}), options)
+    schedule = {} if options["recipe"] == "none" else {"full_every": PERIOD}
+    return Way(name, torch.compile(copy, backend="moeca", options={**options, **schedule}), options)
 
 
 def ways(model: nn.Module, fractions: Sequence[float]) -> list[list[Way]]:

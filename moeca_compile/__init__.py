@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeca_compile.backend import moeca_backend as moeca_backend
-    from moeca_compile.config import ConfigError as ConfigError
     from moeca_compile.config import MoecaConfig as MoecaConfig
+    from moeca_compile.options import ConfigError as ConfigError
     from moeca_compile.reporting.collect import report as report
     from moeca_compile.reporting.collect import reset as reset
     from moeca_compile.reporting.report import Report as Report
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.scope import stream as stream
 
 _HOMES = {
-    "ConfigError": "config",
+    "ConfigError": "options",
     "MoecaConfig": "config",
     "Report": "reporting.report",
     "generation": "runtime.scope",

@@ -1,51 +1,39 @@
-"""`torch.compile(model, backend="moeca")`: the pipeline.
+"""`torch.compile(model, backend="moeca")`: the pipeline, one stage a line.
 
-    capture -> export -> normalize -> match -> plan -> rewrite -> lower -> validate -> run -> report
-
-Capture happens while Dynamo traces (capture/). What follows happens in `runtime.specialization` for each set of
-input shapes, in this order: to_functional_aten, collapse_views, match_regions, plan_step, and for each kind of
-step when it is first needed: step_function (rewrite), Program.lower, Validator.check.
+Capture (capture/) lets Dynamo trace the model as one graph. `compile_graph` makes of that graph and one set of inputs
+what the runtime runs steps over; `compile_step` makes one kind of step of it, when that is first needed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from moeca_compile import capture
-from moeca_compile._torch_private import (
-    calling_code,
-    forget_code,
-    graph_break,
-    in_decorated_function,
-    is_module_state,
-    missing,
-    outermost_module,
-    root_module,
-    traced_wrapper,
-)
+from moeca_compile import capture, fallback
+from moeca_compile._torch_private import is_module_state, root_module, traced_wrapper
 from moeca_compile.config import MoecaConfig
-from moeca_compile.ops.markers import MARKERS
+from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
+from moeca_compile.lower.program import lower_step, trace_step
+from moeca_compile.lower.upload import upload_all
+from moeca_compile.lower.validate import same_step, sound_regions
+from moeca_compile.lower.waits import why_experts_wait
+from moeca_compile.notes import Notes, first_line
+from moeca_compile.passes.dump import open_dump
+from moeca_compile.passes.export import to_functional_aten
+from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.normalize.scalar_inputs_to_tensors import scalar_inputs_to_tensors
-from moeca_compile.runtime.engine import Engine
+from moeca_compile.passes.normalize.to_one_device import to_one_device
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.passes.runner import normalize
+from moeca_compile.plan import plan_steps
+from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, record_for
 
-GRADIENTS = (
-    "gradients are enabled, so the original model runs and nothing is cached: call it under torch.no_grad() or "
-    "torch.inference_mode() to switch caching on"
-)
-BREAK = (
-    "{0}: the graph breaks here ({1}): the model is compiled in parts, as torch.compile would, and nothing is cached "
-    "across the break. If this is MoE dispatch, docs/adding-an-idiom.md says how to teach moeca_compile to trace it"
-)
-MISSING = (
-    "torch {0} has no {1}, so the model runs as under plain torch.compile and nothing is cached: use a "
-    "version of torch that docs/private-apis.md names"
-)
-TRAINING = "the model is in training mode, so the original runs and nothing is cached: call model.eval() first"
+_log = logging.getLogger(__name__)
 
 
 def moeca_backend(
@@ -57,76 +45,101 @@ def moeca_backend(
         gm, inputs: the graph and example inputs (parameters, buffers and arguments).
         options: fields of MoecaConfig. Raises ConfigError for a wrong name or value.
     """
-    config = MoecaConfig.from_options(options)
-    record = record_for(traced_wrapper(), root_module(), config)
-    reason = _why_original(inputs, record)
-    if reason is not None:
-        record.warn(reason)
-        return _as_torch_compile_would(gm, inputs, record)
-    _note_breaks(record)
-    if not _worth_rewriting(gm):
-        return _as_torch_compile_would(gm, inputs, record)
-    user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    numbers = scalar_inputs_to_tensors(gm, inputs)
-    engine = Engine(gm, inputs, user_inputs, numbers, config, record)
-    # Dynamo traces anew when, say, inputs become inference tensors; equal graphs go on with the same caches.
-    known = next((other for other in record.engines if other.same_graph(engine)), None)
-    if known is not None:
-        return known
-    record.engines.append(engine)
-    return engine
+    return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step))
 
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
 capture.install()
 
 
-def _note_breaks(record: Record) -> None:
-    """Note where the graph breaks, and whether it is a part of the model whose callers run as plain Python.
+def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
+    """`moeca_backend` with other stages, for tests and benchmarks that watch or replace some."""
 
-    Dynamo gives up a function for good, whatever backend or mode it was compiled for, where a loop in it breaks
-    the graph: plain torch.compile does so at MoE dispatch, and so do calls with gradients or in training mode.
-    So it is told once to look at the callers again, and then drops the parts that it did not need.
-    """
-    broken, callers = graph_break(), set(calling_code())
-    record.partial = bool(callers)
-    if broken is not None:
-        record.breaks.append(broken)
-        told = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
-        if broken[0].rpartition(":")[0] not in told:  # else it is most likely what was warned of there
-            record.warn(BREAK.format(*broken))
-    elif not record.partial:
-        record.engines = [engine for engine in record.engines if not engine.partial]
-        record.untouched, record.breaks = 0, []
-    for code in callers - record.tried_again:
-        record.tried_again.add(code)
-        forget_code(code)
+    def backend(
+        gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    ) -> Callable[..., Any]:
+        return compile_captured(gm, inputs, MoecaConfig.from_options(options), stages)
+
+    backend._moeca_backend = True  # type: ignore[attr-defined]
+    return backend
 
 
-def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
-    module, callers = outermost_module(), calling_code()
-    if missing():
-        return MISSING.format(torch.__version__, ", ".join(missing()))
-    if module is not None and module.training:
-        return TRAINING
-    # Capture is off while gradients are on, so a graph that comes in parts then says nothing of the model.
-    wanted = callers or graph_break() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-    if torch.is_grad_enabled():
-        return GRADIENTS if wanted else None
-    # Dispatch is often decorated with no_grad, and traced as a part of a call with gradients.
-    return GRADIENTS if GRADIENTS in record.warnings and in_decorated_function() else None
+def compile_captured(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages
+) -> Callable[..., Any]:
+    """What is to be called in place of Dynamo's graph: an engine, or what torch.compile would make of it."""
+    record = record_for(traced_wrapper(), root_module(), config)
+    if fallback.runs_as_it_was(gm, inputs, record):
+        return fallback.as_torch_compile_would(gm, inputs, record)
+    arguments = tuple(not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder")
+    numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
+    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
+    return _engine(captured, inputs, record, stages)
 
 
-def _worth_rewriting(gm: fx.GraphModule) -> bool:
-    """Whether the graph holds an MoE layer or an attention at all."""
-    wanted = (
-        *MARKERS,
-        *(marker.overloadpacket for marker in MARKERS),
-        torch.nn.functional.scaled_dot_product_attention,
-    )
-    return any(node.target in wanted for node in gm.graph.nodes)
+def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
+    """The engine of this graph. Dynamo traces anew when, say, inputs become inference tensors; equal graphs go on
+    with the same caches."""
+    engine = Engine(captured, inputs, record.config, record.notes, stages)
+    known = next((other for other in record.engines if other.same_graph(engine)), None)
+    if known is None:
+        record.engines.append(engine)
+    return known or engine
 
 
-def _as_torch_compile_would(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
-    record.untouched += 1
-    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
+def compile_graph(
+    captured: CapturedGraph,
+    inputs: Sequence[Any],
+    config: MoecaConfig,
+    notes: Notes,
+    export: Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule] = to_functional_aten,
+) -> CompiledGraph:
+    """A captured graph at the shapes of `inputs`, exported, normalized, matched, validated and planned."""
+    device, dump = device_of(inputs), open_dump(config.dump)
+    with notes.timed("capture"):
+        dump.graph("dynamo", captured.gm)
+        exported = export(captured.gm, inputs)
+        dump.graph("exported", exported)
+        module, uploaded = to_one_device(exported, inputs, captured.arguments, device)
+        inputs = upload_all(inputs, uploaded, device)
+    with notes.timed("match"):
+        notes.add_matches(normalize(module.graph, dump.after_pass))
+        regions = match_regions(module.graph, captured.argument_nodes(module.graph))
+        dump.regions("matched", module.graph, regions)
+    with notes.timed("validate"):
+        regions = sound_regions(module.graph, regions, config, inputs, notes)
+    with notes.timed("plan"):
+        plan = fallback.uncached_where_idle(plan_steps(module.graph, regions, config), captured, config, notes)
+        dump.regions("planned", module.graph, plan.regions)
+    waits, dtype = why_experts_wait(regions, device, notes), stream_dtype(regions, inputs)
+    return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
+
+
+def compile_step(
+    compiled: CompiledGraph,
+    kind: StepKind,
+    inputs: Sequence[Any],
+    state: dict[str, Tensor],
+    coefficients: Tensor,
+    notes: Notes,
+) -> StepFunction:
+    """One kind of step, rewritten, traced, lowered and checked; the eager function where any of these fails."""
+    with notes.timed("rewrite"):
+        function = compiled.function(kind)
+    try:
+        with notes.timed("rewrite"):
+            traced = trace_step(function, inputs, state, coefficients)
+            compiled.dump.graph(
+                f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
+            )
+        with notes.timed("lower"):
+            # A step that recomputes nothing is a chain of sums: cut apart it took half as long again.
+            whole = not (kind.attention or kind.experts or kind.capacity)
+            step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
+        with notes.timed("validate"):
+            sound = same_step(compiled, kind, step, inputs, state, coefficients, notes)
+    except Exception as error:
+        _log.debug("compiling %s steps failed", kind.name, exc_info=True)
+        notes.warn(f"{kind.name} steps could not be compiled and run op by op, slower ({first_line(error)})")
+        return function
+    return step if sound else function

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # ruff: isort: split
-import moeca_compile.backend  # noqa: F401  (registers the ops and installs capture)
+from moeca_compile.backend import compile_graph  # registers the ops and installs capture
 from moeca_compile.lower import program
 from moeca_compile.passes.export import to_functional_aten
-from moeca_compile.runtime import specialization
-from tests.harness import Captured, EagerProgram, captured
+from moeca_compile.runtime.engine import Stages
+from tests import harness
+from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
 # The models are tiny: threads would only wait for each other, for long where the machine is busy.
@@ -33,19 +35,22 @@ def seeded() -> None:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are traced to graphs as always, and these run as they are: Inductor takes 10 seconds each.
+    """Traced steps run op by op: Inductor takes 10 seconds each. For tests that compile by the harness."""
+    monkeypatch.setattr(harness.how, "options", {"lowering": "eager"})
 
-    So do graphs in which nothing is cached.
-    """
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+
+@pytest.fixture
+def inductor_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for code that compiles by itself and has no option for it: benchmarks and examples."""
+    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs, on_code=None: gm)
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
 
 
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch, export_once: Callable[..., Any]) -> None:
     """Steps run as eager functions, neither traced nor compiled; a captured graph is exported only once."""
-    monkeypatch.setattr(specialization, "Program", EagerProgram)
-    monkeypatch.setattr(specialization, "to_functional_aten", export_once)
+    stages = Stages(partial(compile_graph, export=export_once), harness.eager_step)
+    monkeypatch.setattr(harness.how, "stages", stages)
 
 
 @pytest.fixture(scope="session")

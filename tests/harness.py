@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from moeca_compile._torch_private import is_module_state
+from moeca_compile.backend import compile_captured, compile_graph, compile_step
 from moeca_compile.config import MoecaConfig
+from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
-from moeca_compile.runtime.engine import Engine
-from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime.engine import MOST_SHAPES, Engine, Stages
+from moeca_compile.runtime.loop import StepLoop
+
+
+@dataclass
+class How:
+    """How tests compile: fixtures of conftest.py choose something faster than what users get."""
+
+    stages: Stages = field(default_factory=lambda: Stages(compile_graph, compile_step))
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+how = How()
 
 
 class RecordingBackend:
@@ -57,14 +72,15 @@ class Captured:
     inputs: list[Any]
     user_inputs: list[bool]
 
-    def engine(self, **options: Any) -> Engine:
+    def engine(self, most_shapes: int = MOST_SHAPES, **options: Any) -> Engine:
         """The real engine under these options."""
-        config = MoecaConfig.from_options(options)
-        return Engine(self.gm, self.inputs, self.user_inputs, [], config, Record(config))
+        config = MoecaConfig.from_options({**how.options, **options})
+        captured = CapturedGraph(self.gm, tuple(self.user_inputs))
+        return Engine(captured, self.inputs, config, Notes(), how.stages, most_shapes)
 
-    def specialization(self, **options: Any) -> Specialization:
-        """The engine's first set of shapes: the matched graph and its plan."""
-        return self.engine(**options).prepare(self.inputs)
+    def loop(self, **options: Any) -> StepLoop:
+        """The engine's step loop for these inputs: the matched graph and its plan."""
+        return self.engine(**options).loop_for(self.inputs)
 
     def arguments(self, **values: Any) -> list[Any]:
         """One input per placeholder; `values` are arguments of the model's forward by name."""
@@ -120,15 +136,19 @@ def ops(gm: fx.GraphModule) -> Counter[str]:
     return Counter(_packet(n.target).__name__ for n in gm.graph.nodes if n.op == "call_function")
 
 
-class EagerProgram:
-    """In place of `runtime.program.Program`: the step function as it is, neither traced nor compiled."""
+def eager_step(compiled: CompiledGraph, kind: StepKind, *_: Any) -> StepFunction:
+    """In place of `backend.compile_step`: the step function as it is, neither traced nor compiled."""
+    return torch.no_grad()(compiled.function(kind))
 
-    def __init__(self, function: Callable[..., Any], *_: Any) -> None:
-        self.function = function
 
-    def lower(self, whole: bool) -> None:
-        """There is nothing to compile."""
+EAGER = Stages(compile_graph, eager_step)
+"""Steps run as eager functions."""
 
-    @torch.no_grad()
-    def __call__(self, inputs: Sequence[Any], state: dict[str, torch.Tensor], clock: torch.Tensor) -> Any:
-        return self.function(inputs, state, clock)
+
+def eager_backend(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Any = None) -> Callable[..., Any]:
+    """The backend with eager steps. Graphs in which nothing is cached run as they are."""
+    config = MoecaConfig.from_options({**(options or {}), "lowering": "eager"})
+    return compile_captured(gm, inputs, config, EAGER)
+
+
+eager_backend._moeca_backend = True

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeca_compile.config import RECIPES, UNSET, ConfigError, MoecaConfig
+from moeca_compile.config import RECIPES, MoecaConfig
+from moeca_compile.options import UNSET, ConfigError
 
 # One wrong value or more for each field, with a piece of what the error must offer instead.
 WRONG = [
@@ -52,6 +53,8 @@ WRONG = [
     ("cache_dtype", "int8", "torch.bfloat16"),
     ("cache_dtype", torch.int64, "torch.bfloat16"),
     ("cuda_graphs", "auto", "True | False"),
+    ("lowering", "triton", "'eager'"),
+    ("dump", "", "a folder"),
 ]
 
 
@@ -81,10 +84,41 @@ def test_a_recipe_sets_only_what_is_left_unset():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_family_is_the_recipe_without_forecast(recipe):
+def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
     config = MoecaConfig(recipe=recipe)
-    assert config.family == recipe.split("-")[0]
+    assert config.policy is MoecaConfig(recipe=recipe.split("-")[0]).policy
     assert bool(config.forecast) == recipe.endswith("-forecast")
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored", "reason"),
+    [
+        ({"recipe": "stack", "tau0": 0.1}, "tau0", "recipe 'stack' ignores it; it is for moeca, moeca-forecast"),
+        ({"recipe": "fora", "capacities": (1.0,)}, "capacities", "recipe 'fora' ignores it"),
+        ({"recipe": "none", "full_every": 2}, "full_every", "recipe 'none' ignores it"),
+        ({"recipe": "none", "forecast": ()}, None, ""),
+        ({"recipe": "stack", "tau0": 0.8}, None, ""),
+        ({"budget": 0.5, "tau0": 0.1}, "tau0", "a budget takes the place of the threshold"),
+        ({"recipe": "moeca-forecast", "capacities": (1.0,)}, "capacities", "a budget takes the place"),
+        ({"recipe": "moeca-forecast", "budget": None, "tau0": 0.1}, None, ""),
+        ({"score": "drift", "lambda1": 2}, "lambda1", "the score is the drift alone"),
+        ({"full_steps": (0, 3), "full_every": 2}, "full_every", "full_steps lists the full steps"),
+        ({"full_steps": (0, 3), "full_every": 2, "score": "staleness"}, None, ""),
+    ],
+    ids=str,
+)
+def test_an_option_that_has_no_effect_is_an_error_that_says_so(options, ignored, reason):
+    """Unless it is set to what it would be anyway."""
+    if ignored is None:
+        MoecaConfig.from_options(options)
+        return
+    with pytest.raises(ConfigError, match=reason) as caught:
+        MoecaConfig.from_options(options)
+    assert caught.value.field == ignored
+
+
+def test_a_name_of_before_is_taken():
+    assert MoecaConfig(score_weights="normalised").score_weights == "normalized"
 
 
 def test_no_options_are_the_defaults():
@@ -129,7 +163,7 @@ def test_every_field_has_a_wrong_value():
 @pytest.mark.parametrize(
     ("recipe", "forecast", "offer"),
     [
-        ("none", ("attention",), "()"),
+        ("none", ("attention",), "ignores it"),
         ("moeca", ("stack",), "('attention', 'experts', 'shared')"),
         ("fora", ("shared",), "('attention', 'experts')"),
         ("stack", ("attention",), "('stack',)"),

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import captured
 from tests.models import Sizes, make_inputs, make_model
 
@@ -25,7 +25,7 @@ def counted(model, batch: int) -> int:
 
 
 def plan_of(graph, **options):
-    return graph.specialization(validate=False, **options).plan
+    return graph.loop(validate=False, **options).compiled.plan
 
 
 CACHE = StepKind(attention=False, experts=False)
@@ -119,9 +119,9 @@ def test_the_parts_are_saved_apart(graph):
 
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"])
 def test_bytes_are_those_of_the_tensors(graph, recipe):
-    shapes = graph.specialization(validate=False, recipe=recipe)
-    shapes.sessions.enter((1.0,))
-    assert shapes.plan.nbytes == shapes.sessions.nbytes > 0
+    loop = graph.loop(validate=False, recipe=recipe)
+    loop.sessions.enter((1.0,))
+    assert loop.compiled.plan.nbytes == loop.sessions.nbytes > 0
 
 
 def test_bytes_by_hand(graph):

@@ -28,10 +28,6 @@ TABLE = (PACKAGE.parent / "docs" / "private-apis.md").read_text()
 SEEN = ("2.13",)
 """Versions of torch that have every name, all with the parameters and attributes that are used here."""
 
-NOT_YET = {
-    "lower/partition.py": "torch._ops.OpOverload and _schema, for which node.is_impure() is the public way",
-    "reporting/collect.py": "_orig_mod and _compiled_call_impl, for which there is compiled_module()",
-}
 DOCUMENTED = ("torch._check", "torch._dynamo.reset", "torch._dynamo.list_backends", "torch._dynamo.lookup_backend")
 OF_PYTHON = ("_asdict", "_fields", "_replace")
 
@@ -135,8 +131,7 @@ def test_private_names_of_others_stand_in_one_place_only():
         for name, path in sorted(files.items())
         if not name.startswith("_torch_private/") and (names := private_names(path.read_text(), ours))
     }
-    assert found.keys() <= NOT_YET.keys(), found
-    assert found.keys() >= NOT_YET.keys() & files.keys(), "these name none any more: take them off the list"
+    assert found == {}
 
 
 # Which versions have them
@@ -217,6 +212,16 @@ def test_without_a_tracing_context_inductor_compiles_all_the_same(hide):
     x = torch.randn(8)
     compiled = private.compile_graph(private.trace_to_graph(lambda x: [x.sin()], x), [x])
     torch.testing.assert_close(compiled(x)[0], x.sin())
+
+
+def test_without_inductors_own_functions_a_graph_is_compiled_and_its_code_is_not_reported(hide):
+    x, paths = torch.randn(8), []
+    for expected in (1, 0):
+        paths.clear()
+        compiled = private.compile_graph(private.trace_to_graph(lambda x: [x.sin()], x), [x], paths.append)
+        torch.testing.assert_close(compiled(x)[0], x.sin())
+        assert len(paths) == expected
+        hide(graphs._INNER)
 
 
 def test_the_cpp_compiler_is_an_error_that_says_so_where_it_is_missing(hide):
@@ -388,6 +393,27 @@ def test_a_model_gives_the_same_numbers_without_private_names(hidden, wanted):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "torch has no" in done.stderr
+
+
+def test_the_object_under_trace_is_found_without_a_search(monkeypatch):
+    def searched() -> list[Any]:
+        raise AssertionError("all objects of the process were looked through")
+
+    monkeypatch.setattr(tracing, "gc", SimpleNamespace(get_objects=searched))
+    found: list[Any] = []
+
+    @torch.compiler.assume_constant_result
+    def look(identity: int) -> int:
+        found.append(private.traced_self(identity))
+        return 1
+
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x * look(id(self))
+
+    model = nn.Sequential(Inner(), Inner())
+    torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1))
+    assert found == list(model)
 
 
 def test_what_dynamo_reads_of_other_experts_is_the_same_with_and_without_its_handler(handler_or_none):

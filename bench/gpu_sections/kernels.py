@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from bench.gpu_sections import ops
 from bench.gpu_sections.common import Bench, Row, milliseconds
-from moeca_compile.ops import bodies
 
 ROWS = (8192, 32768, 131072)
 """Rows of a grouped product: what a full step of 32, 64 and 512 pictures of 256 tokens has at top-1."""
@@ -37,7 +36,7 @@ def products(bench: Bench, what: str, rows: int, width: int, hidden: int, expert
     make = ops.Make(ops.TINY, bench.device, bench.dtype)
     x, index = make.normal(rows, width), make.distinct(1, experts, rows)
     weights = [make.normal(hidden, width, scale=width**-0.5) for _ in range(experts)]
-    key = bodies.register(fx.symbolic_trace(linear))
+    key = ops.registered(linear, 1)
     dense = milliseconds(lambda: x @ weights[0].t(), bench.device)
     flops = 2 * rows * width * hidden
     ways: dict[str, Callable[[], Any]] = {

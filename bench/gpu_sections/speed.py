@@ -26,8 +26,8 @@ from examples.machine import private_copy
 PERIOD, WARM, TURNS = 4, 4, 8
 BASE, EAGER, GRAPHED = "torch.compile", "eager", "torch.compile reduce-overhead"
 OURS = {
-    "moeca-forecast": {"recipe": "moeca-forecast"},
-    "moeca": {"recipe": "moeca"},
+    "moeca-forecast": {"recipe": "moeca-forecast", "full_every": PERIOD},
+    "moeca": {"recipe": "moeca", "full_every": PERIOD},
     "none": {"recipe": "none"},
 }
 ORDER = (BASE, "moeca-forecast", "moeca", EAGER, GRAPHED, "none")
@@ -53,8 +53,8 @@ def compiled(way: str, model: nn.Module) -> nn.Module:
     if way == EAGER:
         return own
     if way in OURS:
-        options = {**OURS[way], "full_every": PERIOD}
-        return torch.compile(own, backend=moeca_compile.moeca_backend, options=options)  # type: ignore[return-value]
+        backend = moeca_compile.moeca_backend
+        return torch.compile(own, backend=backend, options=OURS[way])  # type: ignore[return-value]
     mode = "reduce-overhead" if way == GRAPHED else "default"
     return torch.compile(own, mode=mode, dynamic=False)  # type: ignore[return-value]
 

@@ -105,7 +105,8 @@ def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: ob
     if name == BASELINE:
         compiled = torch.compile(own)
     else:
-        chosen: dict[str, Any] = {"recipe": name, "full_every": setting.full_every, **options}
+        schedule = {} if name == UNCACHED else {"full_every": setting.full_every}
+        chosen: dict[str, Any] = {"recipe": name, **schedule, **options}
         compiled = torch.compile(own, backend="moeca", options=chosen)
     return Policy(name, compiled, setting.steps, setting.sampler)
 

@@ -36,6 +36,10 @@ _COLD = "Inductor's cache of compiled graphs is not used, and each process compi
 _SHAPES = Private("torch.fx.experimental.symbolic_shapes.ShapeEnv", _COLD)
 _CONTEXT = Private("torch._guards.TracingContext", _COLD)
 _TRACING = Private("torch._guards.tracing", _COLD)
+_NO_CODE = "dumps do not have Inductor's code"
+_INNER = Private("torch._inductor.compile_fx.compile_fx_inner", _NO_CODE)
+_CODE = Private("torch._inductor.output_code.CompiledFxGraph", _NO_CODE)
+_FUNCTORCH = Private("torch._functorch.config", _NO_CODE)
 _CPP = Private("torch._inductor.codecache.CppCodeCache", "PyTorch's own ops stand in for the C++ kernels")
 _STATIC = Private(
     "torch.fx.experimental.symbolic_shapes.has_static_value",
@@ -99,11 +103,32 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
     return next(found, None) or _FAKE_MODE.value(allow_non_fake_inputs=True)
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one."""
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], on_code: Callable[[str], None] | None = None
+) -> Callable[..., Any]:
+    """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one.
+
+    `on_code` is given the path of the file that this code is in. Inductor is then asked although AOTAutograd may have
+    the compiled graph in its cache, which does not say where its code is.
+    """
+    inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
     with torch.no_grad(), _static_shapes():
-        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
-    return compiled
+        if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):
+            return inductor(gm, list(inputs))
+        with _FUNCTORCH.value.patch(enable_autograd_cache=False):
+            return inductor(gm, list(inputs), inner_compile=_reporting_its_code(on_code))
+
+
+def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
+    """`compile_fx_inner`, which also gives `on_code` the path of the code that it wrote."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        compiled = _INNER.value(*args, **kwargs)
+        if isinstance(compiled, _CODE.value):
+            on_code(compiled.write_to_disk())
+        return compiled
+
+    return inner
 
 
 def _static_shapes() -> AbstractContextManager[Any]:

@@ -95,7 +95,7 @@ def traced_self(identity: int) -> Any:
     a guard on it; the object itself may not in torch 2.11.
     """
     try:
-        found = _TRANSLATOR.value.current_tx().symbolic_locals["self"].realize().value
+        found = _output().current_tx.symbolic_locals["self"].realize().value
         if id(found) == identity:
             return found
     except (AttributeError, KeyError):

@@ -143,7 +143,7 @@ def _with_equivalent(
             except UntrustedError as reason:
                 reasons.append(str(reason))
         if reasons:
-            advice = "Write it so that this no longer holds, or add an idiom (docs/adding-an-idiom.md)."
+            advice = "Write it so that this no longer holds, or add an idiom (docs/extending/idiom.md)."
             refuse(Refusal(method.where, method.name, reasons[0]), advice)
         return None
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 
 from moeca_compile.capture.dataflow import Flow, Value
-from moeca_compile.capture.roles import (
+from moeca_compile.capture.names import (
     COMPARISONS,
     CONTRACTIONS,
     PICKS,
@@ -27,12 +27,8 @@ from moeca_compile.capture.roles import (
     SPLITS,
     TURNS,
     VIEWS,
-    Item,
-    Selection,
-    Site,
-    of_self,
-    stateless,
 )
+from moeca_compile.capture.roles import Item, Selection, Site, of_self, stateless
 from moeca_compile.capture.site import Finder
 
 # A loop over these goes over as many experts as the data say.

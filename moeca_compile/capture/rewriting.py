@@ -23,7 +23,8 @@ from typing import Any
 
 from moeca_compile.capture.dataflow import Value
 from moeca_compile.capture.expert_code import BODY, ExpertCode, NotRewritableError
-from moeca_compile.capture.roles import ADDS_UP, SHAPES, Site, base_of, spelled
+from moeca_compile.capture.names import ADDS_UP, SHAPES
+from moeca_compile.capture.roles import Site, base_of, spelled
 from moeca_compile.capture.syntax import (
     assignment,
     compiled,

@@ -1,6 +1,6 @@
 """What dispatch is made of: which values play which role, and what can be asked about a value.
 
-`Site` is what site.py finds. The sets name what torch's functions do to a value, by the functions' last names.
+`Site` is what site.py finds.
 """
 
 from __future__ import annotations
@@ -10,58 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moeca_compile.capture.dataflow import CALLS_SELF, OPTIONAL_ARGUMENTS, Flow, Names, Value
-
-SHAPES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unsqueeze",
-        "squeeze",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "unflatten",
-    ]
-)
-VIEWS = SHAPES | frozenset(
-    ["to", "type", "type_as", "float", "half", "bfloat16", "double", "long", "int", "clone", "detach"]
-)
-REPEATS = frozenset({"repeat_interleave", "repeat", "expand"})
-PICKS = frozenset({"index_select", "gather", "take_along_dim"})
-SPLITS = frozenset({"split", "tensor_split", "split_with_sizes", "chunk", "unbind"})
-TURNS = frozenset({"transpose", "t", "permute", "swapaxes"})
-CONTRACTIONS = frozenset({"MatMult", "einsum", "bmm", "matmul"})
-PRODUCTS = CONTRACTIONS | {"Mult", "mul", "mul_", "multiply"}
-COMPARISONS = frozenset({"Eq", "eq", "NotEq", "ne", "Gt", "gt", "Lt", "lt", "GtE", "LtE"})
-ADDS_UP = frozenset(
-    ["Add", "sum", "scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add", "index_add_", "index_add"]
-)
-IN_PLACE = frozenset(
-    [
-        "index_put_",
-        "index_put",
-        "index_copy_",
-        "index_copy",
-        "scatter_",
-        "scatter",
-        "masked_scatter",
-        "masked_scatter_",
-        "append",
-    ]
-)
-JOINS = frozenset({"cat", "concat", "stack", "vstack", "IfExp"})
-SERIES = frozenset({"List", "Tuple", "ListComp", "GeneratorExp"})
-SIZES = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "numel", "len", "stride"})
-HOST_READS = frozenset({"item", "tolist", "cpu", "numpy", "int"})
-PLACES = frozenset({"where", "nonzero"})
-SELECTS = frozenset({"topk", "sort", "argsort"})
-ZEROS = frozenset({"zeros_like", "new_zeros", "zeros"})
-
-# In a subscript they tell that it holds numbers of tokens, not of branches.
-TOKENS = frozenset({"FloorDiv", "div", "floor_divide", "where", "nonzero", "any"})
+from moeca_compile.capture.names import REPEATS, SIZES, VIEWS
 
 IndexOf = Callable[[Value], "Value | None"]
 """The expert ids, if a value is the one that an idiom recognizes them by: the argument of a one_hot, a sort."""

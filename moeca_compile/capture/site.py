@@ -17,7 +17,7 @@ import ast
 from collections.abc import Iterator
 
 from moeca_compile.capture.dataflow import Flow, Names, Value
-from moeca_compile.capture.roles import (
+from moeca_compile.capture.names import (
     ADDS_UP,
     COMPARISONS,
     CONTRACTIONS,
@@ -26,6 +26,7 @@ from moeca_compile.capture.roles import (
     PICKS,
     PRODUCTS,
     REPEATS,
+    SCATTERS,
     SERIES,
     SHAPES,
     SPLITS,
@@ -33,6 +34,8 @@ from moeca_compile.capture.roles import (
     TURNS,
     VIEWS,
     ZEROS,
+)
+from moeca_compile.capture.roles import (
     IndexOf,
     Item,
     ItemsOf,
@@ -237,7 +240,7 @@ class Finder:
         if len({id(chain[-1]) for chain in chains}) != 1:
             return None
         found = self.of_branches(chains[0])
-        scattered = found.kind == "call" and found.name in ("scatter", "scatter_") and len(found.operands) == 4
+        scattered = found.kind == "call" and found.name in SCATTERS and len(found.operands) == 4
         if scattered and found.operands[3].kind != "constant" and self.from_zeros(found):
             return self.of_branches(self.chain(found.operands[3]))
         return found

@@ -15,7 +15,7 @@ from torch import nn
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.source import Method
 
-ADVICE = "docs/adding-an-idiom.md says how to teach moeca_compile this way of writing it"
+ADVICE = "docs/extending/idiom.md says how to teach moeca_compile this way of writing it"
 REASON = "it looks like MoE dispatch, but no idiom matches it"
 
 _DATA_DEPENDENT = frozenset({"bincount", "nonzero", "one_hot", "unique", "argwhere", "where", "histc"})

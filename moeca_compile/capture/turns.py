@@ -16,8 +16,9 @@ from __future__ import annotations
 import ast
 
 from moeca_compile.capture.dataflow import Value
+from moeca_compile.capture.names import HOST_READS, PICKS, PLACES, SELECTS, VIEWS
 from moeca_compile.capture.pruning import Pruning
-from moeca_compile.capture.roles import HOST_READS, PICKS, PLACES, SELECTS, VIEWS, Site, spelled
+from moeca_compile.capture.roles import Site, spelled
 from moeca_compile.capture.syntax import assignment, handed, located, rebuilt, roots, simple_statements, tuple_of
 
 CHOSEN, WEIGHTS = "moeca_chosen", "moeca_weights"

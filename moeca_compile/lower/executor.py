@@ -1,4 +1,4 @@
-"""Run a graph that was cut into calls of compiled units."""
+"""Run a graph that was cut into calls of compiled subgraphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from moeca_compile.lower.partition import Call, Unit
+from moeca_compile.lower.partition import Call, Subgraph
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -21,10 +21,10 @@ class _Link(NamedTuple):
     done: list[int]
 
 
-class Chain:
-    """Calls of compiled units in order, from the graph's inputs to its outputs."""
+class PartitionedExecutor:
+    """Calls of compiled subgraphs in order, from the graph's inputs to its outputs."""
 
-    def __init__(self, gm: fx.GraphModule, calls: Sequence[Call], units: Mapping[Unit, Compiled]) -> None:
+    def __init__(self, gm: fx.GraphModule, calls: Sequence[Call], subgraphs: Mapping[Subgraph, Compiled]) -> None:
         nodes = list(gm.graph.nodes)
         place = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
         self.inputs = len(place)
@@ -41,7 +41,7 @@ class Chain:
             arguments, results = ([place[n] for n in many] for many in (call.arguments, call.results))
             done = {*arguments, *results} - needed
             needed |= set(arguments)
-            self.links.insert(0, _Link(units[call.unit], arguments, results, sorted(done)))
+            self.links.insert(0, _Link(subgraphs[call.subgraph], arguments, results, sorted(done)))
 
     def __call__(self, *inputs: Any) -> list[Any]:
         values = [*inputs, *self.constants, *[None] * (self.size - self.inputs - len(self.constants))]

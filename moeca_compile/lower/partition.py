@@ -1,8 +1,8 @@
-"""Cut a step's graph along its residual stream, so that stretches that are alike are compiled once.
+"""Cut a step's graph along its residual stream, so that partitions that are alike are compiled once.
 
 The blocks of a transformer differ in their parameters and caches only. Aliases, which the evaluation of a step
-leaves on the residual stream, cut the traced graph into stretches. Each becomes a graph of its own, with all that
-it reads as inputs; stretches that are equal but for what they are given share one such graph, a *unit*.
+leaves on the residual stream, cut the traced graph into partitions. Each becomes a graph of its own, with all that
+it reads as inputs; partitions that are equal but for what they are given share one such graph, a *subgraph*.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, fx
 from moeca_compile.passes.analysis.graph import ancestors
 
 BOUNDARY = torch.ops.aten.alias.default
-Stretch = list[fx.Node]
+Partition = list[fx.Node]
 
 
 @dataclass(eq=False)
-class Unit:
-    """What all stretches of one form have in common, written with the nodes of the first of them.
+class Subgraph:
+    """What all partitions of one form have in common, written with the nodes of the first of them.
 
-    outputs: the positions in `nodes` of the values that some stretch of this form hands on.
+    outputs: the positions in `nodes` of the values that some partition of this form hands on.
     """
 
-    nodes: Stretch
+    nodes: Partition
     inputs: list[fx.Node]
     outputs: set[int] = field(default_factory=set)
 
@@ -52,47 +52,47 @@ class Unit:
 
 @dataclass(frozen=True)
 class Call:
-    """One stretch of the graph: its unit, what that is given, and the nodes whose values the unit returns."""
+    """One partition of the graph: its subgraph, what that is given, and the nodes whose values it returns."""
 
-    unit: Unit
+    subgraph: Subgraph
     arguments: list[fx.Node]
-    nodes: Stretch
+    nodes: Partition
 
     @property
     def results(self) -> list[fx.Node]:
-        return [self.nodes[i] for i in sorted(self.unit.outputs)]
+        return [self.nodes[i] for i in sorted(self.subgraph.outputs)]
 
 
-def outline(gm: fx.GraphModule) -> list[Call]:
-    """The graph as calls of units, in order. Its boundaries are taken out of it."""
-    return _calls(_joined(_stretches(gm.graph)))
+def partition_graph(gm: fx.GraphModule) -> list[Call]:
+    """The graph as calls of subgraphs, in order. Its boundaries are taken out of it."""
+    return _calls(_joined(_partitions(gm.graph)))
 
 
-def uncut(gm: fx.GraphModule) -> list[Call]:
+def whole_graph(gm: fx.GraphModule) -> list[Call]:
     """The graph as one call. Its boundaries are taken out of it."""
-    return _calls([[node for nodes in _stretches(gm.graph) for node in nodes]])
+    return _calls([[node for nodes in _partitions(gm.graph) for node in nodes]])
 
 
-def _calls(stretches: list[Stretch]) -> list[Call]:
-    home = {node: i for i, nodes in enumerate(stretches) for node in nodes}
-    units: dict[Any, Unit] = {}
+def _calls(partitions: list[Partition]) -> list[Call]:
+    home = {node: i for i, nodes in enumerate(partitions) for node in nodes}
+    subgraphs: dict[Any, Subgraph] = {}
     calls = []
-    for i, nodes in enumerate(stretches):
+    for i, nodes in enumerate(partitions):
         form, arguments = _form(nodes)
-        unit = units.setdefault(form, Unit(nodes, arguments))
-        unit.outputs |= {p for p, node in enumerate(nodes) if any(home.get(user) != i for user in node.users)}
-        calls.append(Call(unit, arguments, nodes))
+        subgraph = subgraphs.setdefault(form, Subgraph(nodes, arguments))
+        subgraph.outputs |= {p for p, node in enumerate(nodes) if any(home.get(user) != i for user in node.users)}
+        calls.append(Call(subgraph, arguments, nodes))
     return calls
 
 
-def _stretches(graph: fx.Graph) -> list[Stretch]:
+def _partitions(graph: fx.Graph) -> list[Partition]:
     """The graph's ops from one boundary to the next.
 
-    What follows the last one is for the most part what the policy keeps of each block. It goes back to the stretch
-    that it was computed in, so that this need not hand on everything that is kept; what is made of many stretches,
+    What follows the last one is for the most part what the policy keeps of each block. It goes back to the partition
+    that it was computed in, so that this need not hand on everything that is kept; what is made of many partitions,
     such as all layers' counters, stays behind them all, or the last block would not be like the others.
     """
-    found: list[Stretch] = [[]]
+    found: list[Partition] = [[]]
     handed_on: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.target is BOUNDARY:
@@ -115,16 +115,18 @@ def _stretches(graph: fx.Graph) -> list[Stretch]:
         if stays & set(inputs) or len(set(ready)) > 2:
             ready.append(len(found) - 1)
         if ready:
-            _settle(node, max(ready), home, found)
+            _assign(node, max(ready), home, found)
     for node in tail:
-        _settle(node, len(found) - 1, home, found)
+        _assign(node, len(found) - 1, home, found)
     return [nodes for nodes in found if nodes]
 
 
-def _hoist_shared(found: list[Stretch], ends: set[fx.Node]) -> None:
-    """Move what comes of the inputs alone, and more than two stretches read, to the front: the first block, where the
-    conditioning of all blocks happens to be computed, would not be like the others. Not past `ends`: the stream, and
-    what is changed in place."""
+def _hoist_shared(found: list[Partition], ends: set[fx.Node]) -> None:
+    """Move what comes of the inputs alone, and more than two partitions read, to the front.
+
+    Else the first block, where the conditioning of all blocks happens to be computed, would not be like the others.
+    Not past `ends`: the stream, and what is changed in place.
+    """
     home = {node: i for i, nodes in enumerate(found) for node in nodes}
     free: set[fx.Node] = set()
     for node in (node for nodes in found for node in nodes):
@@ -142,11 +144,11 @@ def _is_tuple(node: fx.Node) -> bool:
     return any(user.target is operator.getitem for user in node.users)
 
 
-def _settle(node: fx.Node, place: int, home: dict[fx.Node, int], found: list[Stretch]) -> None:
+def _assign(node: fx.Node, place: int, home: dict[fx.Node, int], found: list[Partition]) -> None:
     """Give `node` a home, and before it those of its inputs that have none: they can be computed anywhere."""
     if node not in home and node.op == "call_function":
         for arg in node.all_input_nodes:
-            _settle(arg, place, home, found)
+            _assign(arg, place, home, found)
         home[node] = place
         found[place].append(node)
 
@@ -154,26 +156,23 @@ def _settle(node: fx.Node, place: int, home: dict[fx.Node, int], found: list[Str
 def _changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """The values that some op of the graph writes to; what reads them must keep its place."""
     return {
-        arg
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for arg in node.all_input_nodes
+        arg for node in graph.nodes if node.op == "call_function" and node.is_impure() for arg in node.all_input_nodes
     }
 
 
-def _joined(stretches: list[Stretch]) -> list[Stretch]:
+def _joined(partitions: list[Partition]) -> list[Partition]:
     """Neighbors of which none has its like elsewhere become one: nothing is gained by compiling them apart."""
-    forms = [_form(nodes)[0] for nodes in stretches]
+    forms = [_form(nodes)[0] for nodes in partitions]
     count = Counter(forms)
-    joined: list[Stretch] = []
-    for alone, group in groupby(zip(forms, stretches, strict=True), key=lambda each: count[each[0]] == 1):
+    joined: list[Partition] = []
+    for alone, group in groupby(zip(forms, partitions, strict=True), key=lambda each: count[each[0]] == 1):
         members = [nodes for _, nodes in group]
         joined += [[node for nodes in members for node in nodes]] if alone else members
     return joined
 
 
-def _form(nodes: Stretch) -> tuple[Any, list[fx.Node]]:
-    """All that has to be equal for two stretches to be the same graph, and what this one reads from outside."""
+def _form(nodes: Partition) -> tuple[Any, list[fx.Node]]:
+    """All that has to be equal for two partitions to be the same graph, and what this one reads from outside."""
     number: dict[fx.Node, int] = {}
     inside = set(nodes)
     arguments: list[fx.Node] = []

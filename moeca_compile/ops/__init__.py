@@ -1,4 +1,12 @@
-"""Custom ops. Importing the package defines them all, with their kernels where there can be a device for them."""
+"""Custom ops. Importing the package defines them all, with their kernels where there can be a device for them.
+
+markers                          what a MoE layer means, from capture until it is lowered
+fixed_k, variable_k, attention   what runs in a step, each a plain function of ATen ops
+linear                           linear layers, one and by group
+bodies, body_plan, body_run      what an expert computes: registered, planned, run for all experts at once
+cpu/, triton/                    kernels of these for CPU and CUDA
+aten                             groups of ATen ops, by name
+"""
 
 import torch
 

@@ -1,4 +1,12 @@
-"""Attention of chosen queries against cached keys and values."""
+"""Attention of chosen queries against cached keys and values.
+
+    attend_rows(keys, values, query, key, value, chosen, valid, mask, scale, enable_gqa) -> out
+
+        keys[chosen[c]] = key[c], values[chosen[c]] = value[c]    where valid[c]
+        out = softmax(query @ keys.T * scale + mask) @ values
+
+The function is the op wherever no kernel is (`ops.triton.attention` on CUDA); the fake at the end gives shapes.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +47,10 @@ def attend_rows(
     """
     samples, tokens = keys.shape[:2]
     first = torch.arange(samples, device=chosen.device)[:, None] * tokens
-    kept = valid.flatten().nonzero().squeeze(1)
-    places = (chosen + first).flatten()[kept]
+    written = valid.flatten().nonzero().squeeze(1)
+    places = (chosen + first).flatten()[written]
     for cache, fresh in ((keys, key), (values, value)):
-        rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, kept)
+        rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, written)
         cache.flatten(0, 1).index_copy_(0, places, rows.to(cache.dtype))
     return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
 

@@ -1,8 +1,20 @@
-"""Expert branches: all of them at a full step, the chosen ones at a cache step.
+"""Expert outputs where every token has k experts: of all branches at a full step, of the stale ones at a cache step.
 
-Each op is one plain function that is schema, reference and fake at once; a provider for another device
-registers against the same schema. A branch is a (token, expert) pair, its output the expert's row before
-weighting. The cache of branch outputs is read and written inside `refresh_fixed_k` only.
+    fixed_k_outputs(rows, index, ...) -> out
+
+        out[t, j] = expert_index[t, j](rows[t])
+
+    refresh_fixed_k(cache, slope, rows, index, mask, chosen, weight, ratio, ...) -> combined, norms
+
+        cache[n, j] = expert_index[c, j](rows[c]) - ratio * slope[n, j]    where mask[c, j], with n = chosen[c]
+        combined[n] = sum_j weight[n, j] * (cache[n, j] + ratio * slope[n, j])
+
+A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has a slot for each of
+a token's k branches and is written inside `refresh_fixed_k` only.
+
+Each op is one plain function of ATen ops that runs on any device, registered under the op's schema. It is the
+contract that `ops.triton.fixed_k`, which runs in its place on CUDA, is tested against. Shapes alone come from the
+fakes at the end of the file, since the functions read numbers of branches on the host.
 """
 
 from __future__ import annotations
@@ -11,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile.ops import bodies
+from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 
 _library = torch.library.Library("moeca", "FRAGMENT")
@@ -41,30 +53,30 @@ def fixed_k_outputs(
         (T, k, width).
     """
     flat = index.flatten()
-    pairs = torch.arange(flat.numel(), device=flat.device)
-    order, outputs = expert_outputs(rows, flat, pairs, index.shape[1], parameters, experts, body)
+    places = torch.arange(flat.numel(), device=flat.device)
+    order, outputs = expert_outputs(rows, flat, places, index.shape[1], parameters, experts, body)
     result = rows[0].new_empty(flat.numel(), width)
     return result.index_copy_(0, order, outputs.to(result.dtype)).view(*index.shape, width)
 
 
 def expert_outputs(
-    rows: list[Tensor], expert: Tensor, pairs: Tensor, k: int, parameters: list[Tensor], experts: int, body: str
+    rows: list[Tensor], expert: Tensor, places: Tensor, k: int, parameters: list[Tensor], experts: int, body: str
 ) -> tuple[Tensor, Tensor]:
     """Run each expert on its rows.
 
     Args:
         rows: what enters the experts, each (T, ...).
-        expert: (P,) expert ids; pairs: (P,) flat (row, slot) places, `k` to a row.
+        expert: (M,) expert ids of the branches; places: (M,) their flat places, `k` to a row.
         parameters, experts, body: as in `fixed_k_outputs`.
 
     Returns:
-        (P,) positions in `expert`, sorted by expert; (P, width) outputs in that order.
+        (M,) positions in `expert`, sorted by expert; (M, width) outputs in that order.
     """
     order = expert.argsort(stable=True)
     ends = torch.bincount(expert, minlength=experts).cumsum(0)
-    source = pairs[order] // k
+    source = places[order] // k
     sorted_rows = [value.index_select(0, source) for value in rows]
-    return order, bodies.run_by_expert(body, sorted_rows, F.pad(ends, (1, 0)), parameters, experts)
+    return order, run_by_expert(body, sorted_rows, F.pad(ends, (1, 0)), parameters, experts)
 
 
 def refresh_fixed_k(
@@ -100,19 +112,18 @@ def refresh_fixed_k(
     """
     samples, tokens, k, width = cache.shape
     norms = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    pairs = mask.flatten().nonzero().squeeze(1)
-    if pairs.numel():
+    places = mask.flatten().nonzero().squeeze(1)
+    if places.numel():
         first = torch.arange(samples, device=chosen.device)[:, None] * tokens
-        slots = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[pairs]
-        flat_cache = cache.view(-1, width)
+        slots = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
         if slope is not None:
-            slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[pairs]], 0.0)
-        order, outputs = expert_outputs(rows, index.flatten()[pairs], pairs, k, parameters, experts, body)
-        places = slots[order]
-        norms.view(-1).index_copy_(0, pairs[order], outputs.norm(dim=-1).to(torch.float32))
+            slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[places]], 0.0)
+        order, outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)
+        slots = slots[order]
+        norms.view(-1).index_copy_(0, places[order], outputs.norm(dim=-1).to(torch.float32))
         if slope is not None:
-            outputs = outputs - ratio * slope.view(-1, width).index_select(0, places)
-        flat_cache.index_copy_(0, places, outputs.to(cache.dtype))
+            outputs = outputs - ratio * slope.view(-1, width).index_select(0, slots)
+        cache.view(-1, width).index_copy_(0, slots, outputs.to(cache.dtype))
     return _combine(cache, slope, ratio, weight), norms
 
 

@@ -1,7 +1,10 @@
-"""Linear layers on CPU: each product is taken by what is fastest for its number of rows.
+"""Linear layers, one and by group; on CPU each product is taken by what is fastest for its number of rows.
+
+    moeca::linear(x, weight, bias) -> out         out = x @ weight.T + bias, as torch.nn.functional.linear
 
 PyTorch takes float32 products to MKL, which packs the weights anew at each call; with few rows that is most of the
-time. oneDNN is faster at every size, our own kernel up to some dozens of rows (docs/performance.md).
+time. oneDNN is faster at every size, our own kernel up to some dozens of rows (docs/performance.md). On any other
+device, and for the dtypes that neither takes, PyTorch's product runs.
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear on CPU: x (..., K), weight (N, K), bias (N) or None -> (..., N), contiguous."""
+    """torch.nn.functional.linear: x (..., K), weight (N, K), bias (N,) or None -> (..., N), contiguous on CPU.
+
+    The op's schema has the same arguments; the fake beside it gives the shape.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     biases = None if bias is None else [bias]
     rows = x.flatten(0, -2).contiguous()
     if len(rows) <= _FEW and library.takes(rows, [weight], biases):
@@ -41,13 +49,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def grouped_linear(
     rows: Tensor, offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 ) -> Tensor:
-    """A linear layer for each group of rows, as in `ops.cpu.library`, on whatever is at hand."""
+    """A linear layer of its own for each group of rows.
+
+    Args:
+        rows: (R, K), sorted by group; offsets: (G + 1,) int64, where the groups begin, and R.
+        weights: G tensors (N, K); biases: G tensors (N,), or None.
+
+    Returns:
+        (R, N).
+    """
     rows = rows.contiguous()
     if len(rows) <= _FEW_EACH * len(weights) and library.takes(rows, weights, biases):
         return library.grouped_linear(rows, offsets, weights, biases)
     out = rows.new_empty(len(rows), len(weights[0]))
-    bounds = offsets.tolist()
-    for group, (start, end) in enumerate(pairwise(bounds)):
+    for group, (start, end) in enumerate(pairwise(offsets.tolist())):
         if end > start:
             bias = biases[group] if biases is not None else None
             out[start:end] = linear(rows[start:end], weights[group], bias)

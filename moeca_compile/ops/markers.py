@@ -7,15 +7,17 @@
     experts_variable_k(x, routed, weight, body_out, params, num_experts, branches, coupled) -> out
                                       out[t] = sum_e routed[t, e] * weight[t, e] * expert_e(x[t])
 
-`experts_fixed_k` is for layers where every token has k branches, `experts_variable_k` for all others (expert choice,
-dynamic capacity): any (token, expert) pairs. Its `branches` is how many pairs are routed where the sizes alone tell,
-else 0; `coupled` says that the routing of one sample depends on the others in the batch.
+`experts_fixed_k` is for layers where every token has k experts, `experts_variable_k` for all others (expert choice,
+dynamic capacity). Its `branches` is how many (token, expert) pairs are routed where the sizes alone say so, else 0;
+`coupled` says that the routing of one sample depends on the others in the batch.
 
 Between entry and marker stands the body of expert 0, run on every row; `params` holds the same parameters of all
 experts, so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of
 `params[:P]`. This keeps the graph small: one body a layer, not one an expert.
 
-Both ops are functional and have no autograd formula: capture emits them with gradients off only.
+x is (T, D), index and weight (T, k), routed and weight (T, E), body_out and the result (T, width). The ops are
+functional and have no autograd formula: capture emits them with gradients off only. The two of experts have a schema
+and a fake, and raise NotImplementedError when they run: a pass has to lower them.
 """
 
 from __future__ import annotations
@@ -65,4 +67,4 @@ for _marker in ("experts_fixed_k", "experts_variable_k"):
     torch.library.register_fake(f"{NAMESPACE}::{_marker}", _experts_fake, lib=_library)
 
 MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default)
-"""What stands in a graph for a MoE layer: where every token has k experts, and any pairs."""
+"""What stands in a graph for a MoE layer: of fixed k, and of variable k."""

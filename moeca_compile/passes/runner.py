@@ -1,24 +1,93 @@
-"""Run the normalizing passes in their order: what they write alike, matching has to know in one form only."""
+"""Run the normalizing passes: their order stands here, and what each of them needs around it.
+
+A pass is a function of a graph that rewrites it in place, keeps the values that it computes, and returns how many
+places it rewrote. Dead code, lint, times, counts, the log and dumps are the runner's.
+
+Two rewrites are no passes in this sense. `scalar_inputs_to_tensors` edits Dynamo's graph, which is not functional
+yet, so dead code must not be eliminated there, and its callers need to know which inputs it changed.
+`to_one_device` moves all of a graph or nothing: it tries on a copy, and gives that or the graph itself.
+"""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 
 from torch import fx
 
 from moeca_compile.passes.normalize.collapse_views import collapse_views
 from moeca_compile.passes.normalize.drop_idle_dropouts import drop_idle_dropouts
-from moeca_compile.passes.normalize.fuse_attention import normalize_attention
+from moeca_compile.passes.normalize.fuse_attention import fuse_attention
+from moeca_compile.passes.normalize.name_attention_arguments import name_attention_arguments
 from moeca_compile.passes.normalize.reshape_views import reshape_views
 from moeca_compile.passes.normalize.split_products_from_sums import split_products_from_sums
 from moeca_compile.passes.normalize.split_to_slices import split_to_slices
 from moeca_compile.passes.normalize.unflatten_linears import unflatten_linears
 
+log = logging.getLogger(__name__)
 
-def normalize(graph: fx.Graph) -> None:
-    """Rewrite the exported graph in place; the values that it computes stay the same."""
-    drop_idle_dropouts(graph)
-    split_products_from_sums(graph)
-    collapse_views(graph)
-    split_to_slices(graph)
-    unflatten_linears(graph)
-    normalize_attention(graph)
-    reshape_views(graph)
+Pass = Callable[[fx.Graph], int]
+
+PASSES: tuple[Pass, ...] = (
+    drop_idle_dropouts,
+    split_products_from_sums,
+    collapse_views,
+    split_to_slices,
+    unflatten_linears,
+    fuse_attention,
+    name_attention_arguments,
+    reshape_views,
+)
+"""The order: each pass may count on what those before it have written alike."""
+
+
+class PassError(RuntimeError):
+    """A pass left a graph that is not well formed: a defect of that pass, whatever the model."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One run of a pass: how many places it rewrote, and the seconds that it and the cleaning up after it took."""
+
+    name: str
+    matches: int
+    seconds: float
+
+
+Observer = Callable[[PassResult, fx.Graph], None]
+
+
+def normalize(graph: fx.Graph, after: Observer | None = None) -> tuple[PassResult, ...]:
+    """Rewrite an exported graph in place into the forms that matching knows; the values it computes stay the same.
+
+    Args:
+        after: called with the result of each pass and the graph as it then is; it must not edit the graph.
+    """
+    return run_passes(graph, PASSES, after)
+
+
+def run_passes(graph: fx.Graph, passes: Sequence[Pass], after: Observer | None = None) -> tuple[PassResult, ...]:
+    """Run these passes in order on a functional graph. Raises PassError where one leaves it broken."""
+    results = []
+    for each in passes:
+        results.append(_run(each, graph))
+        if after is not None:
+            after(results[-1], graph)
+    return tuple(results)
+
+
+def _run(each: Pass, graph: fx.Graph) -> PassResult:
+    name, start = each.__name__, perf_counter()
+    matches = each(graph)
+    try:  # before elimination, which needs a graph in order
+        graph.lint()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]  # the other lines are the whole graph
+        raise PassError(f"the pass {name} left a broken graph: {reason}") from error
+    if matches:
+        graph.eliminate_dead_code()
+    result = PassResult(name, matches, perf_counter() - start)
+    log.debug("%s: %d matches, %.1f ms, %d nodes", name, matches, 1000 * result.seconds, len(graph.nodes))
+    return result

@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from moeca_compile.passes.analysis.graph import shape_of
-from moeca_compile.passes.rewrite.step import CacheSpec, Step
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, Role
+from moeca_compile.passes.rewrite.step import Step
 
 
 @dataclass(frozen=True)
 class Cached:
-    """The cached value of one node.
+    """The cached value of one node; with `value`, of what that computes at a step, shaped as the node.
 
-    With `forecast`, `slope` is the change between the last two full steps and a read gives value + reach * slope,
-    where reach is the distance from the last full step in units of the interval between the two.
+    With `forecast`, a slope is cached too: the change between the last two full steps. A read then gives
+    value + distance * slope, where the distance from the last full step is in units of the interval between the two.
     """
 
     name: str
     node: fx.Node
-    part: int
+    part: Part
     forecast: bool
     dtype: torch.dtype | None = None
+    value: Callable[[Step], Tensor] | None = None
 
     def specs(self) -> list[CacheSpec]:
-        names = [self.name, self._slope_name] if self.forecast else [self.name]
-        return [CacheSpec(name, shape_of(self.node), self.dtype or self._compute_dtype) for name in names]
+        roles = {self.name: Role.ACTIVATION} | ({self._slope_name: Role.SLOPE} if self.forecast else {})
+        dtype = self.dtype or self._compute_dtype
+        return [CacheSpec(name, shape_of(self.node), dtype, role) for name, role in roles.items()]
 
-    def store(self, step: Step, fresh: Tensor) -> None:
-        """After a full step: keep the fresh value, and how it changed since the full step before."""
+    def store(self, step: Step) -> None:
+        """Cache the fresh value, and how it changed since the full step before."""
+        fresh = self.value(step) if self.value is not None else step[self.node]
         if self.forecast:
-            had_previous = step.clock[self.part, 1].to(fresh.dtype)
-            step.updates[self._slope_name] = self._kept((fresh - self._value(step)) * had_previous)
-        step.updates[self.name] = self._kept(fresh)
+            had_previous = step.had_full_step(self.part).to(fresh.dtype)
+            step.updates[self._slope_name] = self._to_cache((fresh - self._cached(step)) * had_previous)
+        step.updates[self.name] = self._to_cache(fresh)
 
     def read(self, step: Step) -> Tensor:
         """The value to use at this step in place of the node's own."""
         if not self.forecast:
-            return self._value(step)
-        return self._value(step) + self._advance(step)
+            return self._cached(step)
+        return self._cached(step) + self._advance(step)
 
     def refresh(self, step: Step, chosen: Tensor, rows: Tensor, valid: Tensor) -> None:
         """Replace the rows `chosen` (B, C), where `valid`, so that a read at this step gives `rows` there."""
         if self.forecast:
             rows = rows - step.take(self.node, self._advance(step), chosen)
-        updated = step.put(self.node, self._value(step), chosen, rows, valid)
-        step.updates[self.name] = self._kept(updated)
+        updated = step.put(self.node, self._cached(step), chosen, rows, valid)
+        step.updates[self.name] = self._to_cache(updated)
 
     def _advance(self, step: Step) -> Tensor:
         slope = step.current(self._slope_name).to(self._compute_dtype)
-        return slope * step.clock[self.part, 0].to(slope.dtype)
+        return slope * step.forecast_distance(self.part).to(slope.dtype)
 
-    def _value(self, step: Step) -> Tensor:
+    def _cached(self, step: Step) -> Tensor:
         return step.current(self.name).to(self._compute_dtype)
 
-    def _kept(self, value: Tensor) -> Tensor:
+    def _to_cache(self, value: Tensor) -> Tensor:
         return value.to(self.dtype or self._compute_dtype).contiguous()
 
     @property

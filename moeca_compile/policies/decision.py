@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_compile.config import MoecaConfig
+from moeca_compile.options import Options
 
 _UNMATCHED_FIRST = 100.0
 """Added to the rank of what is unmatched. Scores stay well below it, and float32 still tells them apart."""
@@ -69,17 +69,17 @@ def normalized(weight: Tensor) -> Tensor:
     return weight / weight.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def score(config: MoecaConfig, weight: Tensor, cached_weight: Tensor, norms: Tensor, age: Tensor) -> Tensor:
+def score(options: Options, weight: Tensor, cached_weight: Tensor, norms: Tensor, age: Tensor) -> Tensor:
     """Branch-level recomputation score (paper, eq. 9); all arguments (B, N, k) by slot.
 
     `norms` are those of the cached branch outputs, `age` the steps since a branch was computed.
     """
     drift = (weight - cached_weight).abs()
-    if config.score == "drift":
+    if options.score == "drift":
         return drift
     contribution = norms / norms.sum(-1, keepdim=True).clamp_min(1e-20)
-    paper = weight + config.lambda1 * drift + config.lambda2 * contribution
-    return paper + 0.25 * age / config.full_every if config.score == "staleness" else paper
+    paper = weight + options.lambda1 * drift + options.lambda2 * contribution
+    return paper + 0.25 * age / options.full_every if options.score == "staleness" else paper
 
 
 def routed_by_expert(index: Tensor, experts: int) -> Tensor:
@@ -87,23 +87,23 @@ def routed_by_expert(index: Tensor, experts: int) -> Tensor:
     return (index[..., None] == torch.arange(experts, device=index.device)).any(-2)
 
 
-def activation(config: MoecaConfig, previous: Tensor, routed: Tensor) -> Tensor:
+def activation(options: Options, previous: Tensor, routed: Tensor) -> Tensor:
     """Spatial activation statistic C_e (paper, eq. 10), from the last one and this step's routing, all (B, N, E)."""
-    return config.beta * previous + (1 - config.beta) * routed.to(previous.dtype)
+    return options.beta * previous + (1 - options.beta) * routed.to(previous.dtype)
 
 
-def thresholds(config: MoecaConfig, statistic: Tensor) -> Tensor:
+def thresholds(options: Options, statistic: Tensor) -> Tensor:
     """Expert-aware thresholds (paper, eqs. 11 and 12): statistic (B, N, E) -> (B, E)."""
-    if config.statistic == "batch":
+    if options.statistic == "batch":
         statistic = statistic.mean(0, keepdim=True).expand_as(statistic)
     share = statistic / statistic.sum(1, keepdim=True).clamp_min(1e-20)
     entropy = torch.special.entr(share).sum(1)
-    if config.entropy == "minmax":
+    if options.entropy == "minmax":
         low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
         entropy = (entropy - low) / (high - low).clamp_min(1e-20)
     else:
         entropy = entropy / math.log(max(statistic.shape[1], 2))
-    return config.tau0 * (1 + config.alpha * (2 * entropy - 1))
+    return options.tau0 * (1 + options.alpha * (2 * entropy - 1))
 
 
 def over_threshold(scores: Tensor, threshold: Tensor, index: Tensor) -> Tensor:

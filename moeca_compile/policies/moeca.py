@@ -12,6 +12,7 @@ nearest MoE layer before them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -20,26 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moeca_compile.config import MoecaConfig
 from moeca_compile.ops.attention import attend
+from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Axis, count, place_in
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.attention import sdpa_options
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.passes.rewrite.replacement import Cache, Replacement
 from moeca_compile.passes.rewrite.rows import Rows
-from moeca_compile.passes.rewrite.step import ATTENTION, EXPERTS, CacheSpec, Step
+from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.decision import Decision
+from moeca_compile.policies.expert_cache import ExpertCache
 from moeca_compile.policies.fixed_k_cache import FixedKCache
-from moeca_compile.policies.plain import run_layers
+from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
 from moeca_compile.policies.variable_k_cache import VariableKCache
 
 Tokens = tuple[Tensor, Tensor]
 """Chosen tokens (B, C), counted on the axis of some stream, and which of them are valid."""
 
 
-class Part(NamedTuple):
+class Stream(NamedTuple):
     """What one stream brings to an attention on a cache step: its chosen tokens and their rows."""
 
     attention: Attention
@@ -48,95 +52,127 @@ class Part(NamedTuple):
     rows: Rows
 
 
-class Moeca:
-    """The policy over one graph's regions. It holds what is cached where; a step's state is in `MoecaStep`."""
+class KeysValues(NamedTuple):
+    """The caches of an attention's keys and values, shared by the streams that it joins."""
 
-    def __init__(self, config: MoecaConfig, regions: Regions) -> None:
-        self.config, self.regions = config, regions
+    name: str
+    attention: Attention
+    samples: int
+    dtype: torch.dtype | None
+
+    def specs(self) -> list[CacheSpec]:
+        """Keys and values (B, N, H, d): a token's heads lie together, so that its row is one copy."""
+        return [
+            CacheSpec(f"{self.name}.{kind}", _row_major(node, self.samples), self.dtype or node.meta["val"].dtype)
+            for kind, node in (("keys", self.attention.key), ("values", self.attention.value))
+        ]
+
+    def store(self, step: Step) -> None:
+        for spec, node in zip(self.specs(), (self.attention.key, self.attention.value), strict=True):
+            by_head = _by_head(step[node], spec.shape[0])
+            step.updates[spec.name] = by_head.transpose(1, 2).to(spec.dtype).contiguous()
+
+
+class Moeca:
+    """The policy over one graph's regions. It holds what is cached where; what a step decides is in `CacheStep`."""
+
+    def __init__(self, options: Options, regions: Regions) -> None:
+        self.options, self.regions = options, regions
         self.attention = {a: self._cached(f"attention.{i}", a, "attention") for i, a in enumerate(regions.attentions)}
         self.joint: dict[fx.Node, list[Attention]] = {}
         for attention in regions.attentions:
             self.joint.setdefault(attention.sdpa, []).append(attention)
+        self.keys_values = {sdpa: self._keys_values(parts[0]) for sdpa, parts in self.joint.items()}
         self.feedforward = {
             f: self._cached(f"feedforward.{i}", f, "experts") for i, f in enumerate(regions.feedforwards)
         }
-        self.branches = {e: _layer_cache(f"experts.{i}", e, regions, config) for i, e in enumerate(regions.experts)}
+        self.experts = {e: _layer_cache(f"experts.{i}", e, regions, options) for i, e in enumerate(regions.experts)}
         nearest_last = reversed(regions.experts)
         self.probes = {chain[0]: (e, chain) for e in nearest_last if (chain := _probe_chain(e, regions))}
-        shared = [(i, s) for i, e in enumerate(regions.experts) for s in e.shared if config.shared != "always"]
-        self.shared = {s: self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, s) in enumerate(shared)}
+        shared = [(i, e, s) for i, e in enumerate(regions.experts) for s in e.shared if options.shared != "always"]
+        self.shared = {(e, s): self._cached(f"shared.{i}.{j}", s, "shared") for j, (i, e, s) in enumerate(shared)}
 
     def _cached(self, name: str, region: Attention | FeedForward, forecast: str) -> Cached:
-        part = ATTENTION if isinstance(region, Attention) else EXPERTS
+        part = Part.ATTENTION if isinstance(region, Attention) else Part.EXPERTS
         node = region.residual.output if isinstance(region, Attention) else region.output
-        return Cached(name, node, part, forecast in self.config.forecast, self.config.cache_dtype)
+        return Cached(name, node, part, forecast in self.options.forecast, self.options.cache_dtype)
 
-    def specs(self) -> list[CacheSpec]:
-        """All cached tensors."""
-        singles = [*self.attention.values(), *self.feedforward.values(), *self.shared.values()]
-        specs = [spec for cached in singles for spec in cached.specs()]
-        specs += [spec for branches in self.branches.values() for spec in branches.specs()]
-        return specs + [spec for sdpa in self.joint for spec in self.key_value_specs(sdpa)]
+    def _keys_values(self, attention: Attention) -> KeysValues | None:
+        """None where a cache step takes the keys and values of all tokens as the model computes them."""
+        if self.options.keys_values == "all" or not attention.by_token:
+            return None
+        samples = self.regions.layouts[attention.key].samples
+        return KeysValues(self.attention[attention].name, attention, samples, self.options.cache_dtype)
 
-    def key_value_specs(self, sdpa: fx.Node) -> list[CacheSpec]:
-        """The caches of an attention's keys and values, shared by the streams that it joins."""
-        if self.config.keys_values == "all" or not self.joint[sdpa][0].by_token:
-            return []
-        attention = self.joint[sdpa][0]
-        name, dtype = self.attention[attention].name, self.config.cache_dtype
-        pairs = (("keys", attention.key), ("values", attention.value))
+    # --- what it declares ----------------------------------------------------------------------------------
+
+    def replacements(self) -> list[Replacement]:
         return [
-            CacheSpec(f"{name}.{n}", _row_major(v, self.regions.layouts[v].samples), dtype or v.meta["val"].dtype)
-            for n, v in pairs
+            *map(self._attention_replacement, self.attention),
+            *map(self._feedforward_replacement, self.feedforward),
+            *(self._shared_replacement(layer, shared) for layer, shared in self.shared),
+            *map(self._experts_replacement, self.experts),
         ]
 
-    def install(self, step: Step) -> MoecaStep:
-        """Replace, for this step, the values that come from the cache. Call `finish` after it has run."""
-        return MoecaStep(self, step)
+    def _attention_replacement(self, attention: Attention) -> Replacement:
+        caches: list[Cache] = [self.attention[attention]]
+        keys_values = self.keys_values[attention.sdpa]
+        if keys_values is not None and keys_values.attention is attention:
+            caches.append(keys_values)
+        return Replacement(
+            attention.residual.output,
+            attention.residual.stream,
+            Part.ATTENTION,
+            tuple(caches),
+            lambda step: self._at(step).attention(attention),
+            reads=() if keys_values is not None else (attention.key, attention.value),
+            recomputes_rows=True,
+        )
+
+    def _feedforward_replacement(self, feedforward: FeedForward) -> Replacement:
+        cached, ends = self.feedforward[feedforward], (feedforward.output, feedforward.stream)
+        reuse = partial(self._reuse_rows, feedforward, cached, None)
+        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=True)
+
+    def _shared_replacement(self, layer: Experts, shared: FeedForward) -> Replacement:
+        cached, ends = self.shared[layer, shared], (shared.output, shared.stream)
+        reuse = partial(self._reuse_rows, shared, cached, layer)
+        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=self.options.shared == "any")
+
+    def _experts_replacement(self, layer: Experts) -> Replacement:
+        cache = self.experts[layer]
+        return Replacement(
+            layer.marker,
+            layer.residual.stream,
+            Part.EXPERTS,
+            (cache,),
+            lambda step: self._at(step).experts(layer),
+            fresh=cache.run_all,
+            reads=(layer.choice, layer.weight),
+            recomputes_branches=True,
+        )
+
+    def _reuse_rows(self, region: FeedForward, cached: Cached, layer: Experts | None, step: Step) -> Tensor:
+        return self._at(step).row_wise(region, cached, layer)
+
+    def _at(self, step: Step) -> CacheStep:
+        """The policy at a step that is under way."""
+        if self not in step.memo:
+            step.memo[self] = CacheStep(self, step)
+        found: CacheStep = step.memo[self]
+        return found
 
 
-class MoecaStep:
-    """One step under the policy: the replacements it makes, and what they tell each other."""
+class CacheStep:
+    """One cache step: what its layers decide, which the attentions and feed-forwards around them go by."""
 
     def __init__(self, policy: Moeca, step: Step) -> None:
-        self.policy, self.step, self.config = policy, step, policy.config
+        self.policy, self.step, self.options = policy, step, policy.options
         self.decisions: dict[Experts, Decision] = {}
         self.chosen: dict[Axis, Tokens] = {}
         self.attended: set[fx.Node] = set()
-        kind, replace = step.kind, step.replacements
-        for layer, cache in policy.branches.items():
-            replace[layer.marker] = partial(cache.run_all, step) if kind.experts else partial(self._experts, layer)
-        if not kind.experts:
-            for feedforward in policy.feedforward:
-                replace[feedforward.output] = partial(self._feedforward, feedforward)
-            for layer in policy.branches:
-                for shared in layer.shared:
-                    if shared in policy.shared:
-                        replace[shared.output] = partial(self._shared, layer, shared)
-        if not kind.attention:
-            for attention in policy.attention:
-                replace[attention.residual.output] = partial(self._attention, attention)
-        run_layers(step)
 
-    def finish(self) -> None:
-        """Keep what this step computed as the model has it."""
-        step, policy = self.step, self.policy
-        if step.kind.attention:
-            for attention, cached in policy.attention.items():
-                cached.store(step, step[attention.residual.output])
-            for sdpa, (attention, *_) in policy.joint.items():
-                for spec, node in zip(policy.key_value_specs(sdpa), (attention.key, attention.value), strict=False):
-                    by_head = _by_head(step[node], spec.shape[0])
-                    step.updates[spec.name] = by_head.transpose(1, 2).to(spec.dtype).contiguous()
-        if step.kind.experts:
-            for region, cached in (*policy.feedforward.items(), *policy.shared.items()):
-                cached.store(step, step[region.output])
-            for cache in policy.branches.values():
-                cache.store(step)
-
-    # --- cache steps, in the order in which a block meets them -------------------------------------------
-
-    def _attention(self, attention: Attention) -> Tensor:
+    def attention(self, attention: Attention) -> Tensor:
         """Attention output: cached, anew for the tokens that are to be recomputed (section 4.1)."""
         if attention.sdpa not in self.attended:
             self.attended.add(attention.sdpa)
@@ -150,7 +186,7 @@ class MoecaStep:
             self._probe(attention)
             output = attention.residual.output
             if (tokens := self._tokens(output)) is not None:
-                parts.append(Part(attention, *tokens, step.rows(tokens[0], attention.residual.stream, output)))
+                parts.append(Stream(attention, *tokens, step.rows(tokens[0], attention.residual.stream, output)))
         if not parts:
             return
         outputs = self._attend(parts).split([part.chosen.shape[1] for part in parts], dim=-2)
@@ -165,10 +201,10 @@ class MoecaStep:
         layer, chain = self.policy.probes.get(attention, (None, ()))
         if layer is not None and not self.step.kind.experts and self._masked_by_probe(layer):
             stale = {a.residual.output: self.policy.attention[a].read(self.step) for a in chain}
-            self._decide(layer, *self.step.instead(stale, [layer.choice, layer.weight]))
+            self._decide(layer, *self.step.evaluate_with(stale, [layer.choice, layer.weight]))
 
     def _masked_by_probe(self, layer: Experts) -> bool:
-        return self.config.mask_source == "probe" or self._decided(layer.marker) is None
+        return self.options.mask_source == "probe" or self._decided(layer.marker) is None
 
     def _tokens(self, output: fx.Node) -> Tokens | None:
         """The tokens on the axis of `output` that are computed anew, None where it all comes from the cache."""
@@ -185,9 +221,9 @@ class MoecaStep:
                 return chosen + place if place else chosen, valid
         return None
 
-    def _attend(self, parts: list[Part]) -> Tensor:
+    def _attend(self, parts: list[Stream]) -> Tensor:
         """Chosen queries against all keys and values, which are fresh for all, for the chosen, or for none."""
-        attention, step, fresh = parts[0].attention, self.step, self.config.keys_values
+        attention, step, fresh = parts[0].attention, self.step, self.options.keys_values
         options = sdpa_options(attention.sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
         query = torch.cat([part.rows[attention.query] for part in parts], dim=-2)
@@ -195,7 +231,9 @@ class MoecaStep:
         if fresh == "all" or not attention.by_token:
             keys, values = step[attention.key], step[attention.value]
             return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=gqa)
-        keys, values = (step.state[spec.name] for spec in self.policy.key_value_specs(attention.sdpa))
+        cached = self.policy.keys_values[attention.sdpa]
+        assert cached is not None, "keys and values that are not taken whole are cached"
+        keys, values = (step.state[spec.name] for spec in cached.specs())
         by_head = _by_head(query, len(keys))
         if mask is not None and query.ndim != by_head.ndim:
             mask = _by_head(mask.expand(*query.shape[:-2], -1, -1), len(keys))
@@ -206,7 +244,7 @@ class MoecaStep:
             out = torch.ops.moeca.attend_rows(keys, values, by_head, key, value, chosen, valid, mask, scale, gqa)
         return out.reshape(*query.shape[:-1], out.shape[-1])
 
-    def _fresh_keys_values(self, parts: list[Part]) -> list[Tensor]:
+    def _fresh_keys_values(self, parts: list[Stream]) -> list[Tensor]:
         """Keys and values of the chosen tokens, these counted along the keys, and which of them are valid."""
         key, value = parts[0].attention.key, parts[0].attention.value
         layout, rest = self.step.layout(key), set(range(self.step.layout(key).tokens))
@@ -225,14 +263,14 @@ class MoecaStep:
 
     def _keys_values_at(self, key: fx.Node, value: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
         """Keys and values as the model computes them, of tokens whose queries nobody reads."""
-        at = torch.tensor(places, device=self.step.clock.device)
+        at = torch.tensor(places, device=self.step.coefficients.device)
         chosen = at.expand(self.step.layout(key).samples, -1)
         keys, values = (_by_head(self.step[node], len(chosen))[:, :, at] for node in (key, value))
         return keys, values, chosen, torch.ones_like(chosen, dtype=torch.bool)
 
     def _decide(self, layer: Experts, choice: Tensor, weight: Tensor) -> Decision:
         """Which branches and tokens of this layer are recomputed, from its current routing (eqs. 7, 9 to 12)."""
-        decision = self.policy.branches[layer].decide(self.step, choice, weight)
+        decision = self.policy.experts[layer].decide(self.step, choice, weight)
         axis = self.step.regions.axis(layer.marker)
         self.chosen.pop(axis, None)  # the latest choice comes last
         self.chosen[axis] = decision.chosen, decision.valid
@@ -245,21 +283,20 @@ class MoecaStep:
             self._decide(layer, self.step[layer.choice], self.step[layer.weight])
         return self.decisions[layer]
 
-    def _experts(self, layer: Experts) -> Tensor:
+    def experts(self, layer: Experts) -> Tensor:
         """MoE output from recomputed and cached branches, all with current weights (eq. 8)."""
-        return self.policy.branches[layer].run_chosen(self.step, self._decision(layer))  # type: ignore[arg-type]
+        return self.policy.experts[layer].run_chosen(self.step, self._decision(layer))
 
-    def _shared(self, layer: Experts, shared: FeedForward) -> Tensor:
-        self._decision(layer)
-        fresh = self.config.shared != "never" or self.step.kind.forced
-        return self._row_wise(shared, self.policy.shared[shared], fresh)
+    def row_wise(self, region: FeedForward, cached: Cached, layer: Experts | None) -> Tensor:
+        """A feed-forward's output: cached, anew for the tokens that are to be recomputed.
 
-    def _feedforward(self, feedforward: FeedForward) -> Tensor:
-        return self._row_wise(feedforward, self.policy.feedforward[feedforward], True)
-
-    def _row_wise(self, region: FeedForward, cached: Cached, fresh: bool) -> Tensor:
+        `layer` is the MoE layer beside which it is a shared expert; then the option `shared` tells whether it runs.
+        """
+        if layer is not None:
+            self._decision(layer)
         tokens = self._tokens(region.output)
-        if fresh and tokens is not None:
+        runs = layer is None or self.options.shared != "never" or self.step.kind.forced
+        if runs and tokens is not None:
             chosen, valid = tokens
             rows = self.step.rows(chosen, region.stream, region.output)
             cached.refresh(self.step, chosen, rows[region.output], valid)
@@ -275,7 +312,7 @@ def _probe_chain(layer: Experts, regions: Regions) -> list[Attention]:
     return chain
 
 
-def _joined_masks(parts: list[Part]) -> Tensor | None:
+def _joined_masks(parts: list[Stream]) -> Tensor | None:
     """The masks of the queries of all parts, one after the other."""
     masks = [part.rows.attention_mask(part.attention.sdpa) for part in parts]
     first = masks[0]
@@ -295,10 +332,50 @@ def _row_major(node: fx.Node, samples: int) -> tuple[int, ...]:
     return samples, tokens, prod(shape[:-2]) // samples, width
 
 
-def _layer_cache(name: str, layer: Experts, regions: Regions, config: MoecaConfig) -> FixedKCache | VariableKCache:
-    return (VariableKCache if layer.variable_k else FixedKCache)(name, layer, regions, config)
+def _layer_cache(name: str, layer: Experts, regions: Regions, options: Options) -> ExpertCache:
+    return (VariableKCache if layer.variable_k else FixedKCache)(name, layer, regions, options)
 
 
 def _forced_tokens(step: Step, output: fx.Node) -> Tokens:
     layout = step.layout(output)
-    return decide.forced_tokens(layout.samples, layout.tokens, step.room(layout.tokens), step.clock.device)
+    return decide.forced_tokens(
+        layout.samples, layout.tokens, step.capacity_for(layout.tokens), step.coefficients.device
+    )
+
+
+def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
+    """Attention outputs, keys and values, feed-forwards, shared experts and branches."""
+    return Moeca(options, regions).replacements()
+
+
+def ignored(options: Options) -> Mapping[str, str]:
+    """Options without effect beside the values of others."""
+    found = dict(replaced_schedule(options)) if options.score != "staleness" else {}
+    if options.budget is not None:
+        names = ("tau0", "alpha", "beta", "entropy", "statistic", "capacities")
+        found |= dict.fromkeys(names, "a budget takes the place of the threshold, so it has no effect")
+    if options.score == "drift":
+        found |= dict.fromkeys(("lambda1", "lambda2"), "the score is the drift alone, so it has no effect")
+    return found
+
+
+POLICY = Policy(
+    reuses="branches whose routing hardly changed, and attention of tokens without a recomputed branch (the paper); "
+    "with forecast every branch, attention and shared expert, extrapolated",
+    recipes={
+        "moeca": {},
+        # Recomputing branches bought nothing beside the forecast (docs/performance.md).
+        "moeca-forecast": {"forecast": ("attention", "experts", "shared"), "budget": 0.0},
+    },
+    options=CACHING
+    | {"attention_every", "experts_every"}
+    | {"tau0", "alpha", "beta", "entropy", "statistic"}
+    | {"lambda1", "lambda2", "score", "score_weights", "budget"}
+    | {"keys_values", "mask_source", "shared", "overwrite"}
+    | {"capacities", "branches_per_token"},
+    declare=declare,
+    forecasts=("attention", "experts", "shared"),
+    needs="MoE layers",
+    applies=lambda regions: bool(regions.experts),
+    ignored=ignored,
+)

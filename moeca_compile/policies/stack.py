@@ -5,54 +5,54 @@ Of each stream that the output comes from, where there are several.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from moeca_compile.config import MoecaConfig
+from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import place_in
 from moeca_compile.passes.match.regions import Regions
-from moeca_compile.passes.rewrite.step import ATTENTION, CacheSpec, Step
+from moeca_compile.passes.rewrite.kinds import Part
+from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
-from moeca_compile.policies.plain import run_layers
+from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
 
 
-class Stack:
-    """The policy over the residual chain of one graph, from the streams h_0 before it to the streams h_L after it."""
-
-    def __init__(self, config: MoecaConfig, regions: Regions) -> None:
-        forecast = "stack" in config.forecast
-        self.cached: dict[fx.Node, Cached] = {}
-        for i, (first, last) in enumerate(regions.stacks):
-            name = f"stack.{i}" if i else "stack"
-            self.cached[first] = Cached(name, last, ATTENTION, forecast, config.cache_dtype)
-
-    def specs(self) -> list[CacheSpec]:
-        return [spec for cached in self.cached.values() for spec in cached.specs()]
-
-    def install(self, step: Step) -> StackStep:
-        return StackStep(self, step)
+def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
+    """The streams after the last block, each from the stream before the first."""
+    return [
+        change_replacement(options, first, last, f"stack.{i}" if i else "stack", "stack")
+        for i, (first, last) in enumerate(regions.stacks)
+    ]
 
 
-class StackStep:
-    def __init__(self, policy: Stack, step: Step) -> None:
-        self.policy, self.step = policy, step
-        run_layers(step)
-        if not step.kind.full:
-            for first, cached in policy.cached.items():
-                step.replacements[cached.node] = partial(self._reused, first, cached)
+def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: str, group: str) -> Replacement:
+    """`last` as `first` of this step plus the cached change from the one to the other."""
 
-    def _reused(self, first: fx.Node, cached: Cached) -> Tensor:
-        return self._before(first, cached.node) + cached.read(self.step)
+    def change(step: Step) -> Tensor:
+        return step[last] - _tokens_before(step, first, last)
 
-    def _before(self, first: fx.Node, last: fx.Node) -> Tensor:
-        """The tokens of `last` as they were before the first block."""
-        regions = self.step.regions
-        place = place_in(regions.axis(first), regions.axis(last)) or 0
-        stream: Tensor = self.step[first]
-        return stream[:, place : place + regions.layouts[last].tokens]
+    def reuse(step: Step) -> Tensor:
+        return _tokens_before(step, first, last) + cached.read(step)
 
-    def finish(self) -> None:
-        if self.step.kind.full:
-            for first, cached in self.policy.cached.items():
-                cached.store(self.step, self.step[cached.node] - self._before(first, cached.node))
+    cached = Cached(name, last, Part.WHOLE, group in options.forecast, options.cache_dtype, change)
+    return Replacement(last, first, Part.WHOLE, (cached,), reuse, reads=(first,))
+
+
+def _tokens_before(step: Step, first: fx.Node, last: fx.Node) -> Tensor:
+    """The tokens of `last` as they are in `first`, which may hold others too."""
+    start = place_in(step.regions.axis(first), step.regions.axis(last)) or 0
+    stream: Tensor = step[first]
+    return stream[:, start : start + step.layout(last).tokens]
+
+
+POLICY = Policy(
+    reuses="the change over the whole block stack, as it was or extrapolated",
+    recipes={"stack": {}, "stack-forecast": {"forecast": ("stack",)}},
+    options=CACHING | {"attention_every", "experts_every"},
+    declare=declare,
+    forecasts=("stack",),
+    needs="a residual stream that runs through all blocks",
+    ignored=replaced_schedule,
+)

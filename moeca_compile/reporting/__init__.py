@@ -1,5 +1,5 @@
 """What a compiled model can say of itself."""
 
-from .report import Flops, GraphBreak, Region, Report
+from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 
 __all__ = ["Flops", "GraphBreak", "Region", "Report"]

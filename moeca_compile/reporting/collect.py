@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import fx
 
 from moeca_compile import capture
-from moeca_compile._torch_private import wrapper_of
-from moeca_compile.passes.rewrite.step import COUNTERS, StepKind
+from moeca_compile._torch_private import compiled_module, wrapper_of
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
+from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
-from moeca_compile.runtime.specialization import Specialization
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
+
+
+AT_EVERY_STEP = "the recipe runs it at every step"
 
 
 def report(model: Any) -> Report:
@@ -25,22 +29,23 @@ def report(model: Any) -> Report:
     record = _record(model)
     if record is None:
         return Report(warnings=_refusals())
-    shapes = [s for engine in record.engines for s in engine.by_shape.values()]
-    counts, cache_steps = _counts(shapes)
-    last = shapes[-1] if shapes else None
+    loops = [loop for engine in record.engines for loop in engine.loops.values()]
+    notes, last = record.notes, loops[-1].compiled if loops else None
+    counts, cache_steps = _counts(loops)
     return Report(
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
         regions=tuple(_regions(last)) if last else (),
-        cache_bytes=sum(s.sessions.nbytes for s in shapes),
-        compile_seconds=dict(record.seconds),
-        steps=_steps(shapes),
+        cache_bytes=sum(loop.sessions.nbytes for loop in loops),
+        compile_seconds=dict(notes.seconds),
+        pass_matches=dict(notes.matches),
+        steps=_steps(loops),
         match_ratio=_ratio(counts["matched"], counts["branches"]),
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
-        flops=_flops(shapes),
-        validation_errors=dict(record.errors),
-        warnings=(*record.warnings, *_refusals()),
+        flops=_flops(loops),
+        validation_errors=dict(notes.errors),
+        warnings=(*notes.warnings, *_refusals()),
         device=str(last.device) if last else None,
         dtype=str(last.dtype) if last else None,
         config=dataclasses.asdict(record.config),
@@ -58,41 +63,45 @@ def reset(model: Any) -> None:
 
 
 def _record(model: Any) -> Record | None:
-    wrapper = wrapper_of(model)
-    module = getattr(model, "_orig_mod", model)
-    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-    if wrapper is None and not compiled_in_place:
+    wrapper, module = wrapper_of(model), compiled_module(model)
+    if wrapper is None and module is None:
         raise TypeError(
             f"{type(model).__name__} is not compiled: pass what torch.compile(model, backend='moeca') returned"
         )
-    return find_record(wrapper, module if isinstance(module, nn.Module) else None)
+    return find_record(wrapper, module)
 
 
-def _regions(shapes: Specialization) -> list[Region]:
-    regions = shapes.regions
-    status, reason = ("cached", "") if shapes.caching else ("kept", _why_idle(shapes))
-    found = [Region("attention", a.name, status, reason) for a in regions.attentions]
+def _regions(compiled: CompiledGraph) -> list[Region]:
+    """Every region: cached where its output, or what is computed from it alone, comes from a cache."""
+    regions, replaced = compiled.regions, compiled.plan.replaced
+    idle = AT_EVERY_STEP if compiled.caching else _why_idle(compiled)
+
+    def region(kind: str, name: str, node: fx.Node, how: str = "") -> Region:
+        return Region(kind, name, "cached", how) if node in replaced else Region(kind, name, "skipped", idle)
+
+    found = [region("attention", a.name, a.residual.output) for a in regions.attentions]
     for layer in regions.experts:
-        how = COUPLED if layer.coupled and not reason else reason
-        found += [Region("router", layer.name, status, how), Region("experts", layer.name, status, reason)]
-        found += [Region("feedforward", s.name, status, reason) for s in layer.shared]
-    found += [Region("feedforward", f.name, status, reason) for f in regions.feedforwards]
-    return found + [Region(k.kind, k.name, "kept", k.reason) for k in regions.skipped]
+        found.append(region("router", layer.name, layer.marker, COUPLED if layer.coupled else ""))
+        found.append(region("experts", layer.name, layer.marker))
+        found += [region("feedforward", shared.name, shared.output) for shared in layer.shared]
+    found += [region("feedforward", f.name, f.output) for f in regions.feedforwards]
+    return found + [Region(k.kind, k.name, "skipped", k.reason) for k in regions.skipped]
 
 
-def _why_idle(shapes: Specialization) -> str:
+def _why_idle(compiled: CompiledGraph) -> str:
     """Why nothing of a graph is cached."""
-    if shapes.config.family == "none":
+    policy, regions = compiled.config.policy, compiled.regions
+    if policy.declares_nothing:
         return "the recipe caches nothing"
-    if shapes.config.family == "moeca" and shapes.regions.skipped and not shapes.regions.experts:
-        return "the recipe goes by the routing of MoE layers, and none is cached"
+    if regions.skipped and not policy.applies(regions):
+        return f"the recipe needs {policy.needs}, and none is cached"
     return "see the warnings"
 
 
-def _counts(shapes: list[Specialization]) -> tuple[dict[str, float], int]:
+def _counts(loops: list[StepLoop]) -> tuple[dict[str, float], int]:
     """Counters summed over layers and steps, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
-    for tally in (t for s in shapes for k, t in s.tallies.items() if not k.full):
+    for tally in (tally for loop in loops for kind, tally in loop.tallies.items() if not kind.full):
         steps += tally.steps
         if tally.counts is not None:
             for name, value in zip(COUNTERS, tally.counts.sum(0).tolist(), strict=True):
@@ -100,10 +109,10 @@ def _counts(shapes: list[Specialization]) -> tuple[dict[str, float], int]:
     return counts, steps
 
 
-def _steps(shapes: list[Specialization]) -> dict[str, int]:
+def _steps(loops: list[StepLoop]) -> dict[str, int]:
     """Steps by kind."""
     steps: dict[str, int] = {}
-    for kind, tally in ((k, t) for s in shapes for k, t in s.tallies.items()):
+    for kind, tally in ((kind, tally) for loop in loops for kind, tally in loop.tallies.items()):
         steps[kind.name] = steps.get(kind.name, 0) + tally.steps
     return steps
 
@@ -112,11 +121,11 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _flops(shapes: list[Specialization]) -> Flops | None:
-    tallies = [(s, kind, tally.steps) for s in shapes for kind, tally in s.tallies.items()]
+def _flops(loops: list[StepLoop]) -> Flops | None:
+    tallies = [(loop, kind, tally.steps) for loop in loops for kind, tally in loop.tallies.items()]
     calls = sum(steps for _, _, steps in tallies)
-    full = sum(steps * s.plan.flops(StepKind()) for s, _, steps in tallies)
-    spent = sum(s.flops(kind) for s, kind, _ in tallies)
+    full = sum(steps * loop.flops(StepKind()) for loop, _, steps in tallies)
+    spent = sum(steps * loop.flops(kind) for loop, kind, steps in tallies)
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

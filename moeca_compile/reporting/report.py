@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .text import binary_bytes, count, flop_count, percent, plural, seconds
+from moeca_compile.text import binary_bytes, count, flop_count, percent, plural, seconds
 
 KINDS = ("router", "experts", "attention", "feedforward")
 
@@ -17,7 +17,7 @@ class Region:
     """A part of the model that was recognized.
 
     kind: "router", "experts", "attention" or "feedforward"; name: the module's path.
-    status: "cached" or "kept" (it runs as it was); reason: why it is kept, or how it is cached.
+    status: "cached" or "skipped" (it runs as it was); reason: why it is skipped, or how it is cached.
     """
 
     kind: str
@@ -59,6 +59,7 @@ class Report:
 
     graphs: graphs compiled; graph_breaks: where Dynamo had to stop.
     regions: every recognized region; cache_bytes: bytes of all live caches.
+    pass_matches: how many places each normalizing pass rewrote.
     compile_seconds: by stage, in the order of the stages; steps: calls by step kind.
     match_ratio: branches found in the cache, of all branches on cache steps; reuse_ratio: branches whose
         cached output was used, of the same; recomputed_branches_per_step: mean over cache steps. None before
@@ -73,6 +74,7 @@ class Report:
     regions: tuple[Region, ...] = ()
     cache_bytes: int = 0
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
+    pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     match_ratio: float | None = None
     reuse_ratio: float | None = None
@@ -140,7 +142,7 @@ def _region_lines(report: Report) -> list[str]:
         cached = sum(region.status == "cached" for region in of_kind)
         lines.append(f"  {kind}: {len(of_kind)} found, {cached} cached")
         lines += [f"    cached {r.name}: {r.reason}" for r in of_kind if r.status == "cached" and r.reason]
-        lines += [f"    kept {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"]
+        lines += [f"    skipped {r.name}: {r.reason or 'no reason given'}" for r in of_kind if r.status != "cached"]
     return lines
 
 

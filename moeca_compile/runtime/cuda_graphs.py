@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import copy_all, zero_all
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.validate import ValidationError, undisturbed
+from moeca_compile.notes import Notes, first_line
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel, runs_experts
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import Role, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
-from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.session import Stream
 
 T = TypeVar("T")
@@ -49,8 +51,8 @@ class Recorder(Protocol):
     def busy(self) -> bool:
         """Whether the caller records a graph of its own, of which this step then becomes a part."""
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Work inside comes after that of all earlier turns, whatever CUDA streams they ran on."""
+    def ordered_on_stream(self) -> AbstractContextManager[None]:
+        """Work inside comes after all earlier work that was ordered so, whatever CUDA streams they ran on."""
 
     def rehearse(self, function: Callable[[], T]) -> T:
         """Run a step in earnest, as it has to run once before it is recorded."""
@@ -72,7 +74,7 @@ class CudaRecorder:
         return torch.cuda.is_current_stream_capturing()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def ordered_on_stream(self) -> Iterator[None]:
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             current.wait_event(self.last)
@@ -123,27 +125,27 @@ class Buffers:
 
     Args:
         inputs: one value for each input of the graph; arguments: which of them change from call to call.
-        clock: the clock of a step (policies.step.Step).
+        coefficients: the coefficients of a step (passes.rewrite.step.Step).
     """
 
-    def __init__(self, inputs: Sequence[Any], arguments: Sequence[bool], clock: Tensor) -> None:
+    def __init__(self, inputs: Sequence[Any], arguments: Sequence[bool], coefficients: Tensor) -> None:
         self.copied = [i for i, (v, a) in enumerate(zip(inputs, arguments, strict=True)) if a and _is_tensor(v)]
         self.fixed = [i for i, v in enumerate(inputs) if i not in set(self.copied) and _is_tensor(v)]
         self.addresses = self._addresses(inputs)
         with torch.inference_mode(False):  # else only calls in inference mode could write to them
             own = {i: _alike(inputs[i]) for i in self.copied}
-            self.clock = _alike(clock)
+            self.coefficients = _alike(coefficients)
         self.inputs = [own.get(i, value) for i, value in enumerate(inputs)]
 
     def fit(self, inputs: Sequence[Any]) -> bool:
         """Whether all weights lie where they did."""
         return self._addresses(inputs) == self.addresses
 
-    def fill(self, inputs: Sequence[Any], clock: Tensor) -> None:
+    def fill(self, inputs: Sequence[Any], coefficients: Tensor) -> None:
         """Copy in what is new at this call."""
         for i in self.copied:
             _distinct(self.inputs[i]).copy_(_distinct(inputs[i]))
-        self.clock.copy_(clock)
+        self.coefficients.copy_(coefficients)
 
     def _addresses(self, inputs: Sequence[Any]) -> list[int]:
         return [inputs[i].data_ptr() for i in self.fixed]
@@ -153,25 +155,16 @@ class CudaGraphs:
     """The recorded steps of one graph at one set of input shapes.
 
     Args:
-        arguments: which inputs of the graph change from call to call.
-        device: where the model lies.
+        compiled: the graph, which tells which inputs change from call to call and where the model lies.
         recorder: the device, or what stands for it in tests.
-        record: where warnings go.
+        notes: where warnings go.
         compare: how to check a replay; None checks nothing.
-        waits: why the experts' ops wait for the host on this device; None where they do not.
     """
 
-    def __init__(
-        self,
-        arguments: Sequence[bool],
-        device: torch.device,
-        recorder: Recorder,
-        record: Record,
-        compare: Compare | None,
-        waits: str | None = None,
-    ) -> None:
-        self.arguments, self.device, self.recorder, self.record = list(arguments), device, recorder, record
-        self.compare, self.waits = compare, waits
+    def __init__(self, compiled: CompiledGraph, recorder: Recorder, notes: Notes, compare: Compare | None) -> None:
+        self.arguments, self.device = list(compiled.captured.arguments), compiled.device
+        self.recorder, self.notes, self.compare, self.waits = recorder, notes, compare, compiled.waits
+        self.slopes = {spec.name for spec in compiled.plan.caches if spec.role is Role.SLOPE}
         self.buffers: Buffers | None = None
         self.rehearsed: set[StepKind] = set()
         self.compared: set[StepKind] = set()
@@ -179,21 +172,21 @@ class CudaGraphs:
         self._lock = threading.RLock()
 
     def run(
-        self, kind: StepKind, stream: Stream, program: StepFunction, inputs: Sequence[Any], clock: Tensor
+        self, kind: StepKind, stream: Stream, program: StepFunction, inputs: Sequence[Any], coefficients: Tensor
     ) -> StepResult:
         """Run a step; it has changed the stream's caches when this returns, so no updates are left to adopt."""
         if self.recorder.busy():
             _clear(stream)
-            return _in_place(program, inputs, stream, clock)
-        with self._lock, self.recorder.turn():
+            return _in_place(program, inputs, stream, coefficients)
+        with self._lock, self.recorder.ordered_on_stream():
             _clear(stream)
             if kind in self.refused or self._refuses(kind, program, inputs):
-                return _in_place(program, inputs, stream, clock)
-            return self._run(kind, stream, program, self._filled(inputs, clock))
+                return _in_place(program, inputs, stream, coefficients)
+            return self._run(kind, stream, program, self._filled(inputs, coefficients))
 
     def _run(self, kind: StepKind, stream: Stream, program: StepFunction, buffers: Buffers) -> StepResult:
         def step() -> StepResult:
-            return _in_place(program, buffers.inputs, stream, buffers.clock)
+            return _in_place(program, buffers.inputs, stream, buffers.coefficients)
 
         if kind not in self.rehearsed:
             self.rehearsed.add(kind)
@@ -208,12 +201,12 @@ class CudaGraphs:
             return self._compared(kind, stream, program, recorded)
         return _handed_out(recorded.replay())
 
-    def _filled(self, inputs: Sequence[Any], clock: Tensor) -> Buffers:
+    def _filled(self, inputs: Sequence[Any], coefficients: Tensor) -> Buffers:
         """The buffers with this call's values; new ones where a weight has moved, to which no recording belongs."""
         if self.buffers is None or not self.buffers.fit(inputs):
-            self.buffers = Buffers(inputs, self.arguments, clock)
+            self.buffers = Buffers(inputs, self.arguments, coefficients)
             self.rehearsed.clear()  # kernels may keep tables of where the weights lie
-        self.buffers.fill(inputs, clock)
+        self.buffers.fill(inputs, coefficients)
         return self.buffers
 
     def _refuses(self, kind: StepKind, program: StepFunction, inputs: Sequence[Any]) -> bool:
@@ -226,9 +219,9 @@ class CudaGraphs:
         return reason is not None
 
     def _obstacle(self, program: StepFunction, inputs: Sequence[Any]) -> str | None:
-        graph = getattr(getattr(program, "graph", None), "graph", None)
-        if graph is None:
-            return "they run without Inductor"
+        if not isinstance(program, CompiledStep):
+            return "they run op by op"
+        graph = program.traced.graph.graph
         found = host_ops(graph, self.device)
         found += [self.waits] if self.waits is not None and runs_experts(graph) else []
         found += [f"{op} has no kernel of its own there" for op in ops_without_kernel(graph, self.device)]
@@ -238,14 +231,14 @@ class CudaGraphs:
 
     def _refuse(self, kind: StepKind, reason: str) -> None:
         self.refused.add(kind)
-        self.record.warn(f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so they run op by op")
+        self.notes.warn(f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so they run op by op")
 
     def _recorded(self, kind: StepKind, step: Callable[[], StepResult], buffers: Buffers) -> Recorded | None:
         try:
             return Recorded(*self.recorder.record(step), buffers)
         except Exception as error:
             cause = error.__context__ or error  # the end of a recording that was broken off fails too
-            self._refuse(kind, f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}")
+            self._refuse(kind, first_line(cause))
             return None
 
     def _compared(self, kind: StepKind, stream: Stream, program: StepFunction, recorded: Recorded) -> StepResult:
@@ -253,10 +246,10 @@ class CudaGraphs:
         assert self.compare is not None
         state = {name: tensor.clone() for name, tensor in stream.state.items()}
         with undisturbed(self.device):
-            expected = program(recorded.buffers.inputs, state, recorded.buffers.clock)
+            expected = program(recorded.buffers.inputs, state, recorded.buffers.coefficients)
         found = _handed_out(recorded.replay())
         # The scale of a slope says nothing of the error of what it is the difference of.
-        names = [name for name in expected.updates if not name.endswith(".slope")]
+        names = [name for name in expected.updates if name not in self.slopes]
         try:
             self.compare(
                 [*found.outputs, *(stream.state[name] for name in names)],
@@ -265,13 +258,13 @@ class CudaGraphs:
         except ValidationError as error:
             self._refuse(kind, f"its replay is wrong: {error}")
             del stream.graphs[kind]
-            keep(stream.state, {**state, **expected.updates})
+            write_into(stream.state, {**state, **expected.updates})
             return StepResult(expected.outputs, {}, expected.counts)
         self.compared.add(kind)
         return found
 
 
-def keep(state: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
+def write_into(state: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
     """Copy what a step gives anew into the caches, whose place in memory recorded steps know."""
     places = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     changed = {name: value for name, value in updates.items() if value is not state[name]}
@@ -287,10 +280,10 @@ def _clear(stream: Stream) -> None:
         zero_all(list(stream.state.values()))
 
 
-def _in_place(program: StepFunction, inputs: Sequence[Any], stream: Stream, clock: Tensor) -> StepResult:
+def _in_place(program: StepFunction, inputs: Sequence[Any], stream: Stream, coefficients: Tensor) -> StepResult:
     """A step as it is, its updates copied into the caches."""
-    result = program(inputs, stream.state, clock)
-    keep(stream.state, result.updates)
+    result = program(inputs, stream.state, coefficients)
+    write_into(stream.state, result.updates)
     return StepResult(result.outputs, {}, result.counts)
 
 

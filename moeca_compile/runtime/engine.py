@@ -1,118 +1,105 @@
-"""The callable behind one captured graph: picks the step kind, binds the caches, runs the compiled graph."""
+"""The callable behind one captured graph: a step loop for each set of input shapes, compiled when first met."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from moeca_compile._torch_private import numeric_modes
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import StepKind
-from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.schedule import Fresh
-from moeca_compile.runtime.session import Position
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime.loop import StepLoop
 
-_MOST_SHAPES = 8
+_log = logging.getLogger(__name__)
+
+MOST_SHAPES = 8
 """Input shapes for which compiled graphs are kept."""
+
+
+class Stages(NamedTuple):
+    """How graphs and steps are compiled: `backend.compile_graph` and `backend.compile_step`, or stand-ins."""
+
+    compile_graph: Callable[[CapturedGraph, Sequence[Any], MoecaConfig, Notes], CompiledGraph]
+    compile_step: Callable[..., StepFunction]
 
 
 class Engine:
     """Runs one graph of a model over the steps of its generations.
 
     Args:
-        gm: Dynamo's graph.
+        captured: Dynamo's graph.
         inputs: example inputs; only what stands for the model's weights is looked at.
-        user_inputs: which of its placeholders are arguments of the model.
-        numbers: positions of inputs that come as Python numbers and go in as 0-dim tensors.
-        config, record: options, and where to note what happens.
+        config, notes: options, and where to note what happens.
+        stages: how to compile.
+        most_shapes: for how many input shapes compiled graphs are kept.
     """
 
     def __init__(
         self,
-        gm: fx.GraphModule,
+        captured: CapturedGraph,
         inputs: Sequence[Any],
-        user_inputs: Sequence[bool],
-        numbers: Sequence[int],
         config: MoecaConfig,
-        record: Record,
+        notes: Notes,
+        stages: Stages,
+        most_shapes: int = MOST_SHAPES,
     ) -> None:
-        self.gm, self.user_inputs, self.numbers = gm, list(user_inputs), list(numbers)
-        self.weights = [_signature(v) for v, user in zip(inputs, self.user_inputs, strict=True) if not user]
-        self.modes, self.partial = numeric_modes(), record.partial
-        self.config, self.record = config, record
-        self.by_shape: OrderedDict[tuple[Any, ...], Specialization] = OrderedDict()
+        self.captured, self.config, self.notes = captured, config, notes
+        self.stages, self.most_shapes = stages, most_shapes
+        self.weights = [_signature(v) for v, user in zip(inputs, captured.arguments, strict=True) if not user]
+        self.modes, self.partial = numeric_modes(), captured.partial
+        self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         self._lock = threading.RLock()
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        numbers = self.captured.numbers
+        if numbers:
+            inputs = tuple(torch.tensor(v) if i in numbers else v for i, v in enumerate(inputs))
+        return self.loop_for(inputs)(inputs)
+
+    def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
+        """The step loop for the shapes of `inputs`, compiled if they are new."""
+        key = (*(_signature(v) for v in self._of_model(inputs, False)), self._first_weight(inputs))
+        with self._lock:
+            if key not in self.loops:
+                _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
+                compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
+                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes)
+                if len(self.loops) > self.most_shapes:
+                    self.loops.popitem(last=False)
+            self.loops.move_to_end(key)
+            return self.loops[key]
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same from the same inputs in the same order."""
-        constants = any(node.op == "get_attr" for node in self.gm.graph.nodes)
-        mine, theirs = ((e.gm.code, e.user_inputs, e.numbers, e.modes, e.weights) for e in (self, other))
-        return mine == theirs and not constants
-
-    def prepare(self, inputs: Sequence[Any]) -> Specialization:
-        """Capture, match and plan for the shapes of `inputs`, unless that was done before."""
-        key = (
-            *(_signature(value) for value, user in zip(inputs, self.user_inputs, strict=True) if user),
-            self._model(inputs),
-        )
-        with self._lock:
-            if key not in self.by_shape:
-                self.by_shape[key] = Specialization(self.gm, inputs, self.user_inputs, self.config, self.record)
-                if len(self.by_shape) > _MOST_SHAPES:
-                    self.by_shape.popitem(last=False)
-            self.by_shape.move_to_end(key)
-            return self.by_shape[key]
-
-    def _model(self, inputs: Sequence[Any]) -> int:
-        """Tells models apart that come to one graph as arguments of a function: where their first weight lies."""
-        states = (v for v, user in zip(inputs, self.user_inputs, strict=True) if not user and isinstance(v, Tensor))
-        first = next(states, None)
-        return first.data_ptr() if first is not None else 0
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        if self.numbers:
-            inputs = tuple(torch.tensor(v) if i in self.numbers else v for i, v in enumerate(inputs))
-        shapes = self.prepare(inputs)
-        if not shapes.caching:
-            return self._uncached(shapes, inputs)
-        with self._lock:
-            position, fresh = shapes.enter(inputs)
-        try:
-            return self._run(shapes, fresh, position, inputs)
-        except BaseException:
-            shapes.sessions.interrupted(position)
-            raise
-
-    def _uncached(self, shapes: Specialization, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
-        outputs = shapes.run(StepKind(), shapes.stateless, shapes.placed(inputs), clock).outputs
-        shapes.tally(StepKind(), None)
-        return shapes.settle(inputs, outputs)
-
-    def _run(
-        self, shapes: Specialization, fresh: Fresh, position: Position, inputs: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        placed = shapes.placed(inputs)
-        stream, kind = position.stream, shapes.kind(fresh, position, placed)
-        clock = shapes.clock(stream.clock(position.place))
-        result = shapes.run(kind, stream, placed, clock)
-        stream.state.update(result.updates)
-        stream.passed(fresh, position.number, position.place)
-        shapes.tally(kind, result.counts)
-        if result.counts is not None:
-            shapes.promote(stream, result.counts)
-        return shapes.settle(inputs, result.outputs)
+        constants = any(node.op == "get_attr" for node in self.captured.gm.graph.nodes)
+        return self._form() == other._form() and not constants
 
     def reset(self) -> None:
         """Drop all caches."""
-        for shapes in self.by_shape.values():
-            shapes.sessions.reset()
+        for loop in self.loops.values():
+            loop.sessions.reset()
+
+    def _form(self) -> tuple[Any, ...]:
+        captured = self.captured
+        return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
+
+    def _of_model(self, inputs: Sequence[Any], weights: bool) -> list[Any]:
+        """The inputs that are weights of the model, or its arguments."""
+        return [v for v, user in zip(inputs, self.captured.arguments, strict=True) if user is not weights]
+
+    def _first_weight(self, inputs: Sequence[Any]) -> int:
+        """Tells models apart that come to one graph as arguments of a function: where their first weight lies."""
+        weights = (value for value in self._of_model(inputs, True) if isinstance(value, Tensor))
+        first = next(weights, None)
+        return first.data_ptr() if first is not None else 0
 
 
 def _signature(value: Any) -> Any:

@@ -1,23 +1,17 @@
-"""What is known of one compiled model: its graphs, breaks, counters and warnings; reports are made from it."""
+"""What is known of one compiled model: its graphs and breaks, and the notes that reports are made from."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from moeca_compile.config import MoecaConfig
-
-if TYPE_CHECKING:
-    from moeca_compile.runtime.engine import Engine
+from moeca_compile.notes import Notes
+from moeca_compile.runtime.engine import Engine
 
 
 @dataclass
@@ -25,36 +19,15 @@ class Record:
     """It lives and dies with the compiled model."""
 
     config: MoecaConfig
+    notes: Notes = field(default_factory=Notes)
     engines: list[Engine] = field(default_factory=list)
     untouched: int = 0
     """Graphs that run as torch.compile would run them."""
     breaks: list[tuple[str, str]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    errors: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
     partial: bool = False
     """Whether the last graph is a part of the model, whose callers run as plain Python."""
     tried_again: set[CodeType] = field(default_factory=set)
-    """Code that Dynamo had given up, and was told to look at again."""
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage of the compilation."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
-
-    def warn(self, text: str) -> None:
-        """Warn once, and keep the text for the report."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-            warnings.warn(f"moeca: {text}", stacklevel=3)
-
-    def worst(self, check: str, error: float) -> None:
-        """Keep the greatest error of a validation."""
-        self.errors[check] = max(error, self.errors.get(check, 0.0))
+    """Code that Dynamo had given up, and was made to look at again."""
 
 
 _ATTRIBUTE = "_moeca_record"

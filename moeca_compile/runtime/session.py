@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import ATTENTION, EXPERTS, CacheSpec, StepKind
+from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
 from moeca_compile.runtime import scope
-from moeca_compile.runtime.schedule import Fresh, fresh_parts
+from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, parts_to_refresh
+from moeca_compile.runtime.timesteps import Timestep
 
-Timestep = tuple[float, ...]
+_MANY_SHORT = 8
+"""After this many very short generations, warn that generations are not being detected."""
 
 _FAR = 10.0
 """A step this many times the largest so far is no step of the same generation: a cancelled one was left."""
@@ -38,8 +41,8 @@ class Stream:
     capacity: int | None = None
     graphs: dict[StepKind, Any] = field(default_factory=dict)
     """Steps that were recorded over these caches (runtime.cuda_graphs); they go with them."""
-    home: Hashable = None
-    """Where the caches were made: only there may another generation use their memory."""
+    allocated_by: Hashable = None
+    """The mode and CUDA stream that the caches were made in: only there may another generation use their memory."""
 
     @property
     def empty(self) -> bool:
@@ -48,28 +51,28 @@ class Stream:
 
     def emptied(self, capacity: int | None) -> Stream:
         """A stream in the memory of this one, whose recorded steps go on to serve."""
-        return Stream(self.state, capacity=capacity, graphs=self.graphs, home=self.home)
+        return Stream(self.state, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
 
-    def clock(self, place: float) -> list[list[float]]:
-        """For each part: how far a forecast reaches, in intervals between full steps; 1 after a full step."""
-        return [[_reach(at, place), float(len(at) >= 1)] for at in self.full_at]
+    def coefficients(self, time: float) -> list[list[float]]:
+        """The forecast coefficients of each part: its distance in full-step intervals; 1 after a full step."""
+        return [[_forecast_distance(at, time), float(len(at) >= 1)] for at in self.full_at]
 
-    def passed(self, fresh: Fresh, number: int, place: float) -> None:
-        """Note that step `number` at `place` computed the parts of `fresh`."""
-        for part, was_fresh in ((ATTENTION, fresh.attention), (EXPERTS, fresh.experts)):
-            if was_fresh:
-                self.full_at[part] = [*self.full_at[part][-1:], place]
-                self.last_full[part] = number
+    def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
+        """Note that step `number` at `time` computed these parts."""
+        for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
+            if refreshed:
+                self.full_at[part.row] = [*self.full_at[part.row][-1:], time]
+                self.last_full[part.row] = number
 
     def invalidate(self) -> None:
         """Trust none of the caches: a step was interrupted while it changed them."""
         self.full_at, self.last_full = [[], []], [-1, -1]
 
 
-def _reach(full_at: Sequence[float], position: float) -> float:
+def _forecast_distance(full_at: Sequence[float], time: float) -> float:
     if len(full_at) < 2 or full_at[1] == full_at[0]:
         return 0.0
-    return (position - full_at[1]) / (full_at[1] - full_at[0])
+    return (time - full_at[1]) / (full_at[1] - full_at[0])
 
 
 @dataclass
@@ -121,11 +124,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a call stands: its stream, its step number, and its place on the time axis."""
+    """Where a call stands: its stream, its step number, and its time."""
 
     stream: Stream
     number: int
-    place: float
+    time: float
     generation: Generation
     certain: bool
 
@@ -133,16 +136,18 @@ class Position:
 class Sessions:
     """The generations under way at one input shape; what is unused for longest is dropped first."""
 
-    def __init__(self, config: MoecaConfig, specs: Sequence[CacheSpec], device: torch.device) -> None:
-        self.config, self.specs, self.device = config, specs, device
+    def __init__(
+        self, config: MoecaConfig, specs: Sequence[CacheSpec], parts: Set[Part], device: torch.device
+    ) -> None:
+        self.config, self.specs, self.parts, self.device = config, specs, parts, device
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
         self.recycles = config.cuda_graphs and device.type == "cuda"
         """Whether a stream is given the memory of one that has ended: recorded steps know it by its place."""
         self.spare: list[tuple[Hashable, Stream]] = []
         """Streams of ended generations and their names, while there is room."""
-        self.crowded = False
+        self.evicting_live_streams = False
         """Whether a stream came back after its caches were dropped to make room: then they are never of use."""
-        self.cut_short = 0
+        self.short_generations = 0
         """How many generations in a row ended after a step or two: time that goes back and forth looks so."""
         self._lock = threading.RLock()
         scope.at_end(self)
@@ -154,32 +159,36 @@ class Sessions:
         with self._lock:
             generation = self.generations.get(key)
             if generation is None or (not scope.in_scope() and generation.restarts_at(timestep)):
-                self.cut_short = self.cut_short + 1 if generation is not None and generation.number <= 1 else 0
+                self.short_generations = (
+                    self.short_generations + 1 if generation is not None and generation.number <= 1 else 0
+                )
                 generation = self.generations[key] = self._renewed(generation)
             self.generations.move_to_end(key)
             stream = self._stream(generation, generation.advance(timestep))
             self._make_room()
-        place = timestep[0] if timestep is not None else float(generation.number)
-        return Position(stream, generation.number, place, generation, generation.certain)
+        time = timestep[0] if timestep is not None else float(generation.number)
+        return Position(stream, generation.number, time, generation, generation.certain)
 
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
-            self.crowded |= name in generation.dropped
+            self.evicting_live_streams |= name in generation.dropped
             generation.streams[name] = self._vacant(name)
         generation.streams.move_to_end(name)
         return generation.streams[name]
 
     def _vacant(self, name: Hashable) -> Stream:
         """A stream whose caches hold nothing, if it can be in the memory of one that has ended, best of its name."""
-        home = self._home()
-        fitting = [(other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.home == home]
+        allocator = self._allocator()
+        fitting = [
+            (other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.allocated_by == allocator
+        ]
         if not fitting:
-            return Stream(self._allocate(), home=home)
+            return Stream(self._allocate(), allocated_by=allocator)
         alike, place = max(fitting)
         stream = self.spare.pop(place)[1]
         return stream.emptied(stream.capacity if alike else None)
 
-    def _home(self) -> Hashable:
+    def _allocator(self) -> Hashable:
         """Memory of one CUDA stream may be in use there when another one writes to it."""
         queue = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return torch.is_inference_mode_enabled(), queue
@@ -194,18 +203,33 @@ class Sessions:
             if not oldest.streams:
                 del self.generations[key]
 
-    def due(self, position: Position) -> Fresh:
+    def refresh_plan(self, position: Position) -> RefreshPlan:
         """Which parts the call computes anew."""
         if not position.certain:
-            return Fresh(True, True)
+            return EVERYTHING
         attention, experts = (self._since(position, last) for last in position.stream.last_full)
-        return Fresh(any(due.attention for due in attention), any(due.experts for due in experts))
+        return RefreshPlan(any(due.attention for due in attention), any(due.experts for due in experts))
 
-    def _since(self, position: Position, last: int) -> list[Fresh]:
+    def _since(self, position: Position, last: int) -> list[RefreshPlan]:
         """What was due at the steps after `last`: a stream that was not called at one of them makes up for it."""
         if last < 0:
-            return [Fresh(True, True)]
-        return [fresh_parts(self.config, number) for number in range(last + 1, position.number + 1)]
+            return [EVERYTHING]
+        numbers = range(last + 1, position.number + 1)
+        return [parts_to_refresh(self.config, self.parts, number) for number in numbers]
+
+    def warn_if_of_no_use(self, notes: Notes) -> None:
+        """Warn where caches are hardly ever used, though steps are taken for those of generations."""
+        if self.evicting_live_streams:
+            notes.warn(
+                "caches are dropped before they are used, so little is cached: more streams take turns than "
+                f"max_generations = {self.config.max_generations} has room for. Raise it, at the price of memory"
+            )
+        if self.short_generations >= _MANY_SHORT:
+            notes.warn(
+                f"each of the last {_MANY_SHORT} generations ended after a step or two, since time went back or "
+                "jumped, so hardly anything is cached. If the sampler does that (churn, restarts), mark each "
+                "generation: with moeca_compile.generation(): ..."
+            )
 
     def interrupted(self, position: Position) -> None:
         """The call at `position` did not end: its caches are not to be used, and it may be made again."""

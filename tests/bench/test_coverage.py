@@ -28,7 +28,7 @@ def test_a_family_that_is_covered_has_a_row_that_says_so(tmp_path: Path):
 
 def test_errors_are_measured_and_not_assumed(monkeypatch: pytest.MonkeyPatch):
     """Cache steps as they are, not recomputing, differ from the model at another timestep."""
-    real = coverage.Specialization.kind
+    real = coverage.StepLoop.kind
     monkeypatch.setattr(coverage, "_recomputing", real)
     row = coverage.look_at(next(s for s in coverage.subjects() if s.name == "DiT-MoE"))
     assert row.full < 1e-5 < row.recomputed

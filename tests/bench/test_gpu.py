@@ -150,7 +150,7 @@ def test_kernels_are_held_against_what_the_device_can_do():
     assert all(row.value > 0 for row in rows)
 
 
-def test_a_generation_with_and_without_recorded_steps(without_inductor, monkeypatch):
+def test_a_generation_with_and_without_recorded_steps(inductor_replaced, monkeypatch):
     rows: list[Row] = []
     monkeypatch.setattr(generation, "RECIPES", generation.RECIPES[1:])
     generation.run(bench(rows))
@@ -159,7 +159,7 @@ def test_a_generation_with_and_without_recorded_steps(without_inductor, monkeypa
     assert len(asked) == 6 and set(asked.values()) == {0}  # nothing is launched on a CPU
 
 
-def test_speed_of_a_tiny_model(without_inductor, monkeypatch):
+def test_speed_of_a_tiny_model(inductor_replaced, monkeypatch):
     """Plain torch.compile is left to its own tests; the model itself stands for it here."""
     compiled = speed.compiled
     monkeypatch.setattr(speed, "compiled", lambda way, model: compiled(way if way in speed.OURS else "eager", model))

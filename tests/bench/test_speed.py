@@ -13,7 +13,7 @@ from examples import families
 pytestmark = pytest.mark.bench
 
 
-def test_rows_of_a_tiny_model(without_inductor, monkeypatch, tmp_path):
+def test_rows_of_a_tiny_model(inductor_replaced, monkeypatch, tmp_path):
     def ways(model, fractions):
         ours = torch.compile(model, backend="moeca", options={"budget": fractions[0], "full_every": speed.PERIOD})
         plain = [speed.Way(name, model) for name in (speed.EAGER, speed.COMPILED)]

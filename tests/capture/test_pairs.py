@@ -252,6 +252,6 @@ def test_the_passes_match_what_is_captured(layer):
     model = make_model(Sizes(width=WIDTH, heads=1, depth=2))
     model.blocks[1].mlp = layer().eval().requires_grad_(False)
     noise, labels = make_inputs(model)
-    regions = captured(model, noise, torch.ones(len(noise)), labels).specialization().regions
+    regions = captured(model, noise, torch.ones(len(noise)), labels).loop().compiled.regions
     assert len(regions.experts) == 1
     assert not any(kept.kind == "experts" for kept in regions.skipped)

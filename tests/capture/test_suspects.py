@@ -79,7 +79,7 @@ def captured(model, *inputs, ours=True, run=None):
 @pytest.mark.parametrize("layer", [OneHotLoop, MaskLoop, Unweighted])
 def test_a_suspect_that_is_met_is_warned_of_once(layer):
     model, x = stack(layer(), layer()), tokens()
-    with pytest.warns(capture.CaptureWarning, match="docs/adding-an-idiom.md") as caught:
+    with pytest.warns(capture.CaptureWarning, match="docs/extending/idiom.md") as caught:
         got, backend = captured(model, x)
     assert len([each for each in caught if each.category is capture.CaptureWarning]) == 1
     (refusal,) = capture.refusals()

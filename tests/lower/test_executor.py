@@ -1,4 +1,4 @@
-"""Running calls of units: values are let go of as soon as no later call needs them."""
+"""Running calls of subgraphs: values are let go of as soon as no later call needs them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import weakref
 import torch
 
 from moeca_compile._torch_private import trace_to_graph
-from moeca_compile.lower.executor import Chain
-from moeca_compile.lower.partition import outline
-from moeca_compile.lower.program import Program
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.lower.executor import PartitionedExecutor
+from moeca_compile.lower.partition import partition_graph
+from moeca_compile.lower.program import trace_step
+from moeca_compile.passes.rewrite.kinds import StepKind
 
 alias = torch.ops.aten.alias
 
@@ -24,7 +24,7 @@ def test_intermediate_values_do_not_outlive_their_last_use():
 
     inputs = [torch.randn(3, 4), *(torch.randn(4, 4) for _ in range(6))]
     gm = trace_to_graph(function, *inputs)
-    calls = outline(gm)
+    calls = partition_graph(gm)
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
@@ -39,19 +39,19 @@ def test_intermediate_values_do_not_outlive_their_last_use():
 
         return run
 
-    chain = Chain(gm, calls, {call.unit: watched(call.unit.module()) for call in calls})
+    chain = PartitionedExecutor(gm, calls, {call.subgraph: watched(call.subgraph.module()) for call in calls})
     (out,) = chain(*inputs)
     torch.testing.assert_close(out, function(*inputs)[0])
     assert len(alive) == 6
     assert most == 1
 
 
-def test_the_blocks_of_a_model_share_their_units(graph, eager_steps):
-    """Four blocks, two of them with experts: attention and MoE are each one unit, whatever is kept of them."""
-    shapes = graph.specialization(recipe="moeca-forecast", validate=False)
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.plan.caches}
-    program = Program(shapes.function(StepKind()), graph.inputs, state, torch.zeros(2, 2))
-    calls = outline(program.graph)
-    count = {call.unit: sum(other.unit is call.unit for other in calls) for call in calls}
+def test_the_blocks_of_a_model_share_their_subgraphs(graph, eager_steps):
+    """Four blocks, two of them with experts: attention and MoE are each one subgraph, whatever is kept of them."""
+    loop = graph.loop(recipe="moeca-forecast", validate=False)
+    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.compiled.plan.caches}
+    traced = trace_step(loop.compiled.function(StepKind()), graph.inputs, state, torch.zeros(2, 2))
+    calls = partition_graph(traced.graph)
+    count = {call.subgraph: sum(other.subgraph is call.subgraph for other in calls) for call in calls}
     # embedding with the conditioning of all blocks, head; dense, MoE; attentions
     assert sorted(count.values()) == [1, 1, 2, 2, 4]

@@ -1,4 +1,4 @@
-"""Cutting a graph at its boundaries: which stretches are one unit, and what each takes and hands on."""
+"""Cutting a graph at its boundaries: which partitions are one subgraph, and what each takes and hands on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import trace_to_graph
-from moeca_compile.lower.executor import Chain
-from moeca_compile.lower.partition import Call, outline, uncut
+from moeca_compile.lower.executor import PartitionedExecutor
+from moeca_compile.lower.partition import Call, partition_graph, whole_graph
 
 alias = torch.ops.aten.alias
 
 
-def chain_of(gm: fx.GraphModule) -> tuple[list[Call], Chain]:
-    calls = outline(gm)
-    return calls, Chain(gm, calls, {call.unit: call.unit.module() for call in calls})
+def chain_of(gm: fx.GraphModule) -> tuple[list[Call], PartitionedExecutor]:
+    calls = partition_graph(gm)
+    return calls, PartitionedExecutor(gm, calls, {call.subgraph: call.subgraph.module() for call in calls})
 
 
 def forms(calls: list[Call]) -> list[int]:
-    """The calls' units, numbered in order of first use."""
+    """The calls' subgraphs, numbered in order of first use."""
     numbers: dict[object, int] = {}
-    return [numbers.setdefault(call.unit, len(numbers)) for call in calls]
+    return [numbers.setdefault(call.subgraph, len(numbers)) for call in calls]
 
 
 def check(function, *inputs: Tensor) -> list[Call]:
@@ -39,7 +39,7 @@ def layer(x: Tensor, weight: Tensor) -> Tensor:
 X, WEIGHTS = torch.randn(3, 4), [torch.randn(4, 4) for _ in range(5)]
 
 
-def test_equal_stretches_are_one_unit():
+def test_equal_stretches_are_one_subgraph():
     def function(x, *weights):
         x = alias(x * 2)
         for weight in weights:
@@ -51,7 +51,7 @@ def test_equal_stretches_are_one_unit():
     assert [len(call.arguments) for call in calls] == [1, 2, 2, 2, 2, 2, 1]
 
 
-def test_a_constant_or_a_shape_makes_another_unit():
+def test_a_constant_or_a_shape_makes_another_subgraph():
     def function(x, y, *weights):
         x = layer(alias(x), weights[0])
         x = alias(x + (x @ weights[1]).tanh() * 2)
@@ -63,7 +63,7 @@ def test_a_constant_or_a_shape_makes_another_unit():
     assert forms(calls) == [0, 1, 0, 2]
 
 
-def test_another_stride_makes_another_unit():
+def test_another_stride_makes_another_subgraph():
     def function(x, *weights):
         for weight in weights:
             x = layer(x, weight)
@@ -82,7 +82,7 @@ def test_neighbors_without_their_like_are_joined():
     assert len(check(function, X, *WEIGHTS[:2], X)) == 1
 
 
-def test_what_is_kept_of_a_layer_is_computed_in_its_stretch():
+def test_what_is_kept_of_a_layer_is_computed_in_its_partition():
     def function(x, *weights):
         kept = []
         for weight in weights:
@@ -93,9 +93,9 @@ def test_what_is_kept_of_a_layer_is_computed_in_its_stretch():
         return [x.sum(), *(inner.relu() * half for inner in kept)]
 
     calls = check(function, X, *WEIGHTS)
-    assert forms(calls) == [0, 1, 1, 1, 1, 2]  # the first stretch makes `half` for all
+    assert forms(calls) == [0, 1, 1, 1, 1, 2]  # the first partition makes `half` for all
     assert [len(call.results) for call in calls[1:-1]] == [2, 2, 2, 2]
-    assert len(calls[-1].arguments) == 1  # of the layers, the last stretch sees their sum alone
+    assert len(calls[-1].arguments) == 1  # of the layers, the last partition sees their sum alone
 
 
 def test_a_unit_hands_on_what_any_of_its_stretches_has_to():
@@ -149,8 +149,8 @@ def test_inputs_and_constants_are_returned_as_they_are():
 
 def test_examples_have_the_layout_of_the_inputs():
     inputs = torch.zeros(4, 4, dtype=torch.bfloat16).t(), torch.zeros(4, 4, dtype=torch.bfloat16)
-    calls = outline(trace_to_graph(lambda x, w: [layer(x, w)], *inputs))
-    x, weight = calls[0].unit.examples()
+    calls = partition_graph(trace_to_graph(lambda x, w: [layer(x, w)], *inputs))
+    x, weight = calls[0].subgraph.examples()
     assert (x.stride(), x.dtype) == ((1, 4), torch.bfloat16)
     assert weight.stride() == (4, 1)
 
@@ -162,8 +162,8 @@ def test_an_uncut_graph_is_one_call():
         return [x.sum(), x]
 
     gm = trace_to_graph(function, X, *WEIGHTS)
-    calls = uncut(gm)
-    chain = Chain(gm, calls, {call.unit: call.unit.module() for call in calls})
+    calls = whole_graph(gm)
+    chain = PartitionedExecutor(gm, calls, {call.subgraph: call.subgraph.module() for call in calls})
     assert len(calls) == 1
     assert all(node.target is not alias.default for node in calls[0].nodes)
     for got, want in zip(chain(X, *WEIGHTS), function(X, *WEIGHTS), strict=True):
@@ -197,7 +197,7 @@ def test_what_is_made_of_all_layers_stays_behind_them():
 
 
 def test_what_is_changed_in_place_is_not_computed_in_front():
-    """It is read by many stretches, but from the second on only."""
+    """It is read by many partitions, but from the second on only."""
 
     def function(x, cache, *weights):
         x = alias(x @ weights[0])

@@ -14,11 +14,11 @@ from moeca_compile.lower import program
 from moeca_compile.lower.validate import relative_error
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite import rows as rows_module
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.rows import NotRowWiseError, Rows
-from moeca_compile.passes.rewrite.step import StepKind
 from moeca_compile.policies.cached import Cached
 from moeca_compile.runtime.engine import Engine
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured
 from tests.models import TinyDiTMoE, make_inputs
 
@@ -39,32 +39,32 @@ def assert_full_steps_are_the_model(engine: Engine, graph: Captured, model: Tiny
             torch.testing.assert_close(found, model(**arguments), atol=1e-5, rtol=0)
 
 
-def prepared(graph: Captured, **options: Any) -> tuple[Engine, Specialization, list[str]]:
+def prepared(graph: Captured, **options: Any) -> tuple[Engine, StepLoop, list[str]]:
     """(engine, its shapes, the warnings of preparing them)."""
     engine = graph.engine(**options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        shapes = engine.prepare(graph.inputs)
-    return engine, shapes, [str(warning.message) for warning in caught]
+        loop = engine.loop_for(graph.inputs)
+    return engine, loop, [str(warning.message) for warning in caught]
 
 
 def regions_of(graph: Captured) -> Regions:
-    return graph.specialization(validate=False).regions
+    return graph.loop(validate=False).compiled.regions
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_right_rewrite_passes(graph, recipe):
-    engine, shapes, told = prepared(graph, recipe=recipe)
+    engine, loop, told = prepared(graph, recipe=recipe)
     assert told == []
-    assert shapes.regions.skipped == ()
-    assert set(engine.record.errors) == {"rewritten", "recomputed", "reused"}
-    assert all(error < 1e-5 for error in engine.record.errors.values())
+    assert loop.compiled.regions.skipped == ()
+    assert set(engine.notes.errors) == {"rewritten", "recomputed", "reused"}
+    assert all(error < 1e-5 for error in engine.notes.errors.values())
 
 
 def test_without_validation_nothing_is_checked(graph):
     engine, _, told = prepared(graph, validate=False)
     assert told == []
-    assert engine.record.errors == {}
+    assert engine.notes.errors == {}
 
 
 def wrong_at(monkeypatch: pytest.MonkeyPatch, *nodes: fx.Node) -> None:
@@ -78,16 +78,16 @@ def test_a_region_that_is_wrong_is_named_and_the_others_stay(graph, model, monke
     regions = regions_of(graph)
     wrong = regions.feedforwards[1]
     wrong_at(monkeypatch, wrong.output)
-    engine, shapes, told = prepared(graph, recipe=recipe)
-    (kept,) = shapes.regions.skipped
-    assert (kept.kind, kept.name) == ("feedforward", wrong.name)
-    assert "exceeds" in kept.reason
+    engine, loop, told = prepared(graph, recipe=recipe)
+    (skipped,) = loop.compiled.regions.skipped
+    assert (skipped.kind, skipped.name) == ("feedforward", wrong.name)
+    assert "exceeds" in skipped.reason
     assert len(told) == 1
     assert wrong.name in told[0]
-    assert shapes.regions.attentions == regions.attentions
-    assert shapes.regions.experts == regions.experts
-    assert shapes.regions.feedforwards == regions.feedforwards[:1]
-    assert shapes.caching
+    assert loop.compiled.regions.attentions == regions.attentions
+    assert loop.compiled.regions.experts == regions.experts
+    assert loop.compiled.regions.feedforwards == regions.feedforwards[:1]
+    assert loop.compiled.caching
     assert_full_steps_are_the_model(engine, graph, model)
 
 
@@ -97,10 +97,10 @@ def test_what_stays_is_computed_at_every_step(graph, model, monkeypatch):
     wrong_at(
         monkeypatch, *(r.output for r in regions.residuals), *(s.output for e in regions.experts for s in e.shared)
     )
-    engine, shapes, told = prepared(graph, recipe="fora")
-    assert not shapes.caching
+    engine, loop, told = prepared(graph, recipe="fora")
+    assert not loop.compiled.caching
     assert told
-    assert len(shapes.regions.skipped) == 8
+    assert len(loop.compiled.regions.skipped) == 8
     for arguments in calls(model):
         (found,) = engine(*graph.arguments(**arguments))
         torch.testing.assert_close(found, model(**arguments), atol=1e-5, rtol=0)
@@ -116,10 +116,10 @@ def test_a_rewrite_that_raises_is_a_reason_too(graph, monkeypatch):
         settle(self, node)
 
     monkeypatch.setattr(Rows, "_settle", refuse)
-    _, shapes, told = prepared(graph)
-    (kept,) = shapes.regions.skipped
-    assert kept.name == stopped.name
-    assert "a convolution has no token axis" in kept.reason
+    _, loop, told = prepared(graph)
+    (skipped,) = loop.compiled.regions.skipped
+    assert skipped.name == stopped.name
+    assert "a convolution has no token axis" in skipped.reason
     assert len(told) == 1
 
 
@@ -133,30 +133,32 @@ def test_rows_of_the_wrong_tokens_are_found(graph, monkeypatch):
     monkeypatch.setattr(
         rows_module, "take_rows", lambda v, layout, chosen: (take if v.ndim == 3 else cut)(v, layout, chosen)
     )
-    _, shapes, told = prepared(graph)
-    assert {kept.kind for kept in shapes.regions.skipped} == {"attention"}
-    assert len(shapes.regions.skipped) == len(told) == 4
+    _, loop, told = prepared(graph)
+    assert {skipped.kind for skipped in loop.compiled.regions.skipped} == {"attention"}
+    assert len(loop.compiled.regions.skipped) == len(told) == 4
 
 
 def test_the_tolerance_is_the_users(graph):
-    _, shapes, told = prepared(graph, tolerance=1e-30)
-    assert len(told) == len(shapes.regions.skipped) > 0  # all but what is equal to the last bit
-    _, shapes, told = prepared(graph, tolerance=0.5)
+    _, loop, told = prepared(graph, tolerance=1e-30)
+    assert len(told) == len(loop.compiled.regions.skipped) > 0  # all but what is equal to the last bit
+    _, loop, told = prepared(graph, tolerance=0.5)
     assert not told
-    assert shapes.caching
+    assert loop.compiled.caching
 
 
 def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     monkeypatch.undo()  # traced programs, not eager steps
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
-    engine, shapes, told = prepared(graph)
+    monkeypatch.setattr(
+        program, "compile_graph", lambda gm, inputs, on_code=None: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]]
+    )
+    engine, loop, told = prepared(graph)
     assert told == []
     with pytest.warns(UserWarning, match="Inductor"):
         for arguments in calls(model, 2):
             (found,) = engine(*graph.arguments(**arguments))
-    assert set(shapes.programs) >= {StepKind()}
+    assert set(loop.steps) >= {StepKind()}
     expected = graph.engine(validate=False)
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs: gm)
+    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: gm)
     for arguments in calls(model, 2):
         (right,) = expected(*graph.arguments(**arguments))
     torch.testing.assert_close(found, right, atol=1e-5, rtol=0)

@@ -184,7 +184,7 @@ def test_a_cache_of_lower_precision_is_rounded_once():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_branch_outputs(tokens, k):
+def test_outputs_of_all_branches(tokens, k):
     torch.manual_seed(k)
     rows, parameters = torch.randn(tokens, WIDTH), swiglu_parameters(5)
     index = torch.rand(tokens, 5).argsort(-1)[:, :k]
@@ -197,7 +197,7 @@ def test_branch_outputs(tokens, k):
 
 
 @pytest.mark.parametrize("number", [0, 4])
-def test_branch_outputs_with_one_expert_taking_all(number):
+def test_outputs_with_one_expert_taking_all(number):
     torch.manual_seed(0)
     rows, parameters = torch.randn(9, WIDTH), swiglu_parameters(5)
     index = torch.full((9, 1), number)
@@ -219,7 +219,7 @@ def test_schema_and_fake_of_refresh(slope):
     torch.library.opcheck(refresh_fixed_k, make_case(slope=slope).arguments(), test_utils=CHECKS)
 
 
-def test_schema_and_fake_of_branch_outputs():
+def test_schema_and_fake_of_outputs():
     case = make_case()
     rows, index = case.rows, case.index.flatten(0, 1)
     arguments = (rows, index, case.parameters, case.experts, SWIGLU, WIDTH)

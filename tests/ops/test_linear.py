@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from moeca_compile.lower.program import Program
+from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.ops import bodies
+from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.linear import grouped_linear, linear
 from moeca_compile.passes.rewrite.step_function import StepResult
@@ -144,7 +145,7 @@ def test_bodies_by_expert(per_expert_scale):
     parameters = [torch.randn(shape) for _ in range(3) for shape in shapes]
     key = aten_body(body, torch.randn(2, 4), *parameters[:4])
     rows, offsets = torch.randn(6, 4), torch.tensor([0, 2, 2, 6])
-    found = bodies.run_by_expert(key, [rows], offsets, parameters, 3)
+    found = run_by_expert(key, [rows], offsets, parameters, 3)
     expected = torch.cat([body(rows[:2], *parameters[:4]), body(rows[2:], *parameters[8:])])
     torch.testing.assert_close(found, expected)
 
@@ -155,14 +156,14 @@ def test_bodies_by_expert(per_expert_scale):
 def test_a_compiled_step_takes_all_but_narrow_linear_layers_so(outputs, target):
     weight, x = torch.randn(outputs, 4), torch.randn(3, 4)
 
-    def step(inputs, state, clock):
+    def step(inputs, state, coefficients):
         return StepResult((F.linear(inputs[0], inputs[1]).relu(),), {}, None)
 
-    program = Program(step, [x, weight], {}, torch.zeros(2, 2))
+    traced = trace_step(step, [x, weight], {}, torch.zeros(2, 2))
     with torch.no_grad():
-        program.lower(whole=True)
-        assert [str(n.target) for n in program.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
-        torch.testing.assert_close(program([x, weight], {}, torch.zeros(2, 2)).outputs[0], F.linear(x, weight).relu())
+        lowered = lower_step(traced, "inductor", whole=True)
+        assert [str(n.target) for n in traced.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
+        torch.testing.assert_close(lowered([x, weight], {}, torch.zeros(2, 2)).outputs[0], F.linear(x, weight).relu())
 
 
 @pytest.mark.parametrize("bias", [False, True])

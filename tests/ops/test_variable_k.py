@@ -1,4 +1,4 @@
-"""Pairs of tokens and experts: outputs, places and the pool against plain loops over pairs."""
+"""variable_k_outputs and refresh_variable_k: outputs, places and the pool against plain loops over branches."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Case:
     routed: Tensor
     body: str
 
-    def expert(self, pair: tuple[int, int]) -> Tensor:
-        return (self.parameters[pair[1]] @ self.rows[pair[0]]).tanh()
+    def expert(self, branch: tuple[int, int]) -> Tensor:
+        return (self.parameters[branch[1]] @ self.rows[branch[0]]).tanh()
 
 
 def make_case(tokens: int, experts: int, share: float, seed: int) -> Case:
@@ -46,8 +46,8 @@ def make_case(tokens: int, experts: int, share: float, seed: int) -> Case:
     )
 
 
-def pairs_of(mask: Tensor) -> list[tuple[int, int]]:
-    return [tuple(pair) for pair in mask.nonzero().tolist()]
+def branches_of(mask: Tensor) -> list[tuple[int, int]]:
+    return [tuple(branch) for branch in mask.nonzero().tolist()]
 
 
 cases = st.builds(
@@ -57,53 +57,53 @@ cases = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(cases, st.integers(0, 40))
-def test_all_pairs_are_combined_and_the_first_are_kept(case: Case, slots: int):
+def test_all_branches_are_combined_and_the_first_are_cached(case: Case, slots: int):
     out, pool, place, norms = torch.ops.moeca.variable_k_outputs(
         [case.rows], case.routed, case.weight, case.parameters, case.body, WIDTH, slots
     )
     want = torch.zeros(len(case.rows), WIDTH)
-    for number, pair in enumerate(pairs_of(case.routed)):
-        fresh = case.expert(pair)
-        want[pair[0]] += case.weight[pair] * fresh
-        kept = number < slots
-        assert place[pair] == (number + 1 if kept else 0)
-        torch.testing.assert_close(norms[pair], fresh.norm() if kept else torch.tensor(0.0))
-        if kept:
+    for number, branch in enumerate(branches_of(case.routed)):
+        fresh = case.expert(branch)
+        want[branch[0]] += case.weight[branch] * fresh
+        cached = number < slots
+        assert place[branch] == (number + 1 if cached else 0)
+        torch.testing.assert_close(norms[branch], fresh.norm() if cached else torch.tensor(0.0))
+        if cached:
             torch.testing.assert_close(pool[number], fresh)
     torch.testing.assert_close(out, want)
     assert not place[~case.routed].any() and pool.shape == (slots, WIDTH)
 
 
 def refreshed_by_loop(case: Case, place, mask, pool, slope, ratio):
-    """As `refresh_variable_k`: pair by pair. Returns the output and the places; `pool` and `slope` are written."""
+    """As `refresh_variable_k`: branch by branch. Returns output and places; `pool` and `slope` are written."""
     place = place.clone()
-    new = [pair for pair in pairs_of(mask) if not place[pair]]
-    holders = {int(place[pair]): pair for pair in pairs_of(place > 0)}
+    new = [branch for branch in branches_of(mask) if not place[branch]]
+    holders = {int(place[branch]): branch for branch in branches_of(place > 0)}
     free = [row for row in range(1, len(pool) + 1) if row not in holders or not case.routed[holders[row]]]
-    for pair, row in zip(new, free, strict=False):
+    for branch, row in zip(new, free, strict=False):
         if row in holders:
             place[holders[row]] = 0
-        place[pair] = row
+        place[branch] = row
         if slope is not None:
             slope[row - 1] = 0
     out = torch.zeros(len(case.rows), WIDTH)
-    for pair in pairs_of(case.routed):
-        row = int(place[pair]) - 1
-        if mask[pair] and row >= 0:
-            pool[row] = case.expert(pair) - (ratio * slope[row] if slope is not None else 0)
-        if mask[pair]:
-            value = case.expert(pair)
+    for branch in branches_of(case.routed):
+        row = int(place[branch]) - 1
+        if mask[branch] and row >= 0:
+            pool[row] = case.expert(branch) - (ratio * slope[row] if slope is not None else 0)
+        if mask[branch]:
+            value = case.expert(branch)
         elif row >= 0:
             value = pool[row] + (ratio * slope[row] if slope is not None else 0)
         else:
             continue
-        out[pair[0]] += case.weight[pair] * value
+        out[branch[0]] += case.weight[branch] * value
     return out, place
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases, st.integers(0, 40), st.booleans(), st.integers(0, 10**6))
-def test_a_refresh_equals_the_loop_over_pairs(case: Case, slots: int, forecast: bool, seed: int):
+def test_a_refresh_equals_the_loop_over_branches(case: Case, slots: int, forecast: bool, seed: int):
     generator = torch.Generator().manual_seed(seed)
     before = torch.rand(case.routed.shape, generator=generator) < 0.5
     held = before.flatten().nonzero().squeeze(1)[:slots]
@@ -126,8 +126,8 @@ def test_a_refresh_equals_the_loop_over_pairs(case: Case, slots: int, forecast: 
     torch.testing.assert_close(pool, want_pool)
     if slope is not None:
         torch.testing.assert_close(slope, want_slope)
-    for pair in pairs_of(torch.ones_like(mask)):
-        torch.testing.assert_close(norms[pair], case.expert(pair).norm() if mask[pair] else torch.tensor(0.0))
+    for branch in branches_of(torch.ones_like(mask)):
+        torch.testing.assert_close(norms[branch], case.expert(branch).norm() if mask[branch] else torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -136,7 +136,7 @@ def test_low_precision_sums_are_taken_in_float32(dtype):
     low = [value.to(dtype) for value in (case.rows, *case.parameters)]
     out = torch.ops.moeca.variable_k_outputs([low[0]], case.routed, case.weight, low[1:], case.body, WIDTH, 0)[0]
     exact = torch.zeros(4, WIDTH)
-    for t, e in pairs_of(case.routed):
+    for t, e in branches_of(case.routed):
         exact[t] += case.weight[t, e] * (low[1 + e] @ low[0][t]).tanh().float()
     torch.testing.assert_close(out, exact.to(dtype), rtol=2e-2, atol=2e-2)
     assert out.dtype == dtype

@@ -161,7 +161,7 @@ class Simulation:
     def __init__(
         self, model: TinyDiTMoE, config: MoecaConfig, capacity: int | None = None, reroute: bool = False
     ) -> None:
-        if config.family != "moeca" or config.attention_every or config.experts_every:
+        if not config.recipe.startswith("moeca") or config.attention_every or config.experts_every:
             raise ValueError("the simulation has the moeca recipes with one common interval only")
         self.model, self.config, self.reroute = model, config, reroute
         self.capacity = model.sizes.tokens if capacity is None else capacity

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.passes.rewrite.step_function import StepResult
 from moeca_compile.runtime.engine import Engine
 from tests.harness import Captured
@@ -107,10 +107,10 @@ class Generation:
 
     def __init__(self, graph: Captured, engine: Engine) -> None:
         self.graph, self.engine = graph, engine
-        self.shapes = engine.prepare(graph.inputs)
+        self.loop = engine.loop_for(graph.inputs)
         self.ran: list[tuple[StepKind, StepResult]] = []
-        self._program = self.shapes.program
-        self.shapes.program = self._watched  # type: ignore[method-assign]
+        self._program = self.loop.step
+        self.loop.step = self._watched  # type: ignore[method-assign]
 
     def _watched(self, kind: StepKind, *arguments: Any) -> Callable[..., StepResult]:
         program = self._program(kind, *arguments)
@@ -126,7 +126,7 @@ class Generation:
         with Watch() as watch:
             (output,) = self.engine(*self.graph.arguments(**arguments))
         kind, result = self.ran[-1]
-        masks = watch.masks[-len(self.shapes.regions.experts) :]  # before them come those of checks on copies
+        masks = watch.masks[-len(self.loop.compiled.regions.experts) :]  # before them come those of checks on copies
         if result.counts is None:
             return Compiled(kind, output, masks, {}, None, None)
         counts = dict(zip(COUNTERS, result.counts.sum(0).tolist(), strict=True))
@@ -190,7 +190,7 @@ def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, optio
 def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, graph, eager_steps, capacity, options):
     engine = graph.engine(**options, validate=False)
     generation = Generation(graph, engine)
-    generation.shapes.plan = replace(generation.shapes.plan, capacities=(capacity,))
+    generation.loop.capacities.plan = replace(generation.loop.compiled.plan, capacities=(capacity,))
     simulation = Simulation(model, MoecaConfig(**options), reroute=True)
     steps = compare(model, generation, simulation)
     assert {step.kind.capacity for step in steps if not step.kind.full} == {capacity}
@@ -198,10 +198,10 @@ def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, gr
 
 
 @pytest.mark.parametrize(
-    "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"]
+    "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast", "block"]
 )
 def test_full_steps_alone_are_the_model(model, graph, eager_steps, recipe):
-    engine = graph.engine(recipe=recipe, full_every=1)
+    engine = graph.engine(recipe=recipe, **({} if recipe == "none" else {"full_every": 1}))
     for arguments in trajectory(model):
         (output,) = engine(*graph.arguments(**arguments))
         torch.testing.assert_close(output, model(**arguments), atol=1e-5, rtol=0)
@@ -215,8 +215,8 @@ def test_everything_recomputed_is_the_model(model, graph, eager_steps, monkeypat
     engine = graph.engine(**options, full_every=STEPS)
     generation = Generation(graph, engine)
     forced = StepKind(attention=False, experts=False, capacity=model.sizes.tokens, forced=True)
-    choose = generation.shapes.kind
-    monkeypatch.setattr(generation.shapes, "kind", lambda *args: kind if (kind := choose(*args)).full else forced)
+    choose = generation.loop.kind
+    monkeypatch.setattr(generation.loop, "kind", lambda *args: kind if (kind := choose(*args)).full else forced)
     for number, arguments in enumerate(trajectory(model)):
         step = generation.step(**arguments)
         assert step.kind == (forced if number else StepKind())

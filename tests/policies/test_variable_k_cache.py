@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.reporting.collect import COUPLED, _regions
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs
@@ -74,8 +74,8 @@ def test_everything_recomputed_is_the_model(case, eager_steps, monkeypatch, opti
     model, graph = case
     generation = Generation(graph, graph.engine(**options, full_every=STEPS))
     forced = StepKind(attention=False, experts=False, capacity=model.sizes.tokens, forced=True)
-    choose = generation.shapes.kind
-    monkeypatch.setattr(generation.shapes, "kind", lambda *args: kind if (kind := choose(*args)).full else forced)
+    choose = generation.loop.kind
+    monkeypatch.setattr(generation.loop, "kind", lambda *args: kind if (kind := choose(*args)).full else forced)
     for number, arguments in enumerate(islice(trajectory(model), STEPS)):
         step = generation.step(**arguments)
         assert step.kind == (forced if number else StepKind())
@@ -86,7 +86,7 @@ def test_everything_recomputed_is_the_model(case, eager_steps, monkeypatch, opti
 @pytest.mark.parametrize("recipe", ["none", "moeca", "moeca-forecast", "fora", "stack"])
 def test_full_steps_alone_are_the_model(case, eager_steps, recipe):
     model, graph = case
-    engine = graph.engine(recipe=recipe, full_every=1)
+    engine = graph.engine(recipe=recipe, **({} if recipe == "none" else {"full_every": 1}))
     for arguments in islice(trajectory(model), 3):
         (output,) = engine(*graph.arguments(**arguments))
         torch.testing.assert_close(output, model(**arguments), atol=1e-5, rtol=0)
@@ -94,17 +94,17 @@ def test_full_steps_alone_are_the_model(case, eager_steps, recipe):
 
 def test_the_pool_has_a_row_for_every_branch(case, eager_steps):
     _, graph = case
-    shapes = graph.specialization(branches_per_token=1.5)
-    pools = [spec for spec in shapes.plan.caches if spec.name.endswith(".pool")]
-    samples, tokens = shapes.plan.sizes
-    for spec, layer in zip(pools, shapes.regions.experts, strict=True):
+    loop = graph.loop(branches_per_token=1.5)
+    pools = [spec for spec in loop.compiled.plan.caches if spec.name.endswith(".pool")]
+    samples, tokens = loop.compiled.plan.sizes
+    for spec, layer in zip(pools, loop.compiled.regions.experts, strict=True):
         assert spec.shape[0] == (layer.body.branches or 1.5 * samples * tokens)
     assert len(pools) == 2
 
 
 def test_the_report_says_where_samples_are_coupled(case, eager_steps):
     _, graph = case
-    shapes = graph.specialization()
-    routers = [region for region in _regions(shapes) if region.kind == "router"]
-    coupled = shapes.regions.experts[0].coupled
+    loop = graph.loop()
+    routers = [region for region in _regions(loop.compiled) if region.kind == "router"]
+    coupled = loop.compiled.regions.experts[0].coupled
     assert [(r.status, r.reason) for r in routers] == [("cached", COUPLED if coupled else "")] * 2

@@ -14,7 +14,7 @@ FULL = Report(
     regions=(
         Region("attention", "blocks.0.attn", "cached"),
         Region("experts", "blocks.1.mlp", "cached"),
-        Region("experts", "blocks.3.mlp", "kept", "its dispatch depends on the batch"),
+        Region("experts", "blocks.3.mlp", "skipped", "its dispatch depends on the batch"),
         Region("router", "blocks.1.mlp.gate", "cached"),
     ),
     cache_bytes=3 * 2**20 + 2**19,
@@ -52,7 +52,7 @@ def test_text_of_a_full_report():
         "regions:",
         "  router: 1 found, 1 cached",
         "  experts: 2 found, 1 cached",
-        "    kept blocks.3.mlp: its dispatch depends on the batch",
+        "    skipped blocks.3.mlp: its dispatch depends on the batch",
         "  attention: 1 found, 1 cached",
         "cache: 3.5 MiB",
         "compile time: 12.2 s (capture 250 ms, lower 12.0 s)",
@@ -71,10 +71,10 @@ def test_graph_breaks_are_listed_with_their_place():
     assert lines[1:4] == ["3 graphs, 2 graph breaks", "  model.py:12: tolist", "  model.py:30: nonzero"]
 
 
-def test_a_kept_region_without_a_reason_is_told_apart():
-    text = str(Report(graphs=1, regions=(Region("attention", "attn", "kept"),)))
+def test_a_skipped_region_without_a_reason_is_told_apart():
+    text = str(Report(graphs=1, regions=(Region("attention", "attn", "skipped"),)))
     assert "attention: 1 found, 0 cached" in text
-    assert "kept attn: no reason given" in text
+    assert "skipped attn: no reason given" in text
 
 
 def test_to_dict_has_every_field_and_survives_json():
@@ -84,7 +84,7 @@ def test_to_dict_has_every_field_and_survives_json():
     assert values["regions"][2] == {
         "kind": "experts",
         "name": "blocks.3.mlp",
-        "status": "kept",
+        "status": "skipped",
         "reason": "its dispatch depends on the batch",
     }
     assert values["steps"] == {"full": 5, "cache": 15}

@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from moeca_compile.backend import compile_graph
 from moeca_compile.config import MoecaConfig
-from moeca_compile.lower.program import Program
-from moeca_compile.passes.rewrite.step import StepKind
-from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.program import trace_step
+from moeca_compile.lower.upload import upload_all
+from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import captured
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -50,18 +52,18 @@ class OnFakeCuda:
             return value
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
 
-    def specialization(self, **options: Any) -> Specialization:
+    def compiled(self, **options: Any) -> CompiledGraph:
         """Nothing can run, so nothing is validated or recorded."""
         config = MoecaConfig.from_options({**options, "validate": False, "cuda_graphs": False})
         with self.mode, without_guards():
-            return Specialization(self.gm, self.inputs, self.user_inputs, config, Record(config))
+            return compile_graph(CapturedGraph(self.gm, tuple(self.user_inputs)), self.inputs, config, Notes())
 
-    def step(self, shapes: Specialization, kind: StepKind) -> fx.Graph:
+    def step(self, compiled: CompiledGraph, kind: StepKind) -> fx.Graph:
         """The traced graph of a step."""
         with self.mode, without_guards():
-            state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=CUDA) for s in shapes.plan.caches}
-            clock = torch.zeros(2, 2, device=CUDA)
-            return Program(shapes.function(kind), shapes.placed(self.inputs), state, clock).graph.graph
+            state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=CUDA) for s in compiled.plan.caches}
+            placed = upload_all(self.inputs, compiled.uploaded, CUDA)
+            return trace_step(compiled.function(kind), placed, state, torch.zeros(2, 2, device=CUDA)).graph.graph
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class TapeRecorder:
     def busy(self) -> bool:
         return self.outer
 
-    def turn(self) -> contextlib.AbstractContextManager[None]:
+    def ordered_on_stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def rehearse(self, function: Callable[[], Any]) -> Any:

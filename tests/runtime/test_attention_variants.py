@@ -512,16 +512,16 @@ def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) ->
     noise, labels = make_inputs(model)
     graph = captured(model, noise, torch.ones(2), labels)
     for mode in keys_values:
-        shapes = graph.specialization(keys_values=mode, shared="any")
-        regions = shapes.regions
+        loop = graph.loop(keys_values=mode, shared="any")
+        regions = loop.compiled.regions
         assert [(k.name, k.reason) for k in regions.skipped] == []
         assert {name: len(getattr(regions, name)) for name in counts} == counts
-        assert all(error < 1e-5 for error in shapes.record.errors.values())
+        assert all(error < 1e-5 for error in loop.notes.errors.values())
         by_token = [a for a in regions.attentions if a.by_token]
         expected = [] if mode == "all" else [shape_of(node) for a in by_token for node in (a.key, a.value)]
-        kept = [s for s in shapes.plan.caches if s.name.endswith((".keys", ".values"))]
+        kept = [s for s in loop.compiled.plan.caches if s.name.endswith((".keys", ".values"))]
         assert [torch.Size(s.shape).numel() for s in kept] == [torch.Size(shape).numel() for shape in expected]
-        assert_forced_is_the_model(model, graph, shapes)
+        assert_forced_is_the_model(model, graph, loop)
 
 
 @pytest.mark.parametrize("name", SPELLED)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from moeca_compile._torch_private import trace_to_graph
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.program import CompiledStep, trace_step
+from moeca_compile.notes import Notes
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepResult
+from moeca_compile.plan import Plan
 from moeca_compile.runtime import cuda_graphs
-from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, keep
+from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, write_into
 from moeca_compile.runtime.engine import Engine
-from moeca_compile.runtime.record import Record
-from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.runtime.schedule import EVERYTHING
 from moeca_compile.runtime.scope import generation, stream
 from moeca_compile.runtime.session import Stream
 from tests.harness import Captured
@@ -38,10 +42,10 @@ def on_tape(without_inductor, monkeypatch, graph: Captured):
 
     def make(**options) -> tuple[Engine, TapeRecorder]:
         engine, recorder = graph.engine(**options), TapeRecorder()
-        shapes = engine.prepare(graph.inputs)
-        compare = shapes._same_replay if engine.config.validate else None
-        shapes.graphs = CudaGraphs(engine.user_inputs, CPU, recorder, engine.record, compare)
-        shapes.sessions.recycles = True
+        loop = engine.loop_for(graph.inputs)
+        compare = loop.same_replay if engine.config.validate else None
+        loop.graphs = CudaGraphs(loop.compiled, recorder, engine.notes, compare)
+        loop.sessions.recycles = True
         return engine, recorder
 
     return make
@@ -77,11 +81,11 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
     for seed in (1, 2, 1):
         found, expected = (generate(each, graph, model, seed) for each in (engine, plain))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    kinds = len(engine.by_shape[next(iter(engine.by_shape))].tallies)
-    assert not engine.record.warnings
+    kinds = len(engine.loops[next(iter(engine.loops))].tallies.by_kind)
+    assert not engine.notes.warnings
     assert recorder.events.count("rehearse") == recorder.events.count("record") == kinds
     assert recorder.events.count("replay") == 3 * 13 - kinds
-    assert engine.record.errors["replayed"] == 0.0
+    assert engine.notes.errors["replayed"] == 0.0
 
 
 def test_a_result_that_the_user_keeps_is_not_overwritten(on_tape, graph, model):
@@ -117,20 +121,20 @@ def test_marked_generations_go_on_with_the_recordings_of_ended_ones(on_tape, gra
             found = generate(engine, graph, model)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert recorder.events.count("record") == 2
-    (shapes,) = engine.by_shape.values()
-    assert len(shapes.sessions.spare) == 1 and not shapes.sessions.generations
+    (loop,) = engine.loops.values()
+    assert len(loop.sessions.spare) == 1 and not loop.sessions.generations
 
 
 def test_recordings_go_with_the_caches_that_make_room(on_tape, graph, model):
     engine, _ = on_tape(recipe="fora", max_generations=2)
-    (shapes,), (x, y) = engine.by_shape.values(), make_inputs(model)
+    (loop,), (x, y) = engine.loops.values(), make_inputs(model)
     known: weakref.WeakSet = weakref.WeakSet()
     with torch.no_grad():
         for name in "abcdef":
             for number in range(3):
                 with stream(name):
                     engine(*graph.arguments(x=x, t=torch.full((2,), 1 - number / 10), y=y))
-            streams = [s for g in shapes.sessions.generations.values() for s in g.streams.values()]
+            streams = [s for g in loop.sessions.generations.values() for s in g.streams.values()]
             known.update(recorded for s in streams for recorded in s.graphs.values())
             del streams
     gc.collect()
@@ -138,7 +142,7 @@ def test_recordings_go_with_the_caches_that_make_room(on_tape, graph, model):
     engine.reset()
     gc.collect()
     assert len(known) == 0
-    assert shapes.sessions.nbytes == 0
+    assert loop.sessions.nbytes == 0
 
 
 def test_a_moved_weight_is_recorded_again(on_tape, graph, model):
@@ -175,25 +179,30 @@ def test_an_interrupted_step_leaves_a_stream_that_starts_anew(on_tape, graph, mo
 # --- what cannot be recorded -----------------------------------------------------------------------------------
 
 
-class Program:
-    """What `CudaGraphs` takes for a compiled step: a traced function of (inputs, state, clock)."""
+class Stub(CompiledStep):
+    """A compiled step that runs another function than was traced."""
 
-    def __init__(self, function, inputs, state) -> None:
-        self.function = function
-        self.graph = trace_to_graph(lambda *flat: list(function(flat, state, torch.zeros(2, 2)).outputs), *inputs)
-
-    def __call__(self, inputs, state, clock) -> StepResult:
-        return self.function(inputs, state, clock)
+    def __call__(self, inputs, state, coefficients) -> StepResult:
+        return self.code(inputs, state, coefficients)
 
 
-def counted(inputs, state, clock) -> StepResult:
+def stub(function, inputs, state) -> Stub:
+    """A step that runs the function of (inputs, state, coefficients) that was traced."""
+    return Stub(trace_step(function, inputs, state, torch.zeros(2, 2)), function)
+
+
+def counted(inputs, state, coefficients) -> StepResult:
     """Adds the input to the cache, and gives the sum."""
     total = state["sum"] + inputs[0]
     return StepResult((total,), {"sum": total}, None)
 
 
-def graphs(recorder: TapeRecorder | None = None, compare=None) -> CudaGraphs:
-    return CudaGraphs([True], CPU, recorder or TapeRecorder(), Record(MoecaConfig()), compare)
+def graphs(recorder: TapeRecorder | None = None, compare=None, waits: str | None = None) -> CudaGraphs:
+    """Recorded steps of a graph with one argument, which caches nothing by its plan."""
+    captured = CapturedGraph(fx.GraphModule({}, fx.Graph()), (True,))
+    plan = Plan(Regions(), (), (0,), {}, (1, 1))
+    compiled = CompiledGraph(captured, captured.gm, CPU, torch.float32, (), plan, MoecaConfig(), waits)
+    return CudaGraphs(compiled, recorder or TapeRecorder(), Notes(), compare)
 
 
 def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
@@ -201,7 +210,7 @@ def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
     place, found = Stream({"sum": torch.zeros(3)}), []
     for number in range(1, steps + 1):
         result = steps_of.run(CACHE, place, program, [torch.full((3,), float(number))], torch.zeros(2, 2))
-        place.passed(Fresh(True, True), number, 0.0)
+        place.note_refreshed(EVERYTHING, number, 0.0)
         assert not result.updates
         found.append(float(result.outputs[0][0]))
     return found
@@ -210,13 +219,13 @@ def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
 def test_a_stub_of_a_step_adds_up():
     recorder = TapeRecorder()
     example = [torch.zeros(3)]
-    assert sums(graphs(recorder), Program(counted, example, {"sum": torch.zeros(3)}), 5) == [1, 3, 6, 10, 15]
+    assert sums(graphs(recorder), stub(counted, example, {"sum": torch.zeros(3)}), 5) == [1, 3, 6, 10, 15]
     assert recorder.events == ["rehearse", "record", "replay", "replay", "replay", "replay"]
 
 
 def test_an_op_that_needs_the_host_is_refused_with_its_name():
-    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
-    node = next(node for node in program.graph.graph.nodes if node.op == "call_function")
+    program = stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    node = next(node for node in program.traced.graph.graph.nodes if node.op == "call_function")
     node.target = torch.ops.aten.masked_select.default
     recorder = TapeRecorder()
     with pytest.warns(UserWarning, match="cache steps are not recorded .* .aten.masked_select.default has"):
@@ -225,12 +234,11 @@ def test_an_op_that_needs_the_host_is_refused_with_its_name():
 
 
 def test_a_recording_that_fails_is_warned_of_and_the_step_runs_as_it_is():
-    def reads(inputs, state, clock) -> StepResult:
+    def reads(inputs, state, coefficients) -> StepResult:
         total = state["sum"] + float(inputs[0].sum()) / 3
         return StepResult((total,), {"sum": total}, None)
 
-    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
-    program.function = reads
+    program = replace(stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), code=reads)
     each = graphs()
     with pytest.warns(UserWarning, match="RuntimeError: aten._local_scalar_dense.default while a graph is recorded"):
         assert sums(each, program, 4) == [1, 3, 6, 10]
@@ -241,13 +249,12 @@ def test_a_wrong_replay_is_found_on_its_second_run_and_made_good():
     """A step that keeps a value of the host: the first replay is right, the next ones would not be."""
     calls = []
 
-    def remembers(inputs, state, clock) -> StepResult:
+    def remembers(inputs, state, coefficients) -> StepResult:
         calls.append(1)
         total = state["sum"] + len(calls) * torch.ones(3)
         return StepResult((total,), {"sum": total}, None)
 
-    program = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
-    program.function = remembers
+    program = replace(stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), code=remembers)
 
     def compare(found, wanted):
         if not all(map(torch.equal, found, wanted)):
@@ -259,15 +266,15 @@ def test_a_wrong_replay_is_found_on_its_second_run_and_made_good():
 
 
 def test_a_step_without_a_traced_graph_is_refused():
-    with pytest.warns(UserWarning, match="full steps are not recorded .* run without Inductor"):
+    with pytest.warns(UserWarning, match="full steps are not recorded .* run op by op"):
         graphs().run(FULL, Stream({"sum": torch.zeros(3)}), counted, [torch.zeros(3)], torch.zeros(2, 2))
 
 
 def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor):
     """As on a machine where the package has no kernels: the ops' reference code reads counts on the host."""
     engine, recorder = graph.engine(recipe="fora"), TapeRecorder()
-    shapes = engine.prepare(graph.inputs)
-    shapes.graphs = CudaGraphs(engine.user_inputs, CPU, recorder, engine.record, None)
+    loop = engine.loop_for(graph.inputs)
+    loop.graphs = CudaGraphs(loop.compiled, recorder, engine.notes, None)
     with (
         pytest.warns(UserWarning, match="moeca.fixed_k_outputs.default has no kernel of its own there"),
         torch.no_grad(),
@@ -278,13 +285,13 @@ def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor)
 
 def test_experts_that_wait_for_the_device_are_refused_where_they_run():
     waits = "the experts of blocks.0 wait for the device at every step: float64"
-    each = CudaGraphs([True], CPU, TapeRecorder(), Record(MoecaConfig()), None, waits)
-    without = Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    each = graphs(waits=waits)
+    without = stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
     assert sums(each, without, 3) == [1, 3, 6]
     assert not each.refused
-    node = next(node for node in without.graph.graph.nodes if node.op == "call_function")
+    node = next(node for node in without.traced.graph.graph.nodes if node.op == "call_function")
     node.target = torch.ops.moeca.fixed_k_outputs.default
-    each = CudaGraphs([True], CPU, TapeRecorder(), Record(MoecaConfig()), None, waits)
+    each = graphs(waits=waits)
     with pytest.warns(UserWarning, match=f"not recorded as a CUDA graph .*{waits}"):
         sums(each, without, 2)
 
@@ -292,18 +299,18 @@ def test_experts_that_wait_for_the_device_are_refused_where_they_run():
 def test_an_argument_that_overlaps_with_itself_is_refused():
     windows = torch.arange(4.0).unfold(0, 2, 1)
 
-    def step(inputs, state, clock) -> StepResult:
+    def step(inputs, state, coefficients) -> StepResult:
         return StepResult((inputs[0] * 2,), {}, None)
 
     with pytest.warns(UserWarning, match="overlaps with itself"):
-        result = graphs().run(FULL, Stream({}), Program(step, [windows], {}), [windows], torch.zeros(2, 2))
+        result = graphs().run(FULL, Stream({}), stub(step, [windows], {}), [windows], torch.zeros(2, 2))
     assert torch.equal(result.outputs[0], windows * 2)
 
 
 def test_within_a_recording_of_the_caller_a_step_is_a_part_of_that():
     recorder = TapeRecorder()
     recorder.outer = True
-    assert sums(graphs(recorder), Program(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), 3) == [1, 3, 6]
+    assert sums(graphs(recorder), stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), 3) == [1, 3, 6]
     assert recorder.events == []
 
 
@@ -327,7 +334,7 @@ def test_buffers_hold_arguments_as_they_are_laid_out(value):
     held, same_weight, number = buffers.inputs
     assert torch.equal(held, value) and held.stride() == value.stride() and held.data_ptr() != value.data_ptr()
     assert same_weight is weight and number == 5
-    assert torch.equal(buffers.clock, torch.ones(2, 2))
+    assert torch.equal(buffers.coefficients, torch.ones(2, 2))
     assert buffers.fit([value, weight, 5]) and not buffers.fit([value, weight.clone(), 5])
 
 
@@ -344,6 +351,6 @@ def test_caches_are_read_before_any_is_written():
     """An update may be a view of another cache."""
     state = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.full((2,), 5.0)}
     places = {name: tensor.data_ptr() for name, tensor in state.items()}
-    keep(state, {"a": state["b"].view(2), "b": state["a"].flip(0), "c": state["c"]})
+    write_into(state, {"a": state["b"].view(2), "b": state["a"].flip(0), "c": state["c"]})
     assert state["a"].tolist() == [1, 1] and state["b"].tolist() == [0, 0] and state["c"].tolist() == [5, 5]
     assert places == {name: tensor.data_ptr() for name, tensor in state.items()}

@@ -89,10 +89,10 @@ def cuda(monkeypatch) -> Cuda:
     return found
 
 
-def test_turns_come_one_after_the_other(cuda):
-    with CudaRecorder(DEVICE).turn():
+def test_ordered_work_comes_one_after_the_other(cuda):
+    with CudaRecorder(DEVICE).ordered_on_stream():
         cuda.work("a step")
-    with pytest.raises(KeyboardInterrupt), CudaRecorder(DEVICE).turn():
+    with pytest.raises(KeyboardInterrupt), CudaRecorder(DEVICE).ordered_on_stream():
         raise KeyboardInterrupt
     turn = ["caller's waits for the last turn", "caller's records the last turn"]
     assert cuda.notes == [turn[0], "a step on caller's", turn[1], *turn]

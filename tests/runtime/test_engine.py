@@ -1,4 +1,4 @@
-"""The callable behind one graph: whole generations, shapes, threads, capacities."""
+"""The callable behind one graph: whole generations, loop, threads, capacities."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.passes.rewrite.step import StepKind
-from moeca_compile.runtime import engine as engine_module
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.scope import generation, stream
 from tests.harness import Captured
@@ -110,7 +109,7 @@ def test_named_streams_keep_apart_what_comes_in_any_order(graph, model):
 def test_a_user_is_told_when_streams_drop_each_others_caches(graph, model):
     engine = graph.engine(recipe="stack", max_generations=1)
     (x, y), t = make_inputs(model), torch.ones(2)
-    with pytest.warns(UserWarning, match="max_generations = 1 has room for: raise it"):
+    with pytest.warns(UserWarning, match="max_generations = 1 has room for. Raise it"):
         for time in (1.0, 0.9, 0.8):
             for name in ("cond", "uncond"):
                 with stream(name):
@@ -125,9 +124,9 @@ def test_a_user_is_told_when_time_goes_back_and_forth(graph, run):
     engine = graph.engine(recipe="stack")
     with generation():
         run(engine, times=times)
-    assert not engine.record.warnings
-    (shapes,) = engine.by_shape.values()
-    assert any(not kind.full for kind in shapes.tallies)
+    assert not engine.notes.warnings
+    (loop,) = engine.loops.values()
+    assert any(not kind.full for kind in loop.tallies.by_kind)
 
 
 def test_threads_run_generations_of_their_own(graph, run):
@@ -161,8 +160,8 @@ def test_explicit_generations_may_be_left_and_entered_again(graph, run):
     run(engine, seed=2, times=[1.0, 0.9, 0.8])
     with generation():
         assert_same(run(engine), expected)
-    shapes = engine.prepare(graph.inputs)
-    assert len(shapes.sessions.generations) == 1
+    loop = engine.loop_for(graph.inputs)
+    assert len(loop.sessions.generations) == 1
 
 
 def test_another_dtype_is_another_state(graph, run, model):
@@ -174,8 +173,8 @@ def test_another_dtype_is_another_state(graph, run, model):
     t = torch.full((len(x),), 0.8, dtype=torch.float64)
     # a double timestep alone: the same shapes, and yet nothing of the float calls' state
     engine(*graph.arguments(x=x, t=t, y=y))
-    assert len(engine.by_shape) == 2
-    assert list(engine.by_shape.values())[1].tallies.keys() == {StepKind()}
+    assert len(engine.loops) == 2
+    assert list(engine.loops.values())[1].tallies.by_kind.keys() == {StepKind()}
     assert_same(run(engine), expected)
 
 
@@ -184,9 +183,9 @@ def test_another_dtype_is_another_state(graph, run, model):
 
 def capacities(engine: Engine, graph: Captured, arguments: list[dict[str, Tensor]]) -> list[int]:
     """The capacity of each cache step."""
-    shapes, found = engine.prepare(graph.inputs), []
-    program = shapes.program
-    shapes.program = lambda kind, *rest: found.append(kind) or program(kind, *rest)
+    loop, found = engine.loop_for(graph.inputs), []
+    program = loop.step
+    loop.step = lambda kind, *rest: found.append(kind) or program(kind, *rest)
     for values in arguments:
         engine(*graph.arguments(**values))
     return [kind.capacity for kind in found if not kind.full]
@@ -216,10 +215,10 @@ def test_an_overflow_promotes_the_next_steps(graph, model):
 
 def test_a_capacity_is_of_its_stream_and_outlives_the_generation(graph, model):
     engine = graph.engine(tau0=0.0, full_every=4)
-    shapes = engine.prepare(graph.inputs)
+    loop = engine.loop_for(graph.inputs)
     calls = []
-    eager = shapes.eager
-    shapes.eager = lambda *args: calls.append(1) or eager(*args)
+    eager = loop.eager
+    loop.eager = lambda *args: calls.append(1) or eager(*args)
     arguments = still(model, 4, jump=9)
     capacities(engine, graph, arguments)
     probes = len(calls)
@@ -227,10 +226,9 @@ def test_a_capacity_is_of_its_stream_and_outlives_the_generation(graph, model):
     assert len(calls) == probes  # the second generation knows it
 
 
-def test_shapes_are_bounded(graph, model, monkeypatch):
-    monkeypatch.setattr(engine_module, "_MOST_SHAPES", 2)
-    engine = graph.engine(validate=False)
+def test_shapes_are_bounded(graph, model):
+    engine = graph.engine(most_shapes=2, validate=False)
     x, y = make_inputs(model)
     for dtype in (torch.float32, torch.float64, torch.float16):
         engine(*graph.arguments(x=x, t=torch.ones(2, dtype=dtype), y=y))
-    assert len(engine.by_shape) == 2
+    assert len(engine.loops) == 2

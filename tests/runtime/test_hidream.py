@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import moeca_compile
-from moeca_compile.passes.rewrite.step import StepKind
-from tests.harness import captured
+from moeca_compile.passes.rewrite.kinds import StepKind
+from tests.harness import captured, eager_backend
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
 BATCH, SIDE, STEPS = 2, 4, 6
@@ -50,7 +50,7 @@ def texts(seed: int = 1) -> tuple[Tensor, ...]:
 def test_all_of_it_is_cached_but_for_the_unpatchify_after_a_break(without_inductor):
     """The break is after the blocks, where the picture's size is read from a tensor."""
     model = make_model()
-    compiled = torch.compile(model, backend="moeca", options={"full_every": 3})
+    compiled = torch.compile(model, backend=eager_backend, options={"full_every": 3})
     x = exact = random(BATCH, 4, 2 * SIDE, 2 * SIDE, seed=0)
     with torch.no_grad():
         for step in range(STEPS):
@@ -95,18 +95,18 @@ def test_forced_recomputation_is_the_model(eager_steps):
         return (picture, torch.full((BATCH,), time), *texts(seed), ids, sizes, mask, None, False)
 
     graph = captured(model, *arguments(1, 900.0))
-    shapes = graph.specialization(keys_values="chosen", shared="any")
-    assert len(shapes.regions.experts) == 4
-    assert len(shapes.regions.attentions) == 6
-    assert shapes.regions.skipped == ()
+    loop = graph.loop(keys_values="chosen", shared="any")
+    assert len(loop.compiled.regions.experts) == 4
+    assert len(loop.compiled.regions.attentions) == 6
+    assert loop.compiled.regions.skipped == ()
 
     def inputs(seed: int, time: float) -> list[Any]:
         return graph.arguments(**{f"args_{i}": value for i, value in enumerate(arguments(seed, time))})
 
-    clock = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
-    full = shapes.eager(StepKind(), inputs(1, 900.0), state, clock)
+    coefficients = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
+    full = loop.eager(StepKind(), inputs(1, 900.0), state, coefficients)
     torch.testing.assert_close(full.outputs[0], model(*arguments(1, 900.0))[0], atol=1e-5, rtol=0)
-    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
-    again = shapes.eager(forced, inputs(7, 300.0), {**state, **full.updates}, clock)
+    forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
+    again = loop.eager(forced, inputs(7, 300.0), {**state, **full.updates}, coefficients)
     torch.testing.assert_close(again.outputs[0], model(*arguments(7, 300.0))[0], atol=1e-5, rtol=0)

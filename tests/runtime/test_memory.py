@@ -24,20 +24,20 @@ def test_allocated_is_what_was_planned(graph, model, eager_steps, recipe, cache_
     x, y = make_inputs(model)
     for number in range(5):
         engine(*graph.arguments(x=x, t=torch.full((len(x),), 1 - number / 8), y=y))
-    (shapes,) = engine.by_shape.values()
-    planned = sum(spec.nbytes for spec in shapes.plan.caches)
+    (loop,) = engine.loops.values()
+    planned = sum(spec.nbytes for spec in loop.compiled.plan.caches)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for generation in shapes.sessions.generations.values()
+        for generation in loop.sessions.generations.values()
         for stream in generation.streams.values()
         for tensor in stream.state.values()
     }
-    assert sum(storages.values()) == shapes.sessions.nbytes == planned
+    assert sum(storages.values()) == loop.sessions.nbytes == planned
 
 
 def test_a_smaller_dtype_of_the_caches_halves_them(graph):
     full, half = (
-        graph.specialization(recipe="moeca", validate=False, cache_dtype=dtype).plan.caches
+        graph.loop(recipe="moeca", validate=False, cache_dtype=dtype).compiled.plan.caches
         for dtype in (None, "bfloat16")
     )
     activations = [(a.nbytes, b.nbytes) for a, b in zip(full, half, strict=True) if a.name.endswith("branches")]

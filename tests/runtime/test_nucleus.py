@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import captured
 
 nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
@@ -55,8 +55,8 @@ def test_all_of_it_is_cached_and_forced_recomputation_is_the_model(padded):
         return picture, [(1, SIDE, SIDE)] * BATCH, text, mask, torch.full((BATCH,), time), None, False
 
     graph = captured(model, *arguments(1, 0.9))
-    shapes = graph.specialization(keys_values="chosen", shared="any")
-    regions = shapes.regions
+    loop = graph.loop(keys_values="chosen", shared="any")
+    regions = loop.compiled.regions
     assert [a.name for a in regions.attentions] == [f"transformer_blocks.{i}.attn" for i in range(3)]
     assert [e.name for e in regions.experts] == [f"transformer_blocks.{i}.img_mlp" for i in (1, 2)]
     assert regions.skipped == ()
@@ -66,10 +66,10 @@ def test_all_of_it_is_cached_and_forced_recomputation_is_the_model(padded):
         picture, _, text, _, t, *_ = arguments(seed, time)
         return graph.arguments(hidden_states=picture, encoder_hidden_states=text, timestep=t)
 
-    clock = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
-    full = shapes.eager(StepKind(), inputs(1, 0.9), state, clock)
+    coefficients = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
+    full = loop.eager(StepKind(), inputs(1, 0.9), state, coefficients)
     torch.testing.assert_close(full.outputs[0], model(*arguments(1, 0.9))[0], atol=1e-5, rtol=0)
-    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
-    again = shapes.eager(forced, inputs(7, 0.3), {**state, **full.updates}, clock)
+    forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
+    again = loop.eager(forced, inputs(7, 0.3), {**state, **full.updates}, coefficients)
     torch.testing.assert_close(again.outputs[0], model(*arguments(7, 0.3))[0], atol=1e-5, rtol=0)

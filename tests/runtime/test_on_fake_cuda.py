@@ -14,7 +14,7 @@ from torch import Tensor
 
 from examples import families
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.runtime.fake_cuda import CUDA, OnFakeCuda
 from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleStream, make_text
@@ -37,18 +37,18 @@ def kinds(recipe: str, experts: bool) -> list[StepKind]:
 
 
 def assert_needs_no_host(model: OnFakeCuda, recipe: str, cached: bool = True, **options) -> None:
-    shapes = model.specialization(recipe=recipe, **options)
-    assert shapes.device == CUDA
-    assert shapes.caching == cached
-    for kind in kinds(recipe, bool(shapes.regions.experts)):
-        graph = model.step(shapes, kind)
+    compiled = model.compiled(recipe=recipe, **options)
+    assert compiled.device == CUDA
+    assert compiled.caching == cached
+    for kind in kinds(recipe, bool(compiled.regions.experts)):
+        graph = model.step(compiled, kind)
         assert host_ops(graph, CUDA) == [], kind.name
         assert set(ops_without_kernel(graph, CUDA)) <= OPAQUE
         outside = {getattr(node.target, "namespace", "aten") for node in graph.nodes if node.op == "call_function"}
         assert outside <= {"aten", "moeca", "prims"}
 
 
-@pytest.mark.filterwarnings("ignore:moeca. nothing was found that recipe")
+@pytest.mark.filterwarnings("ignore:moeca. recipe")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_no_step_of_a_family_needs_the_host(family):
     model = families.reduced(family)
@@ -78,7 +78,7 @@ def tiny() -> OnFakeCuda:
         {"score": "staleness", "overwrite": False},
         {"budget": 0.25, "keys_values": "none"},
         {"mask_source": "previous", "keys_values": "all"},
-        {"entropy": "minmax", "statistic": "batch", "shared": "always"},
+        {"budget": None, "entropy": "minmax", "statistic": "batch", "shared": "always"},
     ],
     ids=str,
 )
@@ -103,14 +103,14 @@ def test_a_timestep_on_the_cpu_is_copied_before_the_step():
     noise, labels = make_inputs(model)
     fake = OnFakeCuda(model, (noise, torch.tensor(1.0), labels), stay=("t",))
     assert_needs_no_host(fake, "moeca")
-    shapes = fake.specialization()
-    (place,) = shapes.uploaded
+    compiled = fake.compiled()
+    (place,) = compiled.uploaded
     assert fake.inputs[place].device.type == "cpu"
-    assert shapes.regions.timesteps == (shapes.placeholders[place],)
+    assert compiled.regions.timesteps == (compiled.placeholders[place],)
 
 
 def test_on_a_cpu_nothing_is_copied(graph):
-    assert graph.specialization(validate=False).uploaded == ()
+    assert graph.loop(validate=False).compiled.uploaded == ()
 
 
 # --- what Inductor makes of a step -----------------------------------------------------------------------------
@@ -137,8 +137,8 @@ def test_the_code_for_cuda_needs_no_host(two_blocks, kind, own):
     pytest.importorskip("triton", reason="Inductor writes no code for CUDA without it")
     from tests.runtime.cuda_code import cuda_code
 
-    shapes = two_blocks.specialization(recipe="moeca-forecast", budget=0.25)
-    code = cuda_code(two_blocks.step(shapes, kind).owning_module, two_blocks.mode)
+    compiled = two_blocks.compiled(recipe="moeca-forecast", budget=0.25)
+    code = cuda_code(two_blocks.step(compiled, kind).owning_module, two_blocks.mode)
     called = code[code.rindex("def call(") :]
     ops = Counter(re.findall(r"= torch\.ops\.(\w+\.\w+)", called))
     assert {name.removeprefix("moeca."): count for name, count in ops.items() if name.startswith("moeca.")} == own

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import CacheSpec
-from moeca_compile.runtime.schedule import Fresh
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
 from moeca_compile.runtime.session import Position, Sessions
 
@@ -18,13 +18,13 @@ SPECS = [CacheSpec("a", (2, 3), torch.float32), CacheSpec("b", (4,), torch.int32
 
 
 def make_sessions(**options) -> Sessions:
-    return Sessions(MoecaConfig(**options), SPECS, torch.device("cpu"))
+    return Sessions(MoecaConfig(**options), SPECS, {Part.ATTENTION, Part.EXPERTS}, torch.device("cpu"))
 
 
 def call(sessions: Sessions, *timestep: float) -> Position:
     """A call at a timestep that is then run, as the engine does."""
     position = sessions.enter(timestep or None)
-    position.stream.passed(sessions.due(position), position.number, position.place)
+    position.stream.note_refreshed(sessions.refresh_plan(position), position.number, position.time)
     return position
 
 
@@ -47,7 +47,7 @@ def test_going_on_in_one_direction_are_steps(times):
     positions = [call(sessions, t) for t in times]
     assert numbers(positions) == [0, 1, 2, 3]
     assert streams(positions) == [0, 0, 0, 0]
-    assert [position.place for position in positions] == list(times)
+    assert [position.time for position in positions] == list(times)
 
 
 def test_equal_timesteps_are_streams_of_one_step():
@@ -73,7 +73,7 @@ def test_a_second_generation_stands_on_zeros_and_leaves_the_first_ones_tensors_a
     assert again.stream is not first.stream
     assert not again.stream.state["a"].any()
     assert first.stream.state["a"].eq(7).all()  # whoever still holds it keeps it
-    assert sessions.due(again) == Fresh(True, True)
+    assert sessions.refresh_plan(again) == RefreshPlan(True, True)
 
 
 def test_caches_are_as_specified_and_zero():
@@ -93,10 +93,10 @@ def test_a_stream_that_comes_later_begins_with_a_full_step():
     for t in (1.0, 0.9):
         call(sessions, t)
     conditional = sessions.enter((0.8,))
-    assert sessions.due(conditional) == Fresh(False, False)
+    assert sessions.refresh_plan(conditional) == RefreshPlan(False, False)
     unconditional = sessions.enter((0.8,))
     assert unconditional.stream is not conditional.stream
-    assert sessions.due(unconditional) == Fresh(True, True)
+    assert sessions.refresh_plan(unconditional) == RefreshPlan(True, True)
     assert unconditional.number == 2
 
 
@@ -228,34 +228,34 @@ def test_without_a_timestep_every_call_is_a_step():
         positions = [call(sessions) for _ in range(3)]
     assert numbers(positions) == [0, 1, 2]
     assert streams(positions) == [0, 0, 0]
-    assert [position.place for position in positions] == [0.0, 1.0, 2.0]
+    assert [position.time for position in positions] == [0.0, 1.0, 2.0]
 
 
-# The clock: how far a forecast reaches, in units of the interval between the last two full steps.
+# The coefficients: how far a forecast reaches, in units of the interval between the last two full steps.
 
 
 def test_the_clock_of_even_and_uneven_timesteps():
     stream_ = make_sessions().enter((1.0,)).stream
-    both, attention = Fresh(True, True), Fresh(True, False)
-    assert stream_.clock(1.0) == [[0.0, 0.0], [0.0, 0.0]]
-    stream_.passed(both, 0, 1.0)
-    assert stream_.clock(0.9) == [[0.0, 1.0], [0.0, 1.0]]  # one full step: nothing to extrapolate from yet
-    stream_.passed(both, 4, 0.6)
-    assert stream_.clock(0.5) == [[pytest.approx(0.25), 1.0], [pytest.approx(0.25), 1.0]]
-    assert stream_.clock(0.1) == [[pytest.approx(1.25), 1.0], [pytest.approx(1.25), 1.0]]
-    stream_.passed(attention, 6, 0.4)
-    assert stream_.clock(0.3) == [[pytest.approx(0.5), 1.0], [pytest.approx(0.75), 1.0]]
+    both, attention = RefreshPlan(True, True), RefreshPlan(True, False)
+    assert stream_.coefficients(1.0) == [[0.0, 0.0], [0.0, 0.0]]
+    stream_.note_refreshed(both, 0, 1.0)
+    assert stream_.coefficients(0.9) == [[0.0, 1.0], [0.0, 1.0]]  # one full step: nothing to extrapolate from yet
+    stream_.note_refreshed(both, 4, 0.6)
+    assert stream_.coefficients(0.5) == [[pytest.approx(0.25), 1.0], [pytest.approx(0.25), 1.0]]
+    assert stream_.coefficients(0.1) == [[pytest.approx(1.25), 1.0], [pytest.approx(1.25), 1.0]]
+    stream_.note_refreshed(attention, 6, 0.4)
+    assert stream_.coefficients(0.3) == [[pytest.approx(0.5), 1.0], [pytest.approx(0.75), 1.0]]
 
 
 def test_what_was_never_computed_is_due():
     sessions = make_sessions()
     position = sessions.enter((1.0,))
     position = replace(position, number=1)
-    assert sessions.due(position) == Fresh(True, True)
-    position.stream.passed(Fresh(True, False), 0, 1.0)
-    assert sessions.due(position) == Fresh(False, True)
-    position.stream.passed(Fresh(False, True), 0, 1.0)
-    assert sessions.due(position) == Fresh(False, False)
+    assert sessions.refresh_plan(position) == RefreshPlan(True, True)
+    position.stream.note_refreshed(RefreshPlan(True, False), 0, 1.0)
+    assert sessions.refresh_plan(position) == RefreshPlan(False, True)
+    position.stream.note_refreshed(RefreshPlan(False, True), 0, 1.0)
+    assert sessions.refresh_plan(position) == RefreshPlan(False, False)
 
 
 def test_a_stream_makes_up_for_a_full_step_that_it_missed():
@@ -267,8 +267,8 @@ def test_a_stream_makes_up_for_a_full_step_that_it_missed():
         if number not in (4, 5):
             with stream("uncond"):
                 position = sessions.enter((1 - number / 10,))
-                kinds.append((number, sessions.due(position).attention))
-                position.stream.passed(sessions.due(position), position.number, position.place)
+                kinds.append((number, sessions.refresh_plan(position).attention))
+                position.stream.note_refreshed(sessions.refresh_plan(position), position.number, position.time)
     assert [number for number, fresh in kinds if fresh] == [0, 6]
 
 
@@ -276,7 +276,7 @@ def test_a_call_tried_before_the_loop_does_not_leave_its_caches_to_it():
     sessions = make_sessions()
     call(sessions, 1.0)  # a warm-up with other inputs
     call(sessions, 1.0)  # the loop's first call looks like a second stream
-    assert sessions.due(sessions.enter((0.9,))) == Fresh(True, True)
+    assert sessions.refresh_plan(sessions.enter((0.9,))) == RefreshPlan(True, True)
 
 
 def test_a_jump_far_ahead_is_another_generation():
@@ -292,7 +292,7 @@ def test_an_interrupted_call_leaves_nothing_to_stand_on():
     sessions.interrupted(sessions.enter((0.9,)))
     again = sessions.enter((0.9,))
     assert again.stream is next(iter(again.generation.streams.values()))
-    assert sessions.due(again) == Fresh(True, True)
+    assert sessions.refresh_plan(again) == RefreshPlan(True, True)
 
 
 @pytest.mark.parametrize(("room", "crowded"), [(1, True), (2, False)])
@@ -301,9 +301,9 @@ def test_streams_that_drop_each_other_are_noticed(room, crowded):
     fresh = []
     for t in (1.0, 1.0, 0.5, 0.5):
         position = sessions.enter((t,))
-        fresh.append(sessions.due(position) == Fresh(True, True))
-        position.stream.passed(Fresh(True, True), position.number, position.place)
-    assert sessions.crowded is crowded
+        fresh.append(sessions.refresh_plan(position) == RefreshPlan(True, True))
+        position.stream.note_refreshed(RefreshPlan(True, True), position.number, position.time)
+    assert sessions.evicting_live_streams is crowded
     assert all(fresh)  # after two calls at the first timestep, the second is full either way
 
 
@@ -311,7 +311,7 @@ def test_a_later_generation_may_take_the_room_of_an_earlier_one():
     sessions = make_sessions(max_generations=1)
     for t in (1.0, 0.5, 0.1, 1.0, 0.5):
         call(sessions, t)
-    assert not sessions.crowded
+    assert not sessions.evicting_live_streams
 
 
 # --- memory that goes from stream to stream, for steps that are recorded over it -----------------------------------

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile.passes.rewrite.step import StepKind
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured, captured
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
@@ -56,22 +56,22 @@ def captured_model(kind: type[Streams]) -> tuple[Streams, Captured]:
     return model, captured(model, noise, torch.ones(2), labels, make_text())
 
 
-def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, Specialization]:
+def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, StepLoop]:
     model, graph = captured_model(kind)
-    return model, graph, graph.specialization(**options)
+    return model, graph, graph.loop(**options)
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_every_region_is_found_with_its_tokens(kind, recwarn):
-    _, _, shapes = prepared(kind)
-    regions = shapes.regions
+    _, _, loop = prepared(kind)
+    regions = loop.compiled.regions
     tokens = {node: layout.tokens for node, layout in regions.layouts.items()}
     attentions, experts, feedforwards = MODELS[kind]
     assert [tokens[a.residual.output] for a in regions.attentions] == attentions
     assert [tokens[e.marker] for e in regions.experts] == experts
     assert [tokens[f.output] for f in regions.feedforwards] == feedforwards
     assert regions.skipped == ()
-    assert shapes.caching
+    assert loop.compiled.caching
     assert not [w for w in recwarn if "moeca" in str(w.message)]
 
 
@@ -82,16 +82,16 @@ def test_every_region_is_found_with_its_tokens(kind, recwarn):
 )
 def test_forced_recomputation_is_the_model(kind, keys_values):
     """On another picture, text and time than those that the caches come from."""
-    model, graph, shapes = prepared(kind, keys_values=keys_values, shared="any")
-    assert all(error < 1e-5 for error in shapes.record.errors.values())
+    model, graph, loop = prepared(kind, keys_values=keys_values, shared="any")
+    assert all(error < 1e-5 for error in loop.notes.errors.values())
     (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
-    clock = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
-    full = shapes.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y, text=make_text()), state, clock)
+    coefficients = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
+    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y, text=make_text()), state, coefficients)
     torch.testing.assert_close(full.outputs[0], model(x, torch.ones(2), y, make_text()), atol=1e-5, rtol=0)
-    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
+    forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
     t, text = torch.full((2,), 0.7), make_text(seed=4)
-    again = shapes.eager(forced, graph.arguments(x=other, t=t, y=y, text=text), {**state, **full.updates}, clock)
+    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y, text=text), {**state, **full.updates}, coefficients)
     torch.testing.assert_close(again.outputs[0], model(other, t, y, text), atol=1e-5, rtol=0)
 
 
@@ -117,25 +117,25 @@ def test_a_cached_generation_stays_close(kind, recipe):
 
     with torch.no_grad():
         (x, outs), (want, exact) = generate(run, model), generate(model, model)
-    shapes = engine.prepare(graph.inputs)
-    steps = Counter(kind.full for kind, tally in shapes.tallies.items() for _ in range(tally.steps))
+    loop = engine.loop_for(graph.inputs)
+    steps = Counter(kind.full for kind, tally in loop.tallies.items() for _ in range(tally.steps))
     assert steps == {True: 2, False: 4}
     torch.testing.assert_close(outs[0], exact[0], atol=1e-5, rtol=0)
     assert (outs[1] - exact[1]).abs().max() > 1e-4, "nothing came from a cache"
     assert (x - want).abs().max() < 0.02 * want.abs().max()
-    assert not engine.record.warnings
+    assert not engine.notes.warnings
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{"shared": "never"}, {"recipe": "fora"}, {"recipe": "stack"}], ids=str)
 def test_costs_are_those_of_the_operations_that_run(kind, options):
     """So a cache step evaluates nothing whose value comes from the caches: no joint attention, above all."""
-    model, graph, shapes = prepared(kind, validate=False, **options)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
-    cache, clock = StepKind(False, False), torch.zeros(2, 2)
+    model, graph, loop = prepared(kind, validate=False, **options)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
+    cache, coefficients = StepKind(False, False), torch.zeros(2, 2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(*make_inputs(model)[:1], torch.ones(2), make_inputs(model)[1], make_text())
-    assert shapes.plan.flops(StepKind()) == counter.get_total_flops()
+    assert loop.compiled.plan.flops(StepKind()) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        shapes.eager(cache, graph.inputs, state, clock)
-    assert shapes.plan.flops(cache) == counter.get_total_flops()
+        loop.eager(cache, graph.inputs, state, coefficients)
+    assert loop.compiled.plan.flops(cache) == counter.get_total_flops()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from moeca_compile.runtime.scope import current_time, generation, step, stream
-from moeca_compile.runtime.specialization import Specialization
-from moeca_compile.runtime.timesteps import TimestepInput
+from moeca_compile.runtime.timesteps import TimestepInput, TimestepReader
 from tests.harness import captured
 from tests.models import make_inputs
 from tests.runtime.joint_models import WithGuidance, make_text
@@ -93,7 +92,7 @@ def test_a_model_with_guidance_is_cached_once_its_time_is_known(guided, eager_st
     assert exact == [True, True, True, False, False, True, False]
     exact, _ = run(guided, [(1.0, 3.5), (0.9, 3.5), (0.8, 3.5), (1.0, 5.0), (0.9, 5.0), (0.8, 5.0), (0.7, 5.0)])
     assert exact == [True] * 4 + [False, False, True]
-    assert not engine.record.warnings
+    assert not engine.notes.warnings
 
 
 def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
@@ -115,12 +114,12 @@ def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
     def refuses(*_):
         raise AssertionError("the timestep was read")
 
-    monkeypatch.setattr(Specialization, "_value", refuses)
+    monkeypatch.setattr(TimestepReader, "value", refuses)
     for time, each, wanted in zip(times, arguments, expected, strict=True):
         with step(time):
             assert torch.equal(marked(*each)[0], wanted)
-    (shapes,) = marked.by_shape.values()
-    assert sum(tally.steps for kind, tally in shapes.tallies.items() if not kind.full) == 4
+    (loop,) = marked.loops.values()
+    assert sum(tally.steps for kind, tally in loop.tallies.items() if not kind.full) == 4
     with pytest.raises(AssertionError, match="was read"):
         marked(*arguments[0])
 
@@ -131,8 +130,8 @@ def test_calls_at_one_marked_timestep_are_streams(graph, model, eager_steps):
         with step(time):
             for label in (y, y + 1):
                 engine(*graph.arguments(x=x, t=torch.ones(2), y=label))
-    (shapes,) = engine.by_shape.values()
-    (at_work,) = shapes.sessions.generations.values()
+    (loop,) = engine.loops.values()
+    (at_work,) = loop.sessions.generations.values()
     assert len(at_work.streams) == 2 and at_work.number == 2
 
 
@@ -142,8 +141,8 @@ def test_a_mark_tells_the_timestep_from_a_guidance_scale(guided, eager_steps):
     for time in (1.0, 0.9, 0.8):
         with step(time):
             engine(*guided[1].inputs)
-    (shapes,) = engine.by_shape.values()
-    assert {kind.name: tally.steps for kind, tally in shapes.tallies.items()} == {"full": 1, "cache": 2}
+    (loop,) = engine.loops.values()
+    assert {kind.name: tally.steps for kind, tally in loop.tallies.items()} == {"full": 1, "cache": 2}
 
 
 def test_marks_are_left_again_and_take_finite_numbers():

@@ -36,6 +36,6 @@ def test_every_step_is_traced_and_right(name, recipe, recwarn):
         if number % 2 == 0:
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         x = x - out / 8
-    assert {"full", "cache"} <= {kind.name.split("[")[0] for kind in engine.prepare(graph.inputs).programs}
-    assert all(error < 1e-5 for error in engine.record.errors.values())
+    assert {"full", "cache"} <= {kind.name.split("[")[0] for kind in engine.loop_for(graph.inputs).steps}
+    assert all(error < 1e-5 for error in engine.notes.errors.values())
     assert not [w for w in recwarn if "moeca" in str(w.message)]

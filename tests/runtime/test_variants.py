@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeca_compile.passes.rewrite.step import StepKind
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.runtime.loop import StepLoop
 from tests.harness import captured
 from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate, sinusoidal
 
@@ -200,35 +200,35 @@ VARIANTS: dict[type[Variant], tuple[dict[str, int], dict[str, int]]] = {
 }
 
 
-def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Specialization]:
+def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, StepLoop]:
     model = variant().eval().requires_grad_(False)
     noise, labels = make_inputs(model)
     graph = captured(model, noise, torch.ones(2), labels)
-    return model, graph, graph.specialization(**options)
+    return model, graph, graph.loop(**options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
 def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
-    model, graph, shapes = prepared(variant, keys_values="chosen", shared="any")
-    regions = shapes.regions
+    model, graph, loop = prepared(variant, keys_values="chosen", shared="any")
+    regions = loop.compiled.regions
     expected, kept = VARIANTS[variant]
     assert cached(len(regions.attentions), len(regions.experts), len(regions.feedforwards)) == expected
     assert Counter(k.kind for k in regions.skipped) == kept
     assert not [w for w in recwarn if "moeca" in str(w.message)]
-    assert all(error < 1e-5 for error in shapes.record.errors.values())
-    assert_forced_is_the_model(model, graph, shapes)
+    assert all(error < 1e-5 for error in loop.notes.errors.values())
+    assert_forced_is_the_model(model, graph, loop)
 
 
-def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specialization) -> None:
+def assert_forced_is_the_model(model: Variant, graph: Any, loop: StepLoop) -> None:
     """A cache step on another picture with everything recomputed."""
     (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
-    clock = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in shapes.plan.caches}
-    full = shapes.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y), state, clock)
+    coefficients = torch.zeros(2, 2)
+    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
+    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y), state, coefficients)
     torch.testing.assert_close(full.outputs[0], model(x, torch.ones(2), y), atol=1e-5, rtol=0)
-    forced = StepKind(False, False, shapes.plan.sizes[1], forced=True)
+    forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
     t = torch.full((2,), 0.7)
-    again = shapes.eager(forced, graph.arguments(x=other, t=t, y=y), {**state, **full.updates}, clock)
+    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y), {**state, **full.updates}, coefficients)
     torch.testing.assert_close(again.outputs[0], model(other, t, y), atol=1e-5, rtol=0)
 
 
@@ -237,19 +237,19 @@ def assert_forced_is_the_model(model: Variant, graph: Any, shapes: Specializatio
 @pytest.mark.filterwarnings("ignore:moeca")
 def test_what_is_not_understood_runs_right(variant, recipe):
     """Skipped with a reason, or cached in a way that is the model when recomputed."""
-    model, graph, shapes = prepared(variant, recipe=recipe)
+    model, graph, loop = prepared(variant, recipe=recipe)
     engine = graph.engine(recipe=recipe, full_every=1)
     x, y = make_inputs(model)
     for time in (1.0, 0.7):
         (found,) = engine(*graph.arguments(x=x, t=torch.full((2,), time), y=y))
         torch.testing.assert_close(found, model(x, torch.full((2,), time), y), atol=1e-5, rtol=0)
-    if recipe == "moeca" and shapes.caching:
-        assert_forced_is_the_model(model, graph, shapes)
+    if recipe == "moeca" and loop.compiled.caching:
+        assert_forced_is_the_model(model, graph, loop)
 
 
 def test_attention_and_experts_in_one_branch_are_cached_apart():
-    _, _, shapes = prepared(Parallel)
-    attention, layer = shapes.regions.attentions[1], shapes.regions.experts[0]
+    _, _, loop = prepared(Parallel)
+    attention, layer = loop.compiled.regions.attentions[1], loop.compiled.regions.experts[0]
     assert attention.residual.add is layer.residual.add
     assert attention.residual.output is not layer.residual.output
     assert attention.name == "blocks.1.attn"
@@ -278,8 +278,8 @@ def test_other_precisions(dtype, bound, recipe, recwarn):
         assert out.dtype == dtype
         assert out.isfinite().all()
         x = x - out / 5
-    assert all(error < bound for error in engine.record.errors.values())
+    assert all(error < bound for error in engine.notes.errors.values())
     assert not [w for w in recwarn if "moeca" in str(w.message)]
-    shapes = engine.prepare(graph.inputs)
-    by_name = {spec.name: spec.dtype for spec in shapes.plan.caches}
+    loop = engine.loop_for(graph.inputs)
+    by_name = {spec.name: spec.dtype for spec in loop.compiled.plan.caches}
     assert by_name["stack" if recipe.startswith("stack") else "attention.0"] == dtype

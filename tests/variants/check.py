@@ -14,9 +14,10 @@ from torch import Tensor
 import moeca_compile
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.reporting.collect import _record
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.runtime.loop import StepLoop
+from tests.harness import eager_backend
 from tests.variants.blocks import Modelling, make_inputs, make_model, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
@@ -24,7 +25,7 @@ from tests.variants.simulation import Simulation
 STEPS = 6
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there. In
-float64 models, some routers and rotary tables are in float32, and so is the clock of a forecast."""
+float64 models, some routers and rotary tables are in float32, and so are the coefficients of a forecast."""
 
 COARSE = {torch.bfloat16: 0.15, torch.float16: 0.1}
 """Where rounding adds up: what a generation may differ by, of root mean squares."""
@@ -45,7 +46,7 @@ class Compiled:
         torch._dynamo.reset()
         forget_refusals()
         self.how, self.model = how, make_model(how)
-        self.compiled = torch.compile(self.model, backend="moeca", options=options)
+        self.compiled = torch.compile(self.model, backend=eager_backend, options=options)
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
@@ -56,10 +57,10 @@ class Compiled:
         return moeca_compile.report(self.compiled)
 
     @property
-    def shapes(self) -> Specialization:
+    def loop(self) -> StepLoop:
         (engine,) = _record(self.compiled).engines
-        (shapes,) = engine.by_shape.values()
-        return shapes
+        (loop,) = engine.loops.values()
+        return loop
 
 
 def check(how: Modelling, options: dict[str, Any]) -> Outcome:
@@ -71,7 +72,7 @@ def check(how: Modelling, options: dict[str, Any]) -> Outcome:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         compiled.step(noise, timestep(how, 0, STEPS), inputs)
     assert_regions(compiled)
-    if not compiled.shapes.caching:
+    if not compiled.loop.compiled.caching:
         return assert_uncached(compiled, noise, inputs)
     assert_exact(compiled, noise, inputs)
     return compare(compiled, options)
@@ -89,18 +90,18 @@ def assert_regions(compiled: Compiled) -> None:
 
 def assert_exact(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> None:
     """On changed inputs: a full step, and a cache step with everything recomputed from spoiled caches, are eager."""
-    shapes = compiled.shapes
+    loop = compiled.loop
     with torch.no_grad():
         x, t = noise.flip(-1), timestep(compiled.how, 1, STEPS)
         want = compiled.model(x, t, *inputs)
         arguments = arguments_of(compiled, x, t, inputs)
-        state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.sessions.specs}
-        clock = shapes.clock([[0.0, 0.0], [0.0, 0.0]])
-        full = shapes.eager(StepKind(), arguments, state, clock)
+        state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.sessions.specs}
+        coefficients = torch.zeros(2, 2)
+        full = loop.eager(StepKind(), arguments, state, coefficients)
         assert_close(full.outputs[-1], want, "full")
         state.update(full.updates)
         forced = StepKind(False, False, compiled.how.tokens, forced=True)
-        assert_close(shapes.eager(forced, arguments, state, clock).outputs[-1], want, "recomputed")
+        assert_close(loop.eager(forced, arguments, state, coefficients).outputs[-1], want, "recomputed")
 
 
 def assert_uncached(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> Outcome:
@@ -122,7 +123,7 @@ def arguments_of(compiled: Compiled, x: Tensor, t: Tensor, inputs: tuple[Tensor 
         raise _CaughtError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "prepare", catch)
+        patch.setattr(engine, "loop_for", catch)
         with pytest.raises(_CaughtError):
             compiled.compiled(x, t, *inputs)
     return caught
@@ -168,9 +169,9 @@ def compare(compiled: Compiled, options: dict[str, Any]) -> Outcome:
 
 def watched(compiled: Compiled, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[StepKind, Tensor]:
     """One step, and its kind."""
-    shapes, kinds = compiled.shapes, []
+    loop, kinds = compiled.loop, []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        original = shapes.tally
-        patch.setattr(shapes, "tally", lambda kind, counts: (kinds.append(kind), original(kind, counts))[1])
+        original = loop.tallies.add
+        patch.setattr(loop.tallies, "add", lambda kind, counts: (kinds.append(kind), original(kind, counts))[1])
         output = compiled.compiled(x, t, *inputs)
     return kinds[-1], output

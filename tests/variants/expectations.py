@@ -28,7 +28,7 @@ IDLE = "the recipe goes by the routing of MoE layers, and none is cached"
 
 @dataclass(frozen=True)
 class Expected:
-    """Of each block: why its attention and its feed-forward are kept, None where they are cached."""
+    """Of each block: why its attention and its feed-forward are skipped, None where they are cached."""
 
     attention: tuple[str | None, ...]
     feedforward: tuple[str | None, ...]
@@ -83,4 +83,4 @@ def coupled(layer: Layering, how: Modelling) -> bool:
 
 
 def region(kind: str, reason: str | None) -> tuple[str, str, str]:
-    return (kind, "cached", "") if reason is None else (kind, "kept", reason)
+    return (kind, "cached", "") if reason is None else (kind, "skipped", reason)

@@ -16,6 +16,7 @@ from torch import nn
 
 import moeca_compile
 from moeca_compile.capture.refusals import CaptureWarning
+from tests.harness import eager_backend
 from tests.variants.blocks import Block, Blocking, Model, Modelling, make_inputs, make_model, timestep
 from tests.variants.check import relative_error
 from tests.variants.dispatch import Layering
@@ -56,7 +57,7 @@ class Run:
 
     def __init__(self, model: Model, **options: Any) -> None:
         self.model = model
-        compiled = torch.compile(model, backend="moeca", options=options)
+        compiled = torch.compile(model, backend=eager_backend, options=options)
         noise, inputs = make_inputs(model.how)
         self.errors = []
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
@@ -329,4 +330,4 @@ def test_an_unknown_idiom_is_told_with_its_place_and_what_to_do():
     run = refused(with_mlp(Membership(*(SwiGLU(WIDTH, 12) for _ in range(EXPERTS)))), "no idiom matches it")
     _, line = inspect.getsourcelines(Membership.forward)
     assert f"{__file__}:{line}: Membership.forward" in run.warnings[0]
-    assert "docs/adding-an-idiom.md" in run.warnings[0]
+    assert "docs/extending/idiom.md" in run.warnings[0]

@@ -1,6 +1,6 @@
 """The idioms of MoE dispatch that capture knows, in the order in which they are tried.
 
-docs/adding-an-idiom.md tells how to write one. Nothing registers itself:
+docs/extending/idiom.md tells how to write one. Nothing registers itself:
 an idiom is in use once it stands here.
 """
 

@@ -27,8 +27,9 @@ from moeca_compile.capture.idioms.grouped_matmul import GROUPED, items_of
 from moeca_compile.capture.idioms.held import ExpertOf
 from moeca_compile.capture.idioms.marking import Shapes
 from moeca_compile.capture.idioms.routed import tensor_at
+from moeca_compile.capture.names import CONTRACTIONS, VIEWS
 from moeca_compile.capture.numerics import UntrustedError
-from moeca_compile.capture.roles import CONTRACTIONS, VIEWS, Item, Site, loop_items, stateless
+from moeca_compile.capture.roles import Item, Site, loop_items, stateless
 from moeca_compile.capture.site import Finder
 from moeca_compile.capture.source import Method
 

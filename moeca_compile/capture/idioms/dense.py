@@ -14,15 +14,16 @@ from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.idioms.packed import whole
+from moeca_compile.capture.names import SCATTERS
 from moeca_compile.capture.roles import Item, loop_items
 from moeca_compile.capture.source import Method
 
-_SCATTERS = ("scatter", "scatter_", "scatter_add", "scatter_add_")
+_GATES = SCATTERS | {"scatter_add", "scatter_add_"}  # all are given (dim, ids, values)
 
 
 def plausible(code: CodeType) -> bool:
     """A scatter or a one-hot."""
-    return not {*_SCATTERS, "one_hot"}.isdisjoint(code.co_names)
+    return not {*_GATES, "one_hot"}.isdisjoint(code.co_names)
 
 
 def recognize(method: Method) -> Inline | None:
@@ -32,7 +33,7 @@ def recognize(method: Method) -> Inline | None:
 
 def index_of(value: Value) -> Value | None:
     """The expert ids, if `value` is a gate or mask that they were scattered into."""
-    if value.kind == "call" and value.name in _SCATTERS and len(value.operands) > 2:
+    if value.kind == "call" and value.name in _GATES and len(value.operands) > 2:
         return value.operands[2]
     return value.operands[0] if value.kind == "call" and value.name == "one_hot" and value.operands else None
 

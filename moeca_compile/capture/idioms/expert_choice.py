@@ -19,35 +19,22 @@ from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.packed import whole
 from moeca_compile.capture.idioms.pairs import Pairs, recognized_pairs
+from moeca_compile.capture.names import CONTRACTIONS, PICKS, PUTS_BACK, SELECTS, TURNS, VIEWS
 from moeca_compile.capture.pair_site import chooses, chosen_tokens
-from moeca_compile.capture.roles import (
-    CONTRACTIONS,
-    PICKS,
-    SELECTS,
-    TURNS,
-    VIEWS,
-    Item,
-    dependents,
-    has_tensors,
-    loop_items,
-    of_self,
-)
+from moeca_compile.capture.roles import Item, dependents, has_tensors, loop_items, of_self
 from moeca_compile.capture.source import Method
 
 _STORE = dis.opmap["STORE_SUBSCR"]
-_PUTS_BACK = frozenset(
-    ["scatter_add", "scatter_add_", "index_add", "index_add_", "scatter_reduce", "scatter_reduce_", "index_put_"]
-)
 
 
 def plausible(code: CodeType) -> bool:
     """Rows that are put back, and a top-k or a sort where that may be anything."""
-    return not _PUTS_BACK.isdisjoint(code.co_names) or (not SELECTS.isdisjoint(code.co_names) and puts_back(code))
+    return not PUTS_BACK.isdisjoint(code.co_names) or (not SELECTS.isdisjoint(code.co_names) and puts_back(code))
 
 
 def puts_back(code: CodeType) -> bool:
     """Whether rows may be put back to their tokens."""
-    return not (_PUTS_BACK | {"one_hot"}).isdisjoint(code.co_names) or _STORE in code.co_code[::2]
+    return not (PUTS_BACK | {"one_hot"}).isdisjoint(code.co_names) or _STORE in code.co_code[::2]
 
 
 def recognize(method: Method) -> Pairs | None:

@@ -18,7 +18,8 @@ from moeca_compile.capture.dataflow import Flow, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.expert_choice import puts_back
 from moeca_compile.capture.idioms.pairs import Pairs, recognized_pairs
-from moeca_compile.capture.roles import PICKS, SELECTS, dependents, loop_items
+from moeca_compile.capture.names import PICKS, SELECTS
+from moeca_compile.capture.roles import dependents, loop_items
 from moeca_compile.capture.source import Method
 
 _FOR, _COMPARE = dis.opmap["FOR_ITER"], dis.opmap["COMPARE_OP"]

@@ -16,9 +16,9 @@ from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognized
 from moeca_compile.capture.idioms.packed import looked_up
+from moeca_compile.capture.names import CONTRACTIONS
 from moeca_compile.capture.source import Method
 
-_PRODUCTS = frozenset({"bmm", "einsum", "matmul"})
 # `@` is an instruction of its own in Python 3.10, and from 3.11 on a BINARY_OP with this argument.
 _BINARY_OP, _AT = dis.opmap.get("BINARY_OP"), 4
 _BINARY = {_BINARY_OP, dis.opmap.get("BINARY_MATRIX_MULTIPLY")} - {None}
@@ -26,7 +26,7 @@ _BINARY = {_BINARY_OP, dis.opmap.get("BINARY_MATRIX_MULTIPLY")} - {None}
 
 def plausible(code: CodeType) -> bool:
     """A product of batches of matrices, by name or as `@`."""
-    if not _PRODUCTS.isdisjoint(code.co_names):
+    if not CONTRACTIONS.isdisjoint(code.co_names):
         return True
     return any(
         op in _BINARY and (op != _BINARY_OP or arg == _AT)

@@ -17,19 +17,18 @@ from types import CodeType
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognized
+from moeca_compile.capture.names import PUTS_BACK
 from moeca_compile.capture.source import Method
 
 _FOR, _COMPARE, _STORE = (dis.opmap[name] for name in ("FOR_ITER", "COMPARE_OP", "STORE_SUBSCR"))
-_ADDS = frozenset(
-    ["index_add_", "index_add", "scatter_add_", "scatter_add", "scatter_reduce_", "index_put_", "masked_scatter"]
-)
+_WRITES = PUTS_BACK | {"masked_scatter"}  # by the mask itself
 
 
 def plausible(code: CodeType) -> bool:
     """A loop, a one-hot or a comparison, and rows that are written."""
     ops = set(code.co_code[::2])
     masks = "one_hot" in code.co_names or "eq" in code.co_names or _COMPARE in ops
-    return _FOR in ops and masks and (_STORE in ops or not _ADDS.isdisjoint(code.co_names))
+    return _FOR in ops and masks and (_STORE in ops or not _WRITES.isdisjoint(code.co_names))
 
 
 def recognize(method: Method) -> Inline | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moeca_compile.capture.dataflow import Flow, Value
-from moeca_compile.capture.roles import TURNS, VIEWS, Item, dependents, has_tensors, of_self
+from moeca_compile.capture.names import TURNS, VIEWS
+from moeca_compile.capture.roles import Item, dependents, has_tensors, of_self
 
 
 def looked_up(flow: Flow) -> dict[int, Item]:

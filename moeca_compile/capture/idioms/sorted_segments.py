@@ -24,37 +24,20 @@ from moeca_compile.capture.dataflow import Flow, Value, follow
 from moeca_compile.capture.idioms import routed
 from moeca_compile.capture.idioms.base import Idiom
 from moeca_compile.capture.idioms.inline import Inline, recognized
+from moeca_compile.capture.names import HOST_READS, SCATTER_ADDS, SORTS, VIEWS, ZEROS
 from moeca_compile.capture.source import Method
-
-SORTS = ("argsort", "sort")
-TO_HOST = ("cpu", "numpy", "tolist", "item", "int")
-VIEWS = (
-    "view",
-    "reshape",
-    "flatten",
-    "unsqueeze",
-    "squeeze",
-    "contiguous",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "long",
-)
-ACCUMULATES = ("scatter_reduce_", "scatter_reduce", "scatter_add_", "scatter_add", "index_add_", "index_add")
-ZEROS = ("zeros_like", "new_zeros", "zeros")
 
 
 def plausible(code: CodeType) -> bool:
     """A sort, and something that is read by the host."""
-    return not set(SORTS).isdisjoint(code.co_names) and not set(TO_HOST).isdisjoint(code.co_names)
+    return not SORTS.isdisjoint(code.co_names) and not HOST_READS.isdisjoint(code.co_names)
 
 
 def recognize(method: Method) -> routed.Routed | Inline | None:
     """The dispatch in `method` if it goes over sorted segments, else None."""
     flow = follow(method.tree)
     routed_alone = _routed(flow)
-    if routed_alone is not None or not any(call.name in TO_HOST for call in flow.called):
+    if routed_alone is not None or not any(call.name in HOST_READS for call in flow.called):
         return routed_alone
     return recognized(method, flow, index_of)
 
@@ -88,7 +71,7 @@ def _accumulated(result: Value) -> Value | None:
     value = _without_views(result)
     base = _without_views(value.operands[0]) if value.operands else value
     from_zeros = base.kind == "call" and base.name in ZEROS
-    return value if value.kind == "call" and value.name in ACCUMULATES and from_zeros else None
+    return value if value.kind == "call" and value.name in SCATTER_ADDS and from_zeros else None
 
 
 def _order(result: Value) -> Value | None:
@@ -99,7 +82,7 @@ def _order(result: Value) -> Value | None:
 def _counted_on_host(result: Value, index: str) -> bool:
     """Whether the number of branches of each expert was counted and read by the host."""
     counts = [call for call in result.calls("bincount") if _parameter(call.operands[0]) == index]
-    return any(host.needs(count) for host in result.calls(*TO_HOST) for count in counts)
+    return any(host.needs(count) for host in result.calls(*HOST_READS) for count in counts)
 
 
 def _weight(added: Value, call: Value, order: Value) -> str | None:

@@ -8,8 +8,9 @@ that a step could be captured as one CUDA graph. docs/gpu-kernels.md has the des
     grouped      each expert's rows by its own weight, in one launch, with activation and gating
     rows         what is written where a mask says so, with the norms of recomputed branches
     combine      weighted sums over a token's branches
-    body_plan    which ops of an expert's body become grouped products; body_run runs such a plan
-    branches, attention, pairs   the ops
+    body_plan    what of an expert's body a grouped product takes in; body_run is the provider of such plans
+    fixed_k, variable_k, attention   the ops
+    fallback     the ATen functions, where the kernels cannot run a body
 
 Routing, matching, scores and thresholds are no ops of ours: they are pointwise work and small reductions of static
 shape, which Inductor fuses into a kernel or two, and a kernel of ours would only stand in the way of that.
@@ -73,6 +74,6 @@ def why_not(
         return None
     if device.type != "cuda" or not available():
         return f"there are no kernels for {device.type} here (they need torch for CUDA, and Triton)"
-    from moeca_compile.ops.triton import plans
+    from moeca_compile.ops.triton import fallback
 
-    return plans.why_not(body, rows, parameters, experts)
+    return fallback.why_not(body, rows, parameters, experts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NONE, RELU, SILU, GELU, GELU_TANH = "none", "relu", "silu", "gelu", "gelu_tanh"
-"""Names that a kernel is told, since it takes no function."""
+RELU, SILU, GELU, GELU_TANH = "relu", "silu", "gelu", "gelu_tanh"
+"""Names that a kernel is given, since it takes no function; any other name stands for none."""
 
 
 @triton.jit

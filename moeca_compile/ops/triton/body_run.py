@@ -1,148 +1,143 @@
-"""Run a planned body on the sorted branches of all experts."""
+"""Run a planned body by kernels, on the sorted branches of all experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moeca_compile.ops.triton.body_plan import NORMS, BodyPlan, Part, Plain, Product
-from moeca_compile.ops.triton.compaction import Branches
+from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct, LinearSlice
+from moeca_compile.ops.body_run import Values, by_expert, call, parameter_values, run_steps
+from moeca_compile.ops.triton.compaction import SortedBranches
 from moeca_compile.ops.triton.grouped import Weight, grouped_product
-from moeca_compile.ops.triton.operands import Operand, kept, operand, where_they_are
+from moeca_compile.ops.triton.operands import Operand, addresses, memoized, operand
 from moeca_compile.ops.triton.rows import by_place
 
 aten = torch.ops.aten
 
 
 def run_body(
-    plan: BodyPlan, rows: Sequence[Tensor], branches: Branches, parameters: Sequence[Tensor], scatter: bool
+    plan: BodyPlan, rows: Sequence[Tensor], branches: SortedBranches, parameters: Sequence[Tensor], scatter: bool
 ) -> Tensor:
     """Outputs (M, width) of all branches, by place where `scatter`, else by position.
 
     Args:
-        plan: of the body, for these shapes.
+        plan: of the body, for these shapes (ops.triton.body_plan).
         rows: what enters the experts, each (T, ...).
         parameters: expert-major, E * P tensors.
 
     Rows of places and positions that do not run have no meaning. Raises UnsupportedError, before anything has run,
     where the parameters do not lie as the plan assumes.
     """
-    run = _Run(plan, rows, branches, parameters)
-    for step in plan.steps:
-        run.product(step, scatter) if isinstance(step, Product) else run.plain(step)
-    out: Tensor = run.value(plan.output)
-    if scatter and not (plan.steps and isinstance(plan.steps[-1], Product)):
+    values = _ByPosition(dict(zip(plan.rows, rows, strict=True)), branches)
+    weights = weights_of(plan, parameters, branches.experts)
+    out = run_steps(plan, values, _Kernels(plan, branches, parameters, weights, values.given, scatter))
+    if scatter and not (plan.steps and isinstance(plan.steps[-1], GroupedProduct)):
         return by_place(out, branches)
     return out.contiguous()
 
 
-def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[Part, Weight]:
+def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[LinearSlice, Weight]:
     """The weights of all the plan's products, wherever the parameters are. Raises UnsupportedError."""
-    parts = [part for step in plan.steps if isinstance(step, Product) for part in step.parts]
+    slices = [each for step in plan.steps if isinstance(step, GroupedProduct) for each in step.slices]
 
     def build() -> tuple[tuple[Operand, ...], bool]:
-        values = parameter_values(plan, parameters, experts)
+        values = parameter_values(plan, by_expert(parameters, experts))
         own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        tensors = [_narrowed(part, node, values) for part in parts for node in (part.weight, part.bias) if node]
+        tensors = [_narrowed(each, node, values) for each in slices for node in each.reads[1:]]
         lasts = all(one.untyped_storage().data_ptr() in own for each in tensors for one in each)
         return tuple(operand(each) for each in tensors), lasts
 
-    operands = iter(kept((plan, where_they_are(parameters)), build))
-    return {p: Weight(next(operands), next(operands) if p.bias else None, p.transposed) for p in parts}
+    operands = iter(memoized((plan, addresses(parameters)), build))
+    return {s: Weight(next(operands), next(operands) if s.bias else None, s.transposed) for s in slices}
 
 
-def _narrowed(part: Part, node: fx.Node, values: dict[fx.Node, list[Tensor]]) -> list[Tensor]:
-    """Each expert's weight or bias of the part's outputs."""
-    dim = 1 if part.transposed and node is part.weight else 0
-    return [value.narrow(dim, part.start, part.stop - part.start) for value in values[node]]
+def _narrowed(linear: LinearSlice, node: fx.Node, values: dict[fx.Node, list[Tensor]]) -> list[Tensor]:
+    """Each expert's weight or bias of the slice's outputs."""
+    dim = 1 if linear.transposed and node is linear.weight else 0
+    return [value.narrow(dim, linear.start, linear.stop - linear.start) for value in values[node]]
 
 
-def parameter_values(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[fx.Node, list[Tensor]]:
-    """Every parameter and what is computed from parameters alone: one tensor an expert."""
-    each = len(parameters) // experts
-    values = {node: list(parameters[i::each]) for i, node in enumerate(plan.parameters)}
-    for node in plan.per_expert:
-        values[node] = [_call(node, {n: each[e] for n, each in values.items()}.__getitem__) for e in range(experts)]
-    return values
+class _ByPosition(Values):
+    """Values of the rows by position; those that enter are gathered when first asked for."""
+
+    def __init__(self, given: dict[fx.Node, Tensor], branches: SortedBranches) -> None:
+        super().__init__()
+        self.given, self.branches = given, branches
+
+    def __missing__(self, node: fx.Node) -> Tensor:
+        self[node] = self.given[node].index_select(0, self.branches.rows())
+        gathered: Tensor = self[node]
+        return gathered
 
 
-def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    target: Any = node.target
-    return target(*args, **kwargs)
+@dataclass
+class _Kernels:
+    """The grouped product, and parameters taken row by row."""
 
+    plan: BodyPlan
+    branches: SortedBranches
+    parameters: Sequence[Tensor]
+    weights: dict[LinearSlice, Weight]
+    given: dict[fx.Node, Tensor]
+    scatter: bool
+    of_experts: dict[fx.Node, list[Tensor]] | None = None
 
-class _Run:
-    """Values of the rows, by position, as far as they are known."""
-
-    def __init__(
-        self, plan: BodyPlan, rows: Sequence[Tensor], branches: Branches, parameters: Sequence[Tensor]
-    ) -> None:
-        self.plan, self.branches, self.parameters = plan, branches, parameters
-        self.given = dict(zip(plan.rows, rows, strict=True))
-        self.weights = weights_of(plan, parameters, branches.experts)
-        self.values: dict[fx.Node, Any] = {}
-        self.of_experts: dict[fx.Node, list[Tensor]] | None = None
-
-    def product(self, step: Product, scatter: bool) -> None:
+    def product(self, step: GroupedProduct, values: Values) -> Tensor:
         gather = step.rows in self.given and self.given[step.rows].dim() == 2
-        x = self.given[step.rows] if gather else self.value(step.rows).flatten(1)
         out = grouped_product(
-            x,
+            self.given[step.rows] if gather else values[step.rows].flatten(1),
             self.branches,
-            tuple(self.weights[part] for part in step.parts),
+            tuple(self.weights[each] for each in step.slices),
             step.activation,
             gather,
-            scatter and step.node is self.plan.output,
+            self.scatter and step.node is self.plan.output,
         )
-        self.values[step.node] = out.view(-1, *self.plan.inner[step.node])
+        return out.view(-1, *self.plan.inner[step.node])
 
-    def plain(self, step: Plain) -> None:
-        node = step.node
-        if node.target in NORMS and any(self._is_parameter(source) for source in node.all_input_nodes):
-            self.values[node] = self._norm(node)
-            return
-        dims = len(self.plan.inner.get(node, ())) + 1
-        self.values[node] = _call(
-            node, lambda source: self._by_row(source, dims) if self._is_parameter(source) else self.value(source)
-        )
+    def row_op(self, node: fx.Node, values: Values) -> Tensor:
+        dims = len(self.plan.inner[node]) + 1
 
-    def value(self, node: fx.Node) -> Any:
-        """A value of the rows, by position; the rows that enter are gathered when first asked for."""
-        if node not in self.values:
-            self.values[node] = self.given[node].index_select(0, self.branches.rows())
-        return self.values[node]
+        def value_of(source: fx.Node) -> Any:
+            of_expert = source in self.plan.parameters or source in self.plan.per_expert
+            return self._by_row(source, dims) if of_expert else values[source]
 
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node in self.plan.parameters or node in self.plan.per_expert
+        out: Tensor = call(node, value_of, _NORMS.get(node.target, node.target))
+        return out
 
     def _by_row(self, node: fx.Node, dims: int) -> Tensor:
         """An expert's parameter for each position: (M, 1, ..., *shape) of `dims` dims."""
         if self.of_experts is None:
-            self.of_experts = parameter_values(self.plan, self.parameters, self.branches.experts)
+            self.of_experts = parameter_values(self.plan, by_expert(self.parameters, self.branches.experts))
         value = torch.stack(self.of_experts[node]).index_select(0, self.branches.expert())
         if value.dim() > dims:  # its own first size is 1
             return value.squeeze(1)
         return value.reshape(len(value), *[1] * (dims - value.dim()), *value.shape[1:])
 
-    def _norm(self, node: fx.Node) -> Tensor:
-        """A norm whose weights are those of each row's expert; rounded once, like the op itself."""
-        arguments: Any = node.args
-        x, shape, *rest = arguments
-        rows = self.value(x)
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        given: list[Any] = [self._by_row(n, rows.dim()) if isinstance(n, fx.Node) else n for n in rest]
-        bias = None
-        if node.target is aten.layer_norm.default:
-            weight, bias, eps = (given + [None, None, 1e-5][len(given) :])[:3]
-            wide = F.layer_norm(wide, shape, eps=eps)
-        else:
-            weight, eps = given + [None, None][len(given) :]
-            # Which epsilon stands for none depends on the dtype of what the op is given.
-            wide = F.rms_norm(rows if eps is None else wide, shape, eps=eps)
-        wide = wide if weight is None else wide * weight
-        return (wide if bias is None else wide + bias).to(rows.dtype)
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """layer_norm with a weight and a bias for each row; rounded once, like the op itself."""
+    return _scaled(F.layer_norm(_widened(x), shape, eps=eps), weight, bias, x.dtype)
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """rms_norm with a weight for each row. Which epsilon stands for none depends on the dtype of what it is given."""
+    return _scaled(F.rms_norm(x if eps is None else _widened(x), shape, eps=eps), weight, None, x.dtype)
+
+
+_NORMS: dict[object, object] = {aten.layer_norm.default: _layer_norm, aten.rms_norm.default: _rms_norm}
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = x if weight is None else x * weight
+    return (x if bias is None else x + bias).to(dtype)

@@ -1,4 +1,4 @@
-"""Weighted sums over a token's branches, in one pass over what is kept of them."""
+"""Weighted sums over a token's branches, in one pass over what is cached of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WIDEST = 512
 
 
 @triton.jit
-def slots_kernel(
+def fixed_k_kernel(
     cache: tl.tensor,  # (T, k, D)
     slope: tl.tensor,  # the same, or None
     weight: tl.tensor,  # (T, k)
@@ -27,17 +27,17 @@ def slots_kernel(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     total = tl.zeros([BLOCK], tl.float32)
-    reach = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
+    forecast = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
     for slot in range(0, k):
         branch = (token * k + slot) * width + at
         value = tl.load(cache + branch, mask=inside, other=0.0).to(tl.float32)
         if slope is not None:
-            value += reach * tl.load(slope + branch, mask=inside, other=0.0).to(tl.float32)
+            value += forecast * tl.load(slope + branch, mask=inside, other=0.0).to(tl.float32)
         total += tl.load(weight + token * k + slot).to(tl.float32) * value
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def combine_slots(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor:
+def combine_fixed_k(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor:
     """Sum over slots of weight * (cached output + ratio * slope) (paper, eq. 8).
 
     Args:
@@ -53,7 +53,7 @@ def combine_slots(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Te
     if out.numel() == 0:
         return out
     block = min(_WIDEST, triton.next_power_of_2(width))
-    slots_kernel[(samples * tokens, triton.cdiv(width, block))](
+    fixed_k_kernel[(samples * tokens, triton.cdiv(width, block))](
         cache.view(-1, width),
         None if slope is None else slope.view(-1, width),
         weight.contiguous(),
@@ -67,7 +67,7 @@ def combine_slots(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Te
 
 
 @triton.jit
-def pairs_kernel(
+def variable_k_kernel(
     pool: tl.tensor,  # (slots, D) or None
     slope: tl.tensor,
     fresh: tl.tensor,  # (M, D) by position
@@ -81,28 +81,28 @@ def pairs_kernel(
     experts: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program sums one token's routed pairs over BLOCK columns; what the pool holds comes from there."""
+    """One program sums one token's routed branches over BLOCK columns; what the pool holds comes from there."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     total = tl.zeros([BLOCK], tl.float32)
-    reach = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
+    forecast = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
     for expert in range(0, experts):
-        pair = token * experts + expert
-        if tl.load(routed + pair) != 0:
-            w = tl.load(weight + pair).to(tl.float32)
-            source = tl.load(position + pair).to(tl.int64)
+        branch = token * experts + expert
+        if tl.load(routed + branch) != 0:
+            w = tl.load(weight + branch).to(tl.float32)
+            source = tl.load(position + branch).to(tl.int64)
             if place is None:
                 value = tl.load(fresh + source * width + at, mask=inside, other=0.0).to(tl.float32)
             else:
-                row = tl.load(place + pair).to(tl.int64) - 1
+                row = tl.load(place + branch).to(tl.int64) - 1
                 # All columns of the pool's row or none; of what was computed now or none.
-                held = at < tl.where(row < 0, 0, width)
-                loose = at < tl.where(row < 0, tl.where(source < 0, 0, width), 0)
-                value = tl.load(pool + row * width + at, mask=held, other=0.0).to(tl.float32)
+                cached = at < tl.where(row < 0, 0, width)
+                uncached = at < tl.where(row < 0, tl.where(source < 0, 0, width), 0)
+                value = tl.load(pool + row * width + at, mask=cached, other=0.0).to(tl.float32)
                 if slope is not None:
-                    value += reach * tl.load(slope + row * width + at, mask=held, other=0.0).to(tl.float32)
-                value += tl.load(fresh + source * width + at, mask=loose, other=0.0).to(tl.float32)
+                    value += forecast * tl.load(slope + row * width + at, mask=cached, other=0.0).to(tl.float32)
+                value += tl.load(fresh + source * width + at, mask=uncached, other=0.0).to(tl.float32)
             total += w * value
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
 
@@ -117,12 +117,12 @@ def combine_variable_k(
     place: Tensor | None = None,
     ratio: Tensor | None = None,
 ) -> Tensor:
-    """Sum of weight * output over each token's routed pairs.
+    """Sum of weight * output over each token's routed branches.
 
     Args:
-        fresh: (M, D) outputs by position; position: (T * E,) that of each pair, -1 for none.
+        fresh: (M, D) outputs by position; position: (T * E,) that of each branch, -1 for none.
         routed, weight: (T, E).
-        pool, slope: (slots, D), as written already; place: (T, E) int32 rows counted from 1. A pair with a row is
+        pool, slope: (slots, D), as written already; place: (T, E) int32 rows counted from 1. A branch with a row is
             read there, with `ratio` times its slope; without `place` all come from `fresh`.
 
     Returns:
@@ -134,7 +134,7 @@ def combine_variable_k(
     if out.numel() == 0:
         return out
     block = min(_WIDEST, triton.next_power_of_2(width))
-    pairs_kernel[(rows, triton.cdiv(width, block))](
+    variable_k_kernel[(rows, triton.cdiv(width, block))](
         pool,
         slope,
         fresh,

@@ -18,7 +18,7 @@ _CHUNK = 2048
 
 
 @dataclass(frozen=True)
-class Branches:
+class SortedBranches:
     """The branches of a mask, in order of their experts and, within one, of their places.
 
     Attributes:
@@ -102,7 +102,7 @@ def _expert_of(index: tl.tensor, mask: tl.tensor, at: tl.tensor, places: tl.tens
     return tl.where(runs, ids, experts)
 
 
-def sort_branches(index: Tensor | None, mask: Tensor | None, experts: int, k: int) -> Branches:
+def sort_by_expert(index: Tensor | None, mask: Tensor | None, experts: int, k: int) -> SortedBranches:
     """Sort the places of `mask` by their experts.
 
     Args:
@@ -119,4 +119,4 @@ def sort_branches(index: Tensor | None, mask: Tensor | None, experts: int, k: in
     flat_index = None if index is None else index.reshape(-1)
     flat_mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
     sort_kernel[(experts,)](flat_index, flat_mask, order, position, ends, places, experts, CHUNK=_CHUNK, num_warps=8)
-    return Branches(order, position, ends, k)
+    return SortedBranches(order, position, ends, k)

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeca_compile.ops.triton.activations import NONE, activate
+from moeca_compile.ops.body_plan import NONE
+from moeca_compile.ops.triton.activations import activate
 from moeca_compile.ops.triton.blocks import Blocks, blocks_for
-from moeca_compile.ops.triton.compaction import Branches
+from moeca_compile.ops.triton.compaction import SortedBranches
 from moeca_compile.ops.triton.operands import Operand
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -168,7 +169,7 @@ def _address(table: tl.tensor, expert: tl.tensor, DTYPE: tl.constexpr, ALIGNED: 
 
 def grouped_product(
     x: Tensor,
-    branches: Branches,
+    branches: SortedBranches,
     weights: tuple[Weight, ...],
     activation: str = NONE,
     gather: bool = False,
@@ -230,7 +231,7 @@ def grouped_product(
     return out
 
 
-def _grid(branches: Branches, columns: int, blocks: Blocks) -> tuple[int, int]:
+def _grid(branches: SortedBranches, columns: int, blocks: Blocks) -> tuple[int, int]:
     """Programs for as many tiles as there can be: whole ones, and one more for every expert but one."""
     tiles = min(branches.capacity, triton.cdiv(branches.capacity, blocks.rows) + branches.experts - 1)
     return triton.cdiv(columns, blocks.columns), tiles

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeca_compile.ops.triton.compaction import Branches
+from moeca_compile.ops.triton.compaction import SortedBranches
 
 _WIDEST = 1024
-"""Columns that a program takes at a time; wider rows in several turns."""
+"""Columns that a program takes at a time; wider rows in several iterations."""
 
 
 @triton.jit
@@ -66,14 +66,14 @@ def write_tokens(cache: Tensor, fresh: Tensor, chosen: Tensor, valid: Tensor) ->
 
 
 @triton.jit
-def branch_kernel(
+def output_kernel(
     fresh: tl.tensor,  # (M, D) by position
     order: tl.tensor,
     ends: tl.tensor,
     cache: tl.tensor,  # (slots, D)
     slope: tl.tensor,  # (slots, D) or None
     ratio: tl.tensor,
-    slots: tl.tensor,  # (M,) slot by place, -1 for none; None where `chosen` tells
+    slots: tl.tensor,  # (M,) slot by place, -1 for none; None where `chosen` says it
     chosen: tl.tensor,  # (B * C,) tokens
     matched: tl.tensor,  # (M,) by place
     norms: tl.tensor,  # (M,) by place
@@ -98,9 +98,9 @@ def branch_kernel(
     else:
         slot = tl.load(slots + place)
     slot = slot.to(tl.int64)
-    end = tl.where(slot < 0, 0, width)  # columns that are kept: all or none
+    end = tl.where(slot < 0, 0, width)  # columns that are cached: all or none
     holds = tl.load(matched + place) if slope is not None else 1
-    reach = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
+    forecast = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -109,15 +109,15 @@ def branch_kernel(
         if slope is not None:
             stays = at < tl.where(holds == 0, 0, end)
             goes = at < tl.where(holds == 0, end, 0)
-            value -= reach * tl.load(slope + slot * width + at, mask=stays, other=0.0).to(tl.float32)
+            value -= forecast * tl.load(slope + slot * width + at, mask=stays, other=0.0).to(tl.float32)
             tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=goes)
         tl.store(cache + slot * width + at, value.to(cache.dtype.element_ty), mask=at < end)
     tl.store(norms + place, tl.sqrt(tl.sum(squares, 0)))
 
 
-def write_branches(
+def write_outputs(
     fresh: Tensor,
-    branches: Branches,
+    branches: SortedBranches,
     cache: Tensor,
     slope: Tensor | None = None,
     ratio: Tensor | None = None,
@@ -134,7 +134,8 @@ def write_branches(
         slope: like the cache, or None; then `ratio` and `matched` are not read.
         ratio: scalar, how far the forecast reaches.
         matched: (M,) by place, whether its slope holds.
-        chosen: (B, C) tokens of the rows; slots: (M,) int32 by place, -1 for branches that are not kept. One of them.
+        chosen: (B, C) tokens of the rows, or
+        slots: (M,) int32 by place, -1 for branches that are not cached.
 
     Returns:
         (M,) float32 norms by place, 0 where nothing was recomputed.
@@ -144,7 +145,7 @@ def write_branches(
         return norms
     width = fresh.shape[1]
     count, tokens = (chosen.shape[1], cache.shape[1]) if chosen is not None else (1, 1)
-    branch_kernel[(branches.capacity,)](
+    output_kernel[(branches.capacity,)](
         fresh,
         branches.order,
         branches.ends,
@@ -186,7 +187,7 @@ def place_kernel(
         tl.store(out + place * width + at, value, mask=at < width)
 
 
-def by_place(values: Tensor, branches: Branches) -> Tensor:
+def by_place(values: Tensor, branches: SortedBranches) -> Tensor:
     """Rows (M, D) by position, put at their places; places that do not run are not written."""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     if values.numel():

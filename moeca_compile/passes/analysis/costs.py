@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import MATMULS, SDPA
 from moeca_compile.passes.analysis.axis import Axis, count, place_in
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
@@ -25,13 +26,11 @@ CHOSEN, RECOMPUTED = sympy.symbols("c r", nonnegative=True)
 def node_flops(node: fx.Node) -> int:
     """Multiply-adds count two. Only matrix products, attentions and convolutions are counted."""
     out = shape_of(node) if "val" in node.meta else ()
-    if node.target is aten.linear.default:
-        return 2 * prod(out) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
-    if node.target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+    if node.target in MATMULS | {aten.linear.default}:
         return 2 * prod(out) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
     if node.target is aten.addmm.default:
         return 2 * prod(out) * shape_of(node.args[1])[-1]  # type: ignore[arg-type]
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target is SDPA:
         query, key = shape_of(node.args[0]), shape_of(node.args[1])  # type: ignore[arg-type]
         return 2 * prod(query[:-1]) * key[-2] * (query[-1] + out[-1])
     if node.target in _CONVOLUTIONS:
@@ -54,7 +53,7 @@ def symbolic_flops(
             layout = layouts[node]
             rows = layout.axis if only is None or place_in(layout.axis, only) is None else only
             flops = flops / (layout.samples * layout.tokens) * BATCH * token_count(rows, main)
-            if node.target is aten.scaled_dot_product_attention.default and node.args[1] in layouts:
+            if node.target is SDPA and node.args[1] in layouts:
                 key = layouts[node.args[1]]  # type: ignore[index]
                 flops = flops / key.tokens * token_count(key.axis, main)
         total += flops

@@ -1,4 +1,4 @@
-"""Questions that every pass asks of a graph, and the names of ops that several of them know."""
+"""Questions that every pass asks of a graph."""
 
 from __future__ import annotations
 
@@ -9,23 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
+from moeca_compile.ops.aten import CASTS
+
 aten = torch.ops.aten
 
-CASTS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.type_as.default,
-}
-"""Ops that give the values of their first argument, perhaps elsewhere in memory or in another dtype."""
-
-COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
-PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+_COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -41,7 +30,7 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 def is_pointwise(target: object) -> bool:
     """Ops whose every output element depends on the aligned elements of broadcast inputs only."""
-    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in COPIES
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _COPIES
 
 
 def module_path(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import MATMULS
 from moeca_compile.passes.analysis.graph import shape_of
 
 aten = torch.ops.aten
@@ -57,7 +58,7 @@ def product(node: object) -> Product | None:
     if not isinstance(node, fx.Node):
         return None
     args: Any = node.args
-    if node.target in (aten.matmul.default, aten.bmm.default):
+    if node.target in MATMULS:
         return _matmul(node, *args[:2])
     if node.target is aten.baddbmm.default:
         return _matmul(node, *args[1:3])

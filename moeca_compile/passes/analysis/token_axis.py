@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import MATMULS, NORMS, PERMUTES, RESHAPES, SDPA, SOFTMAXES, SPLITS
 from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.analysis.axis import Layout, Span, cut, join, overlap
-from moeca_compile.passes.analysis.graph import PERMUTES, argument, is_pointwise, shape_of
+from moeca_compile.passes.analysis.graph import argument, is_pointwise, shape_of
 from moeca_compile.passes.analysis.viewed_layout import viewed_layout
 
 aten = torch.ops.aten
@@ -362,12 +363,8 @@ def _rule_for(node: fx.Node) -> Rule | None:
 
 _RULES: dict[object, Rule] = {
     aten.linear.default: _same_unless_last,
-    aten.rms_norm.default: _layer_norm,
-    aten.layer_norm.default: _layer_norm,
-    aten.native_layer_norm.default: _layer_norm,
-    aten.softmax.int: _along_dim(1),
-    aten._softmax.default: _along_dim(1),
-    aten.log_softmax.int: _along_dim(1),
+    **dict.fromkeys(NORMS | {aten.native_layer_norm.default}, _layer_norm),
+    **dict.fromkeys(SOFTMAXES | {aten.log_softmax.int}, _along_dim(1)),
     aten.topk.default: _along_dim(2, default=-1),
     aten.sort.default: _along_dim(1, default=-1),
     aten.cumsum.default: _along_dim(1),
@@ -376,20 +373,14 @@ _RULES: dict[object, Rule] = {
     aten.amax.default: _along_dim(1, keepdim=2),
     aten.amin.default: _along_dim(1, keepdim=2),
     aten.linalg_vector_norm.default: _along_dim(2, keepdim=3),
-    aten.view.default: _view,
-    aten.reshape.default: _view,
-    aten._unsafe_view.default: _view,
-    aten.flatten.using_ints: _view,
-    aten.unflatten.int: _view,
+    **dict.fromkeys(RESHAPES, _view),
     **dict.fromkeys(PERMUTES, _permute),
     aten.unsqueeze.default: _insert_dim,
     aten.squeeze.dim: _remove_dim,
     aten.select.int: _remove_dim,
     aten.unbind.int: _remove_dim,
     aten.slice.Tensor: _slice,
-    aten.split.Tensor: _within_dim(2),
-    aten.split_with_sizes.default: _within_dim(2),
-    aten.chunk.default: _within_dim(2),
+    **dict.fromkeys(SPLITS, _within_dim(2)),
     aten.expand.default: _expand,
     aten.repeat.default: _expand,
     aten.tile.default: _expand,
@@ -399,10 +390,9 @@ _RULES: dict[object, Rule] = {
     aten.einsum.default: _einsum,
     aten.cat.default: _cat,
     aten.stack.default: _cat,
-    aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
+    **dict.fromkeys(MATMULS, _matmul),
     aten.gather.default: _gather,
-    aten.scaled_dot_product_attention.default: _attention,
+    SDPA: _attention,
     operator.getitem: _getitem,
     **dict.fromkeys(MARKERS, _experts),
 }

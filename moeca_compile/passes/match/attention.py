@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import MATMULS, SDPA
 from moeca_compile.passes.analysis.axis import place_in
 from moeca_compile.passes.analysis.graph import between, module_path, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
 from moeca_compile.passes.match.regions import Attention, Skipped
 from moeca_compile.passes.match.residuals import residuals_around
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -90,5 +90,5 @@ def _by_token(sdpa: fx.Node, outputs: list[fx.Node], layouts: Layouts) -> bool:
 def work_between(source: fx.Node, output: fx.Node) -> bool:
     """Whether anything worth caching (a matrix product) lies between the two."""
     aten = torch.ops.aten
-    heavy = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+    heavy = MATMULS | {aten.linear.default, aten.addmm.default}
     return any(node.target in heavy for node in between(source, [output])) and len(shape_of(output)) > 1

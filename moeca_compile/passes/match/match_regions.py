@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import fx
 
 from moeca_compile.passes.analysis.graph import between, module_path, shape_of
@@ -12,6 +14,8 @@ from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, 
 from moeca_compile.passes.match.residuals import residual_at, residuals_around
 from moeca_compile.passes.match.timestep import find_timesteps
 from moeca_compile.passes.normalize.fuse_attention import unclear_attentions
+
+_log = logging.getLogger(__name__)
 
 
 def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
@@ -32,6 +36,10 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     feedforwards = _feedforwards(graph, residuals)
     skipped = tuple(k for k in (*found, *_unclear(graph), *layers) if isinstance(k, Skipped))
     regions = (residuals, attentions, experts, feedforwards)
+    _log.debug(
+        "%d attentions, %d MoE layers, %d feed-forwards, %d skipped",
+        *map(len, (attentions, experts, feedforwards, skipped)),
+    )
     return Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, skipped)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -127,6 +128,33 @@ class Regions:
     def axis(self, node: fx.Node) -> Axis:
         """The tokens of a node's value."""
         return self.layouts[node].axis
+
+    @property
+    def parts(self) -> list[Attention | Experts | FeedForward]:
+        """The regions one by one."""
+        return [*self.attentions, *self.experts, *self.feedforwards]
+
+    def only(self, parts: Container[Attention | Experts | FeedForward]) -> Regions:
+        """Without all regions but `parts`; residual branches go with the region that they belong to."""
+        attentions = tuple(a for a in self.attentions if a in parts)
+        experts = tuple(e for e in self.experts if e in parts)
+        feedforwards = tuple(f for f in self.feedforwards if f in parts)
+        own = {a.residual for a in attentions} | {e.residual for e in experts}
+        outputs = {f.output for f in feedforwards}
+        residuals = tuple(r for r in self.residuals if r in own or r.output in outputs)
+        return replace(self, attentions=attentions, experts=experts, feedforwards=feedforwards, residuals=residuals)
+
+    def without(self, reasons: Mapping[Attention | Experts | FeedForward, str]) -> Regions:
+        """Without some regions, which are noted as skipped with the reason."""
+        skipped = tuple(Skipped(type(part).__name__.lower(), part.name, why) for part, why in reasons.items())
+        left = self.only([part for part in self.parts if part not in reasons])
+        return replace(left, skipped=(*self.skipped, *skipped))
+
+    @property
+    def token_dtypes(self) -> set[torch.dtype]:
+        """The floating point types that tokens are computed in."""
+        values = (node.meta["val"] for node in self.layouts)
+        return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
     @property
     def main(self) -> Layout | None:

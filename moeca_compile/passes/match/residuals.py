@@ -7,15 +7,16 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import CASTS, SDPA
 from moeca_compile.ops.markers import MARKERS
-from moeca_compile.passes.analysis.graph import CASTS, ancestors, shape_of
+from moeca_compile.passes.analysis.graph import ancestors, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, sliced, sliced_dim
 from moeca_compile.passes.match.regions import Residual
 
 aten = torch.ops.aten
 ADD = (aten.add.Tensor,)
 MUL = (aten.mul.Tensor,)
-ANCHORS = (aten.scaled_dot_product_attention.default, *MARKERS)
+ANCHORS = (SDPA, *MARKERS)
 
 
 def residual_around(anchor: fx.Node) -> Residual | None:

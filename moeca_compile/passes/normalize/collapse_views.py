@@ -1,4 +1,4 @@
-"""Normalize: a view of a view becomes one view of the first value.
+"""A view of a view becomes one view of the first value.
 
 Before:  flat = view(choice, [T * k]);  index = view(flat, [T, k])
 After:   index = view(choice, [T, k])
@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import VIEWS
 from moeca_compile.passes.analysis.graph import shape_of
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def collapse_views(graph: fx.Graph) -> int:
@@ -26,5 +26,4 @@ def collapse_views(graph: fx.Graph) -> int:
             node.target = aten.reshape.default
             node.args = (node.args[0].args[0], list(shape_of(node)))
             changed += 1
-    graph.eliminate_dead_code()
     return changed

@@ -1,4 +1,4 @@
-"""Normalize: attention spelled out as two products and a softmax becomes one scaled_dot_product_attention.
+"""Attention written as two products and a softmax becomes one scaled_dot_product_attention.
 
 Before:  scores = matmul(q, transpose(k, -2, -1)) * 0.125 + bias
          out = matmul(softmax(scores, -1), v)
@@ -20,21 +20,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_compile.passes.analysis.graph import CASTS, ancestors, argument, shape_of
+from moeca_compile.ops.aten import CASTS, NORMS, RESHAPES, SDPA, SOFTMAXES
+from moeca_compile.passes.analysis.graph import ancestors, argument, shape_of
 from moeca_compile.passes.analysis.products import Product, product
 from moeca_compile.passes.normalize.insert import Inserted, permutation
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unflatten.int,
-    aten.flatten.using_ints,
-)
-_LAYERS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.conv1d.default, SDPA)
+_LAYERS = NORMS | {aten.linear.default, aten.conv1d.default, SDPA}
 _FACTORS = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: True, aten.div.Scalar: True}
 """Products and quotients of scores; True where the factor is the reciprocal."""
 
@@ -78,7 +70,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Spelled:
+class UnfusedAttention:
     """One attention: its scores, the product `output` of their softmax with the values, and what the dims mean.
 
     All labels are those of the first product; `batch` are samples, heads and the like.
@@ -97,51 +89,36 @@ class Spelled:
     width: str
 
 
-def normalize_attention(graph: fx.Graph) -> int:
-    """Rewrite spelled-out attention in place, and name the arguments of every attention alike; returns how many."""
+def fuse_attention(graph: fx.Graph) -> int:
+    """Rewrite unfused attention in place; returns how many."""
     count = 0
-    for _, spelled in _candidates(graph):
-        if isinstance(spelled, Spelled):
-            _rewrite(graph, spelled)
+    for _, unfused in _candidates(graph):
+        if isinstance(unfused, UnfusedAttention):
+            _rewrite(graph, unfused)
             count += 1
-    for node in graph.nodes:
-        if node.target is SDPA:
-            _name_arguments(node)
-    graph.eliminate_dead_code()
     return count
 
 
 def unclear_attentions(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
-    """What has the form of an attention and cannot be normalized, with the reason."""
+    """What has the form of an attention and cannot be fused, with the reason."""
     return [(node, reason) for node, reason in _candidates(graph) if isinstance(reason, str)]
 
 
-def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, Spelled | str]]:
+def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, UnfusedAttention | str]]:
     for node in list(graph.nodes):
         try:
-            spelled = _recognize(node)
+            unfused = _recognize(node)
         except UnclearError as error:
             yield node, str(error)
         else:
-            if spelled is not None:
-                yield node, spelled
-
-
-def _name_arguments(node: fx.Node) -> None:
-    """Queries, keys and values by position, options by name and only where they are not the default."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    node.args = (given.pop("query"), given.pop("key"), given.pop("value"))
-    node.kwargs = {
-        name: value for name, value in given.items() if value is not defaults[name] and value != defaults[name]
-    }
+            if unfused is not None:
+                yield node, unfused
 
 
 # --- recognizing ------------------------------------------------------------------------------------------
 
 
-def _recognize(node: fx.Node) -> Spelled | None:
+def _recognize(node: fx.Node) -> UnfusedAttention | None:
     """The attention that ends in the product `node`, None where it is none. Raises UnclearError."""
     output = product(node)
     if output is None:
@@ -174,7 +151,9 @@ def _check_path(softmax: fx.Node, path: list[fx.Node], end: fx.Node) -> None:
         raise UnclearError("its softmax is not over the keys")
 
 
-def _with_roles(scores: Scores, output: Product, value: fx.Node, same: dict[str, str], softmax: fx.Node) -> Spelled:
+def _with_roles(
+    scores: Scores, output: Product, value: fx.Node, same: dict[str, str], softmax: fx.Node
+) -> UnfusedAttention:
     """Tell queries, keys, heads and widths from where each dim occurs. `same` maps labels of the softmax's dims."""
     first = scores.product
     names = {label: same.get(label, f"value {label}") for label in (*output.left_labels, *output.right_labels)}
@@ -195,7 +174,7 @@ def _with_roles(scores: Scores, output: Product, value: fx.Node, same: dict[str,
         raise UnclearError("its dims come in an order that its scale does not fit")
     sizes = {**{names[label]: size for label, size in output.sizes.items()}, **first.sizes}
     out_labels = [names[label] for label in output.out_labels]
-    return Spelled(
+    return UnfusedAttention(
         scores, output, value, value_labels, out_labels, sizes, batch, queries[-1], key, first.contracted, widths[0]
     )
 
@@ -204,14 +183,14 @@ def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] |
     """(softmax, order, path): `node` is the softmax's result with its dims in this order."""
     order, path = list(range(len(shape_of(node)))), []
     dropped = False
-    while node.target not in _SOFTMAX:
+    while node.target not in SOFTMAXES:
         path.append(node)
         if (order_here := permutation(node)) is not None:
             order = [order_here[dim] for dim in order]
         elif node.target is aten.dropout.default:  # one that drops; the others are gone by now
             dropped = True
         elif not (node.target in CASTS or _regroups(node)):
-            if any(one.target in _SOFTMAX and _products_behind(one) for one in _near(node)):
+            if any(one.target in SOFTMAXES and _products_behind(one) for one in _near(node)):
                 raise UnclearError("its attention weights are changed before they meet the values")
             return None
         node = node.args[0]  # type: ignore[assignment]
@@ -231,7 +210,7 @@ def _near(node: fx.Node, steps: int = 3) -> set[fx.Node]:
 
 def _regroups(node: fx.Node) -> bool:
     """A view that leaves the last two dims, queries and keys, alone."""
-    if node.target not in _VIEWS:
+    if node.target not in RESHAPES:
         return False
     before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
     return min(len(before), len(after)) > 2 and before[-2:] == after[-2:]
@@ -371,23 +350,23 @@ def _number(fill: Any) -> float | None:
 # --- rewriting --------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: fx.Graph, spelled: Spelled) -> None:
+def _rewrite(graph: fx.Graph, unfused: UnfusedAttention) -> None:
     """Replace the second product by one attention node, dims brought into the order batch..., tokens, width."""
-    first, end, batch, sizes = spelled.scores.product, spelled.output.node, spelled.batch, spelled.sizes
+    first, end, batch, sizes = unfused.scores.product, unfused.output.node, unfused.batch, unfused.sizes
     new = Inserted(graph, end)
-    query = new.arranged(*first.operand(spelled.query), [*batch, spelled.query, spelled.depth], sizes)
-    key = new.arranged(*first.operand(spelled.key), [*batch, spelled.key, spelled.depth], sizes)
-    value = new.arranged(spelled.value, spelled.value_labels, [*batch, spelled.key, spelled.width], sizes)
-    for temperature, divides in spelled.scores.temperatures:
+    query = new.arranged(*first.operand(unfused.query), [*batch, unfused.query, unfused.depth], sizes)
+    key = new.arranged(*first.operand(unfused.key), [*batch, unfused.key, unfused.depth], sizes)
+    value = new.arranged(unfused.value, unfused.value_labels, [*batch, unfused.key, unfused.width], sizes)
+    for temperature, divides in unfused.scores.temperatures:
         query = new(aten.div.Tensor if divides else aten.mul.Tensor, query, temperature)
     dtype = query.meta["val"].dtype
-    options: dict[str, Any] = {"scale": spelled.scores.factor}
-    mask = _mask(new, spelled.scores, first.out_labels, [*batch, spelled.query, spelled.key], dtype)
+    options: dict[str, Any] = {"scale": unfused.scores.factor}
+    mask = _mask(new, unfused.scores, first.out_labels, [*batch, unfused.query, unfused.key], dtype)
     if mask is not None:
         options["attn_mask"] = mask
     out = new(SDPA, query, new.cast(key, dtype), new.cast(value, dtype), **options)
     out = new.cast(out, end.meta["val"].dtype)
-    out = new.arranged(out, [*batch, spelled.query, spelled.width], spelled.out_labels, sizes)
+    out = new.arranged(out, [*batch, unfused.query, unfused.width], unfused.out_labels, sizes)
     end.replace_all_uses_with(out)
     graph.erase_node(end)
 

@@ -1,4 +1,4 @@
-"""Normalize Dynamo's graph: a number that changes from call to call becomes a 0-dim tensor input.
+"""In Dynamo's graph: a number that changes from call to call becomes a 0-dim tensor input.
 
 Before:  def forward(x, t: int):     time = torch.full((2,), t)
 After:   def forward(x, t: Tensor):  time = t.to(torch.int64).expand((2,))

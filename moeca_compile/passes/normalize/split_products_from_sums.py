@@ -14,12 +14,9 @@ from moeca_compile.passes.normalize.insert import Inserted
 aten = torch.ops.aten
 
 
-def split_products_from_sums(graph: fx.Graph) -> None:
-    """Write a fused multiply-add as the two ops that a gated residual is matched by.
-
-    Before:  h = addcmul(x, gate, y, value=v)
-    After:   h = add(x, mul(gate, y), alpha=v)
-    """
+def split_products_from_sums(graph: fx.Graph) -> int:
+    """Rewrite fused multiply-adds in place; returns how many."""
+    changed = 0
     for node in list(graph.nodes):
         if node.target is aten.addcmul.default:
             new = Inserted(graph, node)
@@ -28,3 +25,5 @@ def split_products_from_sums(graph: fx.Graph) -> None:
             added = new(aten.add.Tensor, node.args[0], new(aten.mul.Tensor, *node.args[1:3]), **options)
             node.replace_all_uses_with(added)
             graph.erase_node(node)
+            changed += 1
+    return changed

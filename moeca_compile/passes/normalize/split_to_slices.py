@@ -1,4 +1,4 @@
-"""Normalize: the parts of a split are slices.
+"""The parts of a split are slices.
 
 Before:  parts = split_with_sizes(x, [16, 8], 1);  image = getitem(parts, 0);  text = getitem(parts, 1)
 After:   image = slice(x, 1, 0, 16);  text = slice(x, 1, 16, 24)
@@ -13,8 +13,9 @@ import operator
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import SPLITS
+
 aten = torch.ops.aten
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def split_to_slices(graph: fx.Graph) -> int:
@@ -28,5 +29,4 @@ def split_to_slices(graph: fx.Graph) -> int:
             start = sum(sizes[:part])
             node.target, node.args = aten.slice.Tensor, (split.args[0], dim, start, start + sizes[part])
             changed += 1
-    graph.eliminate_dead_code()
     return changed

@@ -11,21 +11,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moeca_compile.ops.aten import VIEWS
 from moeca_compile.passes.analysis.graph import shape_of
-from moeca_compile.passes.normalize.collapse_views import VIEWS
 from moeca_compile.passes.normalize.insert import Inserted
 
 aten = torch.ops.aten
 
 
-def unflatten_linears(graph: fx.Graph) -> None:
-    """A linear of rows that were flattened for it alone reads them as its result is seen.
-
-    Before:  y = view(linear(view(x, [N * B, D]), w, b), [N, B, E])
-    After:   y = linear(reshape(x, [N, B, D]), w, b)
-
-    In between, samples and tokens would be in one dim, in either order.
-    """
+def unflatten_linears(graph: fx.Graph) -> int:
+    """Rewrite such linears in place; returns how many."""
+    changed = 0
     for node in list(graph.nodes):
         linear = node.args[0] if node.target in VIEWS else None
         if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) > 1:
@@ -35,4 +30,5 @@ def unflatten_linears(graph: fx.Graph) -> None:
             continue
         rows = Inserted(graph, node)(aten.reshape.default, flat.args[0], [*shape_of(node)[:-1], shape_of(flat)[-1]])
         node.target, node.args = aten.linear.default, (rows, *weights)
-    graph.eliminate_dead_code()
+        changed += 1
+    return changed

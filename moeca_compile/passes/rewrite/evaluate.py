@@ -10,7 +10,7 @@ from torch import fx
 
 from moeca_compile.passes.analysis.graph import ancestors
 
-Replacement = Callable[[], Any]
+Compute = Callable[[], Any]
 
 
 class Evaluation:
@@ -27,7 +27,7 @@ class Evaluation:
         self,
         graph: fx.Graph,
         inputs: Sequence[Any],
-        replacements: Mapping[fx.Node, Replacement],
+        replacements: Mapping[fx.Node, Compute],
         boundaries: Container[fx.Node] = (),
     ) -> None:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -58,7 +58,7 @@ class Evaluation:
                 _ = self[node]
         return fx.map_arg(output.args[0], lambda node: self.values[node])
 
-    def instead(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
+    def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
         """Values of `wanted` had the nodes of `known` these values; everything else is as it is here."""
         changed = dict(known)
         for node in sorted(ancestors(wanted, stop=known)):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from moeca_compile.ops.aten import RESHAPES, SDPA
 from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.analysis.axis import Axis, Layout, place_in
 from moeca_compile.passes.analysis.graph import is_pointwise, shape_of
@@ -22,7 +23,6 @@ from moeca_compile.passes.analysis.token_axis import Layouts, sliced_dim
 from moeca_compile.passes.match.attention import sdpa_options
 
 aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class NotRowWiseError(Exception):
@@ -154,7 +154,7 @@ class Rows:
             return []
         if self._place(node) is None:
             raise NotRowWiseError(f"{node.target} has no token axis")
-        if node.target is _ATTENTION:
+        if node.target is SDPA:
             if any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
                 raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
             return [node.args[0]]  # type: ignore[list-item]
@@ -186,7 +186,7 @@ class Rows:
         if self._joins(node):
             return self.values[self._holder(node)]
         layout = self.layouts[node]
-        if node.target is _ATTENTION:
+        if node.target is SDPA:
             return self._attend(node)
 
         def value(arg: fx.Node) -> Any:
@@ -275,13 +275,6 @@ def _aligns_inputs(target: object) -> bool:
 
 
 _RESIZED: dict[object, Callable[[Any, list[int]], Tensor]] = {
-    op: (lambda args, shape: args[0].reshape(shape))
-    for op in (
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-    )
+    op: (lambda args, shape: args[0].reshape(shape)) for op in RESHAPES
 } | {aten.expand.default: lambda args, shape: args[0].expand(shape)}
 """Ops that carry literal sizes: on chosen tokens the token count among them is the chosen count."""

@@ -1,16 +1,21 @@
-"""Rewrite: a policy's step over the captured graph as one function per step kind; tracing it gives the new graph."""
+"""A step as one function of inputs and caches, for each kind of step; tracing it gives the rewritten graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeca_compile.passes.match.regions import Regions
-from moeca_compile.passes.rewrite.step import Step, StepKind
-from moeca_compile.policies import Policy
+from moeca_compile.passes.rewrite.evaluate import Compute
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.layers import layer_output
+from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.passes.rewrite.step import Step
 
 
 class StepResult(NamedTuple):
@@ -22,27 +27,41 @@ class StepResult(NamedTuple):
 
 
 StepFunction = Callable[[Sequence[Any], dict[str, Tensor], Tensor], StepResult]
+"""(inputs, state, forecast coefficients) -> result. Ops change some of the state in place."""
 
 
-def step_function(graph: fx.Graph, regions: Regions, policy: Policy, kind: StepKind) -> StepFunction:
-    """The step as an eager function of (inputs, state, clock). Ops mutate some of the state in place."""
+def step_function(
+    graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind
+) -> StepFunction:
+    """The step of this kind as an eager function."""
 
-    def run(inputs: Sequence[Any], state: dict[str, Tensor], clock: Tensor) -> StepResult:
-        step = Step(graph, regions, kind, inputs, state, clock)
-        under_way = policy.install(step)
+    def run(inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
+        computes: dict[fx.Node, Compute] = {}
+        step = Step(graph, regions, kind, inputs, state, coefficients, computes)
+        computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
+        for replacement in replacements:
+            compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
+            if compute is not None:
+                computes[replacement.node] = partial(compute, step)
         outputs = step.run()
-        under_way.finish()
+        for replacement in replacements:
+            if kind.computes(replacement.part):
+                for cache in replacement.caches:
+                    cache.store(step)
         counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
         return StepResult(_apart(outputs, {**state, **step.updates}), step.updates, counts)
 
     return run
 
 
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor lies in; fake tensors have such a number too, but no address."""
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
 def _apart(outputs: Sequence[Any], caches: dict[str, Tensor]) -> tuple[Any, ...]:
     """The outputs, copied where they share memory with a cache: what the user does to them must not reach it."""
-    held = [tensor.untyped_storage() for tensor in caches.values()]
-    return tuple(value.clone() if isinstance(value, Tensor) and _lies_in(value, held) else value for value in outputs)
-
-
-def _lies_in(tensor: Tensor, storages: Sequence[Any]) -> bool:
-    return any(tensor.untyped_storage() is storage for storage in storages)
+    held = {_storage(tensor) for tensor in caches.values()}
+    return tuple(
+        value.clone() if isinstance(value, Tensor) and _storage(value) in held else value for value in outputs
+    )

@@ -28,11 +28,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from moeca_compile.ops.triton import blocks, grouped
-from moeca_compile.ops.triton import fixed_k as branch_ops
-from moeca_compile.ops.triton import variable_k as pair_ops
+from moeca_compile.ops.triton import fixed_k as fixed_k_ops
+from moeca_compile.ops.triton import variable_k as variable_k_ops
 from moeca_compile.ops.triton.activations import SILU
 from moeca_compile.ops.triton.attention import attend_rows
-from moeca_compile.ops.triton.compaction import sort_branches
+from moeca_compile.ops.triton.compaction import sort_by_expert
 from moeca_compile.ops.triton.operands import operand
 from moeca_compile.ops.triton.rows import by_place
 from tests.ops.triton.cases import body_of, gelu_mlp, swiglu
@@ -162,7 +162,7 @@ def experts(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
 def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...]) -> None:
     """Both products of SwiGLU at all block sizes: rows gathered and gated; by position."""
     rows, hidden = (torch.empty(BATCH * TOKENS, each, dtype=dtype) for each in (width, 2 * width))
-    order = sort_branches(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
+    order = sort_by_expert(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
     up, down = (
         grouped.Weight(operand(experts([shape], dtype)), None, False)
         for shape in ((2 * width, width), (width, 2 * width))
@@ -191,12 +191,12 @@ def all_ops(dtype: torch.dtype) -> None:
     plain = (body_of(gelu_mlp, shapes, WIDTH, dtype), experts(shapes, dtype))
     rows = torch.empty(BATCH * TOKENS, WIDTH, dtype=dtype)
     index = torch.zeros(BATCH * TOKENS, K, dtype=torch.int64)
-    branch_ops.fixed_k_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
+    fixed_k_ops.fixed_k_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
     cache = torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype)
     some = (BATCH, chosen // BATCH)
     mask = torch.zeros(*some, K, dtype=torch.bool)
     tokens, weight = torch.zeros(some, dtype=torch.int64), torch.empty(BATCH, TOKENS, K, dtype=dtype)
-    branch_ops.refresh_fixed_k(
+    fixed_k_ops.refresh_fixed_k(
         cache,
         [rows[:chosen]],
         mask.long(),
@@ -210,11 +210,13 @@ def all_ops(dtype: torch.dtype) -> None:
         EXPERTS,
         gated[0],
     )
-    by_place(rows, sort_branches(index[:, :1], None, EXPERTS, 1))
+    by_place(rows, sort_by_expert(index[:, :1], None, EXPERTS, 1))
     routed, place = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
     pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
-    pair_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
-    pair_ops.refresh_variable_k(pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated))
+    variable_k_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
+    variable_k_ops.refresh_variable_k(
+        pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated)
+    )
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))
     )

@@ -23,10 +23,10 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}
 KERNELS = {
     "sort_kernel",
     "product_kernel",
-    "branch_kernel",
-    "slots_kernel",
+    "output_kernel",
+    "fixed_k_kernel",
     "place_kernel",
-    "pairs_kernel",
+    "variable_k_kernel",
     "token_kernel",
 }
 

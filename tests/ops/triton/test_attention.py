@@ -31,13 +31,13 @@ def assert_as_the_reference(case, mask: Tensor | None = None, scale: float | Non
     query, gqa = case[2], case[2].shape[1] > case[3].shape[1]
     found, expected = ((case[0].clone(), case[1].clone(), *case[2:], mask, scale, gqa) for _ in range(2))
     out, wanted = kernels.attend_rows(*found), reference(*expected)
-    kept = torch.ones(case[0].shape[:2], dtype=torch.bool, device=DEVICE)
+    untouched = torch.ones(case[0].shape[:2], dtype=torch.bool, device=DEVICE)
     for b, c in case[6].nonzero().tolist():
-        kept[b, case[5][b, c]] = False
+        untouched[b, case[5][b, c]] = False
     for one, other, before in zip(found[:2], expected[:2], case[:2], strict=True):
         # Copies are equal to the bit. Triton's interpreter cuts float32 off to bfloat16, where a device rounds.
         assert_within(one, other, 1 if one.dtype != query.dtype else 0)
-        assert torch.equal(one[kept], before[kept])
+        assert torch.equal(one[untouched], before[untouched])
     assert_within(out, wanted, 2 if case[0].dtype != query.dtype else 0, case[0].dtype)
     assert out.dtype == query.dtype and out.is_contiguous()
 

@@ -9,23 +9,33 @@ from torch import Tensor, fx
 
 from tests.ops.triton.cases import BODIES, HIDDEN, WIDTH, Body, graph_of
 
-body_plan = pytest.importorskip("moeca_compile.ops.triton.body_plan")
-from moeca_compile.ops.triton.unsupported import UnsupportedError  # noqa: E402
+kernels = pytest.importorskip("moeca_compile.ops.triton.body_plan")
+from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct  # noqa: E402
+from moeca_compile.ops.unsupported import UnsupportedError  # noqa: E402
 
 H, D = HIDDEN, WIDTH
 
 
-def plan_of(body: Body, dtype: torch.dtype = torch.float32) -> body_plan.BodyPlan:
+def planned(graph: fx.GraphModule, rows: list[Tensor], parameters: list[Tensor]) -> BodyPlan:
+    return kernels.KernelPlanner.of(graph, rows, parameters).plan()
+
+
+def plan_of(body: Body, dtype: torch.dtype = torch.float32) -> BodyPlan:
     rows = [torch.zeros(5, WIDTH, dtype=dtype)] * body.rows
-    return body_plan.plan_body(body.graph(dtype), rows, [torch.zeros(shape, dtype=dtype) for shape in body.shapes])
+    return planned(body.graph(dtype), rows, [torch.zeros(shape, dtype=dtype) for shape in body.shapes])
 
 
-def kinds(plan: body_plan.BodyPlan) -> list[str]:
+def kinds(plan: BodyPlan) -> list[str]:
     """Each step in a word: the activation and number of parts of a product, the name of any other op."""
     return [
-        f"{step.activation} x{len(step.parts)}" if isinstance(step, body_plan.Product) else step.node.target.__name__
+        f"{step.activation} x{len(step.slices)}" if isinstance(step, GroupedProduct) else step.node.target.__name__
         for step in plan.steps
     ]
+
+
+def products_only(plan: BodyPlan) -> bool:
+    """Whether nothing runs but kernels of ours."""
+    return all(isinstance(step, GroupedProduct) for step in plan.steps)
 
 
 @pytest.mark.parametrize(
@@ -49,23 +59,23 @@ def kinds(plan: body_plan.BodyPlan) -> list[str]:
 def test_what_runs_in_which_kernel(name, expected):
     plan = plan_of(BODIES[name])
     assert kinds(plan) == expected
-    assert plan.products_only == BODIES[name].products_only
+    assert products_only(plan) == BODIES[name].products_only
 
 
 def test_slices_that_nothing_joins_are_views_of_one_product():
     plan = plan_of(BODIES["modulated"])
-    products = [step for step in plan.steps if isinstance(step, body_plan.Product)]
-    assert [(len(step.parts), step.parts[0].stop - step.parts[0].start) for step in products] == [
+    products = [step for step in plan.steps if isinstance(step, GroupedProduct)]
+    assert [(len(step.slices), step.slices[0].stop - step.slices[0].start) for step in products] == [
         (1, 3 * D),
         (2, H),
         (1, D),
     ]
 
 
-def test_halves_of_one_weight_are_told_apart():
+def test_halves_of_one_weight_are_distinguished():
     for name, start in (("packed", 0), ("packed, up first", HIDDEN)):
         gated = plan_of(BODIES[name]).steps[0]
-        assert [(part.start, part.stop) for part in gated.parts] == [(start, start + H), (H - start, 2 * H - start)]
+        assert [(part.start, part.stop) for part in gated.slices] == [(start, start + H), (H - start, 2 * H - start)]
 
 
 def test_unequal_parts_of_a_weight_and_a_split_are_understood():
@@ -75,7 +85,7 @@ def test_unequal_parts_of_a_weight_and_a_split_are_understood():
 
     plan = plan_of(Body(body, ((D, 10), (4, D)), True))
     assert kinds(plan) == ["silu x2", "none x1"]
-    assert [(part.start, part.stop) for part in plan.steps[0].parts] == [(0, 4), (4, 8)]
+    assert [(part.start, part.stop) for part in plan.steps[0].slices] == [(0, 4), (4, 8)]
 
 
 def near_misses() -> list[tuple[str, Body, list[str]]]:
@@ -149,12 +159,12 @@ def test_shapes_that_depend_on_data_are_refused():
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.ops.aten.nonzero.default, (x,)))
     with pytest.raises(UnsupportedError, match=r"shapes|depends on data"):
-        body_plan.plan_body(fx.GraphModule({}, graph), [torch.zeros(3, D)], [])
+        planned(fx.GraphModule({}, graph), [torch.zeros(3, D)], [])
 
 
 def test_what_is_no_aten_op_is_refused():
     with pytest.raises(UnsupportedError, match="call_method"):
-        body_plan.plan_body(fx.symbolic_trace(lambda x, w: (x * w).relu()), [torch.zeros(3, D)], [torch.zeros(D)])
+        planned(fx.symbolic_trace(lambda x, w: (x * w).relu()), [torch.zeros(3, D)], [torch.zeros(D)])
 
 
 def test_a_plan_needs_shapes_only():
@@ -163,4 +173,4 @@ def test_a_plan_needs_shapes_only():
     rows = [torch.empty(5, WIDTH, device="meta")]
     parameters = [torch.empty(shape, device="meta") for shape in body.shapes]
     graph = graph_of(body.function, body.shapes, WIDTH, torch.float32)
-    assert body_plan.plan_body(graph, rows, parameters).products_only
+    assert products_only(planned(graph, rows, parameters))

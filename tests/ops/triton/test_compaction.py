@@ -14,7 +14,7 @@ compaction = pytest.importorskip("moeca_compile.ops.triton.compaction")
 
 
 def assert_sorted(index: Tensor | None, mask: Tensor | None, experts: int, k: int) -> None:
-    found = compaction.sort_branches(index, mask, experts, k)
+    found = compaction.sort_by_expert(index, mask, experts, k)
     places = (index if index is not None else mask).numel()
     ids = index.flatten().tolist() if index is not None else [place % k for place in range(places)]
     runs = mask.flatten().tolist() if mask is not None else [True] * places
@@ -70,5 +70,5 @@ def test_ids_and_masks_with_strides():
 
 
 def test_no_places():
-    found = compaction.sort_branches(torch.zeros(0, 2, dtype=torch.int64, device=DEVICE), None, 3, 2)
+    found = compaction.sort_by_expert(torch.zeros(0, 2, dtype=torch.int64, device=DEVICE), None, 3, 2)
     assert found.ends.tolist() == [0, 0, 0]

@@ -24,7 +24,7 @@ from tests.ops.triton.cases import (
 )
 
 kernels = pytest.importorskip("moeca_compile.ops.triton.fixed_k")
-from moeca_compile.ops.triton import plans  # noqa: E402
+from moeca_compile.ops.triton import fallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:moeca")  # a fall-back is a failure
 
@@ -108,8 +108,8 @@ def assert_as_the_reference(case: Case) -> None:
     assert torch.equal(norms == 0, wanted_norms == 0)
     if case.slope is not None:
         assert torch.equal(found.slope, expected.slope)
-    kept = ~recomputed(case)
-    assert torch.equal(found.cache[kept], case.cache[kept])
+    stays = ~recomputed(case)
+    assert torch.equal(found.cache[stays], case.cache[stays])
 
 
 cases = st.builds(
@@ -179,9 +179,9 @@ def test_slots_that_are_not_recomputed_keep_their_bits():
     case = make_case(dtype=torch.bfloat16)
     after = case.copy()
     kernels.refresh_fixed_k(*after.arguments())
-    kept = ~recomputed(case)
-    assert torch.equal(after.cache[kept], case.cache[kept])
-    assert torch.equal(after.slope[kept], case.slope[kept])
+    stays = ~recomputed(case)
+    assert torch.equal(after.cache[stays], case.cache[stays])
+    assert torch.equal(after.slope[stays], case.slope[stays])
 
 
 @settings(max_examples=15, deadline=None)
@@ -246,12 +246,12 @@ def test_bodies_without_a_plan_run_by_aten_and_say_so():
         parameters=[parameter.double() for parameter in case.parameters],
         body=BODIES["swiglu"].key(torch.float64),
     )
-    plans._told.clear()
+    fallback._warned.clear()
     with pytest.warns(UserWarning, match="refresh_fixed_k runs without kernels.*operands in float64"):
         found = kernels.refresh_fixed_k(*wide.copy().arguments())
     for one, other in zip(found, reference.refresh_fixed_k(*wide.copy().arguments()), strict=True):
         assert torch.equal(one, other)
-    assert plans.why_not(wide.body, wide.rows, wide.parameters, wide.experts) == (
+    assert fallback.why_not(wide.body, wide.rows, wide.parameters, wide.experts) == (
         "a product in an expert's body has operands in float64, float64"
     )
 
@@ -261,12 +261,12 @@ def test_experts_that_lie_differently_run_by_aten_and_say_so():
     parameters = list(case.parameters)
     parameters[3] = parameters[3].t().contiguous().t()
     case = replace(case, parameters=parameters)
-    plans._told.clear()
+    fallback._warned.clear()
     with pytest.warns(UserWarning, match="differ in shape, strides or dtype"):
         assert_as_the_reference(case)
-    assert "differ" in plans.why_not(case.body, case.rows, parameters, case.experts)
+    assert "differ" in fallback.why_not(case.body, case.rows, parameters, case.experts)
 
 
 def test_why_not_is_silent_where_kernels_run():
     case = make_case()
-    assert plans.why_not(case.body, case.rows, case.parameters, case.experts) is None
+    assert fallback.why_not(case.body, case.rows, case.parameters, case.experts) is None

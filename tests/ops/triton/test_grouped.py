@@ -13,7 +13,7 @@ from tests.ops.triton.cases import DEVICE, DTYPES, assert_within, random
 
 grouped = pytest.importorskip("moeca_compile.ops.triton.grouped")
 from moeca_compile.ops.triton.blocks import blocks_for, every_entry  # noqa: E402
-from moeca_compile.ops.triton.compaction import sort_branches  # noqa: E402
+from moeca_compile.ops.triton.compaction import sort_by_expert  # noqa: E402
 from moeca_compile.ops.triton.operands import operand  # noqa: E402
 
 ACTIVATIONS = {
@@ -40,21 +40,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 def check(tokens, k, experts, depth, columns, dtype, activation="none", gated=False, bias=False, transposed=False,
           gather=True, scatter=False, blocks=None, share=0.6, x=None):  # fmt: skip
     index = torch.randint(experts, (tokens, k), device=DEVICE)
-    branches = sort_branches(index, torch.rand(tokens, k, device=DEVICE) < share, experts, k)
+    branches = sort_by_expert(index, torch.rand(tokens, k, device=DEVICE) < share, experts, k)
     x = random((tokens if gather else tokens * k, depth), dtype) if x is None else x
     shape = (depth, columns) if transposed else (columns, depth)
     weights = [[random(shape, dtype) / depth**0.5 for _ in range(experts)] for _ in range(1 + gated)]
     biases = [[random((columns,), dtype) for _ in range(experts)] if bias else None for _ in weights]
-    pairs = list(zip(weights, biases, strict=True))
+    layers = list(zip(weights, biases, strict=True))
     found = grouped.grouped_product(
-        x, branches, tuple(weight_of(w, b, transposed) for w, b in pairs), activation, gather, scatter, blocks
+        x, branches, tuple(weight_of(w, b, transposed) for w, b in layers), activation, gather, scatter, blocks
     )
     assert found.shape == (tokens * k, columns) and found.dtype == dtype
     total = int(branches.ends[-1])
     rows = []
     for position, place in enumerate(branches.order[:total].tolist()):
         e, row = int(index.flatten()[place]), x[place // k if gather else position]
-        values = [product(row, w[e], b[e] if b else None, transposed) for w, b in pairs]
+        values = [product(row, w[e], b[e] if b else None, transposed) for w, b in layers]
         value = ACTIVATIONS[activation](values[0])
         rows.append(value * values[1] if gated else value)
     where = branches.order[:total].long() if scatter else torch.arange(total, device=DEVICE)
@@ -106,7 +106,7 @@ def test_slices_of_packed_weights_are_read_where_they_are():
     weights = [stacked[e, :, 4:10] for e in range(3)]
     x, index = random((7, 12)), torch.randint(3, (7, 1), device=DEVICE)
     found = grouped.grouped_product(
-        x, sort_branches(index, None, 3, 1), (weight_of(weights, None, True),), gather=True, scatter=True
+        x, sort_by_expert(index, None, 3, 1), (weight_of(weights, None, True),), gather=True, scatter=True
     )
     assert_within(found, torch.stack([x[t] @ weights[int(index[t])] for t in range(7)]), ROUNDINGS)
 
@@ -116,7 +116,7 @@ def test_nothing_is_written_where_nothing_runs(monkeypatch):
         Tensor, "new_empty", lambda self, *shape, **how: torch.full(shape, 7, dtype=self.dtype, **how)
     )
     mask = torch.tensor([[True, False], [False, False], [True, True]], device=DEVICE)
-    branches = sort_branches(torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), mask, 2, 2)
+    branches = sort_by_expert(torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), mask, 2, 2)
     weight = weight_of([torch.zeros(5, 4, device=DEVICE)] * 2, None, False)
     out = grouped.grouped_product(torch.ones(3, 4, device=DEVICE), branches, (weight,), gather=True, scatter=True)
     assert (out == 7.0).all(-1).tolist() == (~mask).flatten().tolist()
@@ -128,7 +128,7 @@ def test_block_sizes_follow_the_rows_of_an_expert():
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_float32_is_multiplied_as_torch_is_told(setting, expected):
+def test_float32_is_multiplied_as_torch_is_set_to(setting, expected):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)

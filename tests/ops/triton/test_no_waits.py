@@ -1,4 +1,4 @@
-"""The ops on CUDA call nothing that would ask a device for numbers; the ATen functions, which do, are told apart."""
+"""The ops on CUDA call nothing that would ask a device for numbers; the same check finds the ATen functions out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile.ops import attention as attention_reference
-from moeca_compile.ops import fixed_k as branch_reference
-from moeca_compile.ops import variable_k as pair_reference
+from moeca_compile.ops import fixed_k as fixed_k_reference
+from moeca_compile.ops import variable_k as variable_k_reference
 from tests.ops.triton.cases import BODIES, WIDTH
 
 pytest.importorskip("triton")
 from moeca_compile.ops.triton import attention, fixed_k, variable_k
 from tests.ops.triton import test_attention as attention_cases
-from tests.ops.triton import test_fixed_k as branch_cases
-from tests.ops.triton import test_variable_k as pair_cases
+from tests.ops.triton import test_fixed_k as fixed_k_cases
+from tests.ops.triton import test_variable_k as variable_k_cases
 
 WAITS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 """What marks ops whose result, or its shape, the host has to read. torch.bincount bears neither."""
@@ -44,14 +44,14 @@ def waits() -> Iterator[list[str]]:
         yield mode.found
 
 
-def branch_calls(module: Any, name: str) -> list[Callable[[], Any]]:
-    case = branch_cases.make_case(body=BODIES[name])
+def fixed_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
+    case = fixed_k_cases.make_case(body=BODIES[name])
     full = (case.rows, case.index.flatten(0, 1), case.parameters, case.experts, case.body, WIDTH)
     return [lambda: module.refresh_fixed_k(*case.copy().arguments()), lambda: module.fixed_k_outputs(*full)]
 
 
-def pair_calls(module: Any, name: str) -> list[Callable[[], Any]]:
-    case = pair_cases.make_case(6, 4, 12, 0.6, True, BODIES[name], torch.float32, 0)
+def variable_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
+    case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES[name], torch.float32, 0)
     rest = (case.parameters, case.body.key(case.dtype))
     state = (case.pool, case.slope, case.rows, case.place, case.routed, case.mask, case.weight, torch.tensor(0.5))
     return [
@@ -68,7 +68,7 @@ def attention_calls(module: Any) -> list[Callable[[], Any]]:
 @pytest.mark.parametrize("name", ["swiglu", "layer norm", "modulated", "one of two"])
 def test_experts(name):
     """A body of products alone, one with a norm, one with a second row a token, one that ends in a view."""
-    for call in (*branch_calls(fixed_k, name), *pair_calls(variable_k, name)):
+    for call in (*fixed_k_calls(fixed_k, name), *variable_k_calls(variable_k, name)):
         call()  # tables of addresses are there from the first step on
         with waits() as found:
             call()
@@ -85,8 +85,8 @@ def test_attention():
 @pytest.mark.parametrize(
     "call",
     [
-        *branch_calls(branch_reference, "swiglu"),
-        *pair_calls(pair_reference, "swiglu"),
+        *fixed_k_calls(fixed_k_reference, "swiglu"),
+        *variable_k_calls(variable_k_reference, "swiglu"),
         *attention_calls(attention_reference),
     ],
 )

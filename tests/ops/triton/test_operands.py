@@ -8,8 +8,8 @@ import torch
 from tests.ops.triton.cases import BODIES, DEVICE, random
 
 operands = pytest.importorskip("moeca_compile.ops.triton.operands")
-from moeca_compile.ops.triton import body_run, plans  # noqa: E402
-from moeca_compile.ops.triton.unsupported import UnsupportedError  # noqa: E402
+from moeca_compile.ops.triton import body_plan, body_run  # noqa: E402
+from moeca_compile.ops.unsupported import UnsupportedError  # noqa: E402
 
 
 def test_a_table_holds_each_experts_address():
@@ -36,13 +36,13 @@ def test_tables_are_built_once_for_parameters_and_each_time_for_what_is_computed
     monkeypatch.setattr(body_run, "operand", lambda tensors: built.append(0) or operands.operand(tensors))
     body = BODIES["swiglu"]
     parameters = body.parameters(3, torch.float32)
-    plan = plans.plan_for(body.key(torch.float32), [random((2, 6))], parameters, 3)
+    plan = body_plan.kernel_plan(body.key(torch.float32), [random((2, 6))], parameters, 3)
     for _ in range(3):
         body_run.weights_of(plan, parameters, 3)
     assert len(built) == 3  # one for each weight
     body_run.weights_of(plan, [parameters[0].clone(), *parameters[1:]], 3)
     assert len(built) == 6
-    monkeypatch.setattr(body_run, "parameter_values", lambda plan, given, experts: doubled(plan, given))
+    monkeypatch.setattr(body_run, "parameter_values", doubled)
     fresh = body.parameters(3, torch.float32)
     for _ in range(2):
         body_run.weights_of(plan, fresh, 3)
@@ -51,12 +51,12 @@ def test_tables_are_built_once_for_parameters_and_each_time_for_what_is_computed
 
 def doubled(plan, parameters):
     """Values at addresses that are not the parameters'."""
-    return {node: [2 * value for value in parameters[i::3]] for i, node in enumerate(plan.parameters)}
+    return {node: [2 * own[i] for own in parameters] for i, node in enumerate(plan.parameters)}
 
 
 def test_tables_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(operands, "_KEPT", 4)
+    monkeypatch.setattr(operands, "_MOST", 4)
     for number in range(9):
-        operands.kept(("a test", number), lambda: ((), True))
-    assert len(operands._kept) == 4
-    assert ("a test", 8) in operands._kept
+        operands.memoized(("a test", number), lambda: ((), True))
+    assert len(operands._tables) == 4
+    assert ("a test", 8) in operands._tables

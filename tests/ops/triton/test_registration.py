@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.library import _scoped_library
 
+from moeca_compile.lower.waits import why_experts_wait
+from moeca_compile.notes import Notes
 from moeca_compile.ops import triton as kernels
 from moeca_compile.ops.markers import NAMESPACE
-from moeca_compile.runtime.specialization import Specialization
+from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured, captured
 from tests.models import make_inputs, make_model
 from tests.ops.triton import test_attention as attention_cases
-from tests.ops.triton import test_fixed_k as branch_cases
-from tests.ops.triton import test_variable_k as pair_cases
+from tests.ops.triton import test_fixed_k as fixed_k_cases
+from tests.ops.triton import test_variable_k as variable_k_cases
 from tests.ops.triton.cases import BODIES, BODY_ROUNDINGS, DEVICE, WIDTH, assert_within
 
 OPS = ("fixed_k_outputs", "refresh_fixed_k", "attend_rows", "variable_k_outputs", "refresh_variable_k")
@@ -37,8 +39,8 @@ def on_device(monkeypatch):
         yield lambda name: lambda *args: getattr(torch.ops.moeca, name).default.redispatch(keys, *args)
 
 
-def test_branch_ops(on_device):
-    found, expected = (branch_cases.make_case() for _ in range(2))
+def test_fixed_k_ops(on_device):
+    found, expected = (fixed_k_cases.make_case() for _ in range(2))
     out, norms = on_device("refresh_fixed_k")(*found.arguments())
     wanted, wanted_norms = torch.ops.moeca.refresh_fixed_k(*expected.arguments())
     for one, other in ((out, wanted), (norms, wanted_norms), (found.cache, expected.cache)):
@@ -50,8 +52,8 @@ def test_branch_ops(on_device):
     )
 
 
-def test_pair_ops(on_device):
-    case = pair_cases.make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
+def test_variable_k_ops(on_device):
+    case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
     body = case.body.key(case.dtype)
     arguments = (case.rows, case.routed, case.weight, case.parameters, body, WIDTH, case.slots)
     for one, other in zip(
@@ -104,27 +106,26 @@ def test_the_package_needs_no_triton():
     assert done.returncode == 0, done.stderr
 
 
-def as_on_a_device(shapes: Specialization, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def as_on_a_device(loop: StepLoop, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is warned of when a specialization is planned on a device."""
     monkeypatch.setattr(kernels, "available", lambda: True)
-    shapes.device = torch.device("cuda")
-    shapes.record.warnings.clear()
-    shapes._warn_of_waits()
-    return shapes.record.warnings
+    notes = Notes()
+    why_experts_wait(loop.compiled.regions, torch.device("cuda"), notes)
+    return notes.warnings
 
 
 def test_nothing_is_said_of_experts_that_kernels_run(graph: Captured, monkeypatch):
-    shapes = graph.specialization(validate=False)
-    assert len(shapes.regions.bodies) == 2
-    assert shapes.record.warnings == []
-    assert as_on_a_device(shapes, monkeypatch) == []
+    loop = graph.loop(validate=False)
+    assert len(loop.compiled.regions.bodies) == 2
+    assert loop.notes.warnings == []
+    assert as_on_a_device(loop, monkeypatch) == []
 
 
 @pytest.mark.filterwarnings("ignore:moeca")
 def test_experts_that_wait_are_in_the_report_with_their_reason(monkeypatch):
     model = make_model().double()
     noise, labels = make_inputs(model)
-    shapes = captured(model, noise.double(), torch.ones(len(noise)).double(), labels).specialization(validate=False)
-    warnings = as_on_a_device(shapes, monkeypatch)
+    loop = captured(model, noise.double(), torch.ones(len(noise)).double(), labels).loop(validate=False)
+    warnings = as_on_a_device(loop, monkeypatch)
     assert len(warnings) == 2
     assert all("wait for the device at every step" in text and "float64" in text for text in warnings)

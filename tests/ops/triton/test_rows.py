@@ -8,7 +8,7 @@ import torch
 from tests.ops.triton.cases import DEVICE, DTYPES, random
 
 rows = pytest.importorskip("moeca_compile.ops.triton.rows")
-from moeca_compile.ops.triton.compaction import sort_branches  # noqa: E402
+from moeca_compile.ops.triton.compaction import sort_by_expert  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -17,7 +17,7 @@ def test_rows_go_to_their_places(width, dtype):
     torch.manual_seed(0)
     index = torch.randint(3, (7, 2), device=DEVICE)
     mask = torch.rand(7, 2, device=DEVICE) < 0.6
-    branches, values = sort_branches(index, mask, 3, 2), random((14, width), dtype)
+    branches, values = sort_by_expert(index, mask, 3, 2), random((14, width), dtype)
     found = rows.by_place(values, branches)
     total = int(branches.ends[-1])
     assert total == int(mask.sum()) > 0

@@ -12,7 +12,7 @@ from torch.library import _scoped_library
 
 from examples.families import inputs_for, reduced
 from moeca_compile.ops.markers import NAMESPACE
-from moeca_compile.passes.rewrite.step import StepKind
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs
 from tests.ops.triton.cases import DEVICE, assert_within
@@ -52,13 +52,13 @@ def kernels_on_the_cpu(called: set[str]) -> Iterator[None]:
 
 def steps(graph: Captured, seconds: list[Any], recipe: str) -> list[torch.Tensor]:
     """Outputs and state of a full step, and of a cache step on other inputs with room for half of the tokens."""
-    shapes = graph.specialization(recipe=recipe, validate=False)
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in shapes.plan.caches}
-    clock = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
-    full = shapes.eager(StepKind(), graph.inputs, state, clock)
+    loop = graph.loop(recipe=recipe, validate=False)
+    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.compiled.plan.caches}
+    coefficients = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
+    full = loop.eager(StepKind(), graph.inputs, state, coefficients)
     state |= full.updates
-    kind = StepKind(False, False, shapes.plan.sizes[1] // 2)
-    cached = shapes.function(kind)(seconds, state, clock)  # writes into the state
+    kind = StepKind(False, False, loop.compiled.plan.sizes[1] // 2)
+    cached = loop.compiled.function(kind)(seconds, state, coefficients)  # writes into the state
     state |= cached.updates
     return [*full.outputs, *cached.outputs, *(state[name] for name in sorted(state))]
 
@@ -81,7 +81,7 @@ def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
 
 
 def test_expert_choice():
-    """A layer whose pairs of tokens and experts are counted by the data."""
+    """A layer of variable k, whose branches are counted by the data."""
     model = reduced("EC-DiT")
     graph = captured(model, *inputs_for(model))
     x, t, y = inputs_for(model, seed=5)

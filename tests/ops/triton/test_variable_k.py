@@ -14,7 +14,7 @@ from moeca_compile.ops import variable_k as reference
 from tests.ops.triton.cases import BODIES, BODY_ROUNDINGS, DEVICE, DTYPES, WIDTH, Body, assert_within, random
 
 kernels = pytest.importorskip("moeca_compile.ops.triton.variable_k")
-from moeca_compile.ops.triton import plans  # noqa: E402
+from moeca_compile.ops.triton import fallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:moeca")  # a fall-back is a failure
 
@@ -75,14 +75,14 @@ cases = st.builds(
 
 
 def assert_sums(found: Tensor, expected: Tensor, case: Case) -> None:
-    """Sums over a token's pairs: of as many terms as there are experts, each rounded like an output."""
+    """Sums over a token's branches: of as many terms as there are experts, each rounded like an output."""
     assert found.dtype == expected.dtype
     assert_within(found, expected, (BODY_ROUNDINGS + 4) * case.routed.shape[1], case.dtype)
 
 
 @settings(max_examples=20, deadline=None)
 @given(cases)
-def test_all_pairs(case: Case):
+def test_all_branches(case: Case):
     arguments = (case.rows, case.routed, case.weight, case.parameters, case.body.key(case.dtype), WIDTH, case.slots)
     out, pool, place, norms = kernels.variable_k_outputs(*arguments)
     wanted_out, wanted_pool, wanted_place, wanted_norms = reference.variable_k_outputs(*arguments)
@@ -130,7 +130,7 @@ def test_strided_masks_and_weights():
 
 def test_bodies_without_a_plan_run_by_aten_and_say_so():
     case = make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float64, 0)
-    plans._told.clear()
+    fallback._warned.clear()
     rest = (case.parameters, case.body.key(case.dtype))
     with pytest.warns(UserWarning, match="variable_k_outputs runs without kernels"):
         kernels.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots)

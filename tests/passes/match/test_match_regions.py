@@ -17,7 +17,7 @@ from tests.models import Sizes, make_inputs, make_model
 
 
 def regions_of(graph: Captured) -> Regions:
-    return graph.specialization(validate=False).regions
+    return graph.loop(validate=False).compiled.regions
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moeca_compile.passes.analysis.graph import shape_of
-from moeca_compile.passes.normalize.fuse_attention import normalize_attention, unclear_attentions
+from moeca_compile.passes.normalize.fuse_attention import fuse_attention, unclear_attentions
 from moeca_compile.passes.runner import normalize
 from tests.harness import exported, nodes_of, ops, outputs
 
@@ -146,7 +146,7 @@ def test_it_becomes_one_op_with_the_same_numbers(name):
     torch.testing.assert_close(gm(*INPUTS)[0], function(*INPUTS), atol=1e-6, rtol=1e-5)
     assert shape_of(outputs(gm)[0]) == (B, H, N, E)
     assert unclear_attentions(gm.graph) == []
-    assert normalize_attention(gm.graph) == 0, "done once, nothing is left to do"
+    assert fuse_attention(gm.graph) == 0, "done once, nothing is left to do"
 
 
 def test_one_attention_on_the_result_of_another():
@@ -155,7 +155,7 @@ def test_one_attention_on_the_result_of_another():
         return (out @ k.mT).softmax(-1) @ k
 
     gm = exported(twice, *INPUTS)
-    assert normalize_attention(gm.graph) == 2
+    assert fuse_attention(gm.graph) == 2
     gm.graph.lint()
     gm.recompile()
     torch.testing.assert_close(gm(*INPUTS)[0], twice(*INPUTS), atol=1e-6, rtol=1e-5)
@@ -163,7 +163,7 @@ def test_one_attention_on_the_result_of_another():
 
 def test_scale_and_operands():
     gm = exported(over(lambda q, k, *_: q @ k.mT * 0.25), *INPUTS)
-    assert normalize_attention(gm.graph) == 1
+    assert fuse_attention(gm.graph) == 1
     (sdpa,) = nodes_of(gm, aten.scaled_dot_product_attention)
     assert [node.name for node in sdpa.args] == ["arg0_1", "arg1_1", "arg2_1"]
     assert sdpa.kwargs == {"scale": 0.25}
@@ -177,7 +177,7 @@ def test_low_precision_is_summed_in_full():
         return F.softmax((q @ k.mT).float() * 0.5, dim=-1).to(q.dtype) @ v
 
     gm = exported(function, *low)
-    assert normalize_attention(gm.graph) == 1
+    assert fuse_attention(gm.graph) == 1
     gm.recompile()
     (out,) = gm(*low)
     assert out.dtype == torch.bfloat16

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moeca_compile.lower.upload import upload
 from moeca_compile.passes.analysis.host_ops import host_ops
 from moeca_compile.passes.normalize.to_one_device import to_one_device
-from moeca_compile.runtime.upload import upload
 from tests.harness import exported, ops, placeholders
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

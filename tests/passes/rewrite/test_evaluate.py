@@ -71,7 +71,7 @@ def test_instead_asks_what_would_be_and_leaves_what_is():
     (doubled,), (sigmoid,), (relu,) = (nodes_of(gm, op) for op in (aten.mul, aten.sigmoid, aten.relu))
     evaluation = Evaluation(gm.graph, [X, Y], {})
     other = torch.tensor([-1.0, 0.0, 1.0])
-    found, rectified, input_itself = evaluation.instead({doubled: other}, [outputs(gm)[0], relu, doubled])
+    found, rectified, input_itself = evaluation.evaluate_with({doubled: other}, [outputs(gm)[0], relu, doubled])
     assert torch.equal(found, other.sigmoid() + Y)
     assert torch.equal(rectified, other.relu())
     assert torch.equal(input_itself, other)
@@ -83,7 +83,7 @@ def test_instead_gives_what_does_not_depend_on_the_change_as_it_is():
     gm = exported(function, X, Y)
     (sigmoid,), (relu,) = nodes_of(gm, aten.sigmoid), nodes_of(gm, aten.relu)
     evaluation = Evaluation(gm.graph, [X, Y], {})
-    (found,) = evaluation.instead({sigmoid: torch.zeros(3)}, [relu])
+    (found,) = evaluation.evaluate_with({sigmoid: torch.zeros(3)}, [relu])
     assert torch.equal(found, (X * 2).relu())
 
 
@@ -92,7 +92,7 @@ def test_instead_with_two_values_changed():
     (relu,), (add,) = nodes_of(gm, aten.relu), nodes_of(gm, aten.add)
     doubled = nodes_of(gm, aten.mul)[0]
     evaluation = Evaluation(gm.graph, [X, Y], {})
-    found, total = evaluation.instead({doubled: X, relu: Y}, [outputs(gm)[0], add])
+    found, total = evaluation.evaluate_with({doubled: X, relu: Y}, [outputs(gm)[0], add])
     torch.testing.assert_close(found, (X + Y) * 3)
     torch.testing.assert_close(total, X + Y)
 
@@ -120,6 +120,6 @@ def test_instead_with_several_known_values_looks_past_none_of_them():
     (first, last), (sigmoid,), (relu,) = (nodes_of(gm, op) for op in (aten.mul, aten.sigmoid, aten.relu))
     evaluation = Evaluation(gm.graph, [X], {relu: lambda: torch.zeros(3)})
     known = {first: X + 5, sigmoid: X + 1}
-    assert torch.equal(evaluation.instead(known, [relu])[0], (X + 1 + X).relu())
-    (last_value,) = evaluation.instead({**known, relu: X}, [last])
+    assert torch.equal(evaluation.evaluate_with(known, [relu])[0], (X + 1 + X).relu())
+    (last_value,) = evaluation.evaluate_with({**known, relu: X}, [last])
     assert torch.equal(last_value, X * 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,3 +15,12 @@ def upload(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+def upload_all(inputs: Sequence[Any], positions: Container[int], device: torch.device) -> Sequence[Any]:
+    """The inputs, those at `positions` on the device."""
+    return (
+        [upload(value, device) if i in positions else value for i, value in enumerate(inputs)]
+        if positions
+        else inputs
+    )

@@ -1,0 +1,120 @@
+"""Builds the page of options from the config itself, so that its text stands in one place: the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from moeca_compile.config import RECIPES, MoecaConfig, NotAllowedError
+
+PLACE = "<!-- options -->"
+"""Where the page of options has its tables."""
+
+RECIPE = {"recipe": ("Recipe", "What cache steps reuse. It also sets the values of options that are left unset.")}
+
+_PROBES: tuple[object, ...] = ((), (object(),), object())
+"""Values that checks refuse. An empty list comes first: the refusal of one says the most of a list's items."""
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Called by mkdocs for each page."""
+    return markdown.replace(PLACE, options_markdown()) if page.file.src_uri == "options.md" else markdown
+
+
+def options_markdown() -> str:
+    """All options, group by group, each with an anchor of its name."""
+    written = _from_docstring(MoecaConfig.__doc__ or "") | RECIPE
+    groups: dict[str, list[str]] = {}
+    for field in dataclasses.fields(MoecaConfig):
+        group, doc = (
+            written[field.name] if field.name in written else (field.metadata["group"], field.metadata["doc"])
+        )
+        groups.setdefault(group, []).append(_option(field, doc))
+    return "\n\n".join(part for group, texts in groups.items() for part in (f"## {group}", *texts))
+
+
+def _option(field: dataclasses.Field[Any], doc: str) -> str:
+    facts = f"**Allowed:** {_allowed(field)}. **Default:** {_code(_default(field))}{_presets(field)}.{_users(field)}"
+    table = _recipes() if field.name == "recipe" else ""
+    return f"### `{field.name}` {{ #{field.name} }}\n\n{_marked(doc)}\n\n{facts}{table}"
+
+
+def _recipes() -> str:
+    """What each recipe reuses, where its policy says so."""
+    reused: dict[str, list[str]] = {}
+    for name, policy in RECIPES.items():
+        reused.setdefault(getattr(policy, "reuses", ""), []).append(name)
+    rows = [f"| {', '.join(map(_code, names))} | {what} |" for what, names in reused.items() if what]
+    return "\n\n" + "\n".join(["| recipe | a cache step reuses |", "|---|---|", *rows]) if rows else ""
+
+
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    if field.name == "recipe":
+        return ", ".join(map(_code, RECIPES))
+    for value in _PROBES:
+        try:
+            field.metadata["check"](value)
+        except NotAllowedError as error:
+            text = re.sub(r"in (.)0, inf\)", lambda end: ">= 0" if end[1] == "[" else "> 0", str(error))
+            return re.sub(r"'[\w.-]+'|torch\.\w+|\b(?:None|True|False)\b", _in_code, text).replace(" | ", ", ")
+    raise ValueError(f"the check of {field.name!r} takes whatever it is given")
+
+
+def _in_code(found: re.Match[str]) -> str:
+    return f"`{found[0]}`".replace("'", '"')
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.metadata.get("default", field.default)
+
+
+def _presets(field: dataclasses.Field[Any]) -> str:
+    """What recipes set in place of the default."""
+    if field.name == "recipe":
+        return ""
+    values = {name: getattr(MoecaConfig(recipe=name), field.name) for name in RECIPES}
+    others = [f"{_code(value)} in {_code(name)}" for name, value in values.items() if value != _default(field)]
+    return "; " + ", ".join(others) if others else ""
+
+
+def _users(field: dataclasses.Field[Any]) -> str:
+    """Which recipes heed the option, where not all of them do."""
+    heed = [name for name, policy in RECIPES.items() if field.name in getattr(policy, "options", [field.name])]
+    if field.name == "recipe" or len(heed) == len(RECIPES):
+        return ""
+    but_none = {*RECIPES} - {*heed} == {"none"}
+    names = 'all but `"none"`' if but_none else ", ".join(map(_code, heed))
+    return f" **For:** {names}."
+
+
+def _code(value: Any) -> str:
+    return f"`{value!r}`".replace("'", '"')
+
+
+def _marked(doc: str) -> str:
+    """The doc as Markdown: values and the names of options in code, where they are not yet."""
+    names = "|".join(field.name for field in dataclasses.fields(MoecaConfig) if "_" in field.name)
+    plain, *rest = re.split("(`[^`]*`)", " ".join(doc.split()))
+    parts = [plain[:1].upper() + plain[1:] if plain[1:2].isalpha() else plain, *rest]
+    parts[::2] = [re.sub(rf'"[\w-]+"|\b(?:None|{names})\b', _in_code, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _from_docstring(text: str) -> dict[str, tuple[str, str]]:
+    """(group, doc) by field, from a docstring with a line `Group:` before lines `field, field: doc`."""
+    found: dict[str, tuple[str, str]] = {}
+    group, names = "Recipe", []
+    for line in text.splitlines()[1:]:
+        entry = re.match(r"    ((?:[a-z_0-9]+, )*[a-z_0-9]+): (.*)", line)
+        title = re.match(r"    ([A-Z].*):$", line)
+        if title:
+            group, names = title[1], []
+        elif entry:
+            names = entry[1].split(", ")
+            found |= {name: (group, entry[2]) for name in names}
+        elif line.startswith("        ") and names:
+            found |= {name: (group, f"{found[name][1]} {line.strip()}") for name in names}
+        else:
+            names = []
+    return found

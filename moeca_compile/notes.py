@@ -1,0 +1,56 @@
+"""What is noted while a model is compiled and run: seconds by stage, errors by check, warnings."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from moeca_compile.passes.runner import PassResult
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Notes:
+    """Reports are made from it. A warning is given once, when it is noted."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    errors: dict[str, float] = field(default_factory=dict)
+    matches: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """How many places each normalizing pass rewrote."""
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to a stage of the compilation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] += spent
+            _log.debug("%s: %.3f s", stage, spent)
+
+    def add_matches(self, results: Iterable[PassResult]) -> None:
+        """Add up how many places the normalizing passes rewrote."""
+        for result in results:
+            self.matches[result.name] += result.matches
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(f"moeca: {text}", stacklevel=3)
+
+    def worst(self, check: str, error: float) -> None:
+        """Keep the greatest error of a check."""
+        self.errors[check] = max(error, self.errors.get(check, 0.0))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,58 @@
+"""What a policy declares: which value of the graph comes from which caches, under which part of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.passes.rewrite.step import Step
+
+
+class Cache(Protocol):
+    """Cached tensors that are filled together."""
+
+    def specs(self) -> Sequence[CacheSpec]:
+        """The tensors, which `step.state` holds by name."""
+
+    def store(self, step: Step) -> None:
+        """After a step that computed their part: keep its values (in `step.updates`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """One value of the graph that steps take from caches. Installing, costs, schedule and validation follow from it.
+
+    Attributes:
+        node: the node whose value is replaced.
+        source: the residual stream that it is computed from; what lies between the two need not run.
+        part: the part of the schedule that refreshes it. At a step that computes the part, the model's own work runs
+            and the caches are filled; at others `reuse` gives the value.
+        caches: what `reuse` reads.
+        reuse: the value at a step that does not compute the part.
+        fresh: the value at a step that does, where it is not simply that of the node's op.
+        reads: values of the graph that `reuse` reads for all tokens.
+        recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
+        recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    part: Part
+    caches: tuple[Cache, ...]
+    reuse: Callable[[Step], Tensor]
+    fresh: Callable[[Step], Tensor] | None = None
+    reads: tuple[fx.Node, ...] = ()
+    recomputes_rows: bool = False
+    recomputes_branches: bool = False
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:
+        return tuple(spec for cache in self.caches for spec in cache.specs())
+
+    @property
+    def recomputes(self) -> bool:
+        return self.recomputes_rows or self.recomputes_branches

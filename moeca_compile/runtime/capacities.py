@@ -1,0 +1,61 @@
+"""How many tokens a cache step may recompute: the capacity bucket of each stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.plan import Plan
+from moeca_compile.runtime.schedule import RefreshPlan
+from moeca_compile.runtime.session import Stream
+
+_PROMOTED_ABOVE = 1.25
+"""How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
+
+
+class Capacities:
+    """Picks the kind of each step among the plan's capacity buckets."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+
+    def kind(self, refresh: RefreshPlan, stream: Stream, counts: Callable[[StepKind], Tensor | None]) -> StepKind:
+        """The kind of a step; `counts` runs one of some kind and gives its counters."""
+        if refresh.experts or not self.plan.recomputes:
+            return StepKind(refresh.attention, refresh.experts)
+        if stream.capacity is None:
+            stream.capacity = self._first(refresh, counts)
+        return StepKind(refresh.attention, refresh.experts, stream.capacity)
+
+    def promote(self, stream: Stream, counts: Tensor | None) -> None:
+        """Give the next steps a larger capacity where much more was needed than this step had.
+
+        Samples and layers that need more than the mean drop their lowest-ranked tokens. On an accelerator nothing
+        waits for the counters, so there the first capacity stays.
+        """
+        several = len(self.plan.capacities) > 1 and self.device.type == "cpu"
+        if several and counts is not None and stream.capacity is not None:
+            needed = self._needed(counts)
+            if needed > _PROMOTED_ABOVE * stream.capacity:
+                stream.capacity = self._bucket(needed)
+
+    def _first(self, refresh: RefreshPlan, counts: Callable[[StepKind], Tensor | None]) -> int:
+        """The bucket of a stream's first cache step: what a step with room for all tokens needs."""
+        if len(self.plan.capacities) == 1:
+            return self.plan.capacities[0]
+        return self._bucket(self._needed(counts(StepKind(refresh.attention, refresh.experts, self.plan.sizes[1]))))
+
+    def _needed(self, counts: Tensor | None) -> float:
+        """Tokens of the main stream to recompute in a sample: the mean share, over samples and layers, of all."""
+        if counts is None:
+            return 0.0
+        samples, tokens = self.plan.sizes
+        regions = self.plan.regions
+        total = sum(regions.layouts[layer.marker].tokens for layer in regions.experts)
+        return float(counts[:, COUNTERS.index("needed")].sum()) / (samples * total) * tokens
+
+    def _bucket(self, needed: float) -> int:
+        return next((c for c in self.plan.capacities if c >= needed), self.plan.capacities[-1])

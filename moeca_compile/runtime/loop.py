@@ -1,0 +1,140 @@
+"""The step loop of one compiled graph: each call is a step of some generation, and runs as one kind of step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.upload import upload, upload_all
+from moeca_compile.lower.validate import run_eagerly, same_outputs
+from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
+from moeca_compile.runtime.capacities import Capacities
+from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
+from moeca_compile.runtime.session import Position, Sessions, Stream
+from moeca_compile.runtime.tallies import Tallies
+from moeca_compile.runtime.timesteps import TimestepReader
+
+_log = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Runs calls at one set of input shapes.
+
+    Args:
+        compiled: the graph and its plan.
+        compile_step: makes a kind of step when it is first needed (`backend.compile_step`).
+        notes: where to note what happens.
+    """
+
+    def __init__(self, compiled: CompiledGraph, compile_step: Callable[..., StepFunction], notes: Notes) -> None:
+        self.compiled, self.compile_step, self.notes = compiled, compile_step, notes
+        plan, config, device = compiled.plan, compiled.config, compiled.device
+        self.sessions = Sessions(config, plan.caches, plan.parts, device)
+        self.times = TimestepReader(compiled, notes)
+        self.capacities = Capacities(plan, device)
+        self.steps: dict[StepKind, StepFunction] = {}
+        self.tallies = Tallies()
+        self.graphs = self._cuda_graphs() if config.cuda_graphs and device.type == "cuda" else None
+        self.stateless = Stream({})
+        """What steps of a model that runs uncached go by."""
+        self._lock = threading.RLock()
+
+    def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """One call of the model."""
+        if not self.compiled.caching:
+            return self._run(StepKind(), self.stateless, 0.0, inputs)
+        with self._lock:
+            position, refresh = self.enter(inputs)
+        try:
+            kind = self.kind(refresh, position, inputs)
+            outputs = self._run(kind, position.stream, position.time, inputs)
+            position.stream.note_refreshed(refresh, position.number, position.time)
+        except BaseException:
+            self.sessions.interrupted(position)
+            raise
+        return outputs
+
+    # --- a call, stage by stage -----------------------------------------------------------------------------
+
+    def enter(self, inputs: Sequence[Any]) -> tuple[Position, RefreshPlan]:
+        """Where a call stands, and what it computes anew: everything, until it is known which input is the time."""
+        known = self.times.known
+        time = self.times.read(inputs)
+        if time is not None and not known:
+            self.sessions.reset()  # what came before was placed nowhere in time
+        position = self.sessions.enter(time)
+        self.sessions.warn_if_of_no_use(self.notes)
+        if time is None:
+            return position, EVERYTHING
+        if not known:
+            position.generation.direction = self.times.direction
+        return position, self.sessions.refresh_plan(position)
+
+    def kind(self, refresh: RefreshPlan, position: Position, inputs: Sequence[Any]) -> StepKind:
+        """The step kind; a stream's first cache step finds out how large a capacity it needs."""
+
+        def counts(probe: StepKind) -> Tensor | None:
+            coefficients = self.coefficients(position.stream, position.time)
+            return self.eager(probe, self._placed(inputs), position.stream.state, coefficients).counts
+
+        return self.capacities.kind(refresh, position.stream, counts)
+
+    def step(
+        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
+    ) -> StepFunction:
+        """The compiled step of this kind, made when it is first needed."""
+        if kind not in self.steps:
+            self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
+        return self.steps[kind]
+
+    def coefficients(self, stream: Stream, time: float) -> Tensor:
+        """The forecast coefficients of a step at `time` (passes.rewrite.step.Step), on the model's device."""
+        return upload(torch.tensor(stream.coefficients(time), dtype=torch.float32), self.compiled.device)
+
+    def eager(
+        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
+    ) -> StepResult:
+        """Run a step without compilation on copies of the state."""
+        return run_eagerly(self.compiled, kind, inputs, state, coefficients)
+
+    def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a step on the stream's caches, take over its updates, and count it."""
+        _log.debug("%s step at time %g", kind.name, time)
+        placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
+        step = self.step(kind, placed, stream.state, coefficients)
+        if self.graphs is None:
+            result = step(placed, stream.state, coefficients)
+        else:
+            result = self.graphs.run(kind, stream, step, placed, coefficients)
+        stream.state.update(result.updates)
+        self.tallies.add(kind, result.counts)
+        self.capacities.promote(stream, result.counts)
+        return self.compiled.write_back(inputs, result.outputs)
+
+    def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The inputs, each on the device where the graph takes it."""
+        return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
+
+    def _cuda_graphs(self) -> CudaGraphs:
+        compiled = self.compiled
+        compare = self.same_replay if compiled.config.validate else None
+        recorder = CudaRecorder(compiled.device)
+        return CudaGraphs(compiled, recorder, self.notes, compare)
+
+    def same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
+        """Raises ValidationError where the replay of a recorded step gives other values than the step."""
+        dtypes = self.compiled.regions.token_dtypes
+        same_outputs("replayed", found, wanted, self.compiled.config, self.notes, dtypes)
+
+    def flops(self, kind: StepKind) -> float:
+        """FLOPs of one step of a kind, on average over those that ran."""
+        return self.tallies.flops(kind, self.steps.get(kind), self.compiled)

@@ -1,0 +1,70 @@
+"""What steps counted: how many ran of each kind, their layers' counters, and the FLOPs that follow."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.program import CompiledStep
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.plan import expected_branches
+
+
+@dataclass
+class Tally:
+    """Steps of one kind, and the sum of their counters (layers, COUNTERS)."""
+
+    steps: int = 0
+    counts: Tensor | None = None
+
+    def mean(self, counter: str) -> list[float]:
+        """A counter's mean a step, by layer."""
+        if self.counts is None:
+            return []
+        column: list[float] = self.counts[:, COUNTERS.index(counter)].tolist()
+        return [value / self.steps for value in column]
+
+
+class Tallies:
+    """Tallies by kind of step. Nothing is read from the device until somebody asks."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[StepKind, Tally] = {}
+
+    def add(self, kind: StepKind, counts: Tensor | None) -> None:
+        """Count a step and what it counted."""
+        tally = self.by_kind.setdefault(kind, Tally())
+        tally.steps += 1
+        if counts is not None:
+            tally.counts = counts if tally.counts is None else tally.counts + counts
+
+    def items(self) -> ItemsView[StepKind, Tally]:
+        return self.by_kind.items()
+
+    def flops(self, kind: StepKind, step: StepFunction | None, compiled: CompiledGraph) -> float:
+        """FLOPs of a step of this kind, with the branches that its steps recomputed on average.
+
+        Counted on the traced step; where there is none, since it runs as an eager function, by the plan.
+        """
+        tally = self.by_kind.get(kind, Tally())
+        if isinstance(step, CompiledStep):
+            layers = zip(compiled.regions.experts, tally.mean("recomputed"), strict=False)
+            refreshed = [branches for layer, branches in layers if kind.capacity or layer.variable_k]
+            return step.traced.flops.total(refreshed, _routed(kind, compiled))
+        recomputed, branches = (sum(tally.mean(counter)) for counter in ("recomputed", "branches"))
+        share = recomputed / branches if branches else 0.0
+        return compiled.plan.flops(kind, kind.capacity / compiled.plan.sizes[1], share)
+
+
+def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
+    """Branches of the layers with a variable k that a step of this kind runs whole."""
+    regions, config = compiled.regions, compiled.config
+    cached = {replacement.node for replacement in compiled.plan.replacements if not kind.computes(replacement.part)}
+    whole = [marker for marker in regions.bodies if marker not in cached]
+    variable = [marker for marker in whole if "variable_k" in str(marker.target)]
+    return [float(expected_branches(regions.bodies[m], shape_of(m)[0], config)) for m in variable]
