@@ -153,7 +153,7 @@ def measure(
 ) -> list[Way]:
     """Compile every way, then let them take turns."""
     x, t, y = families.inputs_for(model, batch=batch)
-    inputs = (x.to(model.head.weight.dtype), t, y)
+    inputs = (x.to(next(model.parameters()).dtype), t, y)
     groups = ways(model, fractions)
     found = [way for group in groups for way in group]
     with torch.no_grad():
@@ -316,7 +316,7 @@ def splits_of(
 ) -> Iterator[dict[str, Any]]:
     """Rows of what spends the time of a cache step."""
     x, t, y = families.inputs_for(model, batch=batch)
-    inputs = (x.to(model.head.weight.dtype), t, y)
+    inputs = (x.to(next(model.parameters()).dtype), t, y)
     with torch.no_grad():
         for way in found:
             if way.caching:

@@ -182,7 +182,7 @@ class _Costs:
 
     def _mixed_inputs(self, replacement: Replacement) -> list[fx.Node]:
         """What values that mix tokens are computed from: it runs for all tokens whatever is chosen."""
-        if not replacement.recomputes or not self.regions.mixed:
+        if not replacement.recomputes or not self.regions.mixed or self.config.budget == 0:
             return []
         mixed = between(replacement.source, [replacement.node]) & self.regions.mixed
         return [arg for node in sorted(mixed) for arg in (*node.all_input_nodes, node)]

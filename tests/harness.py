@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from moeca_compile._torch_private import is_module_state
-from moeca_compile.backend import compile_captured, compile_graph, compile_step
+from moeca_compile.backend import backend_with, compile_graph, compile_step
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
@@ -145,10 +145,5 @@ EAGER = Stages(compile_graph, eager_step)
 """Steps run as eager functions."""
 
 
-def eager_backend(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Any = None) -> Callable[..., Any]:
-    """The backend with eager steps. Graphs in which nothing is cached run as they are."""
-    config = MoecaConfig.from_options({**(options or {}), "lowering": "eager"})
-    return compile_captured(gm, inputs, config, EAGER)
-
-
-eager_backend._moeca_backend = True
+eager_backend = backend_with(EAGER)
+"""The backend with eager steps; with `lowering="eager"`, graphs in which nothing is cached run as they are too."""

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moeca_compile
+from examples.dit import Mlp, modulate, sinusoidal
 from moeca_compile import ConfigError, MoecaConfig, moeca_backend, report, reset
 from moeca_compile.capture.refusals import forget_refusals
 from tests.harness import how
-from tests.models import Mlp, MoE, Sizes, TinyDiTMoE, make_inputs, make_model, modulate, sinusoidal
+from tests.models import MoE, Sizes, TinyDiTMoE, make_inputs, make_model
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 STEPS = 6
@@ -130,7 +131,7 @@ def test_a_report_after_a_generation(model, without_inductor):
         ("attention", "blocks.1.attn"),
         ("router", "blocks.1.mlp"),
         ("experts", "blocks.1.mlp"),
-        ("feedforward", "blocks.1.mlp.shared_experts.down_proj"),
+        ("feedforward", "blocks.1.mlp.shared_expert.down_proj"),
         ("feedforward", "blocks.0.mlp.fc2"),
     ]
     assert {region.status for region in found.regions} == {"cached"}
@@ -197,7 +198,7 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16), Mlp(16)
+        self.qkv, self.out, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16), Mlp(16, 64)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x = x + sinusoidal(t, 16).unsqueeze(1)
@@ -315,8 +316,8 @@ class Unrolled(TinyDiTMoE):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         h, c = self.embed_inputs(x, t, y)
-        h = self.blocks[0](h, c, self.cos, self.sin)
-        h = self.blocks[1](h, c, self.cos, self.sin)
+        h = self.blocks[0](h, c)
+        h = self.blocks[1](h, c)
         return self.finish(h, c)
 
 

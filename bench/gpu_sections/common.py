@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from examples import families
-from examples.families.common import DiffusionTransformer
+from examples.dit import DiffusionTransformer
 
 FAILED, WRONG = "FAILED", "WRONG"
 """What the notes of rows that tell of something bad begin with."""

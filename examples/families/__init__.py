@@ -4,7 +4,7 @@
     families.build("DiT-MoE-XL", device="meta")         # its shapes alone
     families.reduced("EC-DiT")                          # a few narrow blocks with the family's own routing
 
-A file a family; `common.py` holds what they share. All take forward(x (B, C, H, W), t (B,), y (B,)).
+A file a family, built from the parts of examples/dit.py. All take forward(x (B, C, H, W), t (B,), y (B,)).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from examples.dit import DiffusionTransformer, Sizes
 from examples.families import dense, diff_moe, diffmoe, dit_moe, dsmoe, expert_choice, token_choice
-from examples.families.common import DiffusionTransformer, Family, Sizes, randomise
+from examples.families.common import Family, randomise
 
 FAMILIES: dict[str, Family] = {
     "DiT": dense.FAMILY,
@@ -54,5 +55,5 @@ def inputs_for(model: DiffusionTransformer, batch: int = 2, seed: int = 1) -> tu
     sizes, generator = model.sizes, torch.Generator().manual_seed(seed)
     x = torch.randn(batch, sizes.channels, sizes.side, sizes.side, generator=generator)
     y = torch.randint(sizes.classes, (batch,), generator=generator)
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     return x.to(device), torch.full((batch,), 900.0, device=device), y.to(device)

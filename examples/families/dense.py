@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from examples.families.common import Block, DiffusionTransformer, Family, Mlp, Sizes
+from examples.dit import Block, DiffusionTransformer, Mlp, Sizes
+from examples.families.common import Family
 
 
 class DiT(DiffusionTransformer):
     def __init__(self, sizes: Sizes) -> None:
         hidden = int(sizes.mlp_ratio * sizes.width)
-        super().__init__(sizes, lambda index: Block(sizes, Mlp(sizes.width, hidden), rotary=False))
+        super().__init__(sizes, lambda index: Block(sizes.width, sizes.heads, lambda: Mlp(sizes.width, hidden)))
 
 
 FAMILY = Family(

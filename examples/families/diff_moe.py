@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.families.common import Block, DiffusionTransformer, Family, Sizes, SwiGLU, modulate
+from examples.dit import Block, DiffusionTransformer, Sizes, SwiGLU, modulate
+from examples.families.common import Family
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class TimedExpert(SwiGLU):
     def forward(self, rows: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
         shift, scale, strength = self.timing(F.silu(c)).chunk(3, dim=-1)
         rows = rows * (1 + scale) + shift
-        hidden = F.silu(self.gate(rows)) * self.up(rows)
+        hidden = F.silu(self.gate_proj(rows)) * self.up_proj(rows)
         if context is not None:
             hidden = hidden * context
-        return strength * self.down(hidden)
+        return strength * self.down_proj(hidden)
 
 
 class TimeAwareLayer(nn.Module):
@@ -89,15 +90,15 @@ class TimeAwareBlock(Block):
     """The convolution joins the residual stream after the attention, so the experts' norm reads its output."""
 
     def __init__(self, sizes: TimeAwareSizes) -> None:
-        super().__init__(sizes, TimeAwareLayer(sizes), rotary=True)
+        super().__init__(sizes.width, sizes.heads, lambda: TimeAwareLayer(sizes), sizes.grid)
         self.grid = sizes.grid
         self.convolution = nn.Conv2d(sizes.width, sizes.width, 5, padding=2, groups=sizes.width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         x = x + self.mix(x)
-        return x + gate2.unsqueeze(1) * self.feedforward(modulate(self.norm2(x), shift2, scale2), c)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2), c)
 
     def mix(self, x: Tensor) -> Tensor:
         picture = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))

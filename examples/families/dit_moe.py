@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from examples.families.common import Block, DiffusionTransformer, Family, Sizes, SwiGLU
+from examples.dit import Block, DiffusionTransformer, Sizes, SwiGLU
+from examples.families.common import Family
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class DiTMoELayer(nn.Module):
 
 class DiTMoE(DiffusionTransformer):
     def __init__(self, sizes: DiTMoESizes) -> None:
-        super().__init__(sizes, lambda index: Block(sizes, DiTMoELayer(sizes), rotary=False))
+        super().__init__(sizes, lambda index: Block(sizes.width, sizes.heads, lambda: DiTMoELayer(sizes)))
 
 
 FAMILY = Family(

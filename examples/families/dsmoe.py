@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.families.common import Block, DiffusionTransformer, Family, Mlp, Sizes, SwiGLU
+from examples.dit import Block, DiffusionTransformer, Mlp, Sizes, SwiGLU
+from examples.families.common import Family
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ class DSMoE(DiffusionTransformer):
     """Dense, experts, dense, experts, ...; rotary positions only."""
 
     def __init__(self, sizes: DSMoESizes) -> None:
+        def dense() -> Mlp:
+            return Mlp(sizes.width, int(sizes.mlp_ratio * sizes.width))
+
         def block(index: int) -> Block:
-            dense = index % 2 == 0
-            hidden = int(sizes.mlp_ratio * sizes.width)
-            feedforward = Mlp(sizes.width, hidden) if dense else DSMoELayer(sizes)
-            return Block(sizes, feedforward, rotary=True)
+            feedforward = dense if index % 2 == 0 else lambda: DSMoELayer(sizes)
+            return Block(sizes.width, sizes.heads, feedforward, sizes.grid)
 
         super().__init__(sizes, block, added_positions=False)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from examples.families.common import Block, DiffusionTransformer, Family, Mlp, Sizes
+from examples.dit import Block, DiffusionTransformer, Mlp, Sizes
+from examples.families.common import Family
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class SparseDiT(DiffusionTransformer):
 
     def __init__(self, sizes: SparseSizes) -> None:
         def block(index: int) -> Block:
-            feedforward = sizes.mlp() if index % 2 == 0 else self.layer(sizes)
-            return Block(sizes, feedforward, rotary=False)
+            feedforward = sizes.mlp if index % 2 == 0 else lambda: self.layer(sizes)
+            return Block(sizes.width, sizes.heads, feedforward)
 
         super().__init__(sizes, block)
 

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from examples.dit import SwiGLU
 
 WIDTH, EXPERTS = 12, 5
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, width: int = WIDTH, hidden: int = 20, bias: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 def swiglu() -> nn.Module:
-    return SwiGLU()
+    return SwiGLU(WIDTH, 20)
 
 
 def swiglu_with_bias() -> nn.Module:
-    return SwiGLU(bias=True)
+    return SwiGLU(WIDTH, 20, bias=True)
 
 
 def sequential() -> nn.Module:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from examples.dit import SwiGLU
 from moeca_compile import capture
 from moeca_compile.capture.structure import unlike
-from tests.capture.layers import WIDTH, NumpyEnds, SwiGLU, stack, tokens
+from tests.capture.layers import WIDTH, NumpyEnds, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 
 LAYER = torch.ops.moeca.experts_fixed_k
@@ -81,7 +82,7 @@ class UnregisteredTensor(Dropping):
 
 def widths_that_differ():
     hidden = iter(range(8, 40))
-    return lambda: SwiGLU(hidden=next(hidden))
+    return lambda: SwiGLU(WIDTH, next(hidden))
 
 
 class SlotMajor(NumpyEnds):

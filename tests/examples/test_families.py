@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from examples import families
-from examples.families.common import DiffusionTransformer
+from examples.dit import DiffusionTransformer
 
 MILLION = 1e6
 
@@ -98,12 +98,12 @@ def test_activated_parameters_round_to_the_tables_number(name: str, table: float
 
 @pytest.mark.parametrize(
     ("part", "table"),
-    [("feedforward", 1725.3), ("attn", 100.7), ("adaln", 151)],  # the last without a decimal
+    [("mlp", 1725.3), ("attn", 100.7), ("adaLN_modulation", 151)],  # the last without a decimal
 )
 def test_the_parts_of_diffmoe_l_e16_have_the_sizes_of_table_9(part: str, table: float):
     model = families.build("DiffMoE-L-E16", device="meta")
-    found = sum(p.numel() for name, p in model.named_parameters() if f".{part}." in name)
-    assert abs(found / MILLION - table) <= (0.5 if part == "adaln" else 0.1)
+    found = sum(p.numel() for name, p in model.blocks.named_parameters() if f".{part}." in name)
+    assert abs(found / MILLION - table) <= (0.5 if part == "adaLN_modulation" else 0.1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def block_flops(model: DiffusionTransformer) -> float:
     sizes, cost = model.sizes, 0.0
     for block in model.blocks:
         meets_all = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-        per_picture = block.adaln[1].weight.numel()
+        per_picture = block.adaLN_modulation[1].weight.numel()
         idle = sum((sizes.experts - sizes.top_k) * 3 * sizes.width * sizes.expert_width for _ in expert_layers(block))
         scores_and_values = 2 * sizes.tokens * sizes.width
         cost += (meets_all - per_picture - idle + scores_and_values) * sizes.tokens + per_picture
@@ -153,7 +153,7 @@ def test_a_reduced_form_has_the_block_plan_of_the_published_ones(family: str):
 
 
 def plan(model: DiffusionTransformer) -> list[type]:
-    return [type(block.feedforward) for block in model.blocks]
+    return [type(block.mlp) for block in model.blocks]
 
 
 def test_every_block_and_every_input_counts(family: str):
@@ -162,7 +162,7 @@ def test_every_block_and_every_input_counts(family: str):
     out = model(x, t, y)
     changed = [model(x, t / 2, y), model(x, t, (y + 1) % 10)]
     for block in model.blocks:
-        weights = [p for p in block.feedforward.parameters() if p.dim() > 1]
+        weights = [p for p in block.mlp.parameters() if p.dim() > 1]
         kept = [p.clone() for p in weights]
         for p in weights:
             p.zero_()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from examples.digits.model import DigitsConfig, DigitsDiT, SparseMoE, rotary_table_2d
+from examples.digits.model import DigitsConfig, DigitsDiT, SparseMoE
+from examples.dit import rotary_table, rotate
 
 SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
 
@@ -80,11 +81,9 @@ def test_every_second_block_has_experts():
 
 
 def test_rotary_scores_depend_on_the_offset_in_both_directions_alone():
-    from examples.digits.model import rotate_half
-
-    cos, sin = rotary_table_2d(8, 32)
+    cos, sin = rotary_table(8, 32)
     q, k = torch.randn(32), torch.randn(32)
-    turned_q, turned_k = (v * cos + rotate_half(v.expand(64, 32)) * sin for v in (q, k))
+    turned_q, turned_k = (rotate(v.expand(64, 32), cos, sin) for v in (q, k))
     scores = (turned_q @ turned_k.T).reshape(8, 8, 8, 8)  # [row, column, row, column]
     torch.testing.assert_close(scores[0, 1, 2, 5], scores[3, 2, 5, 6])
     assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from examples.dit import Attention, Block, modulate
 from moeca_compile.config import MoecaConfig
-from tests.models import Attention, Block, MoE, TinyDiTMoE, modulate, rotate
+from tests.models import MoE, TinyDiTMoE
 
 TINY = 1e-20  # keeps quotients of all-zero rows at zero
 
@@ -188,7 +189,7 @@ class Simulation:
         gap = self.next_step - self.last_full
         self.last_full = self.next_step
         for block, state in zip(self.model.blocks, self.states, strict=True):
-            shift1, scale1, gate1, shift2, scale2, gate2 = block.adaln(c).chunk(6, dim=1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
             q, state.keys, state.values = self._qkv(block.attn, modulate(block.norm1(h), shift1, scale1))
             attention = attend(block.attn, q, state.keys, state.values)
             state.attention.store(attention, gap)
@@ -205,7 +206,7 @@ class Simulation:
         outputs = torch.stack([block.mlp.experts[int(ids[i])](z[i[:2]]) for i in _indices(ids)])
         outputs = outputs.view(*ids.shape, -1)
         state.branches.store_slots(ids, score_weights(weights, self.config), outputs, self.next_step, gap)
-        state.shared.store(block.mlp.shared_experts(z), gap)
+        state.shared.store(block.mlp.shared_expert(z), gap)
         state.statistic = update_statistic(state.statistic, ids, block.mlp.gate.weight.shape[0], self.config)
         return (weights.unsqueeze(-1) * outputs).sum(-2) + state.shared.value
 
@@ -228,7 +229,7 @@ class Simulation:
                 chosen = decisions[i].recomputed.any(-1)
             if moe and self.reroute:
                 decisions[i] = self._rerouted(block.mlp, state, z, decisions[i])
-            gate1, gate2 = block.adaln(c).chunk(6, dim=1)[2::3]
+            gate1, gate2 = block.modulation(c)[2::3]
             h = h + gate1.unsqueeze(1) * state.attention.at(self._d)
             out = self._moe(block.mlp, state, z, decisions[i]) if moe else self._dense(block, state, z, chosen)
             h = h + gate2.unsqueeze(1) * out
@@ -240,12 +241,12 @@ class Simulation:
 
     def _ffn_input(self, block: Block, state: BlockState, h: Tensor, c: Tensor) -> Tensor:
         """What the feed-forward of the block reads, with the attention that the cache holds now."""
-        _, _, gate1, shift2, scale2, _ = block.adaln(c).chunk(6, dim=1)
+        _, _, gate1, shift2, scale2, _ = block.modulation(c)
         return modulate(block.norm2(h + gate1.unsqueeze(1) * state.attention.at(self._d)), shift2, scale2)
 
     def _refresh_attention(self, block: Block, state: BlockState, h: Tensor, c: Tensor, chosen: Tensor) -> None:
         """Keys and values first, as keys_values says, then the attention output of the chosen tokens."""
-        shift1, scale1 = block.adaln(c).chunk(6, dim=1)[:2]
+        shift1, scale1 = block.modulation(c)[:2]
         q, k, v = self._qkv(block.attn, modulate(block.norm1(h), shift1, scale1))
         fresh = {"all": torch.ones_like(chosen), "chosen": chosen, "none": torch.zeros_like(chosen)}
         for b, n in fresh[self.config.keys_values].nonzero().tolist():
@@ -277,7 +278,7 @@ class Simulation:
     def _shared(self, moe: MoE, state: BlockState, z: Tensor, chosen: Tensor) -> Tensor:
         fresh = {"any": chosen, "always": torch.ones_like(chosen), "never": torch.zeros_like(chosen)}
         for b, n in fresh[self.config.shared].nonzero().tolist():
-            state.shared.put((b, n), moe.shared_experts(z[b, n]), self._d)
+            state.shared.put((b, n), moe.shared_expert(z[b, n]), self._d)
         return state.shared.at(self._d)
 
     def _decide(self, block: Block, state: BlockState, probe: Tensor) -> Decision:
@@ -311,10 +312,8 @@ class Simulation:
 
     def _qkv(self, attn: Attention, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, N, D/H) each, as SDPA gets them."""
-        batch, tokens, width = z.shape
-        q, k, v = attn.qkv(z).view(batch, tokens, 3, attn.heads, width // attn.heads).permute(2, 0, 3, 1, 4)
-        cos, sin = self.model.cos, self.model.sin
-        return rotate(q, cos, sin), rotate(k, cos, sin), v.clone()
+        q, k, v = attn.split_heads(z)
+        return q, k, v.clone()
 
 
 def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

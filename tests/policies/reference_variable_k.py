@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from examples.dit import Block
 from moeca_compile.config import MoecaConfig
-from tests.models import Block
 from tests.policies.reference_moeca import TINY, BlockState, Decision, Simulation, expert_thresholds
 from tests.policies.variable_k_models import PairsMoE
 
@@ -66,7 +66,7 @@ class PairSimulation(Simulation):
         slots = block.mlp.router.branches(z) or round(self.config.branches_per_token * z.shape[0] * z.shape[1])
         cache.rows = [*cache.held, *[None] * slots][:slots]
         cache.held = {pair: cache.held[pair] for pair in cache.rows if pair is not None}
-        state.shared.store(block.mlp.shared_experts(z), gap)
+        state.shared.store(block.mlp.shared_expert(z), gap)
         self._count_activation(state, routed)
         return out + state.shared.value
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import Block, TinyDiTMoE, make_inputs, modulate
+from examples.dit import Block, modulate
+from tests.models import TinyDiTMoE, make_inputs
 
 STEPS, EVERY = 10, 3
 
@@ -34,10 +35,10 @@ def run_blocks(model: TinyDiTMoE, h: Tensor, c: Tensor, value: Callable[..., Ten
     """The model's blocks with each branch's output given by `value(name, compute)`; gates stay fresh."""
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaln(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
 
         def attention(block=block, h=h, shift=shift1, scale=scale1) -> Tensor:
-            return block.attn(modulate(block.norm1(h), shift, scale), model.cos, model.sin)
+            return block.attn(modulate(block.norm1(h), shift, scale))
 
         h = h + gate1.unsqueeze(1) * value(f"attention {i}", attention)
 
@@ -61,7 +62,7 @@ def simulate(model: TinyDiTMoE, held: Held, family: str, is_full: Callable[[str,
             for i in range(len(model.blocks)):
 
                 def change(i=i, h=h) -> Tensor:
-                    return model.blocks[i](h, c, model.cos, model.sin) - h
+                    return model.blocks[i](h, c) - h
 
                 h = h + (held(f"block {i}", is_full("", number), time, change) if i else change())
             return model.finish(h, c)

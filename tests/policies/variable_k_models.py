@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.models import Sizes, SwiGLU, TinyDiTMoE
+from examples.dit import SwiGLU
+from tests.models import Sizes, TinyDiTMoE
 
 SIZES = Sizes(side=6, depth=4, width=16, heads=2, experts=4, expert_width=8)
 
@@ -53,13 +54,13 @@ class PairsMoE(nn.Module):
         super().__init__()
         self.router = router(sizes.width, sizes.experts)
         self.experts = nn.ModuleList(SwiGLU(sizes.width, sizes.expert_width) for _ in range(sizes.experts))
-        self.shared_experts = SwiGLU(sizes.width, 2 * sizes.expert_width)
+        self.shared_expert = SwiGLU(sizes.width, 2 * sizes.expert_width)
 
     def forward(self, x: Tensor) -> Tensor:
         routed, weight = self.router(x)
         dispatch = self.with_marker if self.marked else self.with_loop
         out = dispatch(x.flatten(0, 1), routed.flatten(0, 1), weight.flatten(0, 1), self.router.branches(x))
-        return out.view_as(x) + self.shared_experts(x)
+        return out.view_as(x) + self.shared_expert(x)
 
     def with_loop(self, x: Tensor, routed: Tensor, weight: Tensor, branches: int) -> Tensor:
         out = torch.zeros_like(x)

@@ -29,7 +29,7 @@ from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from moeca_compile.lower.partition import uncut
+from moeca_compile.lower.partition import whole_graph
 from tests.runtime.fake_cuda import CUDA, without_guards
 
 H100 = {
@@ -57,7 +57,7 @@ class _GeneratedError(Exception):
 
 def cuda_code(gm: fx.GraphModule, mode: FakeTensorMode) -> str:
     """The Python code, with Triton kernels in it, that Inductor makes of a step traced on fake CUDA tensors."""
-    (call,) = uncut(gm)
+    (call,) = whole_graph(gm)
     found: list[str] = []
     # Inductor wants symbols for shapes, though all of these are static.
     mode.shape_env, mode.static_shapes = ShapeEnv(), True

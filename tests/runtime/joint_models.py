@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models import Mlp, MoE, Sizes, TinyDiTMoE, modulate, rotate, sinusoidal
+from examples.dit import Mlp, modulate, rotate
+from tests.models import MoE, Sizes, TinyDiTMoE
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 WIDTH, TEXT = SIZES.width, 5
@@ -23,7 +24,7 @@ class Branch(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp: nn.Module = MoE(SIZES) if moe else Mlp(WIDTH)
+        self.mlp: nn.Module = MoE(SIZES) if moe else Mlp(WIDTH, 4 * WIDTH)
         self.adaln = nn.Linear(WIDTH, 6 * WIDTH)
 
     def heads(self, h: Tensor, m: tuple[Tensor, ...]) -> list[Tensor]:
@@ -43,7 +44,7 @@ class Streams(TinyDiTMoE):
         super().__init__(SIZES)
         self.picture = nn.ModuleList(Branch(self.picture_moe) for _ in range(2))
         self.words = nn.ModuleList(Branch(self.text_moe) for _ in range(2))
-        self.positions = nn.Parameter(torch.randn(SIZES.tokens + TEXT, 4))
+        self.positions = nn.Parameter(torch.randn(SIZES.tokens + TEXT, 4).repeat(1, 2))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor) -> Tensor:
         h, c = self.embed_inputs(x, t, y)
@@ -156,7 +157,7 @@ class WithGuidance(Streams):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, guidance: Tensor) -> Tensor:  # type: ignore[override]
         h, c = self.embed_inputs(x, t, y)
-        c = c + self.time(sinusoidal(guidance, WIDTH))
+        c = c + self.time(guidance)
         return self.finish(self.run(h, text, F.silu(c)), c)
 
 

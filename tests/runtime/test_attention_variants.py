@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.dit import Block, modulate, rotate
 from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.plan import SAVES_NOTHING
 from tests.harness import captured
-from tests.models import Block, Sizes, make_inputs, modulate, rotate
+from tests.models import Sizes, make_inputs
 from tests.runtime.test_variants import SIZES, Variant, assert_forced_is_the_model
 
 pytestmark = pytest.mark.usefixtures("eager_steps")
@@ -191,9 +193,9 @@ def plain_rms(x: Tensor) -> Tensor:
     return x.float().mul(torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x)
 
 
-def rotated_by_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated_half_by_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def rotated_by_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -275,12 +277,13 @@ POSITIONED: dict[str, Attend] = {
             *(F.linear(z, w).view(-1, N, H, 8).transpose(1, 2) for w in block.attn.qkv.weight.chunk(3))
         ),
     ),
-    "halves": rotary(rotated_by_halves, twice(torch.cos), twice(torch.sin)),
+    "halves by themselves": rotary(rotated_half_by_half, torch.cos, torch.sin),
+    "halves": rotary(rotate, twice(torch.cos), twice(torch.sin)),
     "halves, leading dims": rotary(
-        rotated_by_halves, lambda a: twice(torch.cos)(a)[None, None], lambda a: twice(torch.sin)(a)[None, None]
+        rotate, lambda a: twice(torch.cos)(a)[None, None], lambda a: twice(torch.sin)(a)[None, None]
     ),
     "halves, a table a sample": rotary(
-        rotated_by_halves,
+        rotate,
         *(lambda a, f=f: twice(f)(a).expand(2, 1, -1, -1) * torch.ones(2, 1, 1, 1) for f in (torch.cos, torch.sin)),
     ),
     "pairs": rotary(rotated_by_pairs, torch.cos, torch.sin),
@@ -314,7 +317,7 @@ def joined_before_projection(model: Sampler, block: Block, z: Tensor) -> Tensor:
     """One projection of picture and text, keys normed and rotated after it."""
     both = torch.cat([z, model.text.expand(len(z), -1, -1)], 1)
     k, v = model.to_kv(both).unflatten(-1, (2, H, 8)).permute(2, 0, 3, 1, 4)
-    k = rotate(model.norm_k(k), *(torch.cat([t, torch.ones(T, 4)]) for t in (model.cos, model.sin)))
+    k = rotate(model.norm_k(k), *(torch.cat([t, torch.ones(T, 8)]) for t in (block.attn.cos, block.attn.sin)))
     q = model.separate(block, z)[0].transpose(1, 2)
     return model.project(block, F.scaled_dot_product_attention(q, k, v))
 
@@ -499,12 +502,12 @@ class WithCondition(Sampler):
         h, c = self.embed_inputs(x, t, y)
         self.condition = c
         for block in self.blocks:
-            h = self.block(block, h, block.adaln(c).chunk(6, dim=1))
+            h = self.block(block, h, block.modulation(c))
         return self.finish(h, c)
 
 
-def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) -> None:
-    """`counts` are the regions that must be cached, by kind; nothing may be kept."""
+def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, idle: int = 0, **counts: int) -> None:
+    """`counts` are the regions that must be cached, by kind; `idle` are skipped, since caching them saves nothing."""
     model = model.eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.norm_q.parameters():
@@ -514,7 +517,7 @@ def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, **counts: int) ->
     for mode in keys_values:
         loop = graph.loop(keys_values=mode, shared="any")
         regions = loop.compiled.regions
-        assert [(k.name, k.reason) for k in regions.skipped] == []
+        assert [skipped.reason for skipped in regions.skipped] == [SAVES_NOTHING] * idle
         assert {name: len(getattr(regions, name)) for name in counts} == counts
         assert all(error < 1e-5 for error in loop.notes.errors.values())
         by_token = [a for a in regions.attentions if a.by_token]
@@ -563,9 +566,17 @@ def test_blocks(name):
 @pytest.mark.parametrize("name", MIXED)
 def test_values_that_mix_tokens(name, side):
     """As many tokens as channels, and not: which dim is which must not depend on it."""
-    feedforwards = 3 if "feed-forward" in name else 1
-    sizes = replace(SIZES, side=side)
-    check(WithCondition(None, MIXED[name], sizes), ("chosen",), attentions=2, experts=1, feedforwards=feedforwards)
+    idle = 2 if name == "a convolution that ends a feed-forward" else 0  # then all of it runs for all tokens
+    feedforwards = (3 if "feed-forward" in name else 1) - idle
+    model = WithCondition(None, MIXED[name], replace(SIZES, side=side))
+    check(model, ("chosen",), idle, attentions=2, experts=1, feedforwards=feedforwards)
+
+
+def test_what_all_tokens_need_anyway_is_cached_where_nothing_is_recomputed():
+    model = WithCondition(None, MIXED["a convolution that ends a feed-forward"]).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    regions = captured(model, noise, torch.ones(2), labels).loop(budget=0.0).compiled.regions
+    assert len(regions.feedforwards) == 3 and not regions.skipped
 
 
 def test_a_text_that_changes_with_the_timestep():
@@ -595,7 +606,7 @@ class LongSkips(Sampler):
         h, c = self.embed_inputs(x, t, y)
         first = h
         for block in self.blocks:
-            h = self.block(block, h, block.adaln(c).chunk(6, dim=1))
+            h = self.block(block, h, block.modulation(c))
             h = self.join(torch.cat([h, first], -1))
         return self.finish(h, c)
 

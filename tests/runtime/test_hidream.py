@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moeca_compile
 from moeca_compile.passes.rewrite.kinds import StepKind
-from tests.harness import captured, eager_backend
+from tests.harness import captured
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
 BATCH, SIDE, STEPS = 2, 4, 6
@@ -50,7 +50,7 @@ def texts(seed: int = 1) -> tuple[Tensor, ...]:
 def test_all_of_it_is_cached_but_for_the_unpatchify_after_a_break(without_inductor):
     """The break is after the blocks, where the picture's size is read from a tensor."""
     model = make_model()
-    compiled = torch.compile(model, backend=eager_backend, options={"full_every": 3})
+    compiled = torch.compile(model, backend="moeca", options={"full_every": 3, "lowering": "eager"})
     x = exact = random(BATCH, 4, 2 * SIDE, 2 * SIDE, seed=0)
     with torch.no_grad():
         for step in range(STEPS):

@@ -369,7 +369,7 @@ def test_memory_stays_in_its_mode_and_where_it_was_made(monkeypatch):
     with generation(), torch.inference_mode():
         inference = call(sessions, 1.0)
     assert memory(inference) != memory(normal)
-    monkeypatch.setattr(sessions, "_home", lambda: "another queue of the device")
+    monkeypatch.setattr(sessions, "_allocator", lambda: "another queue of the device")
     with generation():
         assert memory(call(sessions, 1.0)) not in (memory(inference), memory(normal))
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.dit import Block, modulate
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.runtime.loop import StepLoop
 from tests.harness import captured
-from tests.models import Block, MoE, Sizes, TinyDiTMoE, make_inputs, modulate, rotate, sinusoidal
+from tests.models import MoE, Sizes, TinyDiTMoE, make_inputs
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 pytestmark = pytest.mark.usefixtures("eager_steps")
@@ -32,7 +33,7 @@ class Variant(TinyDiTMoE):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         h, c = self.embed_inputs(x, t, y)
         for block in self.blocks:
-            h = self.block(block, h, block.adaln(c).chunk(6, dim=1))
+            h = self.block(block, h, block.modulation(c))
         return self.finish(h, c)
 
     def block(self, block: Block, h: Tensor, m: tuple[Tensor, ...]) -> Tensor:
@@ -40,13 +41,10 @@ class Variant(TinyDiTMoE):
         return h + m[5].unsqueeze(1) * block.mlp(modulate(block.norm2(h), m[3], m[4]))
 
     def attend(self, block: Block, z: Tensor) -> Tensor:
-        return block.attn(z, self.cos, self.sin)
+        return block.attn(z)
 
     def qkv(self, block: Block, z: Tensor) -> tuple[Tensor, ...]:
-        batch, tokens, width = z.shape
-        qkv = block.attn.qkv(z).view(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v
+        return block.attn.split_heads(z)
 
     @staticmethod
     def project(block: Block, out: Tensor) -> Tensor:
@@ -82,9 +80,9 @@ class LongSkip(Variant):
 
     def forward(self, x, t, y):
         h, c = self.embed_inputs(x, t, y)
-        first = self.block(self.blocks[0], h, self.blocks[0].adaln(c).chunk(6, dim=1))
+        first = self.block(self.blocks[0], h, self.blocks[0].modulation(c))
         h = self.extra(first) + h
-        h = self.block(self.blocks[1], h, self.blocks[1].adaln(c).chunk(6, dim=1))
+        h = self.block(self.blocks[1], h, self.blocks[1].modulation(c))
         return self.finish(h + first, c)
 
 
@@ -255,20 +253,12 @@ def test_attention_and_experts_in_one_branch_are_cached_apart():
     assert attention.name == "blocks.1.attn"
 
 
-class AnyPrecision(TinyDiTMoE):
-    """Embeds the timestep in float32 and goes on in its own dtype."""
-
-    def embed_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.embed(x).flatten(2).transpose(1, 2)
-        return h, self.time(sinusoidal(t, SIZES.width).to(h.dtype)) + self.label(y)
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "stack-forecast"])
 def test_other_precisions(dtype, bound, recipe, recwarn):
     """Caches are in the model's dtype, and validation holds what the dtype can give."""
     torch.manual_seed(0)
-    model = AnyPrecision(SIZES).eval().requires_grad_(False).to(dtype)
+    model = TinyDiTMoE(SIZES).eval().requires_grad_(False).to(dtype)
     noise, labels = make_inputs(model)
     graph = captured(model, noise.to(dtype), torch.ones(2, dtype=dtype), labels)
     engine = graph.engine(recipe=recipe, full_every=3)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.dit import rotate
+
 
 @dataclass(frozen=True)
 class Attending:
@@ -127,8 +129,6 @@ def rotated(x: Tensor, rope: Tensor, how: str | None) -> Tensor:
         return torch.view_as_real(turned).flatten(-2).type_as(x)
     cos, sin = rope.cos().to(x.dtype), rope.sin().to(x.dtype)
     if how == "half":
-        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return rotate(x, torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1))
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.models import sinusoidal
+from examples.dit import TimestepEmbedder
 
 CLASSES, TEXT_WIDTH = 5, 12
 
@@ -26,8 +26,7 @@ class Condition(nn.Module):
 
     def __init__(self, label: str, width: int) -> None:
         super().__init__()
-        self.width, self.label = width, label
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = TimestepEmbedder(width, features=width, scale=1000.0)
         if label == "class":
             self.embed: nn.Module = nn.Embedding(CLASSES, width)
         elif label == "text":
@@ -36,7 +35,7 @@ class Condition(nn.Module):
     def forward(self, t: Tensor, y: Tensor | None, batch: int) -> Tensor:
         # Integer timesteps count from 1000, others from 1.
         t = (t / 1000 if not t.is_floating_point() else t).expand(batch)
-        c = self.time(sinusoidal(t, self.width).to(self.time[0].weight.dtype))
+        c = self.time(t)
         return c if y is None else c + self.embed(y)
 
 

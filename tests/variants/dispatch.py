@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.variants.experts import BODIES, SwiGLU, WithExtra
+from examples.dit import MoE, SwiGLU
+from tests.capture.inline_layers import CatOutputs
+from tests.variants.experts import BODIES, WithExtra
 from tests.variants.routing import Router, Routing
 
 
@@ -77,29 +79,13 @@ class Layer(nn.Module):
 class SortedNumpy(Layer):
     """The ends of the segments as a numpy array, scatter_reduce_, a method of its own for the dispatch."""
 
+    moe_infer = MoE.moe_infer
+
     def forward(self, x, seen, extra):
         rows = x.reshape(-1, x.shape[-1])
         ids, weights = self.gate(seen)
         y = self.moe_infer(rows, ids.view(-1), weights.view(-1, 1)).view(x.shape)
         return self.with_shared(y, x)
-
-    @torch.no_grad()
-    def moe_infer(self, x, flat_expert_indices, flat_expert_weights):
-        expert_cache = torch.zeros_like(x)
-        idxs = flat_expert_indices.argsort()
-        tokens_per_expert = flat_expert_indices.bincount().cpu().numpy().cumsum(0)
-        token_idxs = idxs // self.top_k
-        for i, end_idx in enumerate(tokens_per_expert):
-            start_idx = 0 if i == 0 else tokens_per_expert[i - 1]
-            if start_idx == end_idx:
-                continue
-            exp_token_idx = token_idxs[start_idx:end_idx]
-            expert_out = self.experts[i](x[exp_token_idx])
-            expert_out.mul_(flat_expert_weights[idxs[start_idx:end_idx]])
-            expert_cache.scatter_reduce_(
-                0, exp_token_idx.view(-1, 1).repeat(1, x.shape[-1]), expert_out, reduce="sum"
-            )
-        return expert_cache
 
 
 class SortedList(Layer):
@@ -175,38 +161,13 @@ class SortedExtra(Layer):
 class SortedCat(Layer):
     """DeepSeek-V2's inference: outputs of the sorted rows joined, put back in order, weighted, summed."""
 
+    moe_infer = CatOutputs.moe_infer
+
     def forward(self, x, seen, extra):
         rows = x.view(-1, x.shape[-1])
         ids, weights = self.gate(seen)
         y = self.moe_infer(rows, ids.view(-1, self.top_k), weights.view(-1, self.top_k))
         return self.with_shared(y.view(*x.shape), x)
-
-    @torch.no_grad()
-    def moe_infer(self, x, topk_ids, topk_weight):
-        cnts = topk_ids.new_zeros((topk_ids.shape[0], len(self.experts)))
-        cnts.scatter_(1, topk_ids, 1)
-        tokens_per_expert = cnts.sum(dim=0)
-        idxs = topk_ids.view(-1).argsort()
-        sorted_tokens = x[idxs // topk_ids.shape[1]]
-        tokens_per_expert = tokens_per_expert.cpu().numpy()
-        outputs = []
-        start_idx = 0
-        for i, num_tokens in enumerate(tokens_per_expert):
-            end_idx = start_idx + num_tokens
-            if num_tokens == 0:
-                continue
-            outputs.append(self.experts[i](sorted_tokens[start_idx:end_idx]))
-            start_idx = end_idx
-        outs = torch.cat(outputs, dim=0) if len(outputs) else sorted_tokens.new_empty(0)
-        new_x = torch.empty_like(outs)
-        new_x[idxs] = outs
-        return (
-            new_x.view(*topk_ids.shape, -1)
-            .type(topk_weight.dtype)
-            .mul_(topk_weight.unsqueeze(dim=-1))
-            .sum(dim=1)
-            .type(new_x.dtype)
-        )
 
 
 # Masks

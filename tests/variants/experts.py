@@ -6,27 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class SwiGLU(nn.Module):
-    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden, bias=bias)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+from examples.dit import Mlp, SwiGLU
 
 
 class OneLinear(nn.Module):

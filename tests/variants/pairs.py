@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.dit import SwiGLU
 from tests.variants.dispatch import Layer, Layering
-from tests.variants.experts import BODIES, SwiGLU
+from tests.variants.experts import BODIES
 
 
 class PairLayer(Layer):
