@@ -51,7 +51,7 @@ class MoecaConfig(Options):
         return [field for field in dataclasses.fields(cls) if "check" in field.metadata]
 
     def _complete(self, field: dataclasses.Field[Any], value: Any) -> None:
-        """Set a field to `value`, or to the recipe's where that is unset. What the recipe ignores must have its default."""
+        """Set a field to `value`, or to the recipe's where that is unset. Ignored options must have their default."""
         self._set(field.name, field.metadata["check"], self._default(field) if value is UNSET else value)
         if field.name not in self.policy.options:
             users = [recipe for recipe, policy in RECIPES.items() if field.name in policy.options]

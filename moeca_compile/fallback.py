@@ -40,8 +40,8 @@ BREAK = (
     "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
 )
 NOTHING_FOUND = (
-    "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no faster. "
-    "For a model without experts, choose the recipe fora, stack or block"
+    "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "
+    "faster. For a model without experts, choose the recipe fora, stack or block"
 )
 NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "

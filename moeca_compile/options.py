@@ -171,7 +171,7 @@ class Options:
         None,
         optional(step_list),
         SCHEDULE,
-        """The numbers of the full steps, in place of full_every. Must contain 0; all other steps are cache steps.""",
+        """The numbers of the full steps, in place of full_every. Must contain 0. All other steps are cache steps.""",
     )
     attention_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all attention at this interval instead of full_every."
@@ -184,7 +184,10 @@ class Options:
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."
     )
     beta: float = setting(
-        0.65, real(0, 1, open_high=True), THRESHOLD, "Decay of the spatial activation statistic, eq. 10: the weight of its previous value."
+        0.65,
+        real(0, 1, open_high=True),
+        THRESHOLD,
+        "Decay of the spatial activation statistic, eq. 10: the weight of its previous value.",
     )
     entropy: str = setting(
         "log",
@@ -206,8 +209,8 @@ class Options:
         "paper",
         one_of("paper", "drift", "staleness"),
         SCORE,
-        """"paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds 0.25 / full_every to eq. 9 for each step
-        since the slot was last computed.""",
+        """"paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds 0.25 / full_every to eq. 9 for each
+        step since the slot was last computed.""",
     )
     score_weights: str = setting(
         "normalized",
@@ -235,16 +238,16 @@ class Options:
         one_of("probe", "previous"),
         REUSE,
         """How the tokens are chosen whose attention is refreshed. "probe" runs the layer's router on
-        x + gate * cached attention, chooses tokens, then refreshes their attention. "previous" refreshes the attention
-        of the tokens that the previous MoE layer chose, then runs the router and chooses; the first MoE layer uses a
-        probe.""",
+        x + gate * cached attention, chooses tokens, then refreshes their attention. "previous" refreshes the
+        attention of the tokens that the previous MoE layer chose, then runs the router and chooses; the first MoE
+        layer uses a probe.""",
     )
     shared: str = setting(
         "never",
         one_of("any", "always", "never"),
         REUSE,
-        """The tokens on which a cache step runs the shared expert: "any" is those with any recomputed branch, "always"
-        all tokens, "never" none.""",
+        """The tokens on which a cache step runs the shared expert: "any" is those with any recomputed branch,
+        "always" all tokens, "never" none.""",
     )
     overwrite: bool = setting(True, flag, REUSE, "Write recomputed branches back to their slots in the cache.")
     forecast: tuple[str, ...] = setting(
@@ -286,8 +289,8 @@ class Options:
         True,
         flag,
         STATE,
-        """On CUDA, record each kind of step as a CUDA graph, once for each stream, and replay it. The next generations
-        then reuse the caches of ended ones, up to max_generations. No effect on other devices.""",
+        """On CUDA, record each kind of step as a CUDA graph, once for each stream, and replay it. The next
+        generations then reuse the caches of ended ones, up to max_generations. No effect on other devices.""",
     )
     validate: bool = setting(
         True, flag, COMPILATION, "Check each rewritten graph against the original on the first inputs."

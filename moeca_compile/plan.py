@@ -1,4 +1,4 @@
-"""The plan: which values a recipe caches, in which tensors, and what steps then cost. Nothing here edits the graph."""
+"""The plan: which values a recipe caches, in which tensors, and what steps then cost. The graph is not edited."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 
 _log = logging.getLogger(__name__)
 
-SAVES_NOTHING = "caching it saves no work: everything that it is computed from runs for all tokens at every step anyway"
+SAVES_NOTHING = (
+    "caching it saves no work: everything that it is computed from runs for all tokens at every step anyway"
+)
 _WORTH_A_GRAPH = 0.98
 """A capacity bucket is left out where its step costs more than this share of the next larger bucket's step: it saves
 too little to be worth compiling."""

@@ -126,7 +126,7 @@ class FolderDump(Dump):
             self._write_page()
         except OSError as error:
             log.warning(
-                "could not write %s (%s); this stage is missing in the dump. Free disk space or choose another folder",
+                "could not write %s (%s). The dump lacks this stage. Free disk space or choose another folder",
                 self.folder / file,
                 error,
             )

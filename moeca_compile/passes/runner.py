@@ -49,7 +49,7 @@ class PassError(RuntimeError):
 
 @dataclass(frozen=True)
 class PassResult:
-    """One run of a pass: how many rewrites it made, and the seconds it took, lint and dead-code elimination included."""
+    """One run of a pass: how many rewrites it made, and its seconds with lint and dead-code elimination."""
 
     name: str
     matches: int

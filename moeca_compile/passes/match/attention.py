@@ -1,4 +1,4 @@
-"""Match attention whose queries are computed token by token from a residual stream; its keys may come from anywhere."""
+"""Match attention whose queries are computed token by token from a residual stream, with any keys and values."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) ->
 
 
 def _within(residual: Residual, chain: dict[fx.Node, Residual]) -> list[Residual]:
-    """The residual branches of `chain` inside this one. A skip over whole blocks contains a region, or a branch of the
-    same stream; any other inner branch is a detail of this feed-forward."""
+    """The residual branches of `chain` inside this one. A skip over whole blocks contains a region, or a branch of
+    the same stream; any other inner branch is a detail of this feed-forward."""
     inner = between(residual.stream, [residual.output])
     return [chain[add] for add in chain if add in inner]
 

@@ -14,7 +14,7 @@ _SINE = (aten.sin.default, aten.cos.default)
 def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
     """The scalar or per-sample inputs whose sine and cosine are taken, in graph order.
 
-    Where a guidance scale is embedded like the timestep there are two. The graph cannot distinguish them; the calls do.
+    Where a guidance scale is embedded like the timestep there are two. Only the calls can distinguish them.
     """
     return tuple(
         node
