@@ -23,7 +23,7 @@ def test_a_family_that_is_covered_has_a_row_that_says_so(tmp_path: Path):
     assert (graphs, breaks, experts, attentions) == ("1", "0", "3 of 3", "3 of 3")
     assert len(errors) == 3 and all(float(error) < 1e-5 for error in errors)
     assert f"torch {torch.__version__}" in text and "threads" in text
-    assert text.count("None.") == 2  # no graph breaks, nothing kept
+    assert text.count("None.") == 2  # no graph breaks, nothing skipped
 
 
 def test_errors_are_measured_and_not_assumed(monkeypatch: pytest.MonkeyPatch):
@@ -44,7 +44,7 @@ def test_what_is_not_understood_or_fails_is_said():
     unknown = coverage.Subject("plain", lambda: (Plain().eval(), lambda call, at: call(x, torch.full((2,), at))))
     row = coverage.look_at(unknown)
     assert (row.graphs, row.experts, row.attentions) == (1, (0, 0), (0, 1))
-    assert any("residual stream" in reason for reason in row.kept)
+    assert any("residual stream" in reason for reason in row.skipped)
 
     def broken() -> tuple[nn.Module, coverage.Call]:
         raise ValueError("no such model")
