@@ -6,8 +6,8 @@ python -m bench.coverage --model DSMoE --model HiDream --out elsewhere.md
 The models are the reduced reference families of examples/families and the MoE image transformers of the installed
 diffusers, at tiny sizes with random weights. Each is compiled with backend="moeca" and called twice: a full step,
 then a cache step at another timestep that recomputes everything through the caches, as the backend's own validation
-does. Both must equal the eager model. Steps run as eager functions, without tracing or Inductor, so that a model takes
-seconds; what is captured, matched and computed is the same.
+does. Both must equal the eager model. Steps run as eager functions, without tracing or Inductor, so that a model
+takes seconds; what is captured, matched and computed is the same.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ python -m bench.growth
 python -m bench.growth --question experts --repeats 9
 
 The model is a DSMoE with width 192 and 4 blocks, two of them with experts. One of batch, tokens and experts varies;
-the others stay at 4 samples, 256 tokens and 16 experts. A cache step recomputes 1/16 of the branches. Times are medians
-over turns of one full and three cache steps. Rows are appended to a CSV file, and the latest row of each case is
+the others stay at 4 samples, 256 tokens and 16 experts. A cache step recomputes 1/16 of the branches. Times are
+medians over turns of one full and three cache steps. Rows are appended to a CSV file, and the latest row of each case is
 plotted.
 """
 

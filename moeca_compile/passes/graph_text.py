@@ -20,7 +20,7 @@ _LONG = 8
 
 
 def graph_text(graph: fx.Graph, marks: Marks | None = None, inputs: Sequence[str] | None = None) -> str:
-    """The inputs, the ops in order and what is returned, a line each.
+    """The inputs, the ops in order and the outputs, a line each.
 
     Args:
         marks: lines to write in front of a node.

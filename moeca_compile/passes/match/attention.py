@@ -88,7 +88,7 @@ def _by_token(sdpa: fx.Node, outputs: list[fx.Node], layouts: Layouts) -> bool:
 
 
 def work_between(source: fx.Node, output: fx.Node) -> bool:
-    """Whether anything worth caching (a matrix product) lies between the two."""
+    """Whether there is work worth caching, that is a matrix product, between the two."""
     aten = torch.ops.aten
     heavy = MATMULS | {aten.linear.default, aten.addmm.default}
     return any(node.target in heavy for node in between(source, [output])) and len(shape_of(output)) > 1
