@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def emit(row: Row) -> None:
         rows.append(row)
-        keep(row, where, args.out)
+        append(row, where, args.out)
         console.print(
             f"  {row.section}: {row.what} {row.step} {number(row.value)} {row.unit} {row.note}", soft_wrap=True
         )
@@ -120,7 +120,7 @@ def run_sections(bench: Bench, names: Sequence[str], console: Console) -> list[s
     return failed
 
 
-def keep(row: Row, where: Mapping[str, Any], path: Path) -> None:
+def append(row: Row, where: Mapping[str, Any], path: Path) -> None:
     """Append a row to the CSV file, with a header if the file is new."""
     values = {**dataclasses.asdict(row), "when": datetime.now(timezone.utc).isoformat(timespec="seconds"), **where}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ python -m bench.growth --question experts --repeats 9
 
 The model is a DSMoE with width 192 and 4 blocks, two of them with experts. One of batch, tokens and experts varies;
 the others stay at 4 samples, 256 tokens and 16 experts. A cache step recomputes 1/16 of the branches. Times are
-medians over turns of one full and three cache steps. Rows are appended to a CSV file, and the latest row of each case is
-plotted.
+medians over turns of one full and three cache steps. Rows are appended to a CSV file, and the latest row of each case
+is plotted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 
 import moeca_compile
 from bench.plot import PICTURES, picture, read
-from bench.speed import compiled, keep, run_turn
+from bench.speed import append, compiled, run_turn
 from examples import families
 from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # torch warns at every compilation
     where = environment(torch.device("cpu"), torch.float32)
     for row in rows_of(args.question or list(QUESTIONS), args.repeats, where, Console(highlight=False)):
-        keep([row], args.out)
+        append([row], args.out)
     rows = read(args.out, ("question", "value"), args.threads, "float32")
     picture(args.to / "growth.png", draw, rows, columns=len(QUESTIONS))
     return 0

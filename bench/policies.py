@@ -5,8 +5,8 @@ python -m bench.policies --question recipes --question intervals --out figures.c
 
 Every case generates pictures from the same seeds as the uncached model, and is compared with its pictures. Steps are
 traced as always but run eagerly, without Inductor, so that a case takes seconds. Results equal those of compiled
-steps up to rounding; times mean nothing (examples/digits/sample.py measures those). Rows go to a CSV file, and a table
-for each question to the terminal.
+steps up to rounding; times mean nothing (examples/digits/sample.py measures those). Rows go to a CSV file, and a
+table for each question to the terminal.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def cache_share(way: Way) -> float:
     return (report.flops.mean_step / report.flops.full_step * steps - full) / (steps - full)
 
 
-def keep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def append(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Append the rows to the CSV file, with a header if the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
@@ -312,8 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = list(rows_of(name, args.batch, found, where))
         for row in rows:
             console.print("  {way} {kind}: {milliseconds} ms, {over_compile}x, {over_full} of full".format(**row))
-        keep(rows, args.out)
-        keep(list(splits_of(name, model, args.batch, found, where)), args.split)
+        append(rows, args.out)
+        append(list(splits_of(name, model, args.batch, found, where)), args.split)
     return 0
 
 

@@ -60,7 +60,7 @@ def _by_row(nodes: Iterable[fx.Node], layouts: Layouts) -> bool:
 
 
 def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
-    """The attention right before the router: there is no matrix product between its residual addition and the stream."""
+    """The attention right before the router: no matrix product is between its residual addition and the stream."""
     stream = [residual.stream]
     adds = ((a, a.residual.add) for a in reversed(attentions))
     last = next((a for a, add in adds if add in ancestors(stream, since=add)), None)
