@@ -16,6 +16,7 @@ from moeca_compile._torch_private import (
     forget_code,
     graph_break,
     in_decorated_function,
+    missing,
     outermost_module,
 )
 from moeca_compile.config import MoecaConfig
@@ -34,6 +35,10 @@ GRADIENTS = (
 TRAINING = (
     "the model is in training mode. The original model runs and nothing is cached, so sampling is no faster. Call "
     "model.eval() first"
+)
+MISSING = (
+    "torch {0} has no {1}. The model runs as under plain torch.compile and nothing is cached, so sampling is no "
+    "faster. Use a version of torch that docs/private-apis.md names"
 )
 BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
@@ -87,6 +92,8 @@ def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: Moeca
 
 
 def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
+    if missing():
+        return MISSING.format(torch.__version__, ", ".join(missing()))
     module, callers = outermost_module(), calling_code()
     if module is not None and module.training:
         return TRAINING

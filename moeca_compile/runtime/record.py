@@ -37,13 +37,17 @@ _by_module: WeakKeyDictionary[nn.Module, list[Record]] = WeakKeyDictionary()
 def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> Record:
     """The record of the compilation under way, made when it is the first of its compiled model.
 
-    It is kept on the object that torch.compile made, and beside the module: a module that is compiled twice with
-    equal options has two such objects, but Dynamo compiles it once.
+    It is kept on the object that torch.compile made, if one did, and beside the module: a module that is compiled
+    twice with equal options has two such objects, but Dynamo compiles it once.
     """
-    record: Record | None = getattr(wrapper, _ATTRIBUTE, None)
+    if wrapper is None:
+        record = next((r for r in _by_module.get(module, []) if r.config == config), None) if module else None
+    else:
+        record = getattr(wrapper, _ATTRIBUTE, None)
     if record is None:
         record = Record(config)
-        setattr(wrapper, _ATTRIBUTE, record)
+        if wrapper is not None:
+            setattr(wrapper, _ATTRIBUTE, record)
         if module is not None:
             _by_module.setdefault(module, []).append(record)
     return record

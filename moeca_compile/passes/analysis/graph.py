@@ -30,7 +30,7 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 def is_pointwise(target: object) -> bool:
     """Whether each output element of an op depends only on the aligned elements of its broadcast inputs."""
-    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in _COPIES)
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _COPIES
 
 
 def module_path(node: fx.Node) -> str:
