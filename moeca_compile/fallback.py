@@ -55,9 +55,10 @@ NO_TIMESTEP = (
 
 
 def runs_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> bool:
-    """Whether a graph is left to torch.compile: with gradients, in training, or with nothing to rewrite.
+    """Whether a graph is left to torch.compile. Warns, except where there is simply nothing to rewrite.
 
-    Warns in the first two cases.
+    It is left where this torch lacks a name that we need, with gradients, in training mode, or without an MoE layer
+    or an attention.
     """
     reason = _why_original(inputs, record)
     if reason is not None:

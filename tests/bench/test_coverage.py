@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from bench import coverage
+from moeca_compile.backend import backend_with
+from moeca_compile.runtime.engine import Stages
 
 pytestmark = pytest.mark.bench
 
@@ -28,8 +30,8 @@ def test_a_family_that_is_covered_has_a_row_that_says_so(tmp_path: Path):
 
 def test_errors_are_measured_and_not_assumed(monkeypatch: pytest.MonkeyPatch):
     """Cache steps as they are, not recomputing, differ from the model at another timestep."""
-    real = coverage.StepLoop.kind
-    monkeypatch.setattr(coverage, "_recomputing", real)
+    stages = Stages(coverage.compile_graph, lambda compiled, kind, *_: torch.no_grad()(compiled.function(kind)))
+    monkeypatch.setattr(coverage, "BACKEND", backend_with(stages))
     row = coverage.look_at(next(s for s in coverage.subjects() if s.name == "DiT-MoE"))
     assert row.full < 1e-5 < row.recomputed
 
