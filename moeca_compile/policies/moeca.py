@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops.attention import attend
 from moeca_compile.options import Options
-from moeca_compile.passes.analysis.axis import Axis, count, place_in
+from moeca_compile.passes.analysis.axis import Axis, count, offset_in
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.attention import sdpa_options
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
@@ -216,7 +216,7 @@ class CacheStep:
         """The tokens that the nearest MoE layer before chose, counted on the axis of `output`, if it holds them."""
         axis = self.step.regions.axis(output)
         for decided, (chosen, valid) in reversed(self.chosen.items()):
-            place = place_in(axis, decided)
+            place = offset_in(axis, decided)
             if place is not None:
                 return chosen + place if place else chosen, valid
         return None
@@ -250,7 +250,7 @@ class CacheStep:
         layout, rest = self.step.layout(key), set(range(self.step.layout(key).tokens))
         fresh: list[tuple[Tensor, ...]] = []
         for part in parts:
-            place = place_in(layout.axis, part.rows.axis)
+            place = offset_in(layout.axis, part.rows.axis)
             assert place is not None, "keys and values that are cached have these tokens among theirs"
             rest -= set(range(place, place + count(part.rows.axis)))
             rows = (_by_head(part.rows[node], layout.samples) for node in (key, value))
