@@ -71,18 +71,18 @@ def check(how: Modelling, options: dict[str, Any]) -> Outcome:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         compiled.step(noise, timestep(how, 0, STEPS), inputs)
-    assert_regions(compiled)
+    assert_regions(compiled, options)
     if not compiled.loop.compiled.caching:
         return assert_uncached(compiled, noise, inputs)
     assert_exact(compiled, noise, inputs)
     return compare(compiled, options)
 
 
-def assert_regions(compiled: Compiled) -> None:
+def assert_regions(compiled: Compiled, options: dict[str, Any]) -> None:
     report = compiled.report
     assert (report.graphs, report.graph_breaks) == (1, ()), str(report)
     found = sorted((region.kind, region.status, region.reason) for region in report.regions)
-    want = regions(compiled.how)
+    want = regions(compiled.how, options)
     missed, surprising = Counter(want) - Counter(found), Counter(found) - Counter(want)
     assert not missed and not surprising, f"missed {dict(missed)}, surprising {dict(surprising)}\n{report}"
     assert report.warnings == (), str(report)

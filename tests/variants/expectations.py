@@ -6,9 +6,11 @@ not cached, for whatever else but these, is a fault of the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from moeca_compile.reporting.collect import AT_EVERY_STEP
 from tests.variants.attention import Attending
 from tests.variants.blocks import Blocking, Modelling
 from tests.variants.dispatch import Layering
@@ -56,9 +58,10 @@ def _first(table: tuple[tuple[Callable[..., bool], str], ...], part: object) -> 
     return next((reason for applies, reason in table if applies(part)), None)
 
 
-def regions(how: Modelling) -> list[tuple[str, str, str]]:
+def regions(how: Modelling, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(kind, status, reason) of every region of the report, sorted."""
     want, found = expected(how), []
+    shared = AT_EVERY_STEP if options.get("shared") == "always" else None
     for block, attention, feedforward in zip(how.blocks, want.attention, want.feedforward, strict=True):
         if attention != NOT_TOLD:
             found.append(region("attention", attention))
@@ -69,7 +72,7 @@ def regions(how: Modelling) -> list[tuple[str, str, str]]:
                 ("router", "cached", COUPLED if coupled(block.feedforward, how) else ""),
                 region("experts", None),
             ]
-            found += [region("feedforward", None) for _ in block.feedforward.shared]
+            found += [region("feedforward", shared) for _ in block.feedforward.shared]
         else:
             found.append(region("experts", feedforward))
     return sorted(found)
