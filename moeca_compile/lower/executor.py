@@ -12,7 +12,7 @@ from moeca_compile.lower.partition import Call, Subgraph
 Compiled = Callable[..., Sequence[Any]]
 
 
-class _Step(NamedTuple):
+class _BoundCall(NamedTuple):
     """A call of a subgraph, by indices into the table of values: arguments, results, and what to free after it."""
 
     function: Compiled
@@ -35,17 +35,17 @@ class PartitionedExecutor:
         self.size = len(index)
         returned = nodes[-1].args[0]
         self.outputs = [index[value] if isinstance(value, fx.Node) else None for value in returned]
-        self.steps: list[_Step] = []
-        needed = {index for index in self.outputs if index is not None}
+        self.calls: list[_BoundCall] = []
+        needed = {i for i in self.outputs if i is not None}
         for call in reversed(calls):
             arguments, results = ([index[n] for n in many] for many in (call.arguments, call.results))
             freed = {*arguments, *results} - needed
             needed |= set(arguments)
-            self.steps.insert(0, _Step(subgraphs[call.subgraph], arguments, results, sorted(freed)))
+            self.calls.insert(0, _BoundCall(subgraphs[call.subgraph], arguments, results, sorted(freed)))
 
     def __call__(self, *inputs: Any) -> list[Any]:
         values = [*inputs, *self.constants, *[None] * (self.size - self.inputs - len(self.constants))]
-        for function, arguments, results, freed in self.steps:
+        for function, arguments, results, freed in self.calls:
             for i, value in zip(results, function(*[values[i] for i in arguments]), strict=True):
                 values[i] = value
             for i in freed:

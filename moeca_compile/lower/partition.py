@@ -77,15 +77,13 @@ def whole_graph(gm: fx.GraphModule) -> list[Call]:
 
 
 def _calls(partitions: list[Partition]) -> list[Call]:
-    partition_of = {node: i for i, nodes in enumerate(partitions) for node in nodes}
+    owner = {node: i for i, nodes in enumerate(partitions) for node in nodes}
     subgraphs: dict[Any, Subgraph] = {}
     calls = []
     for i, nodes in enumerate(partitions):
         form, arguments = _form(nodes)
         subgraph = subgraphs.setdefault(form, Subgraph(nodes, arguments))
-        subgraph.outputs |= {
-            p for p, node in enumerate(nodes) if any(partition_of.get(user) != i for user in node.users)
-        }
+        subgraph.outputs |= {p for p, node in enumerate(nodes) if any(owner.get(user) != i for user in node.users)}
         calls.append(Call(subgraph, arguments, nodes))
     return calls
 
@@ -113,16 +111,16 @@ def _partitions(graph: fx.Graph) -> list[Partition]:
     _hoist_shared(found, written | streams)
     tail = found.pop()
     found.append([])
-    partition_of = {node: i for i, nodes in enumerate(found) for node in nodes}
+    owner = {node: i for i, nodes in enumerate(found) for node in nodes}
     for node in tail:
         inputs = node.all_input_nodes
-        ready = [partition_of[arg] + (arg in streams) for arg in inputs if arg in partition_of]
+        ready = [owner[arg] + (arg in streams) for arg in inputs if arg in owner]
         if written & set(inputs) or len(set(ready)) > 2:
             ready.append(len(found) - 1)
         if ready:
-            _assign(node, max(ready), partition_of, found)
+            _assign(node, max(ready), owner, found)
     for node in tail:
-        _assign(node, len(found) - 1, partition_of, found)
+        _assign(node, len(found) - 1, owner, found)
     return [nodes for nodes in found if nodes]
 
 
@@ -132,15 +130,13 @@ def _hoist_shared(found: list[Partition], ends: set[fx.Node]) -> None:
     Otherwise the first block would differ from the others, since the conditioning of all blocks is computed there.
     Nodes of `ends` (the residual stream, values that are changed in place) and what reads them are not moved.
     """
-    partition_of = {node: i for i, nodes in enumerate(found) for node in nodes}
+    owner = {node: i for i, nodes in enumerate(found) for node in nodes}
     free: set[fx.Node] = set()
     for node in (node for nodes in found for node in nodes):
         inputs = node.all_input_nodes
-        if not ends & {node, *inputs} and all(arg in free or arg not in partition_of for arg in inputs):
+        if not ends & {node, *inputs} and all(arg in free or arg not in owner for arg in inputs):
             free.add(node)
-    shared = {
-        node for node in free if len({partition_of.get(user) for user in node.users}) > 2 and not _is_tuple(node)
-    }
+    shared = {node for node in free if len({owner.get(user) for user in node.users}) > 2 and not _is_tuple(node)}
     moved = ancestors(list(shared)) & free
     for i, nodes in enumerate(found[1:], start=1):
         found[0] += [node for node in nodes if node in moved]
@@ -151,12 +147,12 @@ def _is_tuple(node: fx.Node) -> bool:
     return any(user.target is operator.getitem for user in node.users)
 
 
-def _assign(node: fx.Node, number: int, partition_of: dict[fx.Node, int], found: list[Partition]) -> None:
+def _assign(node: fx.Node, number: int, owner: dict[fx.Node, int], found: list[Partition]) -> None:
     """Add `node` to the partition `number`, and before it those of its inputs that are in no partition yet."""
-    if node not in partition_of and node.op == "call_function":
+    if node not in owner and node.op == "call_function":
         for arg in node.all_input_nodes:
-            _assign(arg, number, partition_of, found)
-        partition_of[node] = number
+            _assign(arg, number, owner, found)
+        owner[node] = number
         found[number].append(node)
 
 

@@ -57,8 +57,8 @@ def sound_regions(
         return replace(rest.without(dict.fromkeys(rest.parts, left)), residuals=())
     for skipped in rest.skipped[len(regions.skipped) :]:
         notes.warn(
-            f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached and "
-            "runs at every step. docs/debugging.md helps find the cause"
+            f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached "
+            "and runs at every step. docs/debugging.md helps find the cause"
         )
     return rest
 

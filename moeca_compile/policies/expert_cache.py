@@ -3,8 +3,8 @@
 With fixed k, a token has k slots, each with the output of one branch (fixed_k_cache.py). With variable k, the outputs
 are rows of a pool, and every (token, expert) pair has the number of its row (variable_k_cache.py).
 
-Shapes: B samples, N tokens, T = B * N, E experts. Values by branch are (B, N, slots); slots is k for fixed k, E for
-variable k.
+Shapes: B samples, N tokens, T = B * N, E experts. Values by branch are (B, N, slots), where slots is k for
+fixed k and E for variable k.
 """
 
 from __future__ import annotations
