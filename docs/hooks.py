@@ -6,12 +6,13 @@ import dataclasses
 import re
 from typing import Any
 
-from moeca_compile.config import RECIPES, MoecaConfig, NotAllowedError
+from moeca_compile.config import RECIPES, MoecaConfig
+from moeca_compile.options import NotAllowedError
 
 PLACE = "<!-- options -->"
 """Where the page of options has its tables."""
 
-RECIPE = {"recipe": ("Recipe", "What cache steps reuse. It also sets the values of options that are left unset.")}
+RECIPE = ("Recipe", "What cache steps reuse. It also sets the values of options that are left unset.")
 
 _PROBES: tuple[object, ...] = ((), (object(),), object())
 """Values that checks refuse. An empty list comes first: the refusal of one says the most of a list's items."""
@@ -24,12 +25,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def options_markdown() -> str:
     """All options, group by group, each with an anchor of its name."""
-    written = _from_docstring(MoecaConfig.__doc__ or "") | RECIPE
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(MoecaConfig):
-        group, doc = (
-            written[field.name] if field.name in written else (field.metadata["group"], field.metadata["doc"])
-        )
+        group, doc = RECIPE if field.name == "recipe" else (field.metadata["group"], field.metadata["doc"])
         groups.setdefault(group, []).append(_option(field, doc))
     return "\n\n".join(part for group, texts in groups.items() for part in (f"## {group}", *texts))
 
@@ -44,7 +42,7 @@ def _recipes() -> str:
     """What each recipe reuses, where its policy says so."""
     reused: dict[str, list[str]] = {}
     for name, policy in RECIPES.items():
-        reused.setdefault(getattr(policy, "reuses", ""), []).append(name)
+        reused.setdefault(policy.reuses, []).append(name)
     rows = [f"| {', '.join(map(_code, names))} | {what} |" for what, names in reused.items() if what]
     return "\n\n" + "\n".join(["| recipe | a cache step reuses |", "|---|---|", *rows]) if rows else ""
 
@@ -80,7 +78,7 @@ def _presets(field: dataclasses.Field[Any]) -> str:
 
 def _users(field: dataclasses.Field[Any]) -> str:
     """Which recipes heed the option, where not all of them do."""
-    heed = [name for name, policy in RECIPES.items() if field.name in getattr(policy, "options", [field.name])]
+    heed = [name for name, policy in RECIPES.items() if field.name in policy.options]
     if field.name == "recipe" or len(heed) == len(RECIPES):
         return ""
     but_none = {*RECIPES} - {*heed} == {"none"}
@@ -99,22 +97,3 @@ def _marked(doc: str) -> str:
     parts = [plain[:1].upper() + plain[1:] if plain[1:2].isalpha() else plain, *rest]
     parts[::2] = [re.sub(rf'"[\w-]+"|\b(?:None|{names})\b', _in_code, part) for part in parts[::2]]
     return "".join(parts)
-
-
-def _from_docstring(text: str) -> dict[str, tuple[str, str]]:
-    """(group, doc) by field, from a docstring with a line `Group:` before lines `field, field: doc`."""
-    found: dict[str, tuple[str, str]] = {}
-    group, names = "Recipe", []
-    for line in text.splitlines()[1:]:
-        entry = re.match(r"    ((?:[a-z_0-9]+, )*[a-z_0-9]+): (.*)", line)
-        title = re.match(r"    ([A-Z].*):$", line)
-        if title:
-            group, names = title[1], []
-        elif entry:
-            names = entry[1].split(", ")
-            found |= {name: (group, entry[2]) for name in names}
-        elif line.startswith("        ") and names:
-            found |= {name: (group, f"{found[name][1]} {line.strip()}") for name in names}
-        else:
-            names = []
-    return found

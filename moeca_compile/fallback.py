@@ -16,6 +16,7 @@ from moeca_compile._torch_private import (
     forget_code,
     graph_break,
     in_decorated_function,
+    missing,
     outermost_module,
 )
 from moeca_compile.config import MoecaConfig
@@ -32,6 +33,10 @@ GRADIENTS = (
     "torch.inference_mode()"
 )
 TRAINING = "the model is in training mode, so nothing is cached and the original runs: call model.eval() first"
+MISSING = (
+    "torch {0} has no {1}, so nothing is cached and the model runs as under plain torch.compile: use a version of "
+    "torch that docs/private-apis.md names"
+)
 BREAK = (
     "{0}: the graph breaks here ({1}), so the model is compiled in parts, as torch.compile would, and nothing is "
     "cached across the break. If this is MoE dispatch, docs/extending/idiom.md says how to make it traceable"
@@ -80,6 +85,8 @@ def uncached_where_idle(plan: Plan, captured: CapturedGraph, config: MoecaConfig
 
 
 def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
+    if missing():
+        return MISSING.format(torch.__version__, ", ".join(missing()))
     module, callers = outermost_module(), calling_code()
     if module is not None and module.training:
         return TRAINING

@@ -19,7 +19,12 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from moeca_compile._torch_private import not_on_compile_start, on_every_compile_start
+from moeca_compile._torch_private import (
+    not_on_compile_start,
+    on_every_compile_start,
+    traced_anew,
+    traced_self,
+)
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
@@ -125,8 +130,8 @@ def _with_equivalent(
     """Several idioms may see their dispatch in a method: numbers tell which of them is right."""
 
     @torch.compiler.assume_constant_result
-    def vouched(module: nn.Module, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
-        reasons = []
+    def vouched(identity: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
+        module, reasons = traced_self(identity), []
         for number, dispatch in enumerate(recognized):
             try:
                 of_call = facts[number]
@@ -144,7 +149,7 @@ def _with_equivalent(
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            found = vouched(self, tuple([each.facts(args, kwargs) for each in recognized]))
+            found = vouched(id(self), tuple([each.facts(args, kwargs) for each in recognized]))
             if found is not None:
                 number, trusted = found
                 return recognized[number].equivalent(trusted, self, args, kwargs)
@@ -167,14 +172,14 @@ def _with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[.
 
 def _with_warning(original: Callable[..., Any], method: Method, lists: tuple[str, ...]) -> Callable[..., Any]:
     @torch.compiler.assume_constant_result
-    def warned(module: nn.Module) -> bool:
-        if suspects.holds_modules(module, lists):
+    def warned(identity: int) -> bool:
+        if suspects.holds_modules(traced_self(identity), lists):
             refuse(Refusal(method.where, method.name, suspects.REASON), suspects.ADVICE)
         return True
 
     def suspect(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            warned(self)
+            warned(id(self))
         return original(self, *args, **kwargs)
 
     return _dressed_as(original, suspect)
@@ -187,7 +192,5 @@ def _caching_is_wanted(module: nn.Module) -> bool:
 def _dressed_as(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     """functools.wraps, without the marks by which Dynamo would skip the wrapper as it does the original."""
     functools.update_wrapper(wrapper, original)
-    for mark in [name for name in vars(wrapper) if name.startswith("_torchdynamo")]:
-        delattr(wrapper, mark)
     setattr(wrapper, _ORIGINAL, original)
-    return wrapper
+    return traced_anew(wrapper)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_compile._torch_private import has_forward_hooks
+
 Path = tuple[str, ...]
 """The way to a parameter from its expert: ("mlp", "0", "weight")."""
 
@@ -52,7 +54,7 @@ def alive(expert: nn.Module) -> str | None:
     for module in expert.modules():
         if module.training:
             return "is in training mode"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             return "has forward hooks"
         if any(isinstance(value, Tensor) for value in vars(module).values()):
             return "holds a tensor that is neither a parameter nor a buffer"

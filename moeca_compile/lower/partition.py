@@ -159,10 +159,7 @@ def _assign(node: fx.Node, number: int, owner: dict[fx.Node, int], found: list[P
 def _changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """The values that some op of the graph writes to. Ops that read them must not move past that op."""
     return {
-        arg
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for arg in node.all_input_nodes
+        arg for node in graph.nodes if node.op == "call_function" and node.is_impure() for arg in node.all_input_nodes
     }
 
 

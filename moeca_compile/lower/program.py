@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import compile_graph, compiled_side_by_side, trace_to_graph
+from moeca_compile._torch_private import compile_graph, trace_to_graph
 from moeca_compile.lower.executor import PartitionedExecutor
 from moeca_compile.lower.partition import partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
@@ -114,6 +114,5 @@ def lower_step(
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
-    with compiled_side_by_side():
-        compiled = {each: compile_graph(each.module(), each.examples(), on_code) for each in distinct}
+    compiled = {each: compile_graph(each.module(), each.examples(), on_code) for each in distinct}
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled))

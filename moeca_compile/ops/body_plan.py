@@ -190,7 +190,7 @@ class Planner:
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         rows, parameters = tuple(inputs[: self.row_inputs]), tuple(inputs[self.row_inputs :])
         self.by_row = self._depend_on(rows)
-        (output,) = next(reversed(self.graph.nodes)).all_input_nodes
+        (output,) = next(iter(reversed(self.graph.nodes))).all_input_nodes
         self.need(output)
         inner = {node: tuple(value.shape[1:]) for node, value in self.values.items() if isinstance(value, Tensor)}
         if output not in self.by_row or len(inner[output]) != 1:

@@ -18,6 +18,9 @@ Marks = Mapping[fx.Node, Sequence[str]]
 _LONG = 8
 """Longer lists of nodes, which are the parameters of all experts of a layer, are shown by their ends."""
 
+_OPS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
+"""The types of ops, without and with an overload."""
+
 
 def graph_text(graph: fx.Graph, marks: Marks | None = None, inputs: Sequence[str] | None = None) -> str:
     """The inputs, the ops in order and what is returned.
@@ -122,7 +125,7 @@ def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
 def _callee(target: Any) -> str:
     if isinstance(target, str):
         return f"self.{target}"
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(target, _OPS):
         return str(target)
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", repr(target))
     return f"{module.removeprefix('_')}.{name}" if module else f"torch.{name}"

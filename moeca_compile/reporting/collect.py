@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from moeca_compile import capture
-from moeca_compile._torch_private import wrapper_of
+from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
@@ -68,14 +68,12 @@ def reset(model: Any) -> None:
 
 
 def _record(model: Any) -> Record | None:
-    wrapper = wrapper_of(model)
-    module = getattr(model, "_orig_mod", model)
-    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-    if wrapper is None and not compiled_in_place:
+    wrapper, module = wrapper_of(model), compiled_module(model)
+    if wrapper is None and module is None:
         raise TypeError(
             f"{type(model).__name__} is not compiled: pass what torch.compile(model, backend='moeca') returned"
         )
-    return find_record(wrapper, module if isinstance(module, nn.Module) else None)
+    return find_record(wrapper, module)
 
 
 def _regions(compiled: CompiledGraph) -> list[Region]:

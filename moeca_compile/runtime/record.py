@@ -37,13 +37,18 @@ _by_module: WeakKeyDictionary[nn.Module, list[Record]] = WeakKeyDictionary()
 def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> Record:
     """The record of the model that is being compiled; created at its first compilation.
 
-    It is stored as an attribute of the object that torch.compile returned, and also by module: a module that is
-    compiled twice with equal options has two such objects, but Dynamo compiles it once.
+    It is stored as an attribute of the object that torch.compile returned (there is none under some wrappers), and
+    also by module: a module that is compiled twice with equal options has two such objects, but Dynamo compiles it
+    once.
     """
-    record: Record | None = getattr(wrapper, _ATTRIBUTE, None)
+    if wrapper is None:
+        record = next((r for r in _by_module.get(module, []) if r.config == config), None) if module else None
+    else:
+        record = getattr(wrapper, _ATTRIBUTE, None)
     if record is None:
         record = Record(config)
-        setattr(wrapper, _ATTRIBUTE, record)
+        if wrapper is not None:
+            setattr(wrapper, _ATTRIBUTE, record)
         if module is not None:
             _by_module.setdefault(module, []).append(record)
     return record

@@ -507,7 +507,7 @@ class WithCondition(Sampler):
 
 
 def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, idle: int = 0, **counts: int) -> None:
-    """`counts` are the regions that must be cached, by kind; `idle` ones alone are skipped, since that saves nothing."""
+    """`counts` are the regions that must be cached, by kind; `idle` are skipped, since caching them saves nothing."""
     model = model.eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.norm_q.parameters():

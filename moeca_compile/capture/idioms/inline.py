@@ -14,15 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
-from torch.utils._pytree import tree_leaves
 
+from moeca_compile._torch_private import has_static_value
 from moeca_compile.capture.dataflow import Flow
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
 from moeca_compile.capture.idioms.held import counted, item_paths, representative, shared_paths, structure_of
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
-from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, random_argument, without_side_effects
+from moeca_compile.capture.idioms.trials import (
+    cloned,
+    equal,
+    finite,
+    kind,
+    leaves,
+    random_argument,
+    without_side_effects,
+)
 from moeca_compile.capture.numerics import UntrustedError, tolerance_for, with_random_parameters
 from moeca_compile.capture.rewriting import Rewritten, rewritten
 from moeca_compile.capture.roles import IndexOf, ItemsOf, loop_items
@@ -117,7 +124,7 @@ class Inline:
         want = without_side_effects(original, module, args, kwargs)
         for dtype_of in DTYPES_OF:
             meaning = Meaning(dtype_of, 1.0, tolerance)
-            got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            got = leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
             if [kind(each) for each in got] == [kind(each) for each in want]:
                 break
         else:
@@ -125,7 +132,7 @@ class Inline:
         if not all(equal(a, b, tolerance) for a, b in zip(got, want, strict=True)):
             raise UntrustedError("its result is not the sum of its experts' weighted outputs")
         without = Meaning(dtype_of, 0.0, tolerance)
-        rest = tree_leaves(self.method.function(without, module, *cloned(args), **kwargs))
+        rest = leaves(self.method.function(without, module, *cloned(args), **kwargs))
         told = any(not equal(a, b, SEEN * tolerance) for a, b in zip(rest, want, strict=True))
         return meaning.dtype if told and all(finite(each) for each in want) else None
 

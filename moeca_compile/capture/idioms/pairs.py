@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moeca_compile.capture.dataflow import Flow
 from moeca_compile.capture.idioms.base import Facts, Trusted
@@ -22,7 +21,7 @@ from moeca_compile.capture.idioms.inline import DTYPES_OF, SEEN, TRIAL_SEED, Inl
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
 from moeca_compile.capture.idioms.routing import NO_READING, Reading, readings
-from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, without_side_effects
+from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, leaves, without_side_effects
 from moeca_compile.capture.numerics import UntrustedError, autocast, tolerance_for, with_random_parameters
 from moeca_compile.capture.pair_site import find_pair_site
 from moeca_compile.capture.rewriting import rewritten
@@ -65,7 +64,7 @@ class Pairs(Inline):
         want = [kind(each) for each in without_side_effects(original, module, args, kwargs)]
         for dtype_of in DTYPES_OF:
             meaning = Meaning(dtype_of, 1.0, float("inf"), reading)
-            got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            got = leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
             if [kind(each) for each in got] == want:
                 return meaning.dtype, reading, coupled
         raise UntrustedError("it returns another shape or type than its experts' weighted outputs have")
@@ -102,7 +101,7 @@ class Pairs(Inline):
             want = without_side_effects(original, module, args, kwargs)
             known = self._reading(module, args, kwargs, want, tolerance, known)
             meaning = Meaning(known[0], 0.0, tolerance, known[1])
-            rest = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+            rest = leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
             told = any(not equal(a, b, SEEN * tolerance) for a, b in zip(rest, want, strict=True))
             if not told or not all(finite(each) for each in want):
                 return None
@@ -125,7 +124,7 @@ class Pairs(Inline):
             for dtype_of in DTYPES_OF if known is None else [known[0]]:
                 meaning = Meaning(dtype_of, 1.0, tolerance, reading)
                 try:
-                    got = tree_leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
+                    got = leaves(self.method.function(meaning, module, *cloned(args), **kwargs))
                 except MisreadError:
                     break
                 alike = [kind(each) for each in got] == [kind(each) for each in want]

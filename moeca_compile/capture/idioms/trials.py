@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moeca_compile.capture.numerics import UntrustedError, close
 
@@ -47,7 +46,16 @@ def without_side_effects(
         buffer.copy_(old)
     if changed:
         raise UntrustedError("it changes its own buffers")
-    return tree_leaves(result)
+    return leaves(result)
+
+
+def leaves(result: Any) -> list[Any]:
+    """The parts of a result in order: tuples, lists and dicts are taken apart, all else stays whole."""
+    if isinstance(result, dict):
+        result = list(result.values())
+    if not isinstance(result, (tuple, list)):
+        return [result]
+    return [leaf for each in result for leaf in leaves(each)]
 
 
 def cloned(args: Sequence[Any]) -> list[Any]:

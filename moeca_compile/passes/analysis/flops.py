@@ -58,7 +58,7 @@ def step_flops(graph: fx.Graph) -> StepFlops:
         else:
             form = node.target, repr(fx.map_arg((node.args, node.kwargs), _form))
             if form not in known:
-                known[form] = _counted(node.target, *_values((node.args, node.kwargs)))
+                known[form] = _counted(node)
             fixed += known[form]
     return StepFlops(fixed, tuple(ragged))
 
@@ -84,19 +84,21 @@ def _attention_flops(
 _FORMULAS: Mapping[Any, Callable[..., int]] = {moeca.linear: _linear_flops, moeca.attend_rows: _attention_flops}
 
 
-def _counted(target: Callable[..., Any], args: Any, kwargs: Any) -> int:
-    """FLOPs of one call on fake tensors."""
+def _counted(node: fx.Node) -> int:
+    """FLOPs of an op on the fake tensors that it is given."""
+    args, kwargs = _values((node.args, node.kwargs))
     counter = FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
-    fakes = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    with torch.no_grad(), fake_mode_of(fakes), sdpa_kernel(SDPBackend.MATH), counter:
-        target(*args, **kwargs)
+    given = map(_value, node.all_input_nodes)
+    with torch.no_grad(), fake_mode_of(given), sdpa_kernel(SDPBackend.MATH), counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
     return int(counter.get_total_flops())
 
 
 def _per_branch(node: fx.Node) -> int:
     """FLOPs of one row through the body of the experts that an op runs."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, _values(node.args), strict=False))
+    normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
+    assert normalized is not None, "an op of ours has one schema"
+    given = _values(normalized.kwargs)
     rows, parameters = given["rows"], given["parameters"]
     experts = given["experts"] if "experts" in given else given["routed"].shape[-1]
     return flops_per_row(given["body"], rows, parameters[: len(parameters) // experts])

@@ -30,7 +30,7 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 def is_pointwise(target: object) -> bool:
     """Ops whose every output element depends on the aligned elements of broadcast inputs only."""
-    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or target in _COPIES)
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _COPIES
 
 
 def module_path(node: fx.Node) -> str:

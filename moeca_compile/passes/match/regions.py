@@ -172,7 +172,7 @@ class Regions:
         adds = {residual.add for residual in self.residuals}
         cuts = {node for node in self.layouts if node.target is aten.slice.Tensor and adds and node > min(adds)}
         starts = {end: start for end in (adds | cuts) - read if (start := self._before(end)) is not None}
-        output = next(reversed(min(adds).graph.nodes)) if adds else None
+        output = next(iter(reversed(min(adds).graph.nodes))) if adds else None
         reached = ancestors([output], stop=starts) if output is not None else set()
         return tuple((starts[end], end) for end in sorted(starts.keys() & reached))
 

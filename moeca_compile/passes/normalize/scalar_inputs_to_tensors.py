@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import is_size
+from moeca_compile._torch_private import is_size, tensor_of_number
 
 _ARITHMETIC = {getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "neg", "mod")}
-_FROM_NUMBER = (torch.tensor, torch._refs.tensor, torch.as_tensor, torch.scalar_tensor)
+_FROM_NUMBER = (torch.tensor, tensor_of_number, torch.as_tensor, torch.scalar_tensor)
 
 
 def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:

@@ -143,7 +143,7 @@ def graph_of(
     """ATen ops of a body on `rows` inputs of that width and parameters of these shapes; returns one value."""
     inputs = [torch.zeros(3, width, dtype=dtype) for _ in range(rows)]
     graph = exported(body, *inputs, *(torch.zeros(shape, dtype=dtype) for shape in shapes))
-    output: Any = next(reversed(graph.graph.nodes))
+    output: Any = next(iter(reversed(graph.graph.nodes)))
     output.args = (output.all_input_nodes[0],)
     for node in graph.graph.nodes:  # as passes.experts does: an expert has any number of rows
         if node.target is torch.ops.aten.view.default:

@@ -1,0 +1,73 @@
+"""Every private torch API that the package uses, and nothing else: a file a subject.
+
+Private is what torch's documentation does not have: a name of torch with a leading underscore anywhere in its
+path, and torch.fx.experimental, which it calls subject to change. Documented for all the underscore, and so public
+here: torch._check, torch._dynamo.reset, list_backends and lookup_backend. Names of ATen's ops in a graph, such as
+aten._to_copy, are matched on, not called, and count as public too.
+
+Each use is a `Private` (lookup.py) with what is lost without it. Those without which nothing can be cached are
+`required`: the backend asks `missing()` and then runs models as torch.compile would. All others have a fallback
+that gives the same numbers. docs/private-apis.md has them all, with the gain of each and the versions it was seen on.
+"""
+
+from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
+from moeca_compile._torch_private.expert_tensors import tensors_of_others
+from moeca_compile._torch_private.frames import calling_code, forget_code, in_decorated_function, outermost_module
+from moeca_compile._torch_private.graphs import (
+    compile_cpp,
+    compile_graph,
+    export_functional,
+    fake_mode_of,
+    has_static_value,
+    is_module_state,
+    is_size,
+    tensor_of_number,
+    trace_to_graph,
+)
+from moeca_compile._torch_private.kernels import copy_all, has_kernel_for, onednn_linear, zero_all
+from moeca_compile._torch_private.lookup import missing
+from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.tracing import (
+    graph_break,
+    numeric_modes,
+    root_module,
+    traced_anew,
+    traced_self,
+    traced_wrapper,
+    tracing_backend,
+    wrapper_of,
+)
+
+__all__ = [
+    "calling_code",
+    "compile_cpp",
+    "compile_graph",
+    "compiled_module",
+    "copy_all",
+    "export_functional",
+    "fake_mode_of",
+    "forget_code",
+    "graph_break",
+    "has_forward_hooks",
+    "has_kernel_for",
+    "has_static_value",
+    "in_decorated_function",
+    "is_module_state",
+    "is_size",
+    "missing",
+    "not_on_compile_start",
+    "numeric_modes",
+    "on_every_compile_start",
+    "onednn_linear",
+    "outermost_module",
+    "root_module",
+    "tensor_of_number",
+    "tensors_of_others",
+    "trace_to_graph",
+    "traced_anew",
+    "traced_self",
+    "traced_wrapper",
+    "tracing_backend",
+    "wrapper_of",
+    "zero_all",
+]

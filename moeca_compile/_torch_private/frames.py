@@ -1,0 +1,75 @@
+"""The Python functions that run around the one that Dynamo is compiling, and how Dynamo looks at them again.
+
+Dynamo gives a function up for good where a loop in it breaks the graph, whatever backend it was compiled for. Its
+callees are then compiled one by one, and the backend is to know that these are parts of a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import CodeType, FrameType
+
+import torch
+from torch import nn
+
+from moeca_compile._torch_private.lookup import Private
+from moeca_compile._torch_private.tracing import first_argument, root_module
+
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+
+_CONTEXT = Private(
+    "torch._dynamo.eval_frame._TorchDynamoContext",
+    "reports count the parts of a model that Dynamo gave up before as whole graphs, and such a model stays in parts",
+)
+_RESET_CODE = Private(
+    "torch._C._dynamo.eval_frame.reset_code",
+    "a model that Dynamo gave up before, for another backend or mode, stays in parts",
+)
+
+
+def _nested_code(function: object) -> set[CodeType]:
+    """The code of the functions that are defined in a function."""
+    constants = function.__code__.co_consts  # type: ignore[attr-defined]
+    return {constant for constant in constants if isinstance(constant, CodeType)}
+
+
+def _calling_frames() -> list[FrameType]:
+    """The frames between the one that Dynamo is compiling and torch.compile's wrapper, which is told by its code."""
+    wrappers = _nested_code(_CONTEXT.value.__call__) if _CONTEXT.value is not None else set()
+    found: list[FrameType] = []
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_code not in wrappers:
+        found.append(frame)
+        frame = frame.f_back
+    return found if frame is not None else []
+
+
+def _users(frames: list[FrameType]) -> list[FrameType]:
+    return [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+
+
+def in_decorated_function() -> bool:
+    """Whether one of the callers is decorated with a context of torch's, such as no_grad."""
+    decorated = torch.no_grad()(in_decorated_function).__code__
+    return any(frame.f_code is decorated for frame in _calling_frames())
+
+
+def calling_code() -> list[CodeType]:
+    """Code of the functions that run as plain Python around the frame that Dynamo is compiling."""
+    return [frame.f_code for frame in _users(_calling_frames())]
+
+
+def outermost_module() -> nn.Module | None:
+    """The module that was called as a whole: the first argument of the outermost of those, else `root_module`."""
+    for frame in reversed(_users(_calling_frames())):
+        value = first_argument(frame.f_code, frame.f_locals)
+        if isinstance(value, nn.Module):
+            return value
+    return root_module()
+
+
+def forget_code(code: CodeType) -> None:
+    """Let Dynamo forget what it compiled for `code`, and that it had given it up."""
+    if _RESET_CODE.value is not None:
+        _RESET_CODE.value(code)

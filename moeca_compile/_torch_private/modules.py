@@ -1,0 +1,20 @@
+"""Attributes of modules: whether one is compiled, whether it has hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def compiled_module(compiled: Any) -> nn.Module | None:
+    """The module behind what `torch.compile` returned, or itself if it was compiled in place; else None."""
+    inner = getattr(compiled, "_orig_mod", None)
+    in_place = getattr(compiled, "_compiled_call_impl", None) is not None
+    return inner if inner is not None else compiled if in_place else None
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after the module's forward; it is taken to be where nobody can tell."""
+    hooks = (getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return any(map(bool, hooks))
