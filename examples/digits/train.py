@@ -67,7 +67,7 @@ def balance_loss(model: DigitsDiT) -> Tensor:
 
 
 def ema_update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-    """A short memory at first, so that early checkpoints are of use."""
+    """Moving average of the weights. Its decay is smaller at first, so that early checkpoints are usable."""
     decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
 

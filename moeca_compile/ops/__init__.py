@@ -1,4 +1,5 @@
-"""Custom ops. Importing this package registers them, with their CUDA kernels if torch is built for CUDA.
+"""Custom ops. Importing this package registers them, with their CUDA kernels if Triton is installed
+and torch is built for CUDA.
 
 markers                          stand for a MoE layer, from capture until it is lowered
 fixed_k, variable_k, attention   the ops of a step, each a plain function of ATen ops

@@ -82,10 +82,10 @@ class Report:
         reuse_ratio: share of the branches on cache steps whose cached output was used.
         recomputed_branches_per_step: mean over cache steps. It and the ratios are None before the first cache step of
             a recipe that caches branches.
-        flops: None before the first step.
+        flops: None before the first step, or if the cost is not known.
         validation_errors: largest relative error of each check.
         warnings: all warnings so far, with the reasons why classes were not captured.
-        device, dtype: of the graph that was compiled last.
+        device, dtype: those of the graph that was used last.
         config: all options with their values.
     """
 

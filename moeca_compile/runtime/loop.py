@@ -72,7 +72,7 @@ class StepLoop:
         if time is not None and not known:
             self.sessions.reset()  # earlier calls were cached without a time
         position = self.sessions.enter(time)
-        self.sessions.warn_if_of_no_use(self.notes)
+        self.sessions.warn_if_caches_unused(self.notes)
         if time is None:
             return position, EVERYTHING
         if not known:

@@ -119,7 +119,7 @@ class Generation:
         """Whether the streams of this step are known.
 
         Several calls at the first timestep are several streams, or trial calls before the real one. The number of
-        calls at the second step shows which, so until then everything is computed anew.
+        calls at the second step shows which, so that step computes everything anew.
         """
         named = scope.in_scope() or scope.current_stream() is not None
         return named or self.number != 1 or self.first_calls == 1
@@ -168,18 +168,18 @@ class Sessions:
                 generation = self.generations[key] = self._renewed(generation)
             self.generations.move_to_end(key)
             stream = self._stream(generation, generation.advance(timestep))
-            self._make_room()
+            self._drop_surplus()
         time = timestep[0] if timestep is not None else float(generation.number)
         return Position(stream, generation.number, time, generation, generation.certain)
 
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
             self.evicting_live_streams |= name in generation.dropped
-            generation.streams[name] = self._vacant(name)
+            generation.streams[name] = self._new_stream(name)
         generation.streams.move_to_end(name)
         return generation.streams[name]
 
-    def _vacant(self, name: Hashable) -> Stream:
+    def _new_stream(self, name: Hashable) -> Stream:
         """A stream without valid values, in the memory of an ended one (preferably of that name) if there is any."""
         allocator = self._allocator()
         fitting = [
@@ -196,7 +196,7 @@ class Sessions:
         queue = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return torch.is_inference_mode_enabled(), queue
 
-    def _make_room(self) -> None:
+    def _drop_surplus(self) -> None:
         """Drop streams beyond `max_generations`: spare ones first, then the least recently used."""
         live = sum(len(g.streams) for g in self.generations.values())
         del self.spare[: max(0, live + len(self.spare) - self.config.max_generations)]
@@ -220,7 +220,7 @@ class Sessions:
         numbers = range(last + 1, position.number + 1)
         return [parts_to_refresh(self.config, self.parts, number) for number in numbers]
 
-    def warn_if_of_no_use(self, notes: Notes) -> None:
+    def warn_if_caches_unused(self, notes: Notes) -> None:
         """Warn if generations are detected, but their caches are hardly ever used."""
         if self.evicting_live_streams:
             notes.warn(

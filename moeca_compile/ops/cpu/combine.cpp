@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int LANES = 16;  // the compiler takes it apart where vectors are shorter
+constexpr int LANES = 16;  // the compiler splits it on CPUs with shorter vectors
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
