@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question; results are CSV rows that name device and versions."""
+"""Benchmarks: one script per question. Results are CSV rows that name the device and versions."""

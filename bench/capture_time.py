@@ -1,15 +1,18 @@
-"""How long capture and the passes take before anything is lowered, and how that grows with blocks and experts.
+"""How long capture and the passes take, before anything is lowered, and how that grows with blocks and experts.
 
 python -m bench.capture_time
 python -m bench.capture_time --question blocks --repeats 1 --out other.csv
 
-Models are narrow, since only their structure counts; a layout is that of a published size. Seconds are of processor
-time in this process (`cpu`), the least of some repeats, and of the clock on the wall in that same run (`wall`).
-`capture` is Dynamo's part, `passes` is export, matching, validation and planning; `rewrite` is what follows when a
-step of a kind is first needed: the tracing of its graph, here of a full step and a cache step, for the layouts alone.
-Inductor never runs. `yardstick` is the processor time of a fixed loop of Python, right before each case: processor
-time too is longer on a machine that others use, and rows with different yardsticks cannot be compared.
-Rows are added to a CSV file, a picture of all of its latest rows is drawn.
+The models have the layout of a published size but are narrow, since only structure counts here. Columns, in seconds:
+
+cpu, wall   processor time of this process, the least of the repeats, and wall-clock time of that run
+capture     Dynamo's share; `passes` is export, matching, validation and planning
+rewrite     tracing the graphs of a full step and a cache step (question `layouts` only); at run time this happens
+            when a kind of step is first needed
+yardstick   processor time of a fixed Python loop, right before each case. Processor time grows on a machine with
+            other load, so rows with different yardsticks cannot be compared.
+
+Inductor never runs. Rows are appended to a CSV file, and the latest row of each case is plotted.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ DIT_MOE = DiTMoESizes(width=96, depth=28, heads=6, side=8, classes=10, experts=1
 
 @dataclass(frozen=True)
 class Case:
-    """A layout; `target` is how many seconds of processor time capture and passes may take."""
+    """A model to compile; `target` is the most processor time, in seconds, that capture and passes may take."""
 
     question: str
     family: str
@@ -80,7 +83,7 @@ def questions() -> dict[str, tuple[Case, ...]]:
 
 
 class _Clock:
-    """Seconds since it was made."""
+    """Seconds since it was created."""
 
     def __init__(self) -> None:
         self.start = time.process_time(), time.perf_counter()
@@ -95,7 +98,7 @@ class _Clock:
 
 
 class Stopwatch:
-    """Stages that note when a graph is compiled; steps are traced and run eagerly."""
+    """Stages that measure when a graph is compiled. With `rewrites`, steps are traced too; they run eagerly."""
 
     def __init__(self, rewrites: bool) -> None:
         self.clock, self.rewrites = _Clock(), rewrites
@@ -126,7 +129,7 @@ class Stopwatch:
 
 
 def measure(case: Case, repeats: int) -> Seconds:
-    """The repeat with the least processor time. The first compilation of a process, which is slower, is another's."""
+    """The repeat with the least processor time. Call `_once` before: the first compilation of a process is slower."""
     return min((_once(case) for _ in range(repeats)), key=lambda seconds: seconds.cpu)
 
 
@@ -156,7 +159,7 @@ def _yardstick() -> float:
 
 
 def rows_of(cases: Sequence[Case], repeats: int, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A CSV row a case. `target` is empty where there is none."""
+    """A CSV row for each case; `target` is empty where it has none."""
     for case in cases:
         yardstick = round(_yardstick(), 3)
         seconds = {name: round(value, 3) for name, value in asdict(measure(case, repeats)).items()}
@@ -175,7 +178,7 @@ def rows_of(cases: Sequence[Case], repeats: int, where: Mapping[str, Any]) -> It
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Seconds over blocks and over experts, from the latest row of each case."""
+    """Plot seconds over blocks and over experts, from the latest row of each case."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,13 +1,13 @@
-"""What is captured and cached of each kind of model, and how exact the rewritten steps are: docs/coverage.md.
+"""What is captured and cached in each kind of model, and how exact the rewritten steps are: writes docs/coverage.md.
 
 python -m bench.coverage
 python -m bench.coverage --model DSMoE --model HiDream --out elsewhere.md
 
-The models are the reduced reference families of examples/families and the MoE image transformers of diffusers as
-installed, at tiny sizes, with random weights. Each is compiled with backend="moeca" and called twice: a full step,
+The models are the reduced reference families of examples/families and the MoE image transformers of the installed
+diffusers, at tiny sizes with random weights. Each is compiled with backend="moeca" and called twice: a full step,
 then a cache step at another timestep that recomputes everything through the caches, as the backend's own validation
-does. So both must give what the model gives in eager. Steps run as eager functions, neither traced to graphs nor
-lowered by Inductor: what is captured, matched and computed is the same, and a model takes seconds.
+does. Both must equal the eager model. Steps run as eager functions, without tracing or Inductor, so that a model
+takes seconds; what is captured, matched and computed is the same.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from moeca_compile.reporting.report import Report
 from moeca_compile.runtime.engine import Stages
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
-IN_WARNINGS = "see the warnings"  # the reason of a region that a report has a warning for
+IN_WARNINGS = "see the warnings"  # the reason that a report gives for a region with a warning of its own
 TIMESTEPS = (900.0, 860.0)
 OPTIONS: dict[str, Any] = {"recipe": "moeca", "capacities": (1.0,)}
 WITHOUT_EXPERTS: dict[str, Any] = {"recipe": "fora", "full_every": 1}
-"""For dense models: layer-wise caching, which needs no routing but cannot recompute, so that all steps are full."""
+"""For dense models: layer-wise caching, which needs no routing. It cannot recompute, so all steps are full."""
 
 Call = Callable[[Callable[..., Any], float], Tensor]
 """Calls a model, compiled or not, with its inputs at a timestep."""
@@ -51,7 +51,7 @@ Call = Callable[[Callable[..., Any], float], Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to look at. `make` gives it with the way to call it."""
+    """A model to check. `make` returns the model and a function that calls it."""
 
     name: str
     make: Callable[[], tuple[nn.Module, Call]]
@@ -60,17 +60,17 @@ class Subject:
 
 @dataclass
 class Row:
-    """What was found of one model. Errors are the greatest difference over the greatest magnitude."""
+    """The results for one model. Errors are the largest difference over the largest magnitude."""
 
     name: str
     failure: str = ""
     graphs: int = 0
     breaks: list[str] = field(default_factory=list)
     experts: tuple[int, int] = (0, 0)
-    """MoE layers cached, and in the model."""
+    """MoE layers: cached, in the model."""
     attentions: tuple[int, int] = (0, 0)
-    """Attention outputs cached, and attentions that the model runs."""
-    kept: list[str] = field(default_factory=list)
+    """Attentions: cached outputs, calls in the model."""
+    skipped: list[str] = field(default_factory=list)
     full: float = 0.0
     recomputed: float = 0.0
     validation: dict[str, float] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def _hidream() -> tuple[nn.Module, Call]:
 
 
 def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
-    """Six blocks, the fourth and fifth with experts: its plan leaves the first three and the last dense.
+    """Six blocks, of which the fourth and fifth have experts; the model makes the first three and the last dense.
 
     torch 2.13 can trace a grouped matrix product in bfloat16 only.
     """
@@ -168,18 +168,18 @@ def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
     return model.eval().requires_grad_(False), run
 
 
-# --- what is found of one -------------------------------------------------------------------------------------
+# --- checking one model -------------------------------------------------------------------------------------
 
 
 def _recomputing(compiled: CompiledGraph, kind: StepKind, *_: Any) -> StepFunction:
     """A step as an eager function; a cache step recomputes everything."""
-    forced = StepKind(False, False, compiled.plan.capacities[-1], forced=True)  # room for all tokens
+    forced = StepKind(False, False, compiled.plan.capacities[-1], forced=True)  # capacity for all tokens
     return torch.no_grad()(compiled.function(kind if kind.full else forced))
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """What is warned of stands in the report."""
+    """Warnings are read from the report instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -199,7 +199,7 @@ class _Attentions(TorchFunctionMode):
 
 
 def look_at(subject: Subject) -> Row:
-    """Compile and call the model; a failure is a row too."""
+    """Compile and call the model; a failure gives a row too."""
     torch._dynamo.reset()
     row = Row(subject.name)
     before = _refusals()
@@ -228,16 +228,16 @@ def _read(row: Row, report: Report, warned: Sequence[str], model: nn.Module, att
     row.breaks = [f"{Path(b.where).name}: {b.reason}" for b in report.graph_breaks]
     row.experts = cached.count("experts"), layers
     row.attentions = cached.count("attention"), attentions
-    kept = [region for region in report.regions if region.status != "cached"]
-    row.kept = [f"{region.kind} {region.name}: {region.reason}" for region in kept if region.reason != IN_WARNINGS]
-    if len(row.kept) < len(kept) or layers > row.experts[0]:
-        told = " ".join(row.kept)
-        row.kept += [_without_folder(warning) for warning in warned if warning.rpartition(": ")[2] not in told]
+    skipped = [region for region in report.regions if region.status != "cached"]
+    row.skipped = [f"{one.kind} {one.name}: {one.reason}" for one in skipped if one.reason != IN_WARNINGS]
+    if len(row.skipped) < len(skipped) or layers > row.experts[0]:
+        reasons = " ".join(row.skipped)
+        row.skipped += [_without_folder(warning) for warning in warned if warning.rpartition(": ")[2] not in reasons]
     row.validation = dict(report.validation_errors)
 
 
 def _refusals() -> set[str]:
-    """What capture has refused so far: it is known by process, and so stands in every report."""
+    """Dispatch that capture has refused so far in this process; every report lists all of it."""
     return {f"{r.where} {r.method}: {r.reason}" for r in capture.refusals()}
 
 
@@ -253,7 +253,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 _HEAD = """# Coverage
 
-What is captured and cached of each kind of model, at tiny sizes with random weights, and how exact its steps are.
+What is captured and cached in each kind of model, at tiny sizes with random weights, and how exact its steps are.
 Written by `python -m bench.coverage`; nothing here is written by hand. Measured with {versions}.
 
 - *Graphs*: 1 is the whole model. *Breaks*: where Dynamo ended a graph; see below.
@@ -271,10 +271,10 @@ Written by `python -m bench.coverage`; nothing here is written by hand. Measured
 
 
 def document(rows: Sequence[Row], where: dict[str, Any]) -> str:
-    """The Markdown text of the table, with what was kept and where graphs break below it."""
+    """The page as Markdown: the table, then graph breaks and what was skipped."""
     versions = ", ".join(f"{name} {value}" for name, value in where.items())
     lines = [_HEAD.format(versions=versions) + "\n".join(_line(row) for row in rows)]
-    for title, of in (("Graph breaks", lambda row: row.breaks), ("Skipped as it was, and why", _reasons)):
+    for title, of in (("Graph breaks", lambda row: row.breaks), ("Skipped, and why", _reasons)):
         found = [(row.name, _counted(of(row))) for row in rows if of(row)]
         lines += [f"\n## {title}\n", *(f"- {name}: {text}" for name, texts in found for text in texts)]
         lines += [] if found else ["None."]
@@ -297,11 +297,11 @@ def _line(row: Row) -> str:
 
 
 def _reasons(row: Row) -> list[str]:
-    return [row.failure] if row.failure else row.kept
+    return [row.failure] if row.failure else row.skipped
 
 
 def _counted(texts: Sequence[str]) -> list[str]:
-    """Each text once; blocks of one kind have the same reason, so numbers in a module's path do not count."""
+    """Each text once, with its count. Texts that differ only in the numbers of a module path count as one."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         name, _, reason = text.partition(": ")

@@ -1,17 +1,17 @@
-"""Everything that has to be shown on a GPU, in one call of less than ten minutes; no step of it needs the network.
+"""All GPU measurements in one call of less than ten minutes, without network access.
 
 python -m bench.gpu                                              # all sections, the most important first
 python -m bench.gpu --minutes 9 --section speed --model DiT-MoE-XL --batch 8
 python -m bench.gpu --device cpu --model tiny --minutes 2        # tries the script itself, without a GPU
 
-ops         each op of the package against its ATen reference on the device, and two runs against each other
-generation  a generation of recorded steps (CUDA graphs) against one that runs op by op; copies to the host, waits
-            and launches of a cache step
+ops         each op of the package against its ATen reference on the device, and one run against another
+generation  a generation with CUDA graphs against one that runs op by op; copies to the host, waits and launches of a
+            cache step
 kernels     grouped products against a dense product of as many FLOPs and torch._grouped_mm; row work against a copy
 speed       steps of the published models in bfloat16 against torch.compile and eager, at N = 4
 
-It prints a table last, says what it left out when the time was over, and adds its rows to a CSV file as they come.
-Exit status: 0; 1 where a section failed or a result is wrong; 2 without CUDA.
+Rows are appended to a CSV file as they are measured. At the end it prints a table, and what it skipped for lack of
+time. Exit status: 0; 1 where a section failed or a result is wrong; 2 without CUDA.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--minutes", type=positive, default=9.0, help="stop after so many (9)")
+    parser.add_argument("--minutes", type=positive, default=9.0, help="time limit in minutes (9)")
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="several times (all)")
     parser.add_argument("--model", action="append", choices=[*families.PUBLISHED, TINY], help="several times (five)")
     parser.add_argument("--batch", action="append", type=int, help="samples; several times (8, 32, 1, 125)")
@@ -85,14 +85,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def emit(row: Row) -> None:
         rows.append(row)
-        keep(row, where, args.out)
+        append(row, where, args.out)
         console.print(
             f"  {row.section}: {row.what} {row.step} {number(row.value)} {row.unit} {row.note}", soft_wrap=True
         )
 
     models, batches = tuple(args.model or MODELS), tuple(args.batch or BATCHES)
     bench = Bench(device, dtype, Budget(60 * args.minutes), emit, models, batches, small=args.device == "cpu")
-    warnings.simplefilter("ignore")  # the package's own are rows of the table
+    warnings.simplefilter("ignore")  # the package's warnings are rows of the table
     failed = run_sections(bench, args.section or list(SECTIONS), console)
     console.print(table(rows, f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {args.dtype}"))
     for text in bench.budget.left_out:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_sections(bench: Bench, names: Sequence[str], console: Console) -> list[str]:
-    """Run them in order; one that fails is told of and costs no other. Returns the names of those."""
+    """Run the sections in order. Prints the traceback of one that fails and goes on. Returns the names of those."""
     failed = []
     for name in names:
         console.print(f"{name}, {bench.budget.left:.0f} s left")
@@ -120,8 +120,8 @@ def run_sections(bench: Bench, names: Sequence[str], console: Console) -> list[s
     return failed
 
 
-def keep(row: Row, where: Mapping[str, Any], path: Path) -> None:
-    """Add a row to the CSV file, with a header if it is new."""
+def append(row: Row, where: Mapping[str, Any], path: Path) -> None:
+    """Append a row to the CSV file, with a header if the file is new."""
     values = {**dataclasses.asdict(row), "when": datetime.now(timezone.utc).isoformat(timespec="seconds"), **where}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()

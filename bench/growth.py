@@ -3,10 +3,10 @@
 python -m bench.growth
 python -m bench.growth --question experts --repeats 9
 
-A DSMoE of 4 blocks, two of them with experts, at a width of 192; one of batch, tokens and experts is varied, the
-others stay at 4 samples of 256 tokens and 16 experts. 1/16 of the branches is recomputed at a cache step. Times are
-medians over turns of one full and three cache steps. Rows are added to a CSV file, and a picture of the latest row of
-each case is drawn.
+The model is a DSMoE with width 192 and 4 blocks, two of them with experts. One of batch, tokens and experts varies;
+the others stay at 4 samples, 256 tokens and 16 experts. A cache step recomputes 1/16 of the branches. Times are
+medians over turns of one full and three cache steps. Rows are appended to a CSV file, and the latest row of each case
+is plotted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 
 import moeca_compile
 from bench.plot import PICTURES, picture, read
-from bench.speed import compiled, keep, run_turn
+from bench.speed import append, compiled, run_turn
 from examples import families
 from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
@@ -37,7 +37,7 @@ QUESTIONS = {"batch": (1, 4, 8, 16, 32), "tokens": (64, 256, 576, 1024), "expert
 
 
 def case(question: str, value: int) -> tuple[int, DSMoESizes]:
-    """Batch and sizes with `value` for what the question varies."""
+    """Batch and sizes, with `value` for the quantity that the question varies."""
     if question == "batch":
         return value, BASE
     if question == "tokens":
@@ -53,7 +53,7 @@ def measure(batch: int, sizes: DSMoESizes, repeats: int) -> dict[str, float]:
     with torch.no_grad():
         for turn in range(2 + repeats):
             way.turns.append(run_turn(way.call, inputs, turn))
-    way.turns = way.turns[2:]  # compiled in the first; the second may still allocate
+    way.turns = way.turns[2:]  # the first turn compiles, the second may still allocate
     return {
         "full_ms": round(median(way.milliseconds("full")), 2),
         "cache_ms": round(median(way.milliseconds("cache")), 2),
@@ -74,7 +74,7 @@ def rows_of(
 
 
 def draw(rows: Sequence[Mapping[str, str]], figure_axes: Sequence[Any]) -> None:
-    """Everything over its value at the smallest size, so that what is linear lies on the dotted line."""
+    """Plot each quantity relative to its value at the smallest size, beside a dotted line for linear growth."""
     for axis, question in zip(figure_axes, QUESTIONS, strict=True):
         points = sorted((row for row in rows if row["question"] == question), key=lambda row: int(row["value"]))
         at = [int(row["value"]) for row in points]
@@ -99,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=PICTURES, metavar="FOLDER", help=f"({PICTURES})")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")  # torch's own, once a compilation
+    warnings.simplefilter("ignore")  # torch warns at every compilation
     where = environment(torch.device("cpu"), torch.float32)
     for row in rows_of(args.question or list(QUESTIONS), args.repeats, where, Console(highlight=False)):
-        keep([row], args.out)
+        append([row], args.out)
     rows = read(args.out, ("question", "value"), args.threads, "float32")
     picture(args.to / "growth.png", draw, rows, columns=len(QUESTIONS))
     return 0

@@ -1,11 +1,11 @@
-"""Draw what bench.speed measured, from the latest row of each case.
+"""Plot what bench.speed measured, from the latest row of each case.
 
 python -m bench.plot                            # docs/images/speed.png, step-split.png and compile-time-pays.png
 python -m bench.plot --threads 1 --dtype bfloat16 --to /tmp/pictures
 
-1. Speed-up of a generation over plain torch.compile against the fraction recomputed, beside what FLOPs allow.
-2. Time of a cache step by what spends it.
-3. Seconds of compilation against seconds saved over plain torch.compile: from where they cross, compiling has paid.
+1. Speed-up of a generation over plain torch.compile, against the fraction recomputed, beside the speed-up in FLOPs.
+2. Time of a cache step, by the ops that take it.
+3. Seconds saved over plain torch.compile, less the extra seconds of compilation, against the steps sampled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = Mapping[str, str]
 
 
 def read(path: Path, keys: Sequence[str], threads: int, dtype: str) -> list[Row]:
-    """The latest row of each case, in order of first appearance. Raises SystemExit where there is none."""
+    """The latest row of each case, in order of first appearance. Raises SystemExit where there are none."""
     latest: dict[tuple[str, ...], Row] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -45,7 +45,7 @@ def fraction(row: Row) -> float:
 
 
 def allowed(row: Row) -> float:
-    """The speed-up of a generation if time were FLOPs."""
+    """The speed-up of a generation in FLOPs."""
     return PERIOD / (1 + (PERIOD - 1) * float(row["share"]))
 
 
@@ -70,7 +70,7 @@ def draw_speed(rows: Sequence[Row], axis: Any) -> None:
 
 
 def draw_split(rows: Sequence[Row], axis: Any) -> None:
-    """Shares of a cache step, with its milliseconds in the label."""
+    """Plot shares of a cache step's time, with its milliseconds in the label."""
     spent = {(row["model"], row["way"], row["part"]): float(row["milliseconds"]) for row in rows}
     parts, bars = (list(dict.fromkeys(found)) for found in ((k[2] for k in spent), (k[:2] for k in spent)))
     totals = [sum(spent.get((*bar, part), 0.0) for part in parts) for bar in bars]
@@ -89,14 +89,14 @@ def draw_split(rows: Sequence[Row], axis: Any) -> None:
 
 
 def draw_compile(rows: Sequence[Row], axis: Any) -> None:
-    """Seconds saved after so many steps, less what compilation takes longer than plain torch.compile's."""
+    """Plot seconds saved over steps sampled, less the extra seconds of compilation over plain torch.compile."""
     for model, of_model in by_model(rows).items():
         plain = next((row for row in of_model if row["way"] == COMPILED), None)
         ours = sorted((row for row in of_model if row["kind"] == "generation"), key=fraction)
         if plain is None or not ours:
             continue
         row = next((row for row in ours if fraction(row)), ours[0])
-        # Only the first of ours was compiled in an empty cache.
+        # Of the moeca ways, only the first was compiled with an empty Inductor cache: the slowest.
         extra = max(float(each["cold_seconds"]) for each in ours) - float(plain["cold_seconds"])
         saved = (float(plain["milliseconds"]) - float(row["milliseconds"]) / PERIOD) / 1000
         label = f"{model}: pays from step {max(0, round(extra / saved))}" if saved > 0 else f"{model}: never pays"
@@ -108,7 +108,7 @@ def draw_compile(rows: Sequence[Row], axis: Any) -> None:
 
 
 def picture(path: Path, draw: Callable[[Sequence[Row], Any], None], rows: Sequence[Row], columns: int = 1) -> None:
-    """Save what `draw` makes of the rows on one axis, or on so many side by side."""
+    """Save a picture of the rows: `draw` plots them on one axis, or on `columns` axes side by side."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
     parser.add_argument("--split", type=Path, default=SPLIT, metavar="CSV", help=f"({SPLIT})")
-    parser.add_argument("--threads", type=int, default=2, help="rows of so many threads (2)")
-    parser.add_argument("--dtype", default="float32", help="rows of this dtype (float32)")
+    parser.add_argument("--threads", type=int, default=2, help="plot rows with this number of threads (2)")
+    parser.add_argument("--dtype", default="float32", help="plot rows of this dtype (float32)")
     parser.add_argument("--to", type=Path, default=PICTURES, metavar="FOLDER", help=f"({PICTURES})")
     args = parser.parse_args(argv)
     rows = read(args.results, ("model", "way", "kind"), args.threads, args.dtype)

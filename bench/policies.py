@@ -1,12 +1,12 @@
-"""What each recipe and each option is worth on the digits testbed: quality and FLOPs, no timings.
+"""The effect of each recipe and option on the digits testbed: quality and FLOPs, no timings.
 
 python -m bench.policies
 python -m bench.policies --question recipes --question intervals --out figures.csv
 
-Every case makes the same pictures as the uncached model, from the same seeds, and is compared with them. The
-step functions are traced as always but run eagerly, without Inductor, so that a case takes seconds: the
-numbers are those of the compiled steps up to rounding, the times mean nothing (examples/digits/sample.py
-measures those). Rows go to a CSV file, a table for each question to the terminal.
+Every case generates pictures from the same seeds as the uncached model, and is compared with its pictures. Steps are
+traced as always but run eagerly, without Inductor, so that a case takes seconds. Results equal those of compiled
+steps up to rounding; times mean nothing (examples/digits/sample.py measures those). Rows go to a CSV file, and a
+table for each question to the terminal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FORECASTS = ("attention", "experts", "shared")
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One way to make pictures: `options` of the backend, or the uncached model where they are None.
+    """One way to generate pictures: `options` of the backend, or the uncached model where they are None.
 
     `steps` and `sampler` differ from the question's only for uncached runs with fewer steps.
     """
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Cases that answer one question. `images` a seed set and `sets` are the least that its answer needs."""
+    """Cases that answer one question. `images` per seed set and `sets` are the fewest that an answer needs."""
 
     name: str
     cases: tuple[Case, ...]
@@ -70,10 +70,12 @@ class Question:
 class Scores:
     """Quality of a case's pictures against the uncached ones from the same seeds.
 
-    psnr: dB, of each image, then the mean; psnr_low, psnr_high: the same of the worst and best seed set;
-    psnr_worst: of the worst image. agreement: share of pictures that the classifier takes for the wished
-    class. frechet_real, frechet_uncached: distance in the classifier's features to held-out digits, and to
-    uncached pictures from other seeds.
+    Attributes:
+        psnr: mean over images of the PSNR, in dB; psnr_low, psnr_high: that mean for the worst and best seed set.
+        psnr_worst: PSNR of the worst image.
+        agreement: share of pictures that the classifier assigns to the requested class.
+        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out digits, and
+            of uncached pictures from other seeds.
     """
 
     psnr: float
@@ -87,7 +89,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a case computes and keeps; ratios are None where nothing is matched."""
+    """FLOPs and cache bytes of a case; ratios are None where no branch is matched."""
 
     flops_speedup: float
     match_ratio: float | None = None
@@ -97,7 +99,7 @@ class Costs:
 
 @dataclass
 class Study:
-    """The model with its judge, and the uncached pictures by (sampler, images, sets) once they were made."""
+    """The model, and the uncached pictures by (sampler, images, sets), each generated once."""
 
     checkpoint: Path
     steps: int
@@ -136,7 +138,7 @@ def _fewer_steps(samplers: Sequence[str], counts: Sequence[int] = (25, 17, 13, 9
 
 
 def _variants(recipe: str, options: Sequence[Mapping[str, Any]]) -> tuple[Case, ...]:
-    """The recipe as it is, and with each of these options."""
+    """The recipe with its defaults, and with each of these sets of options."""
     changed = (Case(_describe(option), {"recipe": recipe, **option}) for option in options)
     return (Case(recipe, {"recipe": recipe}), *changed)
 
@@ -213,7 +215,7 @@ def _intervals() -> Iterator[Case]:
 
 
 def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Costs]:
-    """Pictures of one case, scored, and what they cost."""
+    """Scores and costs of the pictures of one case."""
     model: Any = study.model()
     if case.options is not None:
         options = {"validate": False, "lowering": "eager", **case.options}
@@ -233,7 +235,7 @@ def _pictures(study: Study, model: Any, question: Question, seed: int, steps: in
 
 
 def _uncached(study: Study, question: Question) -> list[Tensor]:
-    """Uncached pictures of twice as many seeds: the first half for PSNR, the second for the distribution."""
+    """Uncached pictures for twice as many seeds: the first half for PSNR, the second for the Frechet distance."""
     key = (question.sampler, question.images, question.sets)
     if key not in study.uncached:
         seeds, model = range(2 * question.sets), study.model()
@@ -315,7 +317,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--question", action="append", choices=names, help="may be given several times (all)")
-    parser.add_argument("--images", type=whole_number(2), help="images a seed set (10, and 100 for ddpm)")
+    parser.add_argument("--images", type=whole_number(2), help="images per seed set (10, and 100 for ddpm)")
     parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
     parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
     parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
@@ -353,11 +355,11 @@ def main(argv: list[str] | None = None) -> int:
 def _answer(
     study: Study, chosen: Sequence[Question], where: Mapping[str, Any], console: Console, file: TextIO
 ) -> list[Table]:
-    """Run the cases, each a line in `file` once it is done; returns a table a question."""
+    """Run the cases and write a line to `file` after each; returns a table for each question."""
     columns = (TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: dict[Question, list[dict[str, Any]]] = {question: [] for question in chosen}
     with Progress(*columns, console=console) as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, once a compilation
+        warnings.simplefilter("ignore")  # torch warns at every compilation
         pairs = [(question, case) for question in chosen for case in question.cases]
         task = progress.add_task("", total=len(pairs))
         for question, case in pairs:

@@ -1,21 +1,23 @@
-"""How long steps and generations take on the published models: eager, plain torch.compile, and ours.
+"""How long steps and generations of the published models take: eager, plain torch.compile, and moeca.
 
 python -m bench.speed                                        # all models; see --help for fewer
 python -m bench.speed --model DSMoE-S-E16 --dtype bfloat16 --fraction 0 --fraction 0.0625 --repeats 5
 
-A fraction is a rank budget: so much of a layer's branches is recomputed at every cache step, so that the work is the
-same on every machine. Each way of running the model has a copy of its own. Plain torch.compile and the first of ours
-that caches are compiled cold, each in an empty cache of Inductor's; the other fractions find what the first left
-there, as a further capacity does. Each is then compiled a second time from a full cache (`warm_seconds`), for a
-second copy of the model: where weights happen to lie in memory moves times by a tenth and more. Then all copies of
-all run in turn, four steps at a time (one full step and three cache steps of ours), so that drift of the machine
-meets all alike.
+A way is one way of running the model: eager, torch.compile, or moeca with a fraction. The fraction is a rank budget:
+the share of a layer's branches that every cache step recomputes, so that the work is the same on every machine.
 
-`over_compile` is the median of ratios within a turn: plain torch.compile's step time over this one's. `over_full` is
-a step's time over that of a full step of the same way, and `share` what the cost model says that it is in FLOPs. A
-row of kind `generation` is the sum of a turn; with --steps a row of kind `loop` is a whole generation run as one.
-`peak_mib` is the most that one step had allocated beside inputs, weights and caches.
-Rows are added to a CSV file, and the parts of a step's time to another; `python -m bench.plot` draws both.
+Each way has two copies of the model, since the position of weights in memory changes times by a tenth and more. Plain
+torch.compile and the first moeca way are compiled cold, each with an empty Inductor cache. Further fractions use the
+cache that the first one filled, as a further capacity would. The second copy is compiled with a full cache
+(`warm_seconds`). Then all copies run in turns of four steps (with moeca, one full and three cache steps), so that
+drift of the machine affects all ways alike.
+
+over_compile  median over turns of the step time of plain torch.compile over that of this way
+over_full     time of a step over that of a full step of the same way; `share` is that ratio in FLOPs
+peak_mib      the most that one step allocated beside inputs, weights and caches
+
+A row of kind `generation` is the sum of a turn. With --steps, a row of kind `loop` is a whole generation.
+Rows are appended to a CSV file, and the parts of a step's time to another; `python -m bench.plot` plots both.
 """
 
 from __future__ import annotations
@@ -60,14 +62,14 @@ PARTS = {
     "attention": ("moeca::attend_rows", "aten::scaled_dot_product_attention"),
     "top-k and sort": ("aten::topk", "aten::sort"),
 }
-"""Ops by what they do; an op's time is its own and that of all that it calls. Fused kernels go by their name."""
+"""Ops by kind of work. An op's time includes that of the ops it calls. Fused kernels are found by their names."""
 
 
 @dataclass
 class Way:
-    """One way of running the model: how it is called, and the milliseconds of its calls by turn and step.
+    """One way of running the model: the callable, and the milliseconds of its calls by turn and step.
 
-    The `twin` runs a second copy of the model in the same way, every other turn.
+    `twin` is a second copy of the model that runs in the same way, every other turn.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Way:
         return self.name not in (EAGER, COMPILED, UNCACHED)
 
     def milliseconds(self, kind: str) -> list[float]:
-        """By turn: the median of its "full" steps, of its "cache" steps or of all "step"s, or the "generation"."""
+        """For each turn, the median of its "full", "cache" or all ("step") steps, or their sum ("generation")."""
         if kind == "generation":
             return [sum(turn) for turn in self.turns]
         part = {"step": slice(None), "cache": slice(1, None), "full": slice(0, 1)}[kind]
@@ -94,7 +96,7 @@ class Way:
 
 
 def compiled(name: str, model: nn.Module, options: Mapping[str, Any] | None) -> Way:
-    """A way with a copy of the model of its own, compiled by plain torch.compile where there are no options."""
+    """A way with its own copy of the model; `options` None means plain torch.compile."""
     copy = private_copy(model)
     if options is None:
         return Way(name, torch.compile(copy))
@@ -103,7 +105,7 @@ def compiled(name: str, model: nn.Module, options: Mapping[str, Any] | None) -> 
 
 
 def ways(model: nn.Module, fractions: Sequence[float]) -> list[list[Way]]:
-    """What is compared, in groups that are compiled with one cache of Inductor's."""
+    """The ways to compare, in groups that share an Inductor cache."""
     ours = [compiled(f"moeca {fraction:g}", model, {"recipe": "moeca", "budget": fraction}) for fraction in fractions]
     return [
         [Way(EAGER, private_copy(model))],
@@ -125,7 +127,7 @@ def run_turn(call: Any, inputs: tuple[Tensor, Tensor, Tensor], turn: int, steps:
 
 
 def seconds_to_compile(call: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """What the first turn takes longer than the second."""
+    """Seconds that the first turn takes longer than the second."""
     first, second = (sum(run_turn(call, inputs, turn)) for turn in (0, 1))
     return (first - second) / 1000
 
@@ -133,7 +135,7 @@ def seconds_to_compile(call: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> floa
 def compile_all(
     model: nn.Module, groups: Sequence[Sequence[Way]], inputs: tuple[Tensor, Tensor, Tensor], console: Console
 ) -> None:
-    """Compile every way, and a second time with what the first left in the cache."""
+    """Compile every way, then its twin with the Inductor cache that the first compilation filled."""
     for group in groups:
         with fresh_cache():
             for way in group:
@@ -151,7 +153,7 @@ def compile_all(
 def measure(
     model: nn.Module, batch: int, fractions: Sequence[float], repeats: int, steps: int, console: Console
 ) -> list[Way]:
-    """Compile every way, then let them take turns."""
+    """Compile every way, then run them in turns."""
     x, t, y = families.inputs_for(model, batch=batch)
     inputs = (x.to(next(model.parameters()).dtype), t, y)
     groups = ways(model, fractions)
@@ -169,7 +171,7 @@ def measure(
 
 
 def profiled(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> Any:
-    """A profile of the last of a turn's steps: a cache step, where the way caches."""
+    """A profile of the last step of a turn: a cache step, where the way caches."""
     x, t, y = inputs
     run_turn(way.call, inputs, turn, PERIOD - 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
@@ -178,7 +180,7 @@ def profiled(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> Any:
 
 
 def peak_of_step(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> float:
-    """MiB that a step has allocated at most."""
+    """The most MiB that a step has allocated at a time."""
     live = most = 0
     for event in profiled(way, inputs, turn).profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -188,7 +190,7 @@ def peak_of_step(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> 
 
 
 def split_of_step(way: Way, inputs: tuple[Tensor, Tensor, Tensor], turn: int) -> dict[str, float]:
-    """Milliseconds of a cache step by what spends them; what no op accounts for is the calls between them."""
+    """Milliseconds of a cache step by kind of work; time outside of ops counts as "calls"."""
     roots = [event for event in profiled(way, inputs, turn).events() if event.cpu_parent is None]
     split = dict.fromkeys([*PARTS, "fused kernels", "other ops", "calls"], 0.0)
     for root in roots:
@@ -209,7 +211,7 @@ def _add_times(event: Any, split: dict[str, float]) -> None:
 
 
 def rows_of(name: str, batch: int, found: Sequence[Way], where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows for each way: its kinds of step, the sum of a turn, and a whole generation where one was run."""
+    """Rows for each way: its kinds of step, the sum of a turn, and the whole generation where one was run."""
     base = next(way for way in found if way.name == COMPILED)
     for way in found:
         for kind in ("full", "cache", "generation") if way.caching else ("step",):
@@ -252,15 +254,15 @@ def _row(
 
 
 def cache_share(way: Way) -> float:
-    """FLOPs of a cache step over those of a full step, as the report has them."""
+    """FLOPs of a cache step over those of a full step, from the report."""
     report = moeca_compile.report(way.call)
     assert report.flops is not None
     steps, full = sum(report.steps.values()), report.steps["full"]
     return (report.flops.mean_step / report.flops.full_step * steps - full) / (steps - full)
 
 
-def keep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Add the rows to the CSV file, with a header if it is new."""
+def append(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Append the rows to the CSV file, with a header if the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -282,7 +284,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=whole_number(1), default=4, help="samples (4)")
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="turns of four steps with each copy (5)")
-    parser.add_argument("--steps", type=whole_number(0), default=0, help="steps of a whole generation too (0: none)")
+    parser.add_argument(
+        "--steps", type=whole_number(0), default=0, help="also run a whole generation of this many steps (0: none)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(float32)")
     parser.add_argument("--threads", type=whole_number(1), default=2, help="threads of torch (2)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
@@ -295,9 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     where = environment(torch.device("cpu"), dtype)
-    warnings.simplefilter("ignore")  # torch's own, once a compilation
-    torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels are named in a profile, nothing else
-    torch.compile(torch.sin)(torch.ones(1))  # the first in a process waits 8 s for what Inductor asks of the compiler
+    warnings.simplefilter("ignore")  # torch warns at every compilation
+    torch._inductor.config.cpp.enable_kernel_profile = True  # only names fused kernels in the profile
+    torch.compile(torch.sin)(
+        torch.ones(1)
+    )  # the first compilation of a process takes 8 s more, while Inductor probes the C++ compiler
     for name in args.model or MODELS:
         model = families.reduced("DSMoE") if name == "tiny" else families.build(name)
         model = model.to(dtype)
@@ -306,15 +312,15 @@ def main(argv: list[str] | None = None) -> int:
         rows = list(rows_of(name, args.batch, found, where))
         for row in rows:
             console.print("  {way} {kind}: {milliseconds} ms, {over_compile}x, {over_full} of full".format(**row))
-        keep(rows, args.out)
-        keep(list(splits_of(name, model, args.batch, found, where)), args.split)
+        append(rows, args.out)
+        append(list(splits_of(name, model, args.batch, found, where)), args.split)
     return 0
 
 
 def splits_of(
     name: str, model: nn.Module, batch: int, found: Sequence[Way], where: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of what spends the time of a cache step."""
+    """Rows with the time of a cache step by kind of work."""
     x, t, y = families.inputs_for(model, batch=batch)
     inputs = (x.to(next(model.parameters()).dtype), t, y)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Faster sampling from DiT-MoE models: `torch.compile(model, backend="moeca", options={"recipe": "moeca"})`.
 
-Importing the package reads no class and loads no compiler: each name below is loaded when it is first used.
+Importing the package patches nothing and loads no compiler: each public name is loaded on first use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.scope import step as step
     from moeca_compile.runtime.scope import stream as stream
 
-_HOMES = {
+_MODULES = {
     "ConfigError": "options",
     "MoecaConfig": "config",
     "Report": "reporting.report",
@@ -33,13 +33,13 @@ _HOMES = {
 """The module of each public name."""
 
 __version__ = "0.1.0"
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="moeca")`: the pipeline, one stage a line.
 
-Capture (capture/) lets Dynamo trace the model as one graph. `compile_graph` makes of that graph and one set of inputs
-what the runtime runs steps over; `compile_step` makes one kind of step of it, when that is first needed.
+Capture (capture/) makes MoE dispatch traceable, so that Dynamo captures the model as one graph. `compile_graph`
+exports, normalizes, matches, validates and plans that graph for one set of input shapes. `compile_step` rewrites,
+traces, lowers and checks one kind of step, when the runtime first needs it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def moeca_backend(
     """The backend function that torch.compile calls with each graph that Dynamo captured.
 
     Args:
-        gm, inputs: the graph and example inputs (parameters, buffers and arguments).
-        options: fields of MoecaConfig. Raises ConfigError for a wrong name or value.
+        gm, inputs: the graph and its example inputs (parameters, buffers and arguments).
+        options: fields of MoecaConfig by name.
+
+    Returns the callable that runs in place of the graph. Raises ConfigError for an unknown option or a value that is
+    not allowed.
     """
     return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step))
 
@@ -53,7 +57,7 @@ capture.install()
 
 
 def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
-    """`moeca_backend` with other stages, for tests and benchmarks that watch or replace some."""
+    """`moeca_backend` with other stages, for tests and benchmarks that observe or replace some of them."""
 
     def backend(
         gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
@@ -67,10 +71,10 @@ def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
 def compile_captured(
     gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages
 ) -> Callable[..., Any]:
-    """What is to be called in place of Dynamo's graph: an engine, or what torch.compile would make of it."""
+    """The callable that replaces Dynamo's graph: an engine, or the original graph as torch.compile compiles it."""
     record = record_for(traced_wrapper(), root_module(), config)
-    if fallback.runs_as_it_was(gm, inputs, record):
-        return fallback.as_torch_compile_would(gm, inputs, record)
+    if fallback.runs_original(gm, inputs, record):
+        return fallback.compile_original(gm, inputs, record)
     arguments = tuple(not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder")
     numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
     captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
@@ -78,8 +82,8 @@ def compile_captured(
 
 
 def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
-    """The engine of this graph. Dynamo traces anew when, say, inputs become inference tensors; equal graphs go on
-    with the same caches."""
+    """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
+    tensors: that one gets the engine that exists, and with it the caches."""
     engine = Engine(captured, inputs, record.config, record.notes, stages)
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:
@@ -94,7 +98,11 @@ def compile_graph(
     notes: Notes,
     export: Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule] = to_functional_aten,
 ) -> CompiledGraph:
-    """A captured graph at the shapes of `inputs`, exported, normalized, matched, validated and planned."""
+    """Export, normalize, match, validate and plan a captured graph at the shapes of `inputs`.
+
+    Args:
+        export: Dynamo's graph and its inputs -> functional ATen.
+    """
     device, dump = device_of(inputs), open_dump(config.dump)
     with notes.timed("capture"):
         dump.graph("dynamo", captured.gm)
@@ -109,7 +117,7 @@ def compile_graph(
     with notes.timed("validate"):
         regions = sound_regions(module.graph, regions, config, inputs, notes)
     with notes.timed("plan"):
-        plan = fallback.uncached_where_idle(plan_steps(module.graph, regions, config), captured, config, notes)
+        plan = fallback.uncached_without_timestep(plan_steps(module.graph, regions, config), captured, config, notes)
         dump.regions("planned", module.graph, plan.regions)
     waits, dtype = why_experts_wait(regions, device, notes), stream_dtype(regions, inputs)
     return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
@@ -123,7 +131,12 @@ def compile_step(
     coefficients: Tensor,
     notes: Notes,
 ) -> StepFunction:
-    """One kind of step, rewritten, traced, lowered and checked; the eager function where any of these fails."""
+    """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where any of it fails.
+
+    Args:
+        inputs, state, coefficients: an example call: inputs of the graph, cached tensors by name, and the forecast
+            coefficients (2, 2).
+    """
     with notes.timed("rewrite"):
         function = compiled.function(kind)
     try:
@@ -133,13 +146,16 @@ def compile_step(
                 f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
             )
         with notes.timed("lower"):
-            # A step that recomputes nothing is a chain of sums: cut apart it took half as long again.
+            # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
             whole = not (kind.attention or kind.experts or kind.capacity)
             step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
         with notes.timed("validate"):
             sound = same_step(compiled, kind, step, inputs, state, coefficients, notes)
     except Exception as error:
         _log.debug("compiling %s steps failed", kind.name, exc_info=True)
-        notes.warn(f"{kind.name} steps could not be compiled and run op by op, slower ({first_line(error)})")
+        notes.warn(
+            f"{kind.name} steps could not be compiled ({first_line(error)}). They run op by op, which is slower. The "
+            "DEBUG log of moeca_compile has the traceback, and the option dump writes the graph"
+        )
         return function
     return step if sound else function

@@ -1,4 +1,4 @@
-"""The options in force: complete, checked, and only such as the recipe uses."""
+"""The options in force: complete, checked, and only those that the recipe uses."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from moeca_compile.policies.policy import Policy
 
 @dataclass(frozen=True)
 class MoecaConfig(Options):
-    """What the compiler is to do: `Options`, completed by the recipe. Hashable, and equal to
-    `MoecaConfig(**dataclasses.asdict(config))`.
+    """`Options` with every unset field filled in by the recipe.
 
-    Raises ConfigError for a value that an option does not take, and for an option that the recipe ignores and that
-    is set to anything but its default.
+    Hashable; `MoecaConfig(**dataclasses.asdict(config))` equals `config`. Raises ConfigError for a value that is not
+    allowed, and for an option that the recipe ignores, unless it has its default value.
     """
 
     def __post_init__(self) -> None:
         self._set("recipe", one_of(*RECIPES), self.recipe)
         for field in self._settings():
             self._complete(field, getattr(self, field.name))
-        self._set("forecast", self._cached_here, self.forecast)
+        self._set("forecast", self._forecastable, self.forecast)
         for name, reason in self.policy.ignored(self).items():
-            self._refuse(name, reason)
+            self._reject(name, reason)
 
     @property
     def policy(self) -> Policy:
-        """What the recipe does."""
+        """The policy behind the recipe."""
         return RECIPES[self.recipe]
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> MoecaConfig:
-        """The config of `torch.compile`'s `options`; None gives the defaults.
+        """The config for the `options` given to `torch.compile`; None gives the defaults.
 
-        Raises ConfigError, with the nearest names, for an option that does not exist.
+        Raises ConfigError for an unknown option, with the closest names, and for a value that is not allowed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in (options or {}).items():
@@ -52,17 +51,17 @@ class MoecaConfig(Options):
         return [field for field in dataclasses.fields(cls) if "check" in field.metadata]
 
     def _complete(self, field: dataclasses.Field[Any], value: Any) -> None:
-        """Keep a value, or the recipe's where it is left unset. What the recipe ignores must be left so."""
+        """Set a field to `value`, or to the recipe's where that is unset. Ignored options must have their default."""
         self._set(field.name, field.metadata["check"], self._default(field) if value is UNSET else value)
         if field.name not in self.policy.options:
             users = [recipe for recipe, policy in RECIPES.items() if field.name in policy.options]
-            self._refuse(field.name, f"recipe {self.recipe!r} ignores it; it is for {', '.join(users)}")
+            self._reject(field.name, f"recipe {self.recipe!r} ignores it; it is for {', '.join(users)}")
 
     def _default(self, field: dataclasses.Field[Any]) -> Any:
         return self.policy.recipes[self.recipe].get(field.name, field.metadata["default"])
 
-    def _refuse(self, name: str, reason: str) -> None:
-        """Raise ConfigError for an option of no effect, unless it is as if it had been left unset."""
+    def _reject(self, name: str, reason: str) -> None:
+        """Raise ConfigError for an option that has no effect, unless it has its default value."""
         field = next(field for field in self._settings() if field.name == name)
         if getattr(self, name) != field.metadata["check"](self._default(field)):
             raise ConfigError(name, getattr(self, name), reason)
@@ -73,7 +72,8 @@ class MoecaConfig(Options):
         except NotAllowedError as error:
             raise ConfigError(name, value, f"allowed is {error}") from None
 
-    def _cached_here(self, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _forecastable(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names in the policy's order. Raises NotAllowedError for what the recipe does not cache."""
         allowed = self.policy.forecasts
         if not set(names) <= set(allowed):
             text = "a subset of " + repr(allowed) if allowed else "()"
@@ -84,4 +84,4 @@ class MoecaConfig(Options):
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-    return f"no option of this name{hint}; options are {', '.join(known)}"
+    return f"unknown option{hint}; the options are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Where the original runs, whole or in parts, in place of steps of ours, and what the user is told of it."""
+"""When the original model runs, whole or in part, in place of cached steps, and the warnings that say so."""
 
 from __future__ import annotations
 
@@ -29,30 +29,37 @@ from moeca_compile.runtime.record import Record
 _log = logging.getLogger(__name__)
 
 GRADIENTS = (
-    "gradients are enabled, so nothing is cached and the original model runs: call it under torch.no_grad() or "
-    "torch.inference_mode()"
+    "gradients are enabled. The original model runs and nothing is cached, so sampling is no faster. Call the model "
+    "under torch.no_grad() or torch.inference_mode()"
 )
-TRAINING = "the model is in training mode, so nothing is cached and the original runs: call model.eval() first"
+TRAINING = (
+    "the model is in training mode. The original model runs and nothing is cached, so sampling is no faster. Call "
+    "model.eval() first"
+)
 MISSING = (
-    "torch {0} has no {1}, so nothing is cached and the model runs as under plain torch.compile: use a version of "
-    "torch that docs/private-apis.md names"
+    "torch {0} has no {1}. The model runs as under plain torch.compile and nothing is cached, so sampling is no "
+    "faster. Use a version of torch that docs/private-apis.md names"
 )
 BREAK = (
-    "{0}: the graph breaks here ({1}), so the model is compiled in parts, as torch.compile would, and nothing is "
-    "cached across the break. If this is MoE dispatch, docs/extending/idiom.md says how to make it traceable"
+    "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
+    "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
 )
 NOTHING_FOUND = (
-    "recipe {0!r} found nothing that it could cache, so the model runs uncached: it needs {1}. The fora, stack and "
-    "block recipes cache models without experts too"
+    "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "
+    "faster. For a model without experts, choose the recipe fora, stack or block"
 )
 NO_TIMESTEP = (
-    "no timestep was found among the model's inputs, so steps and generations cannot be told apart and the model "
-    "runs uncached. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
+    "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
+    "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
 )
 
 
-def runs_as_it_was(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> bool:
-    """Whether a graph is left to torch.compile: under autograd, in training, or without anything to rewrite."""
+def runs_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> bool:
+    """Whether a graph is left to torch.compile. Warns, except where there is simply nothing to rewrite.
+
+    It is left where this torch lacks a name that we need, with gradients, in training mode, or without an MoE layer
+    or an attention.
+    """
     reason = _why_original(inputs, record)
     if reason is not None:
         _log.debug("a graph of %d nodes is left to torch.compile: %s", len(gm.graph.nodes), reason)
@@ -62,24 +69,25 @@ def runs_as_it_was(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) ->
     return not _worth_rewriting(gm)
 
 
-def as_torch_compile_would(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+    """The graph as plain torch.compile compiles it, or not compiled at all where `lowering` is "eager"."""
     record.untouched += 1
     if record.config.lowering == "eager":
         return gm.forward
     return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
 
 
-def uncached_where_idle(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
-    """The plan; without caches where no timestep tells steps apart. A model that runs uncached is warned of."""
+def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
+    """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
     if config.policy.declares_nothing:
         return plan
     if not plan.replacements:
-        if not plan.regions.skipped and not captured.in_parts:  # else that is warned of
+        if not plan.regions.skipped and not captured.in_parts:  # these explain it already
             notes.warn(NOTHING_FOUND.format(config.recipe, config.policy.needs))
         return plan
     if plan.regions.timesteps:
         return plan
-    if not captured.partial:  # else the break that made it a part is warned of
+    if not captured.partial:  # the warning about the graph break explains it already
         notes.warn(NO_TIMESTEP)
     return replace(plan, replacements=(), capacities=(0,))
 
@@ -90,27 +98,27 @@ def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
     module, callers = outermost_module(), calling_code()
     if module is not None and module.training:
         return TRAINING
-    # Capture is off while gradients are on, so a graph that comes in parts then says nothing of the model.
+    # Capture is off while gradients are enabled, so graph breaks then say nothing about the model.
     wanted = callers or graph_break() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
     if torch.is_grad_enabled():
         return GRADIENTS if wanted else None
-    # Dispatch is often decorated with no_grad, and traced as a part of a call with gradients.
+    # MoE dispatch is often decorated with no_grad: in a call with gradients it is a graph of its own, without them.
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
 
 
 def _note_breaks(record: Record) -> None:
-    """Note where the graph breaks, and whether it is a part of the model whose callers run as plain Python.
+    """Record graph breaks, and whether this graph is a part of the model whose callers run as plain Python.
 
-    Dynamo gives up a function for good, whatever backend or mode it was compiled for, where a loop in it breaks
-    the graph: plain torch.compile does so at MoE dispatch, and so do calls with gradients or in training mode.
-    So it is made to look at the callers again, once, and then drops the parts that it did not need.
+    Once a loop in a function breaks the graph, Dynamo never compiles that function again, for any backend or mode.
+    Plain torch.compile, calls with gradients and calls in training mode all break at MoE dispatch. So make Dynamo try
+    each caller once more. Where it then captures the whole model, the engines of the parts are dropped.
     """
     broken, callers = graph_break(), set(calling_code())
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
         refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
-        if broken[0].rpartition(":")[0] not in refused:  # else it is most likely what was warned of there
+        if broken[0].rpartition(":")[0] not in refused:  # the warning about that dispatch explains it already
             record.notes.warn(BREAK.format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
@@ -121,7 +129,7 @@ def _note_breaks(record: Record) -> None:
 
 
 def _worth_rewriting(gm: fx.GraphModule) -> bool:
-    """Whether the graph holds an MoE layer or an attention at all."""
+    """Whether the graph contains an MoE layer or an attention."""
     wanted = (
         *MARKERS,
         *(marker.overloadpacket for marker in MARKERS),

@@ -1,4 +1,4 @@
-"""What is noted while a model is compiled and run: seconds by stage, errors by check, warnings."""
+"""What compiling and running a model records: seconds by stage, errors by check, warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Notes:
-    """Reports are made from it. A warning is given once, when it is noted."""
+    """What a report is made from. Each warning is issued once, when it first occurs."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     errors: dict[str, float] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Notes:
             warnings.warn(f"moeca: {text}", stacklevel=3)
 
     def worst(self, check: str, error: float) -> None:
-        """Keep the greatest error of a check."""
+        """Record an error of a check; the largest one counts."""
         self.errors[check] = max(error, self.errors.get(check, 0.0))
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line: its type, and the first line of what it says."""
+    """An exception in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

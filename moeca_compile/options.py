@@ -1,6 +1,7 @@
-"""The options of `torch.compile(model, backend="moeca", options={...})`: each with its check, default and text.
+"""The options of `torch.compile(model, backend="moeca", options={...})`: each with its check, default and
+documentation.
 
-`config.MoecaConfig` completes them with what the recipe sets, and refuses what the recipe would ignore.
+`config.MoecaConfig` fills in the recipe's values and rejects options that the recipe ignores.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ CACHE_DTYPES = {
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET"})()
 
-Check = Callable[[Any], Any]  # gives the value in its kept form; raises NotAllowedError
+Check = Callable[[Any], Any]  # returns the value in its normal form; raises NotAllowedError
 
 
 class ConfigError(ValueError):
-    """An option that does not exist, a value that an option does not take, or an option that the recipe ignores.
+    """An unknown option, a value that is not allowed, or an option that the recipe ignores.
 
-    `field`, `value` and `reason` hold what the message says.
+    `field`, `value` and `reason` are the parts of the message.
     """
 
     def __init__(self, field: str, value: object, reason: str) -> None:
@@ -44,7 +45,7 @@ class NotAllowedError(ValueError):
 
 
 def one_of(*names: str, formerly: Mapping[str, str] | None = None) -> Check:
-    """One of some names; `formerly` maps what a name was called before to what it is called now."""
+    """One of `names`; `formerly` maps old names, which are still accepted, to current ones."""
 
     def check(value: Any) -> str:
         if formerly and isinstance(value, str):
@@ -99,7 +100,7 @@ def optional(inner: Check) -> Check:
 
 
 def each(inner: Check) -> Check:
-    """A list or tuple whose every item passes `inner`; kept as a tuple."""
+    """A list or tuple whose items all pass `inner`; returned as a tuple."""
 
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)):
@@ -143,7 +144,7 @@ def activation_dtype(value: Any) -> torch.dtype | None:
 
 
 def setting(default: Any, check: Check, group: str, doc: str) -> Any:
-    """An option that, left unset, takes its recipe's value, else `default`."""
+    """An option. Where the user leaves it unset, it has the recipe's value, or else `default`."""
     metadata = {"default": default, "check": check, "group": group, "doc": " ".join(doc.split())}
     return dataclasses.field(default=UNSET, metadata=metadata)
 
@@ -158,10 +159,10 @@ REUSE, STATE, COMPILATION = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may set, one field each. The fields' metadata hold default, check, group and documentation.
+    """The user's options, one field each. A field's metadata holds its default, check, group and documentation.
 
-    Equation numbers are those of MoECa, section 4. A *branch* is one (token, expert) pair; a *slot* is one of the k
-    places that a token has in the branch cache. Steps are counted from 0 in each generation.
+    Equation numbers are those of the MoECa paper, section 4. A *branch* is one (token, expert) pair; a *slot* of the
+    cache holds one of a token's k branches. Steps count from 0 in each generation.
     """
 
     recipe: str = "moeca"
@@ -170,8 +171,7 @@ class Options:
         None,
         optional(step_list),
         SCHEDULE,
-        """The full steps one by one, in place of full_every. Must contain 0; a step that is not listed is a cache
-        step.""",
+        """The numbers of the full steps, in place of full_every. Must contain 0. All other steps are cache steps.""",
     )
     attention_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all attention at this interval instead of full_every."
@@ -184,20 +184,24 @@ class Options:
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."
     )
     beta: float = setting(
-        0.65, real(0, 1, open_high=True), THRESHOLD, "Memory of the spatial activation statistic, eq. 10."
+        0.65,
+        real(0, 1, open_high=True),
+        THRESHOLD,
+        "Decay of the spatial activation statistic, eq. 10: the weight of its previous value.",
     )
     entropy: str = setting(
         "log",
         one_of("log", "minmax"),
         THRESHOLD,
-        """How H_e of eq. 11 comes to [0, 1]: "log" divides by log(tokens); "minmax" maps the layer's smallest to 0
-        and its largest to 1, per sample.""",
+        """How H_e of eq. 11 is scaled to [0, 1]: "log" divides by log(tokens); "minmax" maps the layer's smallest
+        value to 0 and its largest to 1, per sample.""",
     )
     statistic: str = setting(
         "sample",
         one_of("sample", "batch"),
         THRESHOLD,
-        """"sample" keeps one statistic per sample; "batch" one for all, so that samples depend on each other.""",
+        """"sample" has one statistic per sample. "batch" has one for the whole batch, so that a sample's result
+        depends on the others.""",
     )
     lambda1: float = setting(1.0, real(0), SCORE, "Weight of the temporal drift.")
     lambda2: float = setting(0.6, real(0), SCORE, "Weight of the historical contribution.")
@@ -205,46 +209,47 @@ class Options:
         "paper",
         one_of("paper", "drift", "staleness"),
         SCORE,
-        """"paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds to eq. 9 the steps since the slot was
-        last computed, times 0.25 / full_every.""",
+        """"paper" is eq. 9; "drift" is |w - w_cached| alone; "staleness" adds 0.25 / full_every to eq. 9 for each
+        step since the slot was last computed.""",
     )
     score_weights: str = setting(
         "normalized",
         one_of("normalized", "raw", formerly={"normalised": "normalized"}),
         SCORE,
-        """w in eq. 9 is "normalized" over the token's branches, or the model's "raw" weight. The output, eq. 8, has
-        the model's own weights either way.""",
+        """w in eq. 9: "normalized" to sum to 1 over the token's branches, or the model's "raw" weight. The output,
+        eq. 8, uses the model's weights either way.""",
     )
     budget: float | None = setting(
         None,
         optional(real(0, 1)),
         SCORE,
-        """Recompute this fraction of a sample's branches, rounded: the highest-ranked ones (unmatched before
-        matched, then by score). None recomputes what exceeds the threshold.""",
+        """Recompute this fraction of a sample's branches, rounded to a whole number: unmatched branches first, then
+        the highest scores. None decides by the threshold of eq. 12.""",
     )
     keys_values: str = setting(
         "chosen",
         one_of("all", "chosen", "none"),
         REUSE,
-        """Of which tokens a cache step computes keys and values anew: "all", the "chosen" ones (those with a
-        recomputed branch), or "none".""",
+        """The tokens whose keys and values a cache step recomputes: "all", the "chosen" ones (those with a recomputed
+        branch), or "none".""",
     )
     mask_source: str = setting(
         "probe",
         one_of("probe", "previous"),
         REUSE,
-        """"probe" decides on the layer's router on x + gate * cached attention, then refreshes the attention of the
-        chosen tokens; "previous" refreshes that of the previous MoE layer's chosen tokens, then routes and decides
-        (the first layer has a probe either way).""",
+        """How the tokens are chosen whose attention is refreshed. "probe" runs the layer's router on
+        x + gate * cached attention, chooses tokens, then refreshes their attention. "previous" refreshes the
+        attention of the tokens that the previous MoE layer chose, then runs the router and chooses; the first MoE
+        layer uses a probe.""",
     )
     shared: str = setting(
         "never",
         one_of("any", "always", "never"),
         REUSE,
-        """On which tokens a cache step runs the shared expert: those with "any" recomputed branch, "always" all, or
-        "never" any.""",
+        """The tokens on which a cache step runs the shared expert: "any" is those with any recomputed branch,
+        "always" all tokens, "never" none.""",
     )
-    overwrite: bool = setting(True, flag, REUSE, "Recomputed branches replace their slot in the cache.")
+    overwrite: bool = setting(True, flag, REUSE, "Write recomputed branches back to their slots in the cache.")
     forecast: tuple[str, ...] = setting(
         (),
         each(one_of("attention", "experts", "shared", "stack", "blocks")),
@@ -259,33 +264,33 @@ class Options:
         capacity_buckets,
         STATE,
         """Capacity buckets: the most tokens that a cache step may recompute, as fractions of a sample's tokens. Each
-        that is needed is a compiled graph.""",
+        one that is used costs a compiled graph.""",
     )
     branches_per_token: float = setting(
         2.0,
         real(0, open_low=True),
         STATE,
-        """How many branches a token are cached, on average, of a layer whose capacity only the data tell (dynamic
-        capacity). Branches beyond it are computed at every step.""",
+        """Cached branches per token, on average, in a layer whose number of branches depends on the data (dynamic
+        capacity). Branches beyond that are computed at every step.""",
     )
     max_generations: int = setting(
         8,
         whole(1),
         STATE,
-        """How many (generation, stream) caches are held at a time; the one unused for longest goes first.""",
+        """How many (generation, stream) caches exist at a time; the least recently used one is evicted first.""",
     )
     cache_dtype: torch.dtype | None = setting(  # noqa: RUF009
         None,
         activation_dtype,
         STATE,
-        """Dtype of cached activations; None is the model's own. A name such as "bfloat16" is taken too.""",
+        """Dtype of cached activations; None is the model's own. A name such as "bfloat16" works too.""",
     )
     cuda_graphs: bool = setting(
         True,
         flag,
         STATE,
-        """On CUDA, record each kind of step once a stream as a CUDA graph and replay it. Caches of ended generations
-        are then kept for the next ones, up to max_generations. Without effect on other devices.""",
+        """On CUDA, record each kind of step as a CUDA graph, once for each stream, and replay it. The next
+        generations then reuse the caches of ended ones, up to max_generations. No effect on other devices.""",
     )
     validate: bool = setting(
         True, flag, COMPILATION, "Check each rewritten graph against the original on the first inputs."
@@ -294,18 +299,18 @@ class Options:
         None,
         optional(real(0, open_low=True)),
         COMPILATION,
-        "Greatest error that validation lets pass, relative to the output's scale; None goes by the dtype.",
+        "Largest error that validation accepts, relative to the output's scale; None chooses it by dtype.",
     )
     lowering: str = setting(
         "inductor",
         one_of("inductor", "eager"),
         COMPILATION,
-        """"inductor" compiles the traced steps; "eager" runs them op by op: ready in seconds rather than minutes, and
-        slow. For looking for a fault.""",
+        """"inductor" compiles the traced steps. "eager" runs them op by op, for debugging: it is ready in seconds
+        rather than minutes, and slow.""",
     )
     dump: str | None = setting(
         None,
         optional(folder),
         COMPILATION,
-        """A folder into which the graph is written after each stage, readable, with an index page.""",
+        """The folder to write the graph to after each stage, as readable text with an index page.""",
     )

@@ -1,4 +1,4 @@
-"""Plan: what is cached, in which tensors, at which costs. Frozen; nothing here edits the graph."""
+"""The plan: which values a recipe caches, in which tensors, and what steps then cost. The graph is not edited."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sympy
 from torch import fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.analysis.axis import Axis, place_in
+from moeca_compile.passes.analysis.axis import Axis, offset_in
 from moeca_compile.passes.analysis.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops, token_count
 from moeca_compile.passes.analysis.graph import ancestors, between, shape_of
 from moeca_compile.passes.match.experts import ENTRY, body_nodes
@@ -23,10 +23,12 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 
 _log = logging.getLogger(__name__)
 
-SAVES_NOTHING = "caching it saves no work: what leads to it runs for all tokens at every step anyway"
+SAVES_NOTHING = (
+    "caching it saves no work: everything that it is computed from runs for all tokens at every step anyway"
+)
 _WORTH_A_GRAPH = 0.98
-"""A capacity bucket whose step costs more than this share of the next one's is left out: it would be a graph more to
-compile for next to nothing."""
+"""A capacity bucket is left out where its step costs more than this share of the next larger bucket's step: it saves
+too little to be worth compiling."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Plan:
     """What a recipe does with one graph, and what that costs.
 
     Attributes:
-        regions: the regions that it goes by; those that caching cannot pay for are among the skipped ones.
-        replacements: what steps take from caches; empty where the model runs uncached.
+        regions: the matched regions; those where caching saves nothing are among the skipped ones.
+        replacements: the values that steps take from caches; empty where the model runs uncached.
         capacities: the capacity buckets, in tokens a sample; (0,) where nothing is ever recomputed.
-        costs: FLOPs of a step by which parts it computes as the model does (attention, experts): in B, N (tokens of
-            the stream whose tokens are chosen), c (fraction of them chosen) and r (fraction of branches recomputed).
+        costs: FLOPs of a step, by whether it runs (attention, experts) as the model does. Expressions in B (samples),
+            N (tokens of the stream whose tokens are chosen), c (fraction of them chosen) and r (fraction of branches
+            recomputed).
         sizes: the values of B and N for this graph.
     """
 
@@ -60,23 +63,26 @@ class Plan:
 
     @cached_property
     def replaced(self) -> frozenset[fx.Node]:
-        """The nodes whose own values no step needs that reads the caches: the replaced ones and all that leads to
-        them alone."""
+        """The replaced nodes and the work between their sources and them."""
         spans = [between(replacement.source, [replacement.node]) for replacement in self.replacements]
         return frozenset(node for span in spans for node in span)
 
     @cached_property
     def parts(self) -> frozenset[Part]:
-        """The parts of the schedule that something is cached of."""
+        """The parts of the schedule that have cached values."""
         return frozenset(replacement.part for replacement in self.replacements)
 
     @cached_property
     def recomputes(self) -> bool:
-        """Whether cache steps compute chosen tokens or branches anew."""
+        """Whether cache steps recompute chosen tokens or branches."""
         return any(replacement.recomputes for replacement in self.replacements)
 
     def flops(self, kind: StepKind, chosen: float = 0.0, recomputed: float = 0.0) -> float:
-        """FLOPs of a step at this graph's sizes, before it is traced."""
+        """FLOPs of a step of this kind at this graph's sizes, estimated before the step is traced.
+
+        Args:
+            chosen, recomputed: the fractions of tokens chosen and of branches recomputed.
+        """
         values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
         return float(self.costs[kind.attention, kind.experts].subs(values))
 
@@ -98,13 +104,13 @@ def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
 
 
 def declare(config: MoecaConfig, regions: Regions) -> tuple[Replacement, ...]:
-    """What the recipe takes from caches; nothing where the model does not have what it needs."""
+    """The recipe's replacements; none where the model lacks what the recipe needs."""
     applies = regions.residuals and config.policy.applies(regions)
     return tuple(config.policy.declare(config, regions)) if applies else ()
 
 
 def _idle_regions(regions: Regions, idle: Sequence[Replacement]) -> list[Attention | FeedForward]:
-    """The attentions and feed-forwards behind replacements that save nothing."""
+    """The attentions and feed-forwards whose replacements save nothing."""
     nodes = {replacement.node for replacement in idle}
     attentions = [attention for attention in regions.attentions if attention.residual.output in nodes]
     return [*attentions, *(feedforward for feedforward in regions.feedforwards if feedforward.output in nodes)]
@@ -114,7 +120,7 @@ def _idle_regions(regions: Regions, idle: Sequence[Replacement]) -> list[Attenti
 
 
 def _capacities(plan: Plan, config: MoecaConfig) -> tuple[int, ...]:
-    """The capacity buckets in tokens; a rank budget needs one only, and none at 0."""
+    """The capacity buckets in tokens. A rank budget has one only, since it fixes how much is recomputed."""
     tokens = plan.sizes[1]
     if not plan.recomputes:
         return (0,)
@@ -128,14 +134,14 @@ def _capacities(plan: Plan, config: MoecaConfig) -> tuple[int, ...]:
 
 
 def _pays(plan: Plan, capacity: int, larger: int) -> bool:
-    """Whether a bucket saves enough over the next larger one to be a graph of its own."""
+    """Whether a bucket saves enough over the next larger one to be worth compiling."""
     kind, tokens = StepKind(attention=False, experts=False), plan.sizes[1]
     cost, other = (plan.flops(kind, c / tokens, c / tokens) for c in (capacity, larger))
     return cost <= _WORTH_A_GRAPH * other
 
 
 def expected_branches(body: ExpertBody, rows: int, config: MoecaConfig) -> int:
-    """Branches in a call on so many rows; where the data tell, as many as the cache has room for."""
+    """Branches in a call on `rows` rows; where the number depends on the data, as many as the cache holds."""
     return body.branches or round(config.branches_per_token * rows)
 
 
@@ -149,12 +155,12 @@ class _Costs:
         self.regions, self.config = regions, config
         self.main: Axis = regions.main.axis if regions.main else ()
         self.output = next(iter(reversed(graph.nodes)))
-        # The traced body of expert 0 stands for work that the branches are counted by.
+        # Not the traced body of expert 0: the work of experts is counted by branches.
         traced = {node for marker in regions.bodies for node in body_nodes(marker) if node.target is not ENTRY}
         self.counted = set(graph.nodes) - traced
 
     def of_step(self, replacements: Iterable[Replacement], kind: StepKind) -> sympy.Expr:
-        """A step of this kind: what runs for all tokens, and what it computes anew of what comes from caches."""
+        """FLOPs of a step of this kind: what runs for all tokens, plus what is recomputed of cached values."""
         reused = [replacement for replacement in replacements if not kind.computes(replacement.part)]
         run = self._run_for_all_tokens(reused)
         cost = self._rows(run & self.counted) + self._branches(m for m in self.regions.bodies if m in run)
@@ -167,7 +173,7 @@ class _Costs:
         return cost
 
     def saves_work(self, replacement: Replacement) -> bool:
-        """Whether any work falls away where the node's value comes from the cache and nothing is recomputed."""
+        """Whether it saves any work to take the node's value from the cache, with nothing recomputed."""
         if replacement.node in self.regions.bodies:
             return True
         span = between(replacement.source, [replacement.node])
@@ -181,25 +187,25 @@ class _Costs:
         return ancestors([self.output, *read], stop=replaced) - replaced
 
     def _mixed_inputs(self, replacement: Replacement) -> list[fx.Node]:
-        """What values that mix tokens are computed from: it runs for all tokens whatever is chosen."""
+        """Values that mix tokens, and their inputs: these run for all tokens, whichever are chosen."""
         if not replacement.recomputes or not self.regions.mixed or self.config.budget == 0:
             return []
         mixed = between(replacement.source, [replacement.node]) & self.regions.mixed
         return [arg for node in sorted(mixed) for arg in (*node.all_input_nodes, node)]
 
     def _rows(self, nodes: Iterable[fx.Node], only: fx.Node | None = None) -> sympy.Expr:
-        """The work of `nodes`, or of their share in the tokens of `only`."""
+        """FLOPs of `nodes`: for all tokens, or for those of `only`."""
         axis = self.regions.axis(only) if only is not None else None
         return symbolic_flops(nodes, self.regions.layouts, self.main, axis)
 
     def _chosen(self, nodes: Iterable[fx.Node], output: fx.Node) -> sympy.Expr:
-        """The work of `nodes` on the tokens among those of `output` that an MoE layer may choose."""
+        """FLOPs of `nodes` for the tokens of `output` that an MoE layer may choose."""
         axis, markers = self.regions.axis(output), [layer.marker for layer in self.regions.experts]
-        choosing = [marker for marker in markers if place_in(axis, self.regions.axis(marker)) is not None]
+        choosing = [marker for marker in markers if offset_in(axis, self.regions.axis(marker)) is not None]
         return self._rows(nodes, choosing[0]) if choosing else sympy.Integer(0)
 
     def _branches(self, markers: Iterable[fx.Node]) -> sympy.Expr:
-        """All branches of these MoE layers."""
+        """FLOPs of all branches of these MoE layers."""
         total = sympy.Integer(0)
         for marker in markers:
             body, rows = self.regions.bodies[marker], shape_of(marker)[0]

@@ -1,4 +1,4 @@
-"""Numbers in the units that people read."""
+"""Numbers as text for people, with units."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flop_count(number: float) -> str:
 
 
 def seconds(time: float) -> str:
-    """Seconds, or milliseconds below one: 0.25 -> "250 ms"."""
+    """Seconds, or milliseconds below one second: 0.25 -> "250 ms"."""
     return f"{time:.1f} s" if time >= 1 else f"{1000 * time:.0f} ms"
 
 
@@ -35,5 +35,5 @@ def percent(fraction: float) -> str:
 
 
 def count(number: float) -> str:
-    """A count, with one decimal where it is a mean that is not whole."""
+    """A count, or a mean of counts with one decimal where it is not whole."""
     return f"{number:,.0f}" if number == round(number) else f"{number:,.1f}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeca_compile.reporting import text
+from moeca_compile import text
 
 
 @pytest.mark.parametrize(

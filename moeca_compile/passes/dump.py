@@ -1,11 +1,11 @@
-"""What compilation makes of a graph, stage by stage, as text files and a page that links them (option `dump`).
+"""Write the graph after each stage of compilation to text files, and a page that links them (option `dump`).
 
     folder/index.html                      the graphs compiled so far
     folder/graph-1/index.html              the stages of one graph at one set of input shapes
     folder/graph-1/00-dynamo.txt, 01-exported.txt, ...
 
-Nothing is ever overwritten: each graph has a folder of its own. The page is complete after every stage, so that it
-is there when the next one fails.
+Nothing is overwritten: each graph has a folder of its own. The page is complete after every stage, also when the
+next stage fails.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ td, th {{ padding: 0.2em 1.5em 0.2em 0; text-align: left; vertical-align: top; }
 
 
 class Dump:
-    """Writes nothing: what stages are shown to where no dump is asked for."""
+    """Writes nothing: the dump where the option is None."""
 
     def graph(
         self, stage: str, graph: fx.Graph | fx.GraphModule, note: str = "", inputs: Sequence[str] | None = None
@@ -53,20 +53,20 @@ class Dump:
 
         Args:
             note: what the stage did, for the page.
-            inputs: what to call the placeholders, in order, where their own names say nothing.
+            inputs: names for the placeholders, in order, where their own say nothing.
         """
 
     def after_pass(self, result: PassResult, graph: fx.Graph) -> None:
         """Show the graph after a normalizing pass that rewrote something."""
 
     def regions(self, stage: str, graph: fx.Graph, regions: Regions) -> None:
-        """Show the graph with the regions matched in it, and what was skipped and why."""
+        """Show the graph with its regions, and what was skipped and why."""
 
     def code(self, stage: str, path: str | Path) -> None:
         """Show the code that Inductor wrote to a file of its own."""
 
     def code_of(self, step: str) -> Callable[[str], None] | None:
-        """What takes the paths of a step's code; None where nobody wants them."""
+        """A function to call with the paths of a step's code; None where the code is not dumped."""
         return None
 
 
@@ -79,7 +79,7 @@ class _Stage:
 
 
 class FolderDump(Dump):
-    """Writes each stage to a file of `folder`, which must exist, and links it from index.html there."""
+    """Writes each stage to a file in `folder`, which must exist, and links it from index.html there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,14 +118,18 @@ class FolderDump(Dump):
         return partial(self.code, f"code {step}")
 
     def _add(self, name: str, text: str, size: str, note: str) -> None:
-        """Write a stage. A disk that is full must not stop the compilation that it is to explain."""
+        """Write a stage. A failure to write, such as a full disk, must not stop the compilation."""
         file = f"{len(self.stages):02}-{re.sub('[^a-zA-Z0-9_+]+', '-', name).strip('-')}.txt"
         try:
             (self.folder / file).write_text(text, encoding="utf-8")
             self.stages.append(_Stage(name, file, size, note))
             self._write_page()
         except OSError as error:
-            log.warning("%s could not be written: %s", self.folder / file, error)
+            log.warning(
+                "could not write %s (%s). The dump lacks this stage. Free disk space or choose another folder",
+                self.folder / file,
+                error,
+            )
 
     def _write_page(self) -> None:
         rows = [
@@ -138,9 +142,9 @@ class FolderDump(Dump):
 
 
 def open_dump(folder: str | Path | None) -> Dump:
-    """Where one graph's stages are to be shown: a new folder inside `folder`, or nowhere if that is None.
+    """The dump of one graph: into a new folder inside `folder`, or nowhere where that is None.
 
-    Raises ConfigError where the folder cannot be made or written to, before anything is compiled.
+    Raises ConfigError where the folder cannot be made or written to. Call it before anything is compiled.
     """
     if folder is None:
         return Dump()
@@ -163,7 +167,7 @@ def _new_folder(root: Path) -> Path:
         folder = root / f"graph-{number}"
         try:
             folder.mkdir()
-        except FileExistsError:  # of another graph, of this process or another
+        except FileExistsError:  # another graph has it, in this process or another
             continue
         return folder
     raise AssertionError("there is always a next number")

@@ -16,14 +16,14 @@ from moeca_compile.passes.listed_parameters import ListedParameters
 def to_functional_aten(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Return `gm` as functional ATen, one placeholder per input, in the same order.
 
-    Pre-dispatch keeps `linear`, `scaled_dot_product_attention`, `layer_norm` and `topk` whole, and these are
-    what the matchers look for. Every node of the result has a fake tensor in `meta["val"]`.
+    Pre-dispatch does not decompose `linear`, `scaled_dot_product_attention`, `layer_norm` and `topk`, which the
+    matchers look for. Every node of the result has a fake value in `meta["val"]`.
     """
     listed = ListedParameters.of(gm.graph) if isinstance(gm, fx.GraphModule) else None
     if listed is None:
         return _exported(gm, inputs)
-    exported = _exported(listed.left_out_of(gm), [inputs[position] for position in listed.kept])
-    return listed.put_back(exported) or _exported(gm, inputs)
+    exported = _exported(listed.removed_from(gm), [inputs[position] for position in listed.traced])
+    return listed.restored_to(exported) or _exported(gm, inputs)
 
 
 def _exported(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

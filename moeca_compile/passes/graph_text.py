@@ -1,4 +1,4 @@
-"""A graph as text for people: a line an op with what its value is, under the module and line that it comes from."""
+"""A graph as text for people: one line an op with dtype and shape, under the module and source line of its code."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from moeca_compile.passes.match.regions import Experts, FeedForward, Regions
 Marks = Mapping[fx.Node, Sequence[str]]
 
 _LONG = 8
-"""Longer lists of nodes, which are the parameters of all experts of a layer, are shown by their ends."""
+"""Of longer lists of nodes, such as the parameters of all experts of a layer, only the ends are shown."""
 
 _OPS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 """The types of ops, without and with an overload."""
 
 
 def graph_text(graph: fx.Graph, marks: Marks | None = None, inputs: Sequence[str] | None = None) -> str:
-    """The inputs, the ops in order and what is returned.
+    """The inputs, the ops in order and the outputs, a line each.
 
     Args:
-        marks: lines to stand in front of a node.
-        inputs: what to call the placeholders, in order. Raises ValueError where they are not as many.
+        marks: lines to write in front of a node.
+        inputs: names for the placeholders, in order. Raises ValueError where there are more or fewer of them.
     """
     names = _names(graph, inputs)
     lines, origin = [], ""
@@ -41,9 +41,9 @@ def graph_text(graph: fx.Graph, marks: Marks | None = None, inputs: Sequence[str
 
 
 def region_marks(graph: fx.Graph, regions: Regions) -> dict[fx.Node, list[str]]:
-    """Where each region begins: its kind and name in front of its first node, with the reason where it is skipped.
+    """Marks for where regions begin: kind and name in front of the first node, and the reason where one is skipped.
 
-    What is skipped is known by its module's path alone; where no node has that path, it stands at the top.
+    A skipped region is located by its module's path alone. Where no node has that path, the mark is at the top.
     """
     begins = [(_first(a.residual.stream, [a.residual.output]), f"attention {a.name}") for a in regions.attentions]
     for layer in regions.experts:
@@ -57,7 +57,7 @@ def region_marks(graph: fx.Graph, regions: Regions) -> dict[fx.Node, list[str]]:
 
 
 def _begins_of(layer: Experts) -> list[tuple[fx.Node, str]]:
-    """Router, experts and shared experts; what all of them read, such as a norm, is none's."""
+    """Router, experts and shared experts; what all of them read, such as a norm, belongs to none of them."""
     stream, rows = layer.residual.stream, layer.body.rows
     router = _first(stream, [layer.choice, layer.weight], rows)
 
@@ -72,20 +72,20 @@ def _begins_of(layer: Experts) -> list[tuple[fx.Node, str]]:
 
 
 def _first(stream: fx.Node, ends: list[fx.Node], others: Sequence[fx.Node] = ()) -> fx.Node:
-    """The first node on the way from the stream to `ends` that `others` are not computed from too."""
+    """The first node between the stream and `ends` that `others` do not depend on."""
     inside = between(stream, ends) - between(stream, others)
     return min(inside or ends)
 
 
 def _first_in(graph: fx.Graph, path: str) -> fx.Node:
-    """The first op of a module or of one inside it."""
+    """The first op of a module or of its submodules."""
     ops = [node for node in graph.nodes if node.op != "placeholder"]
     inside = (node for node in ops if path and f"{module_path(node)}.".startswith(f"{path}."))
     return next(inside, next(iter(graph.nodes)))
 
 
 def _names(graph: fx.Graph, inputs: Sequence[str] | None) -> dict[fx.Node, str]:
-    """What each node is called: parameters and buffers as in the model, where that tells all nodes apart."""
+    """The name of each node: parameters and buffers as in the model, unless two nodes would get the same name."""
     names = {node: node.name for node in graph.nodes}
     placeholders = graph.find_nodes(op="placeholder")
     given = inputs if inputs is not None else [node.name for node in placeholders]
@@ -101,10 +101,10 @@ def _parameter(name: str) -> str:
 
 
 def _origin(node: fx.Node) -> str:
-    """The module and the line of its code, as far as they are known."""
+    """The module and its line of code, as far as they are known."""
     found = re.findall(r'File "(.+)", line (\d+), in .*\n\s*(.+)', node.meta.get("stack_trace") or "")
-    place = [f"{Path(file).name}:{line}: {code}" for file, line, code in found[-1:]]
-    return "  ".join(filter(None, [module_path(node), *place]))
+    line = [f"{Path(file).name}:{line}: {code}" for file, line, code in found[-1:]]
+    return "  ".join(filter(None, [module_path(node), *line]))
 
 
 def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> str:

@@ -1,11 +1,11 @@
-"""Run the normalizing passes: their order stands here, and what each of them needs around it.
+"""The normalizing passes in order, and the code that runs them.
 
-A pass is a function of a graph that rewrites it in place, keeps the values that it computes, and returns how many
-places it rewrote. Dead code, lint, times, counts, the log and dumps are the runner's.
+A pass is a function that rewrites a graph in place, preserves the values it computes, and returns the number of its
+rewrites. The runner eliminates dead code, lints, times, counts, logs and dumps.
 
-Two rewrites are no passes in this sense. `scalar_inputs_to_tensors` edits Dynamo's graph, which is not functional
-yet, so dead code must not be eliminated there, and its callers need to know which inputs it changed.
-`to_one_device` moves all of a graph or nothing: it tries on a copy, and gives that or the graph itself.
+Two rewrites in normalize/ do not run here. `scalar_inputs_to_tensors` edits Dynamo's graph, which is not functional
+yet, so dead code must not be eliminated there; its caller also needs to know which inputs it changed. `to_one_device`
+moves a whole graph or nothing: it works on a copy, and returns that or the graph itself.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ PASSES: tuple[Pass, ...] = (
     name_attention_arguments,
     reshape_views,
 )
-"""The order: each pass may count on what those before it have written alike."""
+"""In this order: a pass may rely on the forms that the passes before it produce."""
 
 
 class PassError(RuntimeError):
-    """A pass left a graph that is not well formed: a defect of that pass, whatever the model."""
+    """A pass left a malformed graph. This is a bug in the pass, whatever the model."""
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """One run of a pass: how many places it rewrote, and the seconds that it and the cleaning up after it took."""
+    """One run of a pass: how many rewrites it made, and its seconds with lint and dead-code elimination."""
 
     name: str
     matches: int
@@ -60,16 +60,16 @@ Observer = Callable[[PassResult, fx.Graph], None]
 
 
 def normalize(graph: fx.Graph, after: Observer | None = None) -> tuple[PassResult, ...]:
-    """Rewrite an exported graph in place into the forms that matching knows; the values it computes stay the same.
+    """Rewrite an exported graph in place into the forms that matching knows, with the same values.
 
     Args:
-        after: called with the result of each pass and the graph as it then is; it must not edit the graph.
+        after: called after each pass with its result and the graph, which it must not edit.
     """
     return run_passes(graph, PASSES, after)
 
 
 def run_passes(graph: fx.Graph, passes: Sequence[Pass], after: Observer | None = None) -> tuple[PassResult, ...]:
-    """Run these passes in order on a functional graph. Raises PassError where one leaves it broken."""
+    """Run these passes in order on a functional graph. Raises PassError where one leaves it malformed."""
     results = []
     for each in passes:
         results.append(_run(each, graph))
@@ -81,7 +81,7 @@ def run_passes(graph: fx.Graph, passes: Sequence[Pass], after: Observer | None =
 def _run(each: Pass, graph: fx.Graph) -> PassResult:
     name, start = each.__name__, perf_counter()
     matches = each(graph)
-    try:  # before elimination, which needs a graph in order
+    try:  # before dead-code elimination, which needs a well-formed graph
         graph.lint()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]  # the other lines are the whole graph

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moeca_compile.ops.attention import attend
-from moeca_compile.passes.analysis.axis import Axis, count, place_in
+from moeca_compile.passes.analysis.axis import Axis, count, offset_in
 from moeca_compile.passes.match.attention import sdpa_options
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward
 from moeca_compile.passes.rewrite.rows import Rows
@@ -89,7 +89,7 @@ class CacheStep:
         """The tokens that the nearest MoE layer before chose, on the token axis of `output`, if it has them."""
         axis = self.step.regions.axis(output)
         for decided, (chosen, valid) in reversed(self.chosen.items()):
-            offset = place_in(axis, decided)
+            offset = offset_in(axis, decided)
             if offset is not None:
                 return chosen + offset if offset else chosen, valid
         return None
@@ -126,7 +126,7 @@ class CacheStep:
         layout, rest = self.step.layout(key), set(range(self.step.layout(key).tokens))
         fresh: list[tuple[Tensor, ...]] = []
         for part in parts:
-            offset = place_in(layout.axis, part.rows.axis)
+            offset = offset_in(layout.axis, part.rows.axis)
             assert offset is not None, "the axis of cached keys and values contains the tokens of every stream"
             rest -= set(range(offset, offset + count(part.rows.axis)))
             rows = (by_head(part.rows[node], layout.samples) for node in (key, value))

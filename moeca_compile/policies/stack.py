@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from moeca_compile.options import Options
-from moeca_compile.passes.analysis.axis import place_in
+from moeca_compile.passes.analysis.axis import offset_in
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Replacement
@@ -43,7 +43,7 @@ def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: st
 
 def _tokens_before(step: Step, first: fx.Node, last: fx.Node) -> Tensor:
     """The value of `first` on the tokens of `last`; `first` may have other tokens too."""
-    start = place_in(step.regions.axis(first), step.regions.axis(last)) or 0
+    start = offset_in(step.regions.axis(first), step.regions.axis(last)) or 0
     stream: Tensor = step[first]
     return stream[:, start : start + step.layout(last).tokens]
 

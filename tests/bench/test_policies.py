@@ -51,7 +51,8 @@ def test_every_case_has_options_that_the_config_takes():
     cases = [case for question in policies.questions() for case in question.cases]
     configs = [MoecaConfig.from_options(case.options) for case in cases if case.options is not None]
     assert {config.recipe for config in configs} == {
-        "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast",
+        "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast", "block",
+        "block-forecast",
     }  # fmt: skip
     for question in policies.questions():
         assert len({case.name for case in question.cases}) == len(question.cases)

@@ -107,15 +107,15 @@ def test_what_stays_is_computed_at_every_step(graph, model, monkeypatch):
 
 
 def test_a_rewrite_that_raises_is_a_reason_too(graph, monkeypatch):
-    regions, settle = regions_of(graph), Rows._settle
+    regions, evaluate = regions_of(graph), Rows._evaluate
     stopped = regions.feedforwards[0]
 
     def refuse(self: Rows, node: fx.Node) -> None:
         if node is stopped.output:
             raise NotRowWiseError("a convolution has no token axis")
-        settle(self, node)
+        evaluate(self, node)
 
-    monkeypatch.setattr(Rows, "_settle", refuse)
+    monkeypatch.setattr(Rows, "_evaluate", refuse)
     _, loop, warned = prepared(graph)
     (skipped,) = loop.compiled.regions.skipped
     assert skipped.name == stopped.name

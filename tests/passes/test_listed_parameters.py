@@ -31,7 +31,7 @@ def marked(of_last: str = "a2", also: str | None = None, alive: bool = True) -> 
 
 def left_out(gm: fx.GraphModule) -> list[str]:
     listed = ListedParameters.of(gm.graph)
-    kept = set(listed.kept) if listed else range(len(SIZES))
+    kept = set(listed.traced) if listed else range(len(SIZES))
     return [name for position, name in enumerate(SIZES) if position not in kept]
 
 

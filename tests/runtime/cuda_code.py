@@ -63,9 +63,9 @@ def cuda_code(gm: fx.GraphModule, mode: FakeTensorMode) -> str:
     mode.shape_env, mode.static_shapes = ShapeEnv(), True
     with without_guards(), _pretended(found), torch.no_grad(), tracing(TracingContext(mode)):
         with mode:
-            examples = call.unit.examples()
+            examples = call.subgraph.examples()
         with pytest.raises(InductorError, match="_GeneratedError"):
-            compile_fx(call.unit.module(), examples)
+            compile_fx(call.subgraph.module(), examples)
     (code,) = found
     return code
 

@@ -23,7 +23,7 @@ UNCACHED_ATTENTION: tuple[tuple[Callable[[Attending], bool], str], ...] = ()
 UNCACHED_EXPERTS: tuple[tuple[Callable[[Blocking], bool], str], ...] = ()
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
-IDLE = "the recipe goes by the routing of MoE layers, and none is cached"
+IDLE = "the recipe needs MoE layers, and none is cached"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What is read off a graph: token axes, products, host reads, costs. Nothing here edits one."""
+"""Analyses of a graph: token axes, products, host ops, costs. Nothing here edits the graph."""

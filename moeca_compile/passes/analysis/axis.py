@@ -1,8 +1,8 @@
-"""Which tokens a value has, and in which of its dims.
+"""Which tokens a value holds, and in which of its dims.
 
-An axis is spans of the tokens that some node brought into the graph, one after another. Picture and text have an
-axis each; where a model joins the two, the joint axis is the picture's spans and then the text's, and what is cut
-off it again is the picture's axis once more. So tokens keep their identity, whatever they are joined with.
+An axis is a sequence of spans; a span is a range of the tokens of one source node. Image and text have an axis each.
+Where a model joins the two, the joint axis is the image's spans followed by the text's; a slice that cuts the image
+off again has the image's axis. So tokens can be identified, whatever they are joined with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start to stop (exclusive) of those of `source`; None where a graph has one source only."""
+    """Tokens `start` to `stop` (exclusive) of `source`, which is None where a graph has only one."""
 
     source: fx.Node | None
     start: int
@@ -34,7 +34,7 @@ def count(axis: Axis) -> int:
 
 
 def join(axes: Iterable[Axis]) -> Axis:
-    """One axis after another; spans that continue each other become one."""
+    """The axes one after another; adjacent spans are merged."""
     spans: list[Span] = []
     for span in (span for axis in axes for span in axis):
         if spans and (spans[-1].source, spans[-1].stop) == (span.source, span.start):
@@ -44,7 +44,7 @@ def join(axes: Iterable[Axis]) -> Axis:
 
 
 def cut(axis: Axis, start: int, stop: int) -> Axis:
-    """Positions start to stop (exclusive) of the axis."""
+    """Positions `start` to `stop` (exclusive) of the axis."""
     spans, position = [], 0
     for span in axis:
         first, last = max(start - position, 0), min(stop - position, len(span))
@@ -54,8 +54,8 @@ def cut(axis: Axis, start: int, stop: int) -> Axis:
     return tuple(spans)
 
 
-def place_in(axis: Axis, part: Axis) -> int | None:
-    """The position in `axis` where the tokens of `part` begin, in their order; None where it does not hold them."""
+def offset_in(axis: Axis, part: Axis) -> int | None:
+    """The position in `axis` where the tokens of `part` begin; None where it does not hold them all, in order."""
     position = 0
     for span in axis:
         if span.source is part[0].source and span.start <= part[0].start < span.stop:
@@ -66,17 +66,19 @@ def place_in(axis: Axis, part: Axis) -> int | None:
 
 
 def overlap(one: Axis, other: Axis) -> bool:
-    """Whether any token is on both."""
+    """Whether the axes share any token."""
     return any(a.source is b.source and a.start < b.stop and b.start < a.stop for a in one for b in other)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dimensions of a value that index samples and tokens; equal when the two are merged, batch outermost.
+    """The dims of a value that index samples and tokens; equal where the two are merged, samples outermost.
 
-    `samples` and `tokens` are the sizes of the two (their product is the size of a merged dimension); `axis` says
-    which tokens they are, by default all those of a graph's one stream. `inner` is how many entries of the batch dim
-    each sample has, one after the other, where its heads were merged into it.
+    Attributes:
+        batch, token: the two dims.
+        samples, tokens: their sizes; the product is the size of a merged dim.
+        axis: which tokens they are, by default all those of a graph's only stream.
+        inner: consecutive entries of the batch dim per sample, where heads are merged into that dim.
     """
 
     batch: int
@@ -91,15 +93,15 @@ class Layout:
             object.__setattr__(self, "axis", (Span(None, 0, self.tokens),))
 
     def along(self, axis: Axis) -> Layout:
-        """The same dimensions with other tokens."""
+        """The same dims with the tokens of another axis."""
         return replace(self, tokens=count(axis), axis=axis)
 
     def shifted(self, by: int) -> Layout:
-        """The same layout after `by` dimensions were put in front."""
+        """The same layout after `by` dims were inserted in front."""
         return replace(self, batch=self.batch + by, token=self.token + by)
 
     def moved(self, move: Callable[[int], int]) -> Layout:
-        """The same layout after each dimension d became move(d)."""
+        """The same layout after each dim d became dim move(d)."""
         return replace(self, batch=move(self.batch), token=move(self.token))
 
     @property

@@ -1,4 +1,4 @@
-"""Floating-point operations: of one node, of a graph, and of a region as an expression in batch and tokens."""
+"""Floating-point operations of one node, and of several as an expression in batch and tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moeca_compile.ops.aten import MATMULS, SDPA
-from moeca_compile.passes.analysis.axis import Axis, count, place_in
+from moeca_compile.passes.analysis.axis import Axis, count, offset_in
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
 
@@ -24,7 +24,7 @@ CHOSEN, RECOMPUTED = sympy.symbols("c r", nonnegative=True)
 
 
 def node_flops(node: fx.Node) -> int:
-    """Multiply-adds count two. Only matrix products, attentions and convolutions are counted."""
+    """FLOPs of one node; a multiply-add counts two. Counts matrix products, attentions and convolutions only."""
     out = shape_of(node) if "val" in node.meta else ()
     if node.target in MATMULS | {aten.linear.default}:
         return 2 * prod(out) * shape_of(node.args[0])[-1]  # type: ignore[arg-type]
@@ -43,15 +43,15 @@ def symbolic_flops(
 ) -> sympy.Expr:
     """FLOPs of `nodes` in B and N: row-wise work grows with both, attention with the square of N.
 
-    N stands for the tokens of `main`, by default those of a graph's one stream; tokens of other streams, such as a
-    text, stay numbers. With `only`, what is row by row counts for the tokens of that axis alone.
+    N is the number of tokens of `main`, by default of a graph's only stream; tokens of other streams, such as text,
+    stay numbers. With `only`, row-wise work is counted for the tokens of that axis alone.
     """
     total = sympy.Integer(0)
     for node in nodes:
         flops = sympy.Integer(node_flops(node))
         if flops and node in layouts:
             layout = layouts[node]
-            rows = layout.axis if only is None or place_in(layout.axis, only) is None else only
+            rows = layout.axis if only is None or offset_in(layout.axis, only) is None else only
             flops = flops / (layout.samples * layout.tokens) * BATCH * token_count(rows, main)
             if node.target is SDPA and node.args[1] in layouts:
                 key = layouts[node.args[1]]  # type: ignore[index]
@@ -62,5 +62,5 @@ def symbolic_flops(
 
 def token_count(axis: Axis, main: Axis = ()) -> sympy.Expr:
     """The tokens of `axis` as an expression in N, the tokens of `main`."""
-    place = place_in(axis, main) if main else 0
-    return sympy.Integer(count(axis)) if place is None else TOKENS + count(axis) - count(main or axis)
+    offset = offset_in(axis, main) if main else 0
+    return sympy.Integer(count(axis)) if offset is None else TOKENS + count(axis) - count(main or axis)

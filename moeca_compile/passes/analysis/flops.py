@@ -1,7 +1,7 @@
 """Floating-point operations of a traced step, counted op by op with torch's own counter.
 
-An op's count depends on its shapes alone, except where experts run as many branches as the data say. Such ops are
-listed with their FLOPs a branch, so that the branches a step really ran can be put in.
+An op's count depends on its shapes alone, except where the number of expert branches depends on the data. Such ops
+are listed with their FLOPs per branch, to be multiplied by the branches that a step really ran.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ moeca = torch.ops.moeca
 
 @dataclass(frozen=True)
 class Ragged:
-    """An op that runs as many branches as the data say: FLOPs a branch; `refreshes` where it runs recomputed ones."""
+    """An op whose number of branches depends on the data. `refreshes`: it runs recomputed branches only."""
 
     per_branch: int
     refreshes: bool
@@ -33,13 +33,13 @@ class Ragged:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step: what its shapes tell, and the ops that depend on the data, in graph order."""
+    """FLOPs of one step: those fixed by its shapes, and the ops that depend on the data, in graph order."""
 
     fixed: int
     ragged: tuple[Ragged, ...] = ()
 
     def total(self, refreshed: Sequence[float] = (), routed: Sequence[float] = ()) -> float:
-        """With these branches: recomputed ones by layer that refreshes, and all those of layers with a variable k."""
+        """FLOPs with these branches: recomputed ones of each refreshing op, all of each layer with variable k."""
         counts = {True: iter(refreshed), False: iter(routed)}
         return self.fixed + sum(op.per_branch * next(counts[op.refreshes], 0.0) for op in self.ragged)
 
@@ -95,7 +95,7 @@ def _counted(node: fx.Node) -> int:
 
 
 def _per_branch(node: fx.Node) -> int:
-    """FLOPs of one row through the body of the experts that an op runs."""
+    """FLOPs of one row through the expert body that an op runs."""
     normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
     assert normalized is not None, "an op of ours has one schema"
     given = _values(normalized.kwargs)
@@ -113,6 +113,6 @@ def _value(node: Any) -> Any:
 
 
 def _form(node: fx.Node) -> str:
-    """What of a value an op's count depends on."""
+    """The properties of a value that an op's count depends on."""
     value = _value(node)
     return f"{tuple(value.shape)}:{value.dtype}" if isinstance(value, Tensor) else type(value).__name__

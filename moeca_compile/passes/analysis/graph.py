@@ -1,4 +1,4 @@
-"""Questions that every pass asks of a graph."""
+"""Helpers that every pass may use to read a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.mo
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Static shape of the node's value, of its first output where it has several; () for a number."""
+    """Static shape of the node's value, or of its first output where it has several; () for a number."""
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
     return tuple(first.shape) if isinstance(first, torch.Tensor) else ()
@@ -29,7 +29,7 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 
 
 def is_pointwise(target: object) -> bool:
-    """Ops whose every output element depends on the aligned elements of broadcast inputs only."""
+    """Whether each output element of an op depends only on the aligned elements of its broadcast inputs."""
     return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _COPIES
 
 
@@ -47,10 +47,10 @@ def clean_path(path: str) -> str:
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = (), since: fx.Node | None = None) -> set[fx.Node]:
-    """All nodes that `nodes` are computed from, themselves included, not looking past `stop`.
+    """All nodes that `nodes` are computed from, including themselves and `stop` but nothing behind `stop`.
 
-    With `since` only what depends on that node is wanted, so nothing before it in the graph is looked at: else every
-    question about a late block would lead through all blocks before it.
+    With `since`, nodes before that one in the graph are left out. Without it, every question about a late block would
+    visit all blocks before it.
     """
     found: set[fx.Node] = set()
     ends = set(stop)

@@ -1,7 +1,7 @@
-"""What in a step's graph needs the host: a graph without any of it can be recorded once and replayed.
+"""Ops in a step's graph that need the host. A graph without any can be recorded as a CUDA graph and replayed.
 
-A recorded step is kernels alone. What the host does while it is recorded (a shape taken from the data, an op on a
-CPU tensor) would keep the value that it had then, so a step is recorded only where nothing is found here.
+A recorded step consists of kernels alone. Whatever the host computes during recording (a shape from the data, an op
+on a CPU tensor) would be frozen at the value it had then, so a step is recorded only where no such op is found.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ DENIED = {
     aten.item.default: "reads a value on the host",
     aten.is_nonzero.default: "reads a value on the host",
     aten._local_scalar_dense.default: "reads a value on the host",
-    aten.masked_select.default: "has a shape that only the data tell",
-    aten.nonzero.default: "has a shape that only the data tell",
-    aten.bincount.default: "has a shape that only the data tell",
-    aten.repeat_interleave.Tensor: "has a shape that only the data tell",
-    aten.repeat_interleave.self_Tensor: "has a shape that only the data tell",
+    aten.masked_select.default: "has a shape that depends on the data",
+    aten.nonzero.default: "has a shape that depends on the data",
+    aten.bincount.default: "has a shape that depends on the data",
+    aten.repeat_interleave.Tensor: "has a shape that depends on the data",
+    aten.repeat_interleave.self_Tensor: "has a shape that depends on the data",
 }
-"""What must never stand in a step, by name; the tags below say the same of ops that no one thought of."""
+"""Ops that prevent recording, by name; the tags below catch ops that are not listed."""
 
 _TAGS = {
     torch.Tag.data_dependent_output: "reads a value on the host",
-    torch.Tag.dynamic_output_shape: "has a shape that only the data tell",
+    torch.Tag.dynamic_output_shape: "has a shape that depends on the data",
 }
-# Ops that draw random numbers pass: torch moves their generator on with every replay.
+# Ops that draw random numbers may be recorded: torch advances their generator at every replay.
 
 _EXPERTS = tuple(
     getattr(torch.ops.moeca, name).default
@@ -42,11 +42,11 @@ _EXPERTS = tuple(
 )
 
 _INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default)
-"""They take masks or positions for indices, and only masks have to be counted."""
+"""Ops that take masks or positions as indices; only masks must be counted on the host."""
 
 
 def host_ops(graph: fx.Graph, device: torch.device) -> list[str]:
-    """What needs the host in the graph of a step that runs on `device`, one text for each op."""
+    """The ops that need the host in a step that runs on `device`: op and reason, one text each."""
     found = []
     for node in graph.nodes:
         reason = _outside(node, device) or (_reason(node) if node.op == "call_function" else None)
@@ -56,9 +56,9 @@ def host_ops(graph: fx.Graph, device: torch.device) -> list[str]:
 
 
 def ops_without_kernel(graph: fx.Graph, device: torch.device) -> list[str]:
-    """The ops of this package in the graph that have no implementation of their own for the type of `device`.
+    """The ops of this package in the graph that have no kernel for the type of `device`.
 
-    What stands in for one reads the rows of each expert on the host.
+    Their fallback reads the number of rows of each expert on the host.
     """
     ops = {node.target for node in graph.nodes if getattr(node.target, "namespace", None) == "moeca"}
     return sorted(str(op) for op in ops if not has_kernel_for(op, device))
@@ -74,7 +74,7 @@ def _outside(node: fx.Node, device: torch.device) -> str | None:
     if node.op == "output" or not (node.users or node.op == "call_function"):
         return None
     other = next((value.device for value in values_of(node) if value.device != device), None)
-    return None if other is None else f"lies on {other}"
+    return None if other is None else f"is on {other}"
 
 
 def _reason(node: fx.Node) -> str | None:
@@ -93,7 +93,7 @@ def _indices(node: fx.Node) -> Iterator[Tensor]:
 
 
 def values_of(node: fx.Node) -> list[Tensor]:
-    """The tensors that a node stands for, most of them fake."""
+    """The tensors of a node's value, most of them fake."""
     if node.op == "get_attr":
         value: Any = getattr(node.graph.owning_module, str(node.target), None)
     else:

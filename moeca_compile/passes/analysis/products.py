@@ -1,4 +1,4 @@
-"""Matrix products, however written, as what einsum would say: which dims of each operand meet which of the result."""
+"""Matrix products, however written, in einsum form: one label for each dim of the operands and the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Product:
-    """out = einsum of two operands; a dim of size 1 may stand for any size, as in matmul."""
+    """out = einsum of two operands; a dim of size 1 broadcasts, as in matmul."""
 
     node: fx.Node
     left: fx.Node
@@ -29,7 +29,7 @@ class Product:
 
     @property
     def batch(self) -> Labels:
-        """Labels of both operands that the result keeps."""
+        """Labels that both operands and the result have."""
         return tuple(label for label in self.out_labels if label in self.left_labels and label in self.right_labels)
 
     @property
@@ -54,7 +54,7 @@ class Product:
 
 
 def product(node: object) -> Product | None:
-    """The product that `node` computes, None where it is none of two operands with distinct labels."""
+    """The product that `node` computes; None where it is not a product of two operands with distinct labels."""
     if not isinstance(node, fx.Node):
         return None
     args: Any = node.args

@@ -1,9 +1,9 @@
 """Which dimension of each value indexes tokens: the analysis that lets any region run on chosen tokens.
 
 Before: a graph in which `h` (batch, tokens, width) is a residual stream, alone or beside others.
-After: a `Layout` for every value computed from `h` by ops that treat tokens independently, so that evaluating
-them on rows `h[:, sel]` gives the rows `sel` of the same values. An op without a rule here ends the layout:
-whatever mixes tokens (a convolution, a norm over tokens, the keys of an attention) simply has none.
+After: a `Layout` for every value computed from `h` by ops that treat tokens independently. Evaluated on the rows
+`h[:, chosen]`, these ops give the rows `chosen` of the same values. The result of an op without a rule here has no
+layout, such as one that mixes tokens (a convolution, a norm over tokens, the keys of an attention).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rule = Callable[[fx.Node, Layouts], "Layout | None"]
 
 
 def stream_layout(stream: fx.Node) -> Layout:
-    """The layout of a residual stream (batch, tokens, width) whose tokens come from no other."""
+    """The layout of a residual stream (batch, tokens, width) that is not computed from another stream."""
     samples, tokens = shape_of(stream)[:2]
     return Layout(0, 1, samples, tokens, (Span(stream, 0, tokens),))
 
@@ -37,9 +37,9 @@ def stream_layout(stream: fx.Node) -> Layout:
 def token_layouts(graph: fx.Graph, seeds: Layouts, mixed: set[fx.Node] | None = None) -> Layouts:
     """Propagate the layouts of `seeds` to everything computed from them, op by op.
 
-    Where `mixed` is given, a value that mixed tokens (a convolution) and has a row a token again, (samples, tokens,
-    ...) or (samples * tokens, ...), gets a layout once more and is added to `mixed`. Its rows cannot be computed
-    from rows: whoever needs them has to take them from the whole value.
+    Where `mixed` is given, a value that mixes tokens (a convolution) but has one row for each token, in the shape
+    (samples, tokens, width) or (samples * tokens, width), gets a layout too and is added to `mixed`. Its rows cannot
+    be computed from rows; they must be gathered from the whole value.
     """
     found: Layouts = dict(seeds)
     lost: dict[fx.Node, set[Layout]] = {}
@@ -62,12 +62,12 @@ def token_layouts(graph: fx.Graph, seeds: Layouts, mixed: set[fx.Node] | None = 
 
 
 def _streams_of(layout: Layout, seeds: Layouts) -> Iterator[Layout]:
-    """The seeds whose tokens a value with this layout has."""
+    """The seeds whose tokens are in this layout."""
     return (seed for seed in seeds.values() if overlap(layout.axis, seed.axis))
 
 
 def _rows_again(node: fx.Node, streams: set[Layout]) -> Layout | None:
-    """The layout of a value with a row for each token of one of these streams, and of no other."""
+    """The layout of a value with one row for each token of exactly one of these streams."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     found = [again for stream in streams if (again := _rows_of(node, stream)) is not None]
@@ -77,7 +77,7 @@ def _rows_again(node: fx.Node, streams: set[Layout]) -> Layout | None:
 def _rows_of(node: fx.Node, stream: Layout) -> Layout | None:
     shape = shape_of(node)
     if shape[1:] == (stream.tokens, stream.tokens) and all(user.target in PERMUTES for user in node.users):
-        return None  # either dim could be the tokens, and what follows brings them into their place
+        return None  # either dim could be the tokens; a permutation follows that decides
     if len(shape) == 3 and shape[:2] == (stream.samples, stream.tokens):
         return replace(stream, batch=0, token=1)
     if len(shape) == 2 and shape[0] == stream.samples * stream.tokens:
@@ -96,7 +96,10 @@ def _pointwise(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _agreed(layouts: Iterable[Layout]) -> Layout | None:
-    """The one layout of several operands. Tokens of another stream are a table by position to the first one's."""
+    """The layout of the first operand; None where another has the same tokens in another layout.
+
+    Tokens of another stream act as a table by position.
+    """
     first, *others = dict.fromkeys(layouts)
     return None if any(overlap(first.axis, other.axis) for other in others) else first
 
@@ -111,7 +114,7 @@ def _carried(node: fx.Node, layouts: Layouts) -> tuple[fx.Node, Layout] | None:
 
 
 def _same_unless_last(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """linear and the like: only the last dimension is contracted."""
+    """linear and the like: only the last dim is contracted."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
@@ -125,14 +128,14 @@ def _layer_norm(node: fx.Node, layouts: Layouts) -> Layout | None:
     if carried is None:
         return None
     source, layout = carried
-    kept = len(shape_of(source)) - len(argument(node, 1, "normalized_shape"))
-    return layout if max(layout.batch, layout.token) < kept else None
+    leading = len(shape_of(source)) - len(argument(node, 1, "normalized_shape"))
+    return layout if max(layout.batch, layout.token) < leading else None
 
 
 def _along_dim(position: int, default: int | None = None, keepdim: int | None = None) -> Rule:
     """Ops that mix one or more dims (softmax, sum, topk): the token dim must not be among them.
 
-    `keepdim` is the position of that flag for reductions, None for ops that keep the shape.
+    `keepdim` is the position of that flag for reductions, None for ops that preserve the shape.
     """
 
     def rule(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -188,7 +191,7 @@ def _insert_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _remove_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """squeeze.dim, select.int and unbind.int take one dim away."""
+    """squeeze.dim, select.int and unbind.int remove one dim."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
@@ -202,7 +205,7 @@ def _remove_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _slice(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """A slice of another dim leaves the tokens as they are, one of the tokens is a part of their axis."""
+    """A slice along the tokens cuts their axis; one along another dim leaves it as it is."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
@@ -229,7 +232,7 @@ def sliced(node: fx.Node) -> tuple[int, tuple[int, int, int]]:
 
 
 def _within_dim(position: int) -> Rule:
-    """split and chunk cut one dim; tokens stay whole when it is another one."""
+    """split and chunk cut one dim, which must not be the samples or tokens."""
 
     def rule(node: fx.Node, layouts: Layouts) -> Layout | None:
         carried = _carried(node, layouts)
@@ -243,7 +246,7 @@ def _within_dim(position: int) -> Rule:
 
 
 def _expand(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """expand, repeat and tile: samples and tokens stay as many as they were."""
+    """expand, repeat and tile: the numbers of samples and tokens must not change."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
@@ -264,17 +267,17 @@ def _repeat_interleave(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _last_dim(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """view_as_complex and view_as_real: a last dim of size 2 goes or comes."""
+    """view_as_complex and view_as_real: a last dim of size 2 is removed or added."""
     carried = _carried(node, layouts)
     if carried is None:
         return None
     source, layout = carried
-    kept = min(len(shape_of(source)), len(shape_of(node)))
-    return layout if max(layout.batch, layout.token) < kept else None
+    leading = min(len(shape_of(source)), len(shape_of(node)))
+    return layout if max(layout.batch, layout.token) < leading else None
 
 
 def _einsum(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """Rows times weights: samples and tokens stay, and no other operand has the tokens' letter."""
+    """Rows times weights: the result has samples and tokens, and no other operand has the tokens' letter."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     holding = [i for i, operand in enumerate(operands) if operand in layouts]  # type: ignore[arg-type]
     if len(holding) != 1 or "." in equation or "->" not in equation:
@@ -310,12 +313,12 @@ def _cat(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _joined(parts: Sequence[fx.Node], dim: int, layouts: Layouts) -> Layout | None:
-    """Tokens after tokens; a part that carries none yet brings its own."""
+    """Concatenation along the tokens; a part without a layout is a new source of tokens."""
     known = [layouts[part] for part in parts if part in layouts]
-    places = {(layout.batch, layout.token, layout.samples) for layout in known}
+    forms = {(layout.batch, layout.token, layout.samples) for layout in known}
     axes = [layouts[p].axis if p in layouts else (Span(p, 0, shape_of(p)[dim]),) for p in parts]
     twice = any(overlap(one, other) for i, one in enumerate(axes) for other in axes[:i])
-    if len(places) != 1 or known[0].merged or dim != known[0].token or twice:
+    if len(forms) != 1 or known[0].merged or dim != known[0].token or twice:
         return None
     return known[0].along(join(axes))
 
@@ -336,7 +339,7 @@ def _matmul(node: fx.Node, layouts: Layouts) -> Layout | None:
 
 
 def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
-    """Queries are rows, keys and values are kept whole: the output has the queries' layout."""
+    """Queries are rows, keys and values are whole: the output has the queries' layout."""
     query = argument(node, 0, "query")
     layout = layouts.get(query)
     is_rows = layout is not None and not layout.merged and layout.token == len(shape_of(query)) - 2
@@ -396,4 +399,4 @@ _RULES: dict[object, Rule] = {
     operator.getitem: _getitem,
     **dict.fromkeys(MARKERS, _experts),
 }
-"""One rule an op. To teach the analysis an op, add its rule here and a case to its tests."""
+"""One rule an op. To support another op, add its rule here and a case to the tests."""

@@ -1,4 +1,4 @@
-"""Where samples and tokens are after a reshape, by the sizes of the dims before and after it."""
+"""The layout after a reshape, from the sizes of the dims before and after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeca_compile.passes.analysis.axis import Layout
 
 
 def viewed_layout(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-    """Follow the batch and token dims through a reshape; they may merge into one dim or come apart again."""
+    """Follow the batch and token dims through a reshape, which may merge or split them; None where they are lost."""
     if layout.merged:
         return _split(layout, before, after) or _merge(layout, before, after)
     token = _dim_spanning(before, after, layout.token, layout.token)
@@ -22,7 +22,7 @@ def viewed_layout(layout: Layout, before: Sequence[int], after: Sequence[int]) -
 
 
 def _regroup(layout: Layout, token: int, before: Sequence[int], after: Sequence[int]) -> Layout | None:
-    """Heads merge into the batch dim or come out of it: the samples stay outermost in it."""
+    """Heads merge into the batch dim or split from it; samples are outermost in it."""
     outer = prod(before[: layout.batch])
     end = token if layout.batch < layout.token else len(after)
     for dim in range(0 if layout.batch < layout.token else token + 1, end):

@@ -1,4 +1,4 @@
-"""Match attention whose queries come row by row from a residual stream, and its keys from anywhere."""
+"""Match attention whose queries are computed token by token from a residual stream, with any keys and values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from moeca_compile.ops.aten import MATMULS, SDPA
-from moeca_compile.passes.analysis.axis import place_in
+from moeca_compile.passes.analysis.axis import offset_in
 from moeca_compile.passes.analysis.graph import between, module_path, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
 from moeca_compile.passes.match.regions import Attention, Skipped
@@ -24,9 +24,9 @@ def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def match_attention(sdpa: fx.Node, layouts: Layouts, mixed: Set[fx.Node] = frozenset()) -> list[Attention | Skipped]:
-    """The attention region around `sdpa`, one for each stream that it joins, or the reason why it stays as it is.
+    """The attention regions around `sdpa`, one for each token stream that it joins, or why it is skipped.
 
-    `mixed` are the values whose rows can only be gathered from the whole.
+    `mixed` are the values that mix tokens: their rows can only be gathered from the whole value.
     """
     query, key, value = sdpa.args[:3]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
@@ -71,7 +71,7 @@ def _rows_of_heads(node: fx.Node, layouts: Layouts) -> bool:
 
 
 def _by_token(sdpa: fx.Node, outputs: list[fx.Node], layouts: Layouts) -> bool:
-    """Whether the tokens of all outputs are among keys and values, so that those of chosen tokens can be renewed."""
+    """Whether keys and values hold the tokens of all outputs, so that those of chosen tokens can be refreshed."""
     query, key, value = sdpa.args[:3]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     if key not in layouts or value not in layouts:
@@ -80,15 +80,15 @@ def _by_token(sdpa: fx.Node, outputs: list[fx.Node], layouts: Layouts) -> bool:
     if of_values.along(of_keys.axis) != of_keys or not _rows_of_heads(key, layouts):
         return False
     for output in outputs:
-        place = place_in(of_keys.axis, layouts[output].axis)
-        if place is None or place != place_in(of_values.axis, layouts[output].axis):
+        offset = offset_in(of_keys.axis, layouts[output].axis)
+        if offset is None or offset != offset_in(of_values.axis, layouts[output].axis):
             return False
     by_head = len(shape_of(query)) == len(shape_of(key)) == len(shape_of(value)) == 4
     return by_head or shape_of(query)[:-2] == shape_of(key)[:-2] == shape_of(value)[:-2]
 
 
 def work_between(source: fx.Node, output: fx.Node) -> bool:
-    """Whether anything worth caching (a matrix product) lies between the two."""
+    """Whether there is work worth caching, that is a matrix product, between the two."""
     aten = torch.ops.aten
     heavy = MATMULS | {aten.linear.default, aten.addmm.default}
     return any(node.target in heavy for node in between(source, [output])) and len(shape_of(output)) > 1

@@ -33,7 +33,7 @@ def expert_nodes(graph: fx.Graph) -> list[fx.Node]:
 def match_experts(
     marker: fx.Node, body: ExpertBody, layouts: Layouts, attentions: tuple[Attention, ...]
 ) -> Experts | Skipped:
-    """The MoE layer of `marker`, or the reason why it stays as it is."""
+    """The MoE layer of `marker`, or why it is skipped."""
     rows, choice, weight = marker.args[:3]
     assert isinstance(rows, fx.Node) and isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
     by_token = marker.target is MARKER
@@ -55,12 +55,12 @@ def match_experts(
 
 
 def _by_row(nodes: Iterable[fx.Node], layouts: Layouts) -> bool:
-    """Whether all are values with one row for each token of each sample."""
+    """Whether all of these values have one row for each token of each sample."""
     return all(node in layouts and layouts[node].merged for node in nodes)
 
 
 def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention | None:
-    """The attention right before the router: nothing heavy stands between its residual addition and the stream."""
+    """The attention right before the router: no matrix product is between its residual addition and the stream."""
     stream = [residual.stream]
     adds = ((a, a.residual.add) for a in reversed(attentions))
     last = next((a for a, add in adds if add in ancestors(stream, since=add)), None)
@@ -68,7 +68,7 @@ def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention |
 
 
 def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tuple[FeedForward, ...]:
-    """Row-wise networks beside the routed experts: what joins the path from the marker to the output."""
+    """Row-wise networks beside the routed experts: their outputs join the path from the marker to the output."""
     path = between(marker, [residual.output]) | {marker}
     joining = {arg for node in path - {marker} for arg in node.all_input_nodes if arg not in path}
     return tuple(
@@ -79,7 +79,7 @@ def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tu
 
 
 def body_nodes(marker: fx.Node) -> set[fx.Node]:
-    """The traced body of expert 0 with its entries and parameters, which may be slices of packed parameters."""
+    """The nodes of expert 0's traced body, with its entries and parameters (which may be slices of packed ones)."""
     output, own = marker.args[3], own_parameters(marker)
     assert isinstance(output, fx.Node)
     entries = output.graph.find_nodes(op="call_function", target=ENTRY)
@@ -87,14 +87,14 @@ def body_nodes(marker: fx.Node) -> set[fx.Node]:
 
 
 def own_parameters(marker: fx.Node) -> list[fx.Node]:
-    """The parameters of expert 0, in order: inputs of the graph, or nodes such as `packed[0]`."""
+    """The parameters of expert 0, in order: inputs of the graph or nodes such as `packed[0]`."""
     params, experts = marker.args[4:6]
     assert isinstance(params, (list, tuple)) and isinstance(experts, int)
     return list(params[: len(params) // experts])
 
 
 def expert_body(marker: fx.Node) -> ExpertBody:
-    """Take the traced body of expert 0 out of the graph as a function of (rows..., parameters...)."""
+    """Copy the traced body of expert 0 into a function of (rows..., parameters...) and register it."""
     output, params, experts = marker.args[3:6]
     assert isinstance(output, fx.Node) and isinstance(params, (list, tuple)) and isinstance(experts, int)
     own = own_parameters(marker)
@@ -108,7 +108,7 @@ def expert_body(marker: fx.Node) -> ExpertBody:
 
 
 def _branches(marker: fx.Node) -> int:
-    """How many (token, expert) pairs there are in a call, 0 where only the data tell."""
+    """Branches in a call; 0 where their number depends on the data."""
     if marker.target is MARKER:
         return prod(shape_of(marker.args[1]))  # type: ignore[arg-type]
     branches = marker.args[6]
@@ -127,7 +127,7 @@ def _extract(
     for node in sorted(inside):
         if node not in copies:
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-            # Names that say nothing of the layer: equal bodies get equal code, and so one key.
+            # Names must not depend on the layer, so that equal bodies get equal code and share one key.
             copies[node] = graph.create_node(node.op, node.target, args, kwargs, f"value_{len(copies)}")
             _free_row_count(copies[node], node, layouts)
     graph.output(copies[output])
@@ -135,7 +135,7 @@ def _extract(
 
 
 def _free_row_count(copy: fx.Node, node: fx.Node, layouts: Layouts) -> None:
-    """A literal row count in a view becomes -1: an expert sees as many rows as are routed to it."""
+    """Replace a literal row count in a view by -1: an expert gets as many rows as are routed to it."""
     if node.target in _RESIZED and node in layouts and node.target is not operator.getitem:
         size = list(shape_of(node))
         size[layouts[node].token] = -1

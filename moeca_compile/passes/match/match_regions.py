@@ -1,4 +1,4 @@
-"""Find all regions of one graph. Structure decides, never names; nothing here edits the graph."""
+"""Find all regions of one graph, by structure and never by names. Nothing here edits the graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     """Match attentions, MoE layers, feed-forwards and the residual chain that they form.
 
-    `user_inputs` are the placeholders that are arguments of the model (not its parameters and buffers).
+    `user_inputs` are the placeholders that are arguments of the model, as opposed to its parameters and buffers.
     """
     timesteps = find_timesteps(user_inputs)
     bodies = {node: expert_body(node) for node in expert_nodes(graph)}
@@ -34,7 +34,7 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     experts = tuple(e for e in layers if isinstance(e, Experts))
     residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
     feedforwards = _feedforwards(graph, residuals)
-    skipped = tuple(k for k in (*found, *_unclear(graph), *layers) if isinstance(k, Skipped))
+    skipped = tuple(s for s in (*found, *_unclear(graph), *layers) if isinstance(s, Skipped))
     regions = (residuals, attentions, experts, feedforwards)
     _log.debug(
         "%d attentions, %d MoE layers, %d feed-forwards, %d skipped",
@@ -44,10 +44,10 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
 
 
 def _layouts(graph: fx.Graph) -> tuple[Layouts, set[fx.Node]]:
-    """The token axes of all residual streams, each found in front of the first attention or MoE layer added to it.
+    """The layouts of all values that have tokens, and which of them mix tokens.
 
-    What is computed from known streams, joined or cut, is none of its own. Also the values that mix tokens and
-    have rows all the same.
+    Each residual stream is found at the first attention or MoE layer that is added to it. A value that is joined or
+    cut from known streams is not a stream of its own.
     """
     layouts: Layouts = {}
     seeds: Layouts = {}
@@ -63,12 +63,12 @@ def _layouts(graph: fx.Graph) -> tuple[Layouts, set[fx.Node]]:
 
 
 def _anchors(graph: fx.Graph) -> set[fx.Node]:
-    """What a residual branch that is no plain feed-forward runs through."""
+    """Attentions and MoE layers: a residual branch that runs through one is no plain feed-forward."""
     return {*attention_nodes(graph), *expert_nodes(graph), *(node for node, _ in unclear_attentions(graph))}
 
 
 def _unclear(graph: fx.Graph) -> list[Skipped]:
-    """Attention in products and a softmax that could not be normalized."""
+    """Unfused attentions that could not be fused."""
     return [Skipped("attention", module_path(node), reason) for node, reason in unclear_attentions(graph)]
 
 
@@ -90,19 +90,19 @@ def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) ->
             within = _within(residual, chain)
             if not any(inner in known or inner.stream is residual.stream for inner in within):
                 chain = {end: r for end, r in chain.items() if r not in within} | {add: residual}
-    # Attention and experts side by side end in one addition.
+    # Sorted by output too: attention and experts side by side end in the same addition.
     return tuple(sorted({*chain.values(), *known}, key=lambda residual: (residual.add, residual.output)))
 
 
 def _within(residual: Residual, chain: dict[fx.Node, Residual]) -> list[Residual]:
-    """What was found inside the branch. A skip over whole blocks holds a region, or a branch of the same stream;
-    anything else is a detail of this feed-forward."""
+    """The residual branches of `chain` inside this one. A skip over whole blocks contains a region, or a branch of
+    the same stream; any other inner branch is a detail of this feed-forward."""
     inner = between(residual.stream, [residual.output])
     return [chain[add] for add in chain if add in inner]
 
 
 def _feedforwards(graph: fx.Graph, residuals: tuple[Residual, ...]) -> tuple[FeedForward, ...]:
-    """Residual branches without attention or experts of their own."""
+    """Residual branches without attention or experts inside."""
     anchors = _anchors(graph)
     return tuple(
         FeedForward(module_path(r.output), r.stream, r.output)

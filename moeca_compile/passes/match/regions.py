@@ -1,4 +1,4 @@
-"""What matching finds: frozen descriptions of routers, experts, attentions and feed-forwards in a graph."""
+"""Regions, the result of matching: frozen records of routers, experts, attentions and feed-forwards in a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from moeca_compile.passes.analysis.axis import Axis, Layout, place_in
+from moeca_compile.passes.analysis.axis import Axis, Layout, offset_in
 from moeca_compile.passes.analysis.graph import ancestors, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 class Residual:
     """A residual branch: `add = stream + gate * output`, where `output` is computed from `stream`.
 
-    `output` is the branch's value before its gate (the adaLN gate of the current step stays fresh).
+    `output` is the branch's value before its gate: caches hold that, and the adaLN gate is the current step's.
     """
 
     stream: fx.Node
@@ -31,9 +31,9 @@ class Residual:
 class Attention:
     """An attention whose queries come from `residual.stream`: one scaled-dot-product node.
 
-    A joint attention is one region a stream: all have its node, and the queries of the region's own tokens are
-    among those of `query`. `by_token` says that the tokens of all these streams are among the keys and values. All
-    others (of a text alone, of pooled tokens) are taken whole, as the model computes them.
+    A joint attention is one region for each token stream. These regions share its node, and `query` holds the
+    queries of them all. `by_token`: keys and values hold the tokens of all these streams. Other keys and values (of
+    a text alone, of pooled tokens) are computed whole, as in the model.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Attention:
 class ExpertBody:
     """One expert as a function of rows and its parameters, shared by all experts of a layer.
 
-    `key` names it in the registry of `ops.bodies`; `rows` are the values that enter it row by row; `branches` is
-    how many (token, expert) pairs there are in a call, 0 where only the data tell.
+    `key` is its name in the registry of `ops.bodies`; `rows` are the values that enter it row by row; `branches` is
+    the number of (token, expert) pairs in a call, 0 where that depends on the data.
     """
 
     key: str
@@ -74,8 +74,8 @@ class FeedForward:
 class Experts:
     """A mixture-of-experts layer: router choice and weights, body, combined output.
 
-    `choice` is the expert ids (rows, k); where tokens have no fixed number of experts (`variable_k`), it is which
-    (token, expert) pairs are routed, (rows, experts) bool. `weight` has its shape.
+    `choice` holds the expert ids, (rows, k) integer; where tokens have no fixed number of experts (`variable_k`), it
+    is the mask of routed (token, expert) pairs, (rows, experts) bool. `weight` has the same shape.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Experts:
     body: ExpertBody
     shared: tuple[FeedForward, ...]
     probe: Attention | None
-    """The attention whose output the router reads with nothing but row-wise work between, if there is one."""
+    """The attention right before the router, with only row-wise work between; None where there is none."""
 
     @property
     def variable_k(self) -> bool:
@@ -101,7 +101,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that looks like a region and stays as it was, with the reason in the user's terms."""
+    """A part that looks like a region and runs as in the model, with the reason in the user's terms."""
 
     kind: str
     name: str
@@ -110,7 +110,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Regions:
-    """Everything that was understood of one graph, in graph order."""
+    """All regions of one graph, in graph order."""
 
     residuals: tuple[Residual, ...] = ()
     attentions: tuple[Attention, ...] = ()
@@ -120,9 +120,9 @@ class Regions:
     """The expert body behind every MoE marker of the graph, matched or not."""
     layouts: Layouts = field(default_factory=dict)
     mixed: frozenset[fx.Node] = frozenset()
-    """Values that mix tokens and have a row a token all the same: computed whole, their rows are gathered."""
+    """Values that mix tokens yet have a row for each token: computed whole, then their rows are gathered."""
     timesteps: tuple[fx.Node, ...] = ()
-    """The inputs that may be the timestep."""
+    """The inputs that may be the timestep; the calls show which one is."""
     skipped: tuple[Skipped, ...] = ()
 
     def axis(self, node: fx.Node) -> Axis:
@@ -131,11 +131,11 @@ class Regions:
 
     @property
     def parts(self) -> list[Attention | Experts | FeedForward]:
-        """The regions one by one."""
+        """All attentions, MoE layers and feed-forwards."""
         return [*self.attentions, *self.experts, *self.feedforwards]
 
     def only(self, parts: Container[Attention | Experts | FeedForward]) -> Regions:
-        """Without all regions but `parts`; residual branches go with the region that they belong to."""
+        """Only the regions in `parts`, with their residual branches."""
         attentions = tuple(a for a in self.attentions if a in parts)
         experts = tuple(e for e in self.experts if e in parts)
         feedforwards = tuple(f for f in self.feedforwards if f in parts)
@@ -145,14 +145,14 @@ class Regions:
         return replace(self, attentions=attentions, experts=experts, feedforwards=feedforwards, residuals=residuals)
 
     def without(self, reasons: Mapping[Attention | Experts | FeedForward, str]) -> Regions:
-        """Without some regions, which are noted as skipped with the reason."""
+        """Without these regions, which become skipped ones with the reason."""
         skipped = tuple(Skipped(type(part).__name__.lower(), part.name, why) for part, why in reasons.items())
         left = self.only([part for part in self.parts if part not in reasons])
         return replace(left, skipped=(*self.skipped, *skipped))
 
     @property
     def token_dtypes(self) -> set[torch.dtype]:
-        """The floating point types that tokens are computed in."""
+        """The floating-point dtypes of the values that have tokens."""
         values = (node.meta["val"] for node in self.layouts)
         return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
@@ -164,9 +164,9 @@ class Regions:
 
     @property
     def stacks(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        """The streams that the output comes from: each before its first block, and after the last.
+        """The streams that the output is computed from: each as (before its first block, after its last).
 
-        What comes after may be a part of the tokens, where a model cuts off those that it does not need anymore.
+        The latter may hold fewer tokens, where a model cuts off those that it no longer needs.
         """
         read = ancestors(residual.output for residual in self.residuals)
         adds = {residual.add for residual in self.residuals}
@@ -177,11 +177,11 @@ class Regions:
         return tuple((starts[end], end) for end in sorted(starts.keys() & reached))
 
     def _before(self, end: fx.Node) -> fx.Node | None:
-        """The first stream that holds the tokens of `end` in the same form."""
+        """The first stream that holds the tokens of `end` in the same layout and width."""
         layout, (*_, width) = self.layouts.get(end), shape_of(end)
         for stream in (residual.stream for residual in self.residuals):
             form = self.layouts[stream]
-            holds = layout is not None and place_in(form.axis, layout.axis) is not None
+            holds = layout is not None and offset_in(form.axis, layout.axis) is not None
             if holds and form.along(layout.axis) == layout and shape_of(stream)[-1] == width:  # type: ignore[union-attr]
                 return stream
         return None

@@ -20,18 +20,18 @@ ANCHORS = (SDPA, *MARKERS)
 
 
 def residual_around(anchor: fx.Node) -> Residual | None:
-    """The one residual branch that the value of `anchor` (an attention, an MoE layer) ends in, if it is one."""
+    """The residual branch of `anchor` (an attention, an MoE layer); None where there is none, or more than one."""
     found = residuals_around(anchor)
     return found[0] if len(found) == 1 else None
 
 
 def residuals_around(anchor: fx.Node) -> list[Residual]:
-    """The residual branches that the value of `anchor` ends in, in graph order: one for each stream.
+    """The residual branches of `anchor`, in graph order: one for each token stream.
 
-    Walks forward from the anchor along its only path until an addition whose other operand the anchor itself
-    was computed from. A joint attention is cut into the tokens of several streams, each with a path of its own;
-    none where the paths fork in any other way, or where one of them ends in no such addition. Where several anchors
-    share a branch (attention and experts side by side), `output` is this one's part of their sum.
+    Walks forward from the anchor to the addition whose other operand the anchor was computed from. The output of a
+    joint attention may be cut into the tokens of several streams, each with a path of its own. Returns no branches
+    where paths fork in any other way, or where one of them ends in no such addition. Where several anchors share a
+    branch (attention and experts side by side), `output` is this anchor's part of their sum.
     """
     found: dict[fx.Node, Residual] = {}
     paths: list[tuple[fx.Node, set[fx.Node], fx.Node | None]] = [(anchor, {anchor}, None)]
@@ -54,13 +54,13 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
 
 
 def _has_anchor(node: fx.Node, anchor: fx.Node) -> bool:
-    """Whether another attention or MoE layer leads to `node` that does not lead to the anchor as well."""
+    """Whether `node` depends on an attention or MoE layer that the anchor does not depend on."""
     upstream = ancestors([anchor])
     return any(one.target in ANCHORS for one in ancestors([node], stop=upstream) - upstream)
 
 
 def _cut_apart(users: list[fx.Node]) -> bool:
-    """Whether the users of a value are slices of it, of one dim and without a common element."""
+    """Whether all users of a value are slices of it along one dim that do not overlap."""
     if any(user.target is not aten.slice.Tensor for user in users) or len({sliced_dim(u) for u in users}) > 1:
         return False
     bounds = sorted(sliced(user)[1] for user in users)
@@ -68,14 +68,14 @@ def _cut_apart(users: list[fx.Node]) -> bool:
 
 
 def _leads_to(node: fx.Node, source: fx.Node) -> bool:
-    """Whether `node` is another one than `source`, and computed from it."""
+    """Whether `node` is computed from `source`, and is not `source` itself."""
     return node is not source and source in ancestors([node], stop=(source,), since=source)
 
 
 def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
-    """The residual branch that the addition `add` ends, where one operand is computed from the other.
+    """The residual branch that ends in the addition `add`; None where neither operand is computed from the other.
 
-    Both must be laid out in the same way, that is hold the same tokens.
+    Both operands must have the same layout, that is, hold the same tokens.
     """
     if add.target not in ADD or len(add.all_input_nodes) != 2:
         return None
@@ -90,14 +90,14 @@ def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    """The stream itself, where a sum in higher precision reads a copy of it."""
+    """The stream itself, where a sum in higher precision reads a cast of it."""
     while node.target in CASTS:
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
 def _before_gate(branch: fx.Node, carried: set[fx.Node]) -> fx.Node:
-    """`output` of branch = gate * output, where the gate is not computed from the branch's own path."""
+    """`output` of branch = gate * output, where the gate is not among the `carried` nodes of the branch."""
     while branch.target in MUL and len(branch.all_input_nodes) == 2:
         inside = [arg for arg in branch.all_input_nodes if arg in carried]
         if len(inside) != 1 or shape_of(inside[0]) != shape_of(branch):

@@ -14,7 +14,7 @@ _SINE = (aten.sin.default, aten.cos.default)
 def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
     """The scalar or per-sample inputs whose sine and cosine are taken, in graph order.
 
-    Where a guidance scale is embedded like the timestep there are two, and nothing in the graph tells them apart.
+    Where a guidance scale is embedded like the timestep there are two. Only the calls can distinguish them.
     """
     return tuple(
         node
@@ -24,7 +24,7 @@ def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
 
 
 def _reaches_both(source: fx.Node) -> bool:
-    """Follow the input while its values stay few: only shapes, dtypes and factors of frequency change on the way."""
+    """Whether both sine and cosine are taken of the input, before any linear or embedding layer."""
     reached, stack, seen = set(), [source], {source}
     while stack:
         for user in stack.pop().users:

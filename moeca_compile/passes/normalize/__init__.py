@@ -1,1 +1,1 @@
-"""Rewrite the exported graph into the forms that matching knows; values stay the same. One pass a file."""
+"""Passes that rewrite the exported graph into the forms that matching knows, with the same values; one a file."""

@@ -3,8 +3,8 @@
 Before:  flat = view(choice, [T * k]);  index = view(flat, [T, k])
 After:   index = view(choice, [T, k])
 
-Dispatch code flattens a router's (T, k) choice and takes it apart again. In between, a dim holds rows and slots
-at once, and there the token axis would be lost.
+Dispatch code flattens a router's (T, k) choice and unflattens it again. In between, one dim holds both tokens and
+slots, and the token-axis analysis would lose the tokens there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def collapse_views(graph: fx.Graph) -> int:
-    """Rewrite chains of views in place; returns how many views now read past another one."""
+    """Rewrite chains of views in place; returns how many views now skip another one."""
     changed = 0
     for node in graph.nodes:
         if node.target in VIEWS and node.args[0].target in VIEWS:

@@ -1,4 +1,4 @@
-"""Take out every dropout that drops nothing, as all do in eval mode.
+"""Remove every dropout that drops nothing, as all do in eval mode.
 
 Before:  y = dropout(x, 0.1, False)
 After:   x in place of y
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def drop_idle_dropouts(graph: fx.Graph) -> int:
-    """Take idle dropouts out in place; returns how many."""
+    """Remove idle dropouts in place; returns how many."""
     changed = 0
     for node in list(graph.nodes):
         if node.target is aten.dropout.default and not (argument(node, 1, "p") and argument(node, 2, "train")):

@@ -4,9 +4,9 @@ Before:  scores = matmul(q, transpose(k, -2, -1)) * 0.125 + bias
          out = matmul(softmax(scores, -1), v)
 After:   out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.125)
 
-The products may be matmul, bmm, baddbmm or einsum over dims in any order; between them may stand casts, factors,
-masks and biases, and views that only regroup heads. What has the form of an attention and
-something else on the way (live dropout, a tanh of the scores) stays, and `unclear_attentions` says why.
+The products may be matmul, bmm, baddbmm or einsum over dims in any order. Between them there may be casts, factors,
+masks, biases and views that only regroup heads. An attention with anything else on the way (live dropout, a tanh of
+the scores) is not fused, and `unclear_attentions` says why.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ _FACTORS = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: Tru
 
 
 class UnclearError(Exception):
-    """The form of an attention, with something that scaled_dot_product_attention cannot say; the message is why."""
+    """An attention that scaled_dot_product_attention cannot express; the message says why."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A bias, or a boolean mask that is true where a key takes part; it broadcasts against scores of `shape`."""
+    """A bias or a boolean mask of the scores; it broadcasts against scores of `shape`."""
 
     node: fx.Node
     shape: tuple[int, ...]
     factor: float = 1.0
     kind: str = "bias"
-    """"bias", "keep" (true where a key takes part), "drop" (true where it does not)."""
+    """"bias", "keep" (a mask that is true where a query attends), or "drop" (true where it does not)."""
     fill: float = -inf
-    """What a mask puts in the place of scores. Where it is finite, a query with no key left still attends to all."""
+    """The value of masked scores. Where it is finite, a query whose keys are all masked attends to all of them."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """factor * query . key, plus biases, under masks; `path` are the nodes from the product to the softmax."""
+    """factor * query @ key, plus biases, masked; `path` holds the nodes from the product to the softmax."""
 
     product: Product
     path: tuple[fx.Node, ...]
     factor: float = 1.0
     terms: tuple[Term, ...] = ()
     temperatures: tuple[tuple[fx.Node, bool], ...] = ()
-    """Factors that are tensors with one value a head or fewer, and whether they divide."""
+    """Factors that are tensors, with one value per head or fewer, and whether they divide."""
 
     def then(self, node: fx.Node, *terms: Term) -> Scores:
         return replace(self, path=(*self.path, node), terms=(*self.terms, *terms))
@@ -71,9 +71,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class UnfusedAttention:
-    """One attention: its scores, the product `output` of their softmax with the values, and what the dims mean.
+    """One attention: its scores, the product `output` of their softmax with the values, and the roles of the dims.
 
-    All labels are those of the first product; `batch` are samples, heads and the like.
+    All labels are those of the first product; `batch` holds samples, heads and the like.
     """
 
     scores: Scores
@@ -100,7 +100,7 @@ def fuse_attention(graph: fx.Graph) -> int:
 
 
 def unclear_attentions(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
-    """What has the form of an attention and cannot be fused, with the reason."""
+    """Attentions that cannot be fused, each with the reason."""
     return [(node, reason) for node, reason in _candidates(graph) if isinstance(reason, str)]
 
 
@@ -119,7 +119,7 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, UnfusedAttention | s
 
 
 def _recognize(node: fx.Node) -> UnfusedAttention | None:
-    """The attention that ends in the product `node`, None where it is none. Raises UnclearError."""
+    """The attention that ends in the product `node`, None where there is none. Raises UnclearError."""
     output = product(node)
     if output is None:
         return None
@@ -154,7 +154,7 @@ def _check_path(softmax: fx.Node, path: list[fx.Node], end: fx.Node) -> None:
 def _with_roles(
     scores: Scores, output: Product, value: fx.Node, same: dict[str, str], softmax: fx.Node
 ) -> UnfusedAttention:
-    """Tell queries, keys, heads and widths from where each dim occurs. `same` maps labels of the softmax's dims."""
+    """Assign roles (query, key, heads, width) to dims by where they occur. `same` maps the softmax's labels."""
     first = scores.product
     names = {label: same.get(label, f"value {label}") for label in (*output.left_labels, *output.right_labels)}
     value_labels = [names[label] for label in (output.right_labels if value is output.right else output.left_labels)]
@@ -167,11 +167,11 @@ def _with_roles(
     queries = [label for label in rest if label not in of_keys and label not in value_labels]
     widths = [label for label in value_labels if label not in first.out_labels]
     if not queries or len(widths) != 1 or first.contracted is None or first.operand(queries[-1])[1] == of_keys:
-        raise UnclearError("its queries, keys and values do not fit each other")
+        raise UnclearError("the dims of its queries, keys and values do not match")
     batch = tuple(label for label in rest if label != queries[-1])
     natural = first.out_labels == (*batch, queries[-1], key)
     if not natural and (scores.temperatures or any(_regroups(node) for node in scores.path)):
-        raise UnclearError("its dims come in an order that its scale does not fit")
+        raise UnclearError("the order of its dims does not match that of its scale")
     sizes = {**{names[label]: size for label, size in output.sizes.items()}, **first.sizes}
     out_labels = [names[label] for label in output.out_labels]
     return UnfusedAttention(
@@ -180,14 +180,14 @@ def _with_roles(
 
 
 def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] | None:
-    """(softmax, order, path): `node` is the softmax's result with its dims in this order."""
+    """(softmax, order, path): `node` is the softmax with its dims in this order, through the nodes of `path`."""
     order, path = list(range(len(shape_of(node)))), []
     dropped = False
     while node.target not in SOFTMAXES:
         path.append(node)
         if (order_here := permutation(node)) is not None:
             order = [order_here[dim] for dim in order]
-        elif node.target is aten.dropout.default:  # one that drops; the others are gone by now
+        elif node.target is aten.dropout.default:  # it drops: drop_idle_dropouts removed the others
             dropped = True
         elif not (node.target in CASTS or _regroups(node)):
             if any(one.target in SOFTMAXES and _products_behind(one) for one in _near(node)):
@@ -200,7 +200,7 @@ def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] |
 
 
 def _near(node: fx.Node, steps: int = 3) -> set[fx.Node]:
-    """What `node` is computed from in a few steps without a product."""
+    """What `node` is computed from in at most `steps` ops, without a product."""
     found, last = {node}, {node}
     for _ in range(steps):
         last = {arg for one in last if product(one) is None for arg in one.all_input_nodes} - found
@@ -209,7 +209,7 @@ def _near(node: fx.Node, steps: int = 3) -> set[fx.Node]:
 
 
 def _regroups(node: fx.Node) -> bool:
-    """A view that leaves the last two dims, queries and keys, alone."""
+    """Whether a node is a view that leaves the last two dims, queries and keys, as they are."""
     if node.target not in RESHAPES:
         return False
     before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def _regroups(node: fx.Node) -> bool:
 
 
 def _products_behind(softmax: fx.Node, depth: int = 12) -> bool:
-    """Whether the scores come from a product of two activations, whatever else happens to them on the way."""
+    """Whether the scores come from a product of two activations, through any ops within `depth` steps."""
     keys = shape_of(softmax)[-1]
     near: list[Any] = [softmax.args[0]]
     for _ in range(depth):
@@ -235,7 +235,7 @@ def _of_activations(node: Any) -> bool:
 
 
 def _scores(node: Any) -> Scores | None:
-    """`node` as scores. None where something else than a factor, a bias or a mask is on the way."""
+    """`node` as scores. None where anything but factors, biases and masks is on the way."""
     if not isinstance(node, fx.Node):
         return None
     if _of_activations(node):
@@ -296,7 +296,7 @@ def _biased(node: fx.Node) -> Scores | None:
 
 
 def _shifted(node: fx.Node) -> Scores | None:
-    """scores - max(scores) over the keys: the softmax is the same without it."""
+    """scores - max(scores) over the keys, which does not change the softmax."""
     if node.target is not aten.sub.Tensor or len(node.all_input_nodes) != 2:
         return None
     scores, peak = node.all_input_nodes
@@ -332,14 +332,14 @@ def _masked(node: fx.Node) -> Scores | None:
         return None
     assert isinstance(mask, fx.Node)
     number = _number(fill)
-    # So far below any score that a score added to it is lost, if it is not minus infinity.
+    # Minus infinity, or so far below any score that adding a score to it is lost in rounding.
     if number is None or number * torch.finfo(node.meta["val"].dtype).eps > -64:
         raise UnclearError("its masked scores are not minus infinity")
     return inner.then(node, Term(mask, shape_of(node), kind=kind, fill=number))
 
 
 def _number(fill: Any) -> float | None:
-    """A fill as a number, where the graph says which."""
+    """A fill value as a number; None where it is not a constant of the graph."""
     if isinstance(fill, fx.Node) and fill.target in (aten.full.default, aten.full_like.default):
         fill = fill.args[1]
     if isinstance(fill, fx.Node) and fill.target is aten.scalar_tensor.default:
@@ -351,7 +351,7 @@ def _number(fill: Any) -> float | None:
 
 
 def _rewrite(graph: fx.Graph, unfused: UnfusedAttention) -> None:
-    """Replace the second product by one attention node, dims brought into the order batch..., tokens, width."""
+    """Replace the second product by one attention node, with dims in the order batch..., tokens, width."""
     first, end, batch, sizes = unfused.scores.product, unfused.output.node, unfused.batch, unfused.sizes
     new = Inserted(graph, end)
     query = new.arranged(*first.operand(unfused.query), [*batch, unfused.query, unfused.depth], sizes)
@@ -374,7 +374,7 @@ def _rewrite(graph: fx.Graph, unfused: UnfusedAttention) -> None:
 def _mask(
     new: Inserted, scores: Scores, labels: tuple[str, ...], wanted: list[str], dtype: torch.dtype
 ) -> fx.Node | None:
-    """All biases and masks as one argument, in the order of dims `wanted`."""
+    """All biases and masks as one `attn_mask`, with dims in the order `wanted`."""
     bias: fx.Node | None = None
     keep: fx.Node | None = None
     for term in scores.terms:

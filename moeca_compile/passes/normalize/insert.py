@@ -1,4 +1,4 @@
-"""Write new nodes into a graph: the small vocabulary of the normalizing passes."""
+"""Insert nodes into a graph: helpers of the normalizing passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def permutation(node: fx.Node) -> list[int] | None:
-    """Which dim of its input each dim of `node` is, where it does nothing but order them; else None."""
+    """The input dim behind each dim of `node`, where it only permutes dims; else None."""
     ndim = len(shape_of(node))
     if node.target is aten.permute.default:
         return [dim % ndim for dim in argument(node, 1, "dims")]
@@ -29,16 +29,16 @@ def permutation(node: fx.Node) -> list[int] | None:
 
 
 class Inserted:
-    """New nodes before `place`, which have its name in reports, and values like all others in the graph."""
+    """Inserts nodes before `anchor`, with its module path and stack trace, and with a fake value like every node."""
 
-    def __init__(self, graph: fx.Graph, place: fx.Node) -> None:
-        self.graph, self.place = graph, place
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self.graph, self.anchor = graph, anchor
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.place):
+        with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {
-            name: self.place.meta[name] for name in ("nn_module_stack", "stack_trace") if name in self.place.meta
+            name: self.anchor.meta[name] for name in ("nn_module_stack", "stack_trace") if name in self.anchor.meta
         }
         values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         fake_mode = next(arg.meta["val"].fake_mode for arg in node.all_input_nodes)
@@ -58,23 +58,23 @@ class Inserted:
         return node if order == sorted(order) else self(aten.permute.default, node, order)
 
     def arranged(self, node: fx.Node, have: Sequence[str], want: Sequence[str], sizes: Mapping[str, int]) -> fx.Node:
-        """`node`, whose dims are labeled `have`, with the dims `want`: permuted, new ones inserted and expanded."""
+        """`node`, with dims labeled `have`, brought to dims `want`: permuted, missing ones inserted and expanded."""
         node = self.permuted(node, [have.index(label) for label in want if label in have])
-        for place, label in enumerate(want):
+        for dim, label in enumerate(want):
             if label not in have:
-                node = self(aten.unsqueeze.default, node, place)
+                node = self(aten.unsqueeze.default, node, dim)
         shape = [sizes[label] for label in want]
         return node if list(shape_of(node)) == shape else self(aten.expand.default, node, shape)
 
     def reordered(self, node: fx.Node, have: Sequence[str], want: Sequence[str]) -> fx.Node:
-        """As `arranged`, for a value that broadcasts against dims `have`: it has at least two dims, then."""
+        """As `arranged`, for a value that broadcasts against dims `have`. The result has at least two dims."""
         full = len(have) if list(have) != list(want) else 2
         while len(shape_of(node)) < full:
             node = self(aten.unsqueeze.default, node, 0)
         return node if list(have) == list(want) else self.permuted(node, [have.index(label) for label in want])
 
     def regrouped(self, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]) -> fx.Node:
-        """What broadcasts against `before` so that it does against `after`, whose last two dims are the same."""
+        """A value that broadcasts against `before`, reshaped to do so against `after`; the last two dims agree."""
         if before == after:
             return node
         node = self.reordered(node, "ab", "ab")

@@ -1,4 +1,4 @@
-"""Write every view as a reshape: a value that comes from a cache may lie in memory in another order.
+"""Write every view as a reshape, since a value from a cache may have other strides than the model's own.
 
 Before:  y = view(x, [N, D])
 After:   y = reshape(x, [N, D])

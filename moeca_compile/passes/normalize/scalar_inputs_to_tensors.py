@@ -1,9 +1,9 @@
-"""In Dynamo's graph: a number that changes from call to call becomes a 0-dim tensor input.
+"""In Dynamo's graph, a number that changes from call to call becomes a 0-dim tensor input.
 
 Before:  def forward(x, t: int):     time = torch.full((2,), t)
 After:   def forward(x, t: Tensor):  time = t.to(torch.int64).expand((2,))
 
-Otherwise every timestep given as a Python number would be a constant of a graph of its own.
+Otherwise each timestep that is passed as a Python number would be a constant, with a graph of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FROM_NUMBER = (torch.tensor, tensor_of_number, torch.as_tensor, torch.scalar_te
 def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
     """Rewrite `gm` in place; returns the positions of the inputs that callers must now pass as tensors.
 
-    Sizes of tensors stay numbers, and so does what is used as a size or a bound.
-    A float comes from Dynamo as a tensor and an `item()` call, which goes away.
+    Sizes of tensors stay numbers, as do inputs that are used as a size or a bound. Dynamo passes a float as a tensor
+    and an `item()` call, which is removed.
     """
     positions = []
     for position, node in enumerate(_placeholders(gm.graph)):
@@ -47,7 +47,7 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _only_a_value(number: fx.Node) -> bool:
-    """Whether a number is nowhere used but as a factor, a term or the value of a new tensor."""
+    """Whether a number is used only in arithmetic or as the value of a new tensor."""
     for user in number.users:
         if user.target in _ARITHMETIC:
             numeric = not isinstance(user.meta.get("example_value"), Tensor)
@@ -62,7 +62,7 @@ def _only_a_value(number: fx.Node) -> bool:
 
 
 def _follow(graph: fx.Graph, number: fx.Node, tensor: fx.Node) -> None:
-    """Rewrite the users of a number for which a 0-dim tensor stands from now on."""
+    """Rewrite the users of a number that a 0-dim tensor replaces."""
     for user in list(number.users):
         if user.target in _ARITHMETIC and all(_is_number(arg, number) for arg in user.args):
             _follow(graph, user, user)
@@ -78,12 +78,12 @@ def _is_number(arg: Any, number: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, user: fx.Node, tensor: fx.Node, shape: Any) -> None:
-    """`user`, which makes a tensor of the number, becomes a cast and an expand of the tensor."""
+    """Replace `user`, which makes a tensor of the number, by a cast and an expand of the tensor."""
     example = user.meta["example_value"]
     dtype = user.kwargs.get("dtype") or example.dtype
-    place = () if example.device.type == "cpu" else (example.device,)
+    device = () if example.device.type == "cpu" else (example.device,)
     with graph.inserting_before(user):
-        cast = graph.call_method("to", (tensor, *place, dtype))
+        cast = graph.call_method("to", (tensor, *device, dtype))
         cast = graph.call_method("expand", (cast, shape))
     user.replace_all_uses_with(cast)
     graph.erase_node(user)

@@ -1,4 +1,4 @@
-"""Write a fused multiply-add as the two ops that a gated residual is matched by.
+"""Write a fused multiply-add as a product and a sum, the form in which gated residuals are matched.
 
 Before:  h = addcmul(x, gate, y, value=v)
 After:   h = add(x, mul(gate, y), alpha=v)

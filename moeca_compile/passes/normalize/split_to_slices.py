@@ -3,7 +3,7 @@
 Before:  parts = split_with_sizes(x, [16, 8], 1);  image = getitem(parts, 0);  text = getitem(parts, 1)
 After:   image = slice(x, 1, 0, 16);  text = slice(x, 1, 16, 24)
 
-So tokens are cut off a longer sequence in one way only.
+Matching then knows one way only to cut tokens off a longer sequence.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a model computes on the CPU on its way to the accelerator is computed on the accelerator.
+"""Move what a model computes on the CPU to the accelerator, where it is used.
 
 Before:  def forward(x (cuda), t (cpu)):   time = t.to("cuda");   f = arange(16, device="cpu").to("cuda")
 After:   def forward(x (cuda), t (cuda)):  time = t.to("cuda");   f = arange(16, device="cuda").to("cuda")
 
-A copy from the CPU inside a step would make every step wait for it; outside, the argument is copied once a call, and
-nobody waits (`runtime.upload`).
+A copy from the CPU inside a step would make every step wait for it. Outside, the argument is copied once a call, and
+nothing waits (`lower.upload`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 def to_one_device(
     gm: fx.GraphModule, inputs: Sequence[Any], arguments: Sequence[bool], device: torch.device
 ) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """The exported graph with everything on `device`, and the positions of the inputs that must now lie there.
+    """The exported graph with everything on `device`, and the positions of the inputs that must now be there.
 
     Args:
         gm, inputs: the graph, with `val` on every node, and an input for each placeholder.
         arguments: which inputs are arguments of the model; weights stay where they are.
 
-    It is `gm` itself, and no position, where nothing lies on the CPU or something has to: an output, a weight, or
-    what draws random numbers (the device would draw others).
+    Returns `gm` itself and no positions where nothing is on the CPU, or where something must stay there: an output, a
+    weight, or an op that draws random numbers (the device would draw different ones).
     """
     if device == CPU or not any(map(_on_cpu, gm.graph.nodes)) or not _may_move(gm.graph, arguments):
         return gm, ()
@@ -49,13 +49,13 @@ def to_one_device(
 def _may_move(graph: fx.Graph, arguments: Sequence[bool]) -> bool:
     (output,) = (node for node in graph.nodes if node.op == "output")
     weights = [node for node, user in zip(_placeholders(graph), arguments, strict=True) if not user]
-    held = [*output.all_input_nodes, *(node for node in weights if node.users)]
+    fixed = [*output.all_input_nodes, *(node for node in weights if node.users)]
     random = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
-    return not any(_on_cpu(node) for node in [*held, *random])
+    return not any(_on_cpu(node) for node in [*fixed, *random])
 
 
 def _move(gm: fx.GraphModule, node: fx.Node, device: torch.device) -> None:
-    """Let a node whose value lies on the CPU give it on the device."""
+    """Make a node whose value is on the CPU compute it on the device."""
     if node.op == "get_attr":
         setattr(gm, f"{node.target}_moved", getattr(gm, str(node.target)).to(device))
         node.target = f"{node.target}_moved"
@@ -67,17 +67,17 @@ def _move(gm: fx.GraphModule, node: fx.Node, device: torch.device) -> None:
 
 
 def _propagated(gm: fx.GraphModule, inputs: Sequence[Any], positions: Sequence[int], device: torch.device) -> bool:
-    """Give all nodes their new values; whether all of them now lie on one device."""
+    """Give all nodes their new fake values; returns whether all are now on one device."""
     mode = fake_mode_of(inputs)
     with mode:
         fakes = [mode.from_tensor(v) if isinstance(v, Tensor) and v.device != CPU else v for v in inputs]
-        for i in positions:  # contiguous, as they are copied
+        for i in positions:  # the upload makes contiguous copies
             fakes[i] = torch.empty(inputs[i].size(), dtype=inputs[i].dtype, device=device)
     try:
         with torch.no_grad():
             FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
     except Exception:
-        return False  # an op that insists on the CPU: the graph stays as it is
+        return False  # an op that runs only on the CPU: leave the graph as it is
     gm.recompile()
     return not any(_on_cpu(node) for node in gm.graph.nodes)
 

@@ -1,9 +1,9 @@
-"""A linear of rows that were flattened for it alone reads them as its result is seen.
+"""A linear between a flattening view and its inverse runs on the unflattened rows.
 
 Before:  y = view(linear(view(x, [N * B, D]), w, b), [N, B, E])
 After:   y = linear(reshape(x, [N, B, D]), w, b)
 
-In between, samples and tokens would be in one dim, in either order.
+Otherwise samples and tokens would share one dim in between, in either order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def unflatten_linears(graph: fx.Graph) -> int:
-    """Rewrite such linears in place; returns how many."""
+    """Rewrite these linears in place; returns how many."""
     changed = 0
     for node in list(graph.nodes):
         linear = node.args[0] if node.target in VIEWS else None

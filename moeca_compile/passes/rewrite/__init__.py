@@ -1,1 +1,1 @@
-"""Run the graph with some of its values replaced, also on chosen tokens only: a step as a function."""
+"""Steps as functions: evaluate the graph with some values replaced, on all tokens or on chosen ones."""

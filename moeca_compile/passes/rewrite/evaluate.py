@@ -1,4 +1,4 @@
-"""Evaluate the graph with some of its values replaced: tracing this evaluation is how a graph is rewritten."""
+"""Evaluate the graph with some of its values replaced. Tracing this evaluation gives the rewritten graph."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Compute = Callable[[], Any]
 
 
 class Evaluation:
-    """Values of the graph's nodes, each computed once and only when asked for.
+    """Values of the graph's nodes, each computed once, on demand.
 
     Args:
         graph: the exported graph.
         inputs: one value per placeholder, in order.
-        replacements: what a node's value is instead of its op's result; called at most once.
-        boundaries: nodes whose values become aliases, at which a traced evaluation can be cut (passes.outline).
+        replacements: functions that give a node's value in place of its op; each is called at most once.
+        boundaries: nodes whose values become aliases, where `lower.partition` can cut the traced evaluation.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Evaluation:
         return self.values[node]
 
     def run(self) -> Any:
-        """The graph's outputs. Goes through the needed nodes in graph order, so replacements run in order too."""
+        """The graph's outputs. Needed nodes, and with them the replacements, are computed in graph order."""
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         needed = self._needed(output.all_input_nodes)
         for node in self.graph.nodes:
@@ -59,7 +59,7 @@ class Evaluation:
         return fx.map_arg(output.args[0], lambda node: self.values[node])
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
-        """Values of `wanted` had the nodes of `known` these values; everything else is as it is here."""
+        """Values of `wanted` if the nodes of `known` had the given values; the values stored here do not change."""
         changed = dict(known)
         for node in sorted(ancestors(wanted, stop=known)):
             if node not in known and any(arg in changed for arg in node.all_input_nodes):
@@ -72,14 +72,14 @@ class Evaluation:
         return () if node in self.values or self._replaced(node) else node.all_input_nodes
 
     def _replaced(self, node: fx.Node) -> bool:
-        """A replacement that asks for the very value that it replaces gets the one of the node's op."""
+        """Whether a replacement gives the node's value. Within the replacement itself, the node's op does."""
         return node in self.replacements and node not in self.replacing
 
     def _compute(self, node: fx.Node) -> Any:
         if self._replaced(node):
             self.replacing.add(node)
             return self.replacements[node]()
-        if node.op == "get_attr":  # a constant that tracing found in the model's code
+        if node.op == "get_attr":  # a constant that tracing lifted from the model's code
             return getattr(self.graph.owning_module, str(node.target))
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)

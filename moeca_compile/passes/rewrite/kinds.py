@@ -1,4 +1,4 @@
-"""Kinds of steps, the parts of a model that a kind computes anew, and the tensors that are cached between steps."""
+"""Kinds of steps, the parts of a model that they refresh, and the tensors that are cached between steps."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Part(Enum):
 
 
 class Role(Enum):
-    """What a cached tensor is to the step that reads it."""
+    """What a cached tensor holds."""
 
     ACTIVATION = "activation"
     """Values of the model that a cache step uses in place of computing them."""
     SLOPE = "slope"
     """How an activation changed between the last two full steps."""
     ROUTING = "routing"
-    """Expert ids, weights and places: which branches the activations belong to."""
+    """Expert ids, weights and pool positions: which branches the activations belong to."""
     STATISTIC = "statistic"
-    """What decisions go by: norms, activation counts, ages."""
+    """Statistics that choose branches: norms, activation counts, ages."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class StepKind:
-    """What a step computes anew. One compiled graph serves all steps of a kind.
+    """What a step computes. One compiled graph serves all steps of a kind.
 
     Attributes:
-        attention, experts: whether that part runs as the model has it (and fills its caches).
-        capacity: chosen tokens per sample of a cache step, at most; 0 where nothing is recomputed. It counts in the
-            main stream; other streams have the same share of theirs.
-        forced: recompute everything through the cache's own path (validation only).
+        attention, experts: whether that part runs as in the model (and fills its caches).
+        capacity: the most tokens of a sample that a cache step recomputes; 0 where it recomputes none. Counted in
+            the main stream; in other streams the same fraction of their tokens.
+        forced: recompute everything through the caches (validation only).
     """
 
     attention: bool = True
@@ -69,7 +69,7 @@ class StepKind:
         return self.attention and self.experts
 
     def computes(self, part: Part) -> bool:
-        """Whether the part runs as the model has it."""
+        """Whether the part runs as in the model."""
         return {Part.ATTENTION: self.attention, Part.EXPERTS: self.experts, Part.WHOLE: self.full}[part]
 
     @property

@@ -1,4 +1,4 @@
-"""Run the MoE layers that markers stand for: all of a layer's branches, weighted and added up."""
+"""Run the MoE layers behind markers: all branches of a layer, weighted and summed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeca_compile.passes.rewrite.step import Step
 
 
 def layer_output(step: Step, marker: fx.Node) -> Tensor:
-    """The layer's output (T, width), every branch computed and nothing kept (paper, eq. 6)."""
+    """The layer's output (T, width), with every branch computed and nothing cached (paper, eq. 6)."""
     choice, weight = marker.args[1:3]
     assert isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
     if marker.target is torch.ops.moeca.experts_fixed_k.default:

@@ -1,4 +1,4 @@
-"""What a policy declares: which value of the graph comes from which caches, under which part of the schedule."""
+"""What a policy declares: which value of the graph comes from which caches, and what refreshes them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Cache(Protocol):
         """The tensors, which `step.state` holds by name."""
 
     def store(self, step: Step) -> None:
-        """After a step that computed their part: keep its values (in `step.updates`)."""
+        """Store the values of a step that computed their part, in `step.updates`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """One value of the graph that steps take from caches. Installing, costs, schedule and validation follow from it.
+    """One value of the graph that steps take from caches. Steps, costs, schedule and validation follow from it.
 
     Attributes:
         node: the node whose value is replaced.
-        source: the residual stream that it is computed from; what lies between the two need not run.
-        part: the part of the schedule that refreshes it. At a step that computes the part, the model's own work runs
-            and the caches are filled; at others `reuse` gives the value.
+        source: the residual stream that it is computed from; the work between the two need not run.
+        part: the part of the schedule that refreshes it. A step that computes the part runs the model's work and
+            fills the caches; at other steps `reuse` gives the value.
         caches: what `reuse` reads.
         reuse: the value at a step that does not compute the part.
-        fresh: the value at a step that does, where it is not simply that of the node's op.
+        fresh: the value at a step that does; None where it is that of the node's op.
         reads: values of the graph that `reuse` reads for all tokens.
         recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
         recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.

@@ -1,8 +1,8 @@
-"""Run part of the graph on chosen tokens only: the heart of the rewrite.
+"""Run part of the graph on chosen tokens only: the core of the rewrite.
 
-A slice of the graph that treats tokens independently gives, on the rows `h[:, sel]` of its inputs, the rows
-`sel` of its outputs. What such a slice reads besides its inputs is taken as it is when it holds no tokens
-(weights, conditioning), and gathered with the same rows when it does (rotary tables, other activations).
+Where a part of the graph treats tokens independently, the rows `h[:, chosen]` of its inputs give the rows `chosen` of
+its outputs. What it reads besides its inputs is used whole where it holds no tokens (weights, conditioning). Where it
+does (rotary tables, other activations), the same rows are gathered from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops.aten import RESHAPES, SDPA
 from moeca_compile.ops.markers import MARKERS
-from moeca_compile.passes.analysis.axis import Axis, Layout, place_in
+from moeca_compile.passes.analysis.axis import Axis, Layout, offset_in
 from moeca_compile.passes.analysis.graph import is_pointwise, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, sliced_dim
 from moeca_compile.passes.match.attention import sdpa_options
@@ -26,11 +26,11 @@ aten = torch.ops.aten
 
 
 class NotRowWiseError(Exception):
-    """The slice cannot be run on chosen tokens; the message names the op that stops it."""
+    """A part of the graph cannot run on chosen tokens; the message names the op that prevents it."""
 
 
 def take_rows(value: Tensor, layout: Layout, chosen: Tensor) -> Tensor:
-    """Rows `chosen` (samples, C) of `value`: the token dim goes from `layout.tokens` to C, all else stays."""
+    """Rows `chosen` (samples, C) of `value`: the token dim shrinks from `layout.tokens` to C."""
     if layout.merged:
         apart = value.unflatten(layout.token, (layout.samples, layout.tokens))
         rows = take_rows(apart, split_layout(layout), chosen)
@@ -45,12 +45,12 @@ def put_rows(value: Tensor, layout: Layout, chosen: Tensor, rows: Tensor, valid:
         fresh = rows.unflatten(layout.token, (layout.samples, chosen.shape[1]))
         return put_rows(apart, split_layout(layout), chosen, fresh, valid).flatten(layout.batch, layout.batch + 1)
     index = _row_index(chosen, layout, value.shape)
-    keep = _along(valid, layout, value.ndim)
-    return value.scatter(layout.token, index, torch.where(keep, rows, value.gather(layout.token, index)))
+    mask = _along(valid, layout, value.ndim)
+    return value.scatter(layout.token, index, torch.where(mask, rows, value.gather(layout.token, index)))
 
 
 def split_layout(layout: Layout) -> Layout:
-    """The layout of a merged value once its dim is taken apart into samples and tokens."""
+    """The layout of a merged value after its dim is unflattened into samples and tokens."""
     return replace(layout, token=layout.batch + 1)
 
 
@@ -76,11 +76,11 @@ class Rows:
     Args:
         chosen: (samples, C) token indices, distinct within a sample.
         layouts: the token-axis analysis of the graph.
-        whole: gives a node's value for all tokens (used for what is read from outside the slice).
-        sources: nodes whose rows are gathered, not computed: the inputs of the slice. What lies before all of
-            them in the graph cannot depend on them, and is gathered too.
-        axis: what `chosen` counts in, by default the axis of the first source. A value on a longer axis, such as
-            picture and text together, has its rows where these tokens lie on it.
+        whole: gives a node's value for all tokens (for values read from outside the part that runs).
+        sources: the inputs of the part that runs: their rows are gathered, not computed. Nodes before all of them
+            in the graph cannot depend on them, and are gathered too.
+        axis: the axis that `chosen` indexes, by default that of the first source. On a longer axis, such as image
+            and text together, the indices are offset to where these tokens begin.
         mixed: nodes that mix tokens; their rows are gathered from the whole value.
     """
 
@@ -99,7 +99,7 @@ class Rows:
         self.sources = set(sources)
         self.first = min(self.sources)
         self.axis = axis or layouts[self.first].axis
-        self.places: dict[Axis, int | None] = {}
+        self.offsets: dict[Axis, int | None] = {}
         self.mixed = mixed
         self.values: dict[fx.Node, Any] = {}
 
@@ -111,73 +111,73 @@ class Rows:
             missing = [arg for arg in self._inputs(current) if arg not in self.values]
             if current in self.values or not missing:
                 stack.pop()
-                self._settle(current)
+                self._evaluate(current)
             else:
                 stack.extend(missing)
         return self.values[node]
 
     def aligned(self, node: fx.Node, like: fx.Node) -> Any:
-        """The rows of `node`, which is laid out as `like`; taken from its whole value where it mixes tokens or has
-        none of the stream's (a timestep embedding or a context that was spread over the tokens)."""
+        """The rows of `node`, which has the layout of `like`. Taken from its whole value where the analysis found no
+        tokens in it (a timestep embedding or a context that is expanded over the tokens)."""
         if node in self.layouts:
             return self[node]
         return take_rows(self.whole(node), self.layouts[like], self.chosen)
 
     def set(self, node: fx.Node, rows: Any) -> None:
-        """Give the rows of `node` instead of computing them."""
+        """Set the rows of `node`, which are then not computed."""
         self.values[node] = rows
 
-    def _settle(self, node: fx.Node) -> None:
+    def _evaluate(self, node: fx.Node) -> None:
         if node in self.values:
             return
         if self._gathered(node):
-            self.values[node] = take_rows(self.whole(node), self.layouts[node], self._places_of(node))
+            self.values[node] = take_rows(self.whole(node), self.layouts[node], self._positions(node))
         else:
             self.values[node] = self._compute(node)
 
-    def _place(self, node: fx.Node) -> int | None:
-        """Where the tokens that `chosen` counts begin on the node's own axis; None where they are not on it."""
+    def _offset(self, node: fx.Node) -> int | None:
+        """Where the tokens that `chosen` indexes begin on the node's own axis; None where they are not on it."""
         if node not in self.layouts:
             return None
         axis = self.layouts[node].axis
-        if axis not in self.places:
-            self.places[axis] = place_in(axis, self.axis)
-        return self.places[axis]
+        if axis not in self.offsets:
+            self.offsets[axis] = offset_in(axis, self.axis)
+        return self.offsets[axis]
 
-    def _places_of(self, node: fx.Node) -> Tensor:
-        """The chosen tokens, counted on the node's own axis."""
-        place = self._place(node)
-        return self.chosen + place if place else self.chosen
+    def _positions(self, node: fx.Node) -> Tensor:
+        """Indices of the chosen tokens on the node's own axis."""
+        offset = self._offset(node)
+        return self.chosen + offset if offset else self.chosen
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         if node in self.values or self._gathered(node):
             return []
-        if self._place(node) is None:
+        if self._offset(node) is None:
             raise NotRowWiseError(f"{node.target} has no token axis")
         if node.target is SDPA:
-            if any(self._place(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
+            if any(self._offset(arg) is not None for arg in node.args[1:3]):  # type: ignore[arg-type]
                 raise NotRowWiseError(f"{node.target} needs the keys and values of all tokens")
             return [node.args[0]]  # type: ignore[list-item]
         if node.target in MARKERS:
-            raise NotRowWiseError("an MoE layer stands in the same branch")
+            raise NotRowWiseError("an MoE layer is in the same branch")
         if self._joins(node):
             return [self._holder(node)]
-        return [arg for arg in node.all_input_nodes if self._place(arg) is not None]
+        return [arg for arg in node.all_input_nodes if self._offset(arg) is not None]
 
     def _gathered(self, node: fx.Node) -> bool:
         known = node in self.sources or node in self.mixed or node < self.first
-        return known and self._place(node) is not None
+        return known and self._offset(node) is not None
 
     def _joins(self, node: fx.Node) -> bool:
-        """Whether the node puts tokens after tokens, or cuts them off again."""
+        """Whether the node concatenates or slices along the tokens."""
         token = self.layouts[node].token
         if node.target is aten.slice.Tensor:
             return sliced_dim(node) == token
         return node.target is aten.cat.default and _cat_dim(node) == token
 
     def _holder(self, node: fx.Node) -> fx.Node:
-        """The operand of a cat or slice along the tokens that has all of the rows."""
-        holder = next((arg for arg in node.all_input_nodes if self._place(arg) is not None), None)
+        """The operand of a cat or slice along the tokens that holds all chosen tokens."""
+        holder = next((arg for arg in node.all_input_nodes if self._offset(arg) is not None), None)
         if holder is None:
             raise NotRowWiseError(f"{node.target} joins the tokens of the branch")
         return holder
@@ -190,7 +190,7 @@ class Rows:
             return self._attend(node)
 
         def value(arg: fx.Node) -> Any:
-            return self._from_outside(node, arg, layout) if self._place(arg) is None else self.values[arg]
+            return self._from_outside(node, arg, layout) if self._offset(arg) is None else self.values[arg]
 
         args = fx.map_arg(node.args, value)
         kwargs = fx.map_arg(node.kwargs, value)
@@ -200,14 +200,14 @@ class Rows:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _row_shape(self, node: fx.Node) -> list[int]:
-        """The node's shape with as many tokens as were chosen."""
+        """The node's shape with the number of chosen tokens."""
         layout, shape = self.layouts[node], list(shape_of(node))
         count = self.chosen.shape[1]
         shape[layout.token] = layout.samples * count if layout.merged else count
         return shape
 
     def _attend(self, sdpa: fx.Node) -> Tensor:
-        """Chosen queries against keys and values that hold no tokens of the stream, whole."""
+        """Attention of chosen queries to whole keys and values, which hold no tokens of the stream."""
         query, key, value = sdpa.args[:3]
         options, mask = sdpa_options(sdpa), self.attention_mask(sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
@@ -215,38 +215,38 @@ class Rows:
         return F.scaled_dot_product_attention(*operands, mask, scale=scale, enable_gqa=gqa)
 
     def attention_mask(self, sdpa: fx.Node) -> Tensor | None:
-        """The mask of the chosen queries of an attention; what is causal becomes a mask of their positions."""
+        """The mask for the chosen queries of an attention; `is_causal` becomes a mask by their positions."""
         query, key = sdpa.args[:2]
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
         options, layout, shape = sdpa_options(sdpa), self.layouts[query], shape_of(query)
         mask = options["attn_mask"]
         if options["is_causal"]:
-            rows = _along(self._places_of(query), layout, len(shape))
+            rows = _along(self._positions(query), layout, len(shape))
             return rows >= torch.arange(shape_of(key)[-2], device=rows.device)
         if mask is None:
             return None
         own = self.layouts.get(mask)
         if own is not None and own.shifted(len(shape) - len(shape_of(mask))) == layout:
             return self[mask]
-        return self._aligned(self.whole(mask), shape, layout, self._places_of(query))
+        return self._aligned(self.whole(mask), shape, layout, self._positions(query))
 
     def _from_outside(self, node: fx.Node, arg: fx.Node, layout: Layout) -> Any:
-        """A value without these tokens; one indexed by position (a rotary table) gives its rows."""
+        """A value without these tokens, whole; of one indexed by position (a rotary table), the rows."""
         value = self.whole(arg)
         if not isinstance(value, Tensor) or not _aligns_inputs(node.target):
             return value
-        return self._aligned(value, *_operand(node, layout), self._places_of(node))
+        return self._aligned(value, *_operand(node, layout), self._positions(node))
 
-    def _aligned(self, value: Tensor, shape: tuple[int, ...], layout: Layout, places: Tensor) -> Tensor:
-        """Rows of a value that broadcasts against one with this shape and layout; itself where it has no tokens."""
+    def _aligned(self, value: Tensor, shape: tuple[int, ...], layout: Layout, positions: Tensor) -> Tensor:
+        """Rows of a value that broadcasts against this shape and layout; all of it where it has no token dim."""
         dim = layout.token - (len(shape) - value.ndim)
         if dim < 0 or value.shape[dim] != shape[layout.token] or value.shape[dim] == 1:
             return value
-        return take_rows(self._over_samples(value, len(shape), layout), layout, places)
+        return take_rows(self._over_samples(value, len(shape), layout), layout, positions)
 
     @staticmethod
     def _over_samples(value: Tensor, ndim: int, layout: Layout) -> Tensor:
-        """A table shared by all samples, seen once a sample: its rows differ where the choices do."""
+        """A table shared by all samples, expanded over them, since samples choose different rows."""
         shape = [1] * (ndim - value.ndim) + list(value.shape)
         if not layout.merged:
             shape[layout.batch] = layout.samples * layout.inner
@@ -254,7 +254,7 @@ class Rows:
 
 
 def _operand(node: fx.Node, layout: Layout) -> tuple[tuple[int, ...], Layout]:
-    """Shape and layout that the inputs of `node` are aligned with: its own, before `stack` inserted a dim."""
+    """Shape and layout that the inputs of `node` align with: its own, less the dim that `stack` inserts."""
     shape = shape_of(node)
     if node.target is not aten.stack.default:
         return shape, layout
@@ -277,4 +277,4 @@ def _aligns_inputs(target: object) -> bool:
 _RESIZED: dict[object, Callable[[Any, list[int]], Tensor]] = {
     op: (lambda args, shape: args[0].reshape(shape)) for op in RESHAPES
 } | {aten.expand.default: lambda args, shape: args[0].expand(shape)}
-"""Ops that carry literal sizes: on chosen tokens the token count among them is the chosen count."""
+"""Ops with literal sizes: on chosen tokens, the token count among the sizes is the number of chosen tokens."""

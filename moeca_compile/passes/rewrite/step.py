@@ -1,4 +1,4 @@
-"""One step of a generation as a policy sees it: values of the graph, cached tensors, and what it may replace."""
+"""One step of a generation as a policy sees it: values of the graph and cached tensors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from moeca_compile.passes.rewrite.rows import Rows, put_rows, take_rows
 
 
 class Step:
-    """Values of the graph at one step, on demand; what a policy reads from and writes to.
+    """Values of the graph and caches at one step: what a policy reads and writes.
 
     Args:
         graph, regions: the exported graph and what was matched in it.
-        kind: what this step computes anew.
+        kind: what this step computes.
         inputs: one value per placeholder.
         state: cached tensors by name, as the last step left them.
-        coefficients: (2, 2) float, the forecast coefficients: for attention and experts how far this step lies from
-            the last full one, in intervals between the last two, and 1 where a full step has been (else 0).
-        replacements: nodes whose values are computed in another way than by their op.
+        coefficients: (2, 2) float, the forecast coefficients; a row each for attention and experts. The first column
+            is the distance from the last full step, in units of the interval between the last two. The second is 1
+            once a full step has filled the caches, else 0.
+        replacements: functions that give a node's value in place of its op.
 
-    updates holds the caches' new values, counts what each MoE layer counted (COUNTERS), and memo whatever the
-    replacements of one step have to tell each other.
+    Attributes:
+        updates: new values of the caches, by name.
+        counts: what each MoE layer counted (COUNTERS).
+        memo: values that the replacements of one step share.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Step:
         return self.values.run()
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
-        """Values of `wanted` were the nodes of `known` to have these values; the step itself is unchanged."""
+        """Values of `wanted` if the nodes of `known` had the given values; the step itself does not change."""
         return self.values.evaluate_with(known, wanted)
 
     def __getitem__(self, node: fx.Node) -> Any:
@@ -65,23 +68,23 @@ class Step:
         return self.updates.get(name, self.state[name])
 
     def forecast_distance(self, part: Part) -> Tensor:
-        """() how far a forecast of the part's caches reaches, in intervals between full steps."""
+        """() the distance of a forecast of the part's caches, in intervals between the last two full steps."""
         return self.coefficients[part.row, 0]
 
     def had_full_step(self, part: Part) -> Tensor:
-        """() 1 where the part's caches hold the values of a full step, else 0."""
+        """() 1 where the part's caches hold values of a full step, else 0."""
         return self.coefficients[part.row, 1]
 
     def layout(self, node: fx.Node) -> Layout:
         return self.regions.layouts[node]
 
     def rows(self, chosen: Tensor, source: fx.Node, output: fx.Node) -> Rows:
-        """The graph's values on the tokens `chosen` (B, C) of `output`, starting from the rows of `source`."""
+        """The graph's values on the tokens `chosen` (B, C) of `output`, computed from the rows of `source`."""
         regions, axis = self.regions, self.regions.axis(output)
         return Rows(chosen, regions.layouts, self.values.__getitem__, [source], axis, regions.mixed)
 
     def capacity_for(self, tokens: int) -> int:
-        """How many of so many tokens may be chosen: the same share as the kind's capacity has of the main stream."""
+        """The capacity of a stream of `tokens` tokens: the same fraction as the kind has in the main stream."""
         main = self.regions.main
         assert main is not None
         return ceil(self.kind.capacity * tokens / main.tokens)

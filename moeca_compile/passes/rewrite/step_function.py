@@ -19,7 +19,7 @@ from moeca_compile.passes.rewrite.step import Step
 
 
 class StepResult(NamedTuple):
-    """What one step gives: the model's outputs, the updated caches by name, counters (layers, COUNTERS) or None."""
+    """The model's outputs, the updated caches by name, and the counters (layers, COUNTERS) or None."""
 
     outputs: tuple[Any, ...]
     updates: dict[str, Tensor]
@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
 
 
 StepFunction = Callable[[Sequence[Any], dict[str, Tensor], Tensor], StepResult]
-"""(inputs, state, forecast coefficients) -> result. Ops change some of the state in place."""
+"""(inputs, state, forecast coefficients (2, 2)) -> result. Some ops update state in place."""
 
 
 def step_function(
@@ -55,13 +55,13 @@ def step_function(
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which memory a tensor lies in; fake tensors have such a number too, but no address."""
+    """An id of the memory of a tensor. Not its address, since fake tensors have none."""
     return int(StorageWeakRef(tensor.untyped_storage()).cdata)
 
 
 def _apart(outputs: Sequence[Any], caches: dict[str, Tensor]) -> tuple[Any, ...]:
-    """The outputs, copied where they share memory with a cache: what the user does to them must not reach it."""
-    held = {_storage(tensor) for tensor in caches.values()}
+    """The outputs, cloned where they share memory with a cache, which the user must not change in place."""
+    cached = {_storage(tensor) for tensor in caches.values()}
     return tuple(
-        value.clone() if isinstance(value, Tensor) and _storage(value) in held else value for value in outputs
+        value.clone() if isinstance(value, Tensor) and _storage(value) in cached else value for value in outputs
     )

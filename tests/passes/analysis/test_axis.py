@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import fx
 
-from moeca_compile.passes.analysis.axis import Axis, Layout, Span, count, cut, join, overlap, place_in
+from moeca_compile.passes.analysis.axis import Axis, Layout, Span, count, cut, join, offset_in, overlap
 
 GRAPH = fx.Graph()
 PICTURE, TEXT, OTHER = (GRAPH.placeholder(name) for name in ("picture", "text", "other"))
@@ -61,7 +61,7 @@ def test_cut(start, stop, expected):
     ],
 )
 def test_place_of_a_part(part, place):
-    assert place_in(JOINT, part) == place
+    assert offset_in(JOINT, part) == place
 
 
 def test_overlap():

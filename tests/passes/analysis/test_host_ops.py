@@ -67,10 +67,10 @@ def test_what_lies_on_the_cpu_is_found_beside_a_device():
     with FakeTensorMode():
         away = torch.empty(4, device=CUDA)
     assert host_ops(graph_of(aten.add.Tensor, away, away, device=CUDA), CUDA) == []
-    assert host_ops(graph_of(aten.add.Tensor, away, ONE, device=CUDA), CUDA) == ["placeholder input_1 lies on cpu"]
-    assert host_ops(graph_of(aten.neg.default, away), CUDA) == ["aten.neg.default lies on cpu"]
+    assert host_ops(graph_of(aten.add.Tensor, away, ONE, device=CUDA), CUDA) == ["placeholder input_1 is on cpu"]
+    assert host_ops(graph_of(aten.neg.default, away), CUDA) == ["aten.neg.default is on cpu"]
     other = torch.device("cuda", 1)
-    assert host_ops(graph_of(aten.neg.default, away, device=other), CUDA) == ["aten.neg.default lies on cuda:1"]
+    assert host_ops(graph_of(aten.neg.default, away, device=other), CUDA) == ["aten.neg.default is on cuda:1"]
 
 
 def test_ops_of_the_package_without_a_kernel_of_the_device_are_named():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, fx
 
-from moeca_compile.passes.analysis.axis import Layout, Span, place_in
+from moeca_compile.passes.analysis.axis import Layout, Span, offset_in
 from moeca_compile.passes.analysis.token_axis import stream_layout, token_layouts
 from moeca_compile.passes.rewrite.evaluate import Evaluation
 from moeca_compile.passes.rewrite.rows import Rows, take_rows
@@ -308,7 +308,7 @@ def test_tokens_of_two_streams(name):
     for span in layouts[node].axis:
         chosen = choose(B, len(span))
         rows = Rows(chosen, layouts, evaluation.__getitem__, [span.source], (span,))
-        place = place_in(layouts[node].axis, (span,))
+        place = offset_in(layouts[node].axis, (span,))
         torch.testing.assert_close(rows[node], take_rows(evaluation[node], layouts[node], chosen + place))
 
 
