@@ -29,7 +29,7 @@ import moeca_compile
 from examples import families
 from examples.digits.arguments import whole_number
 from examples.digits.compare import environment
-from examples.families.common import randomise
+from examples.families.common import randomize
 from moeca_compile import capture
 from moeca_compile.backend import backend_with, compile_graph
 from moeca_compile.lower.compiled import CompiledGraph
@@ -119,7 +119,7 @@ def _hidream() -> tuple[nn.Module, Call]:
         llama_layers=[0, 1, 0, 1],
         force_inference_output=True,
     )
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     x, long, short, pooled = (
         torch.randn(2, 4, 8, 8),
         torch.randn(2, 3, 12),
@@ -155,7 +155,7 @@ def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
         capacity_factors=2.0,
         use_grouped_mm=grouped,
     )
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     dtype = torch.bfloat16 if grouped else torch.float32
     model.to(dtype)
     generator = torch.Generator().manual_seed(1)

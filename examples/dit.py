@@ -1,7 +1,7 @@
-"""A class-conditional DiT-MoE in parts: the digits model, the published families and the tests are built from them.
+"""The parts of a class-conditional DiT-MoE, from which the digits model, the families and the tests are built.
 
-adaLN-zero blocks, 2-D rotary positions, and mixtures of SwiGLU experts with one shared expert. Nothing here knows of
-caching or of compilers. Shapes: B samples, N tokens, D width, T = B * N rows, E experts, k experts a token.
+adaLN-zero blocks, 2-D rotary positions, and mixtures of SwiGLU experts with one shared expert. Nothing here depends
+on caching or on a compiler. Shapes: B samples, N tokens, D width, T = B * N rows, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a DiffusionTransformer. A picture is (channels, side, side), cut into patch x patch patches."""
+    """Sizes of a DiffusionTransformer. Images are (channels, side, side), cut into patches of patch x patch."""
 
     width: int
     depth: int
@@ -39,12 +39,12 @@ class Sizes:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) by one shift and scale (B, D) a sample."""
+    """Shift and scale x (B, N, D) by one shift and scale (B, D) for each sample."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def sinusoidal(t: Tensor, features: int, scale: float = 1000.0) -> Tensor:
-    """Cosines and sines (B, features) of a timestep (B,) that counts to 1000 / scale."""
+    """Cosines and sines (B, features) of a timestep (B,) in the range 0 to 1000 / scale."""
     half = features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = scale * t.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)[None]
@@ -60,7 +60,7 @@ def sine_cosine_positions(grid: int, width: int) -> Tensor:
 
 
 def rotary_table(grid: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (grid * grid, head_width): half the pairs turn by row, half by column."""
+    """Cosines and sines, each (grid * grid, head_width): half the pairs rotate by row, half by column."""
     frequencies = 100.0 ** (-torch.arange(head_width // 4) / (head_width // 4))
     along = torch.arange(grid)[:, None] * frequencies
     half = torch.cat([along.repeat_interleave(grid, 0), along.repeat(grid, 1)], dim=-1)
@@ -69,13 +69,13 @@ def rotary_table(grid: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., N, d) turned by the angles of a table (N, d), whose halves are the same."""
+    """Rotate x (..., N, d) by the angles of a table (N, d) whose two halves are equal."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of a timestep that counts to 1000 / scale, then two linear layers: (B,) -> (B, D)."""
+    """Sinusoidal features of a timestep in 0 to 1000 / scale, then two linear layers: (B,) -> (B, D)."""
 
     def __init__(self, width: int, features: int = 256, scale: float = 1.0) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (B, N, D) -> (B, N, D), with rotary positions on a `grid` if there is one."""
+    """Multi-head self-attention (B, N, D) -> (B, N, D), with rotary positions if a `grid` is given."""
 
     cos: Tensor
     sin: Tensor
@@ -182,7 +182,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def moe_infer(self, x: Tensor, flat_expert_indices: Tensor, flat_expert_weights: Tensor) -> Tensor:
-        """Branches sorted by expert, one slice an expert. x (T, D), indices (T * k,), weights (T * k, 1)."""
+        """Run each expert on its slice of the sorted branches: x (T, D), indices (T * k,), weights (T * k, 1)."""
         expert_cache = torch.zeros_like(x)
         order = flat_expert_indices.argsort()
         ends = flat_expert_indices.bincount(minlength=len(self.experts)).cpu().numpy().cumsum(0)
@@ -202,7 +202,9 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """An adaLN block: attention and a feed-forward, each with shift, scale and gate from the condition c (B, D).
 
-    feedforward: makes the feed-forward; grid: as of Attention
+    Args:
+        width, heads, grid: as for Attention.
+        feedforward: creates the feed-forward.
     """
 
     def __init__(self, width: int, heads: int, feedforward: Callable[[], nn.Module], grid: int | None = None) -> None:
@@ -238,13 +240,13 @@ class FinalLayer(nn.Module):
 
 
 class DiffusionTransformer(nn.Module):
-    """Class-conditional model of pictures: forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
+    """A class-conditional image model: forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
 
     Args:
-        sizes: sizes of the model; label `sizes.classes` stands for "no class".
-        block: makes the block at an index, counted from 0.
-        added_positions: whether sin-cos positions are added to the tokens.
-        time: makes the embedder of the timestep for a width; as it is, timesteps lie in 0..1000.
+        sizes: sizes of the model; label `sizes.classes` means "no class".
+        block: creates the block at an index, from 0.
+        added_positions: whether sine-cosine positions are added to the tokens.
+        time: creates the timestep embedder for a width; the default is for timesteps from 0 to 1000.
     """
 
     positions: Tensor
@@ -280,7 +282,7 @@ class DiffusionTransformer(nn.Module):
         return h, self.time(t) + self.label(y)
 
     def finish(self, h: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B, N, D) and condition (B, D) to a picture (B, C, H, W)."""
+        """Tokens (B, N, D) and condition (B, D) -> image (B, C, H, W)."""
         sizes, h = self.sizes, self.final_layer(h, c)
         h = h.reshape(-1, sizes.grid, sizes.grid, sizes.patch, sizes.patch, sizes.channels)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(-1, sizes.channels, sizes.side, sizes.side)

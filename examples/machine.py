@@ -1,4 +1,4 @@
-"""What every measurement needs: where it was taken, and a model that no other measurement has touched."""
+"""What every measurement needs: a description of the machine, and a model that no other measurement affects."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose forward is a code object of its own.
+    """A copy of ``model`` whose forward has its own code object.
 
-    Plain torch.compile breaks the graph inside the loop over the blocks. Dynamo then marks the code object
-    of that forward as one to skip, for every backend and every other model of the class in the process.
+    Plain torch.compile breaks the graph inside the loop over the blocks. Dynamo then skips the code object of
+    that forward, for every backend and every other model of the class in the process.
     """
     own = copy.deepcopy(model)
     kind = type(model)
@@ -37,7 +37,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int
 
 
 def installed(package: str) -> str:
-    """The version of a package; "" where it is not installed."""
+    """The version of a package; "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -154,11 +154,11 @@ def build(name: str, bench: Bench) -> DiffusionTransformer:
     family, sizes = families.PUBLISHED[name] if name != TINY else (families.FAMILIES["DSMoE"], None)
     with torch.device(bench.device):
         model = family.model(sizes or family.reduced)
-    _randomise(model)
+    _randomize(model)
     return model.to(bench.dtype).eval().requires_grad_(False)
 
 
-def _randomise(model: nn.Module) -> None:
+def _randomize(model: nn.Module) -> None:
     torch.manual_seed(0)
     for parameter in model.parameters():
         fan_in = parameter.shape[1:].numel()

@@ -1,4 +1,4 @@
-"""Types for argparse that say what is allowed."""
+"""Types for argparse whose error messages say what is allowed."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file that holds the weights, with the sizes of the model in its metadata."""
+"""Checkpoints: a safetensors file with the weights, and the sizes of the model in its metadata."""
 
 import json
 from dataclasses import asdict
@@ -21,10 +21,10 @@ class CheckpointError(Exception):
 
 
 def save_weights(module: nn.Module, path: Path, **metadata: object) -> None:
-    """Write ``module``'s parameters and persistent buffers to ``path``; metadata values go in as JSON."""
+    """Write ``module``'s parameters and persistent buffers to ``path``, with metadata values as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    partial = path.with_suffix(".partial")  # a reader never meets half a file
+    partial = path.with_suffix(".partial")  # so that nobody reads half a file
     save_file(weights, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
     partial.replace(path)
 
@@ -34,7 +34,7 @@ def save_model(model: DigitsDiT, path: Path, **metadata: object) -> None:
 
 
 def read_weights(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Weights and metadata of ``path``. Raises CheckpointError, with ``remedy``, if it cannot be read."""
+    """Weights and metadata of ``path``. Raises CheckpointError, which ends with ``remedy``, if it cannot be read."""
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; {remedy}")
     try:

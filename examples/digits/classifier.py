@@ -1,4 +1,4 @@
-"""A small convolutional classifier: it judges samples, and its features serve the Frechet distance."""
+"""A small convolutional classifier that rates samples. Its features are used for the Frechet distance."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Run policies side by side on one model: paired timings, and every policy's images from the same seeds.
 
-A *policy* is a way to make pictures: a compiled model, a sampler and a number of steps.
+Here a *policy* is a way to sample images: a compiled model, a sampler and a number of steps.
 """
 
 import time
@@ -17,7 +17,7 @@ import moeca_compile
 from examples.digits import metrics
 from examples.digits.classifier import DigitsClassifier
 from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
-from examples.machine import environment as environment  # part of what this module offers
+from examples.machine import environment as environment  # re-exported
 from examples.machine import private_copy as private_copy
 
 BASELINE = "torch.compile"
@@ -39,13 +39,13 @@ class Setting:
 
     @property
     def labels(self) -> Tensor:
-        """The wished classes, 0 to 9 in turn: [batch]."""
+        """The requested classes, 0 to 9 repeatedly: [batch]."""
         return torch.arange(self.batch) % 10
 
 
 @dataclass
 class Policy:
-    """``flops_speedup`` is relative to the same number of images from the uncached run."""
+    """A way to sample images, with its measurements. ``flops_speedup`` is relative to the uncached run."""
 
     name: str
     model: VelocityModel
@@ -53,7 +53,7 @@ class Policy:
     sampler: str
     flops_speedup: float = 1.0
     warmup_seconds: float = 0.0
-    seconds: list[float] = field(default_factory=list)  # one a repeat
+    seconds: list[float] = field(default_factory=list)  # one entry a repeat
     images: list[Tensor] = field(default_factory=list)  # one batch a repeat
 
 
@@ -100,7 +100,7 @@ def timed_generation(
 
 
 def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: object) -> Policy:
-    """``model`` under plain torch.compile (``BASELINE``) or one of our recipes; compiled when first run."""
+    """``model`` under plain torch.compile (``BASELINE``) or a recipe. It is compiled at the first run."""
     own = private_copy(model)
     if name == BASELINE:
         compiled = torch.compile(own)
@@ -112,12 +112,12 @@ def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: ob
 
 
 def warmup_steps(policy: Policy) -> int:
-    """Without a cache all steps are alike; the first few settle what Dynamo takes for dynamic."""
+    """How many steps compile everything. Without a cache all steps are alike, so a few are enough."""
     return min(policy.steps, UNCACHED_WARMUP) if policy.name in (BASELINE, UNCACHED) else policy.steps
 
 
 def warm_up(policy: Policy, setting: Setting, device: torch.device, on_step: Callable[[], None]) -> None:
-    """Compile every kind of step. Recipes take a whole generation, after which their FLOPs are known too."""
+    """Compile every kind of step. A recipe needs a whole generation, which also gives its FLOPs."""
     short = replace(policy, steps=warmup_steps(policy))
     _, policy.warmup_seconds = timed_generation(short, setting, setting.seed, device, on_step)
     if policy.name != BASELINE:
@@ -125,7 +125,7 @@ def warm_up(policy: Policy, setting: Setting, device: torch.device, on_step: Cal
 
 
 def step_reductions(baseline: Policy, target: Policy, setting: Setting) -> Iterator[Policy]:
-    """The uncached model at ``target``'s FLOPs: fewer steps of the same sampler, and of a better solver."""
+    """The uncached model with as many FLOPs as ``target``: fewer steps of its sampler, and of a better solver."""
     steps = max(1, round(setting.steps / target.flops_speedup))
     speedup = setting.steps / steps
     yield Policy(f"fewer steps ({steps})", baseline.model, steps, setting.sampler, speedup)
@@ -139,7 +139,7 @@ def run_paired(
     device: torch.device,
     on_step: Callable[[str], None],
 ) -> None:
-    """Every policy in turn, repeat after repeat, so that drift of the machine meets all of them alike.
+    """Run all policies once, then all again, and so on, so that drift of the machine affects all of them alike.
 
     ``on_step`` gets the policy's name after each sampling step.
     """
@@ -156,7 +156,7 @@ def paired_speedup(reference: Policy, policy: Policy) -> float:
 
 
 def make_rows(policies: list[Policy], setting: Setting, classifier: DigitsClassifier, real: Tensor) -> list[Row]:
-    """The table. PSNR and SSIM are to the base line's images, Frechet distance to ``real`` [*, 1, 8, 8]."""
+    """The table's rows. PSNR and SSIM are to the baseline's images, Frechet distance to ``real`` [*, 1, 8, 8]."""
     by_name = {policy.name: policy for policy in policies}
     baseline, uncached = by_name[BASELINE], by_name[UNCACHED]
     reference = torch.cat(baseline.images)

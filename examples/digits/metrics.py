@@ -1,4 +1,4 @@
-"""How far cached samples are from uncached ones, and how good either is."""
+"""How far cached samples are from uncached ones, and how good both are."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from examples.digits.classifier import DigitsClassifier
 from examples.digits.model import DigitsDiT, MoEGate
 
 DATA_RANGE = 2.0  # images span [-1, 1]
-EXACT_DB = 150.0  # what equal images are given instead of infinity, which JSON has no word for
+EXACT_DB = 150.0  # PSNR of equal images, because JSON cannot express infinity
 
 
 def _displayed(images: Tensor) -> np.ndarray:
@@ -21,10 +21,10 @@ def _displayed(images: Tensor) -> np.ndarray:
 
 def psnr(images: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all pixels of the batch [B, 1, H, W]; at most 150."""
-    shown, wished = _displayed(images), _displayed(reference)
-    if np.array_equal(shown, wished):
+    shown, wanted = _displayed(images), _displayed(reference)
+    if np.array_equal(shown, wanted):
         return EXACT_DB
-    return min(EXACT_DB, float(peak_signal_noise_ratio(wished, shown, data_range=DATA_RANGE)))
+    return min(EXACT_DB, float(peak_signal_noise_ratio(wanted, shown, data_range=DATA_RANGE)))
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:
@@ -35,7 +35,7 @@ def ssim(images: Tensor, reference: Tensor) -> float:
 
 @contextmanager
 def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Counts routed branches while open. Gives a function: layer name -> share of each expert [E]."""
+    """Count routed branches inside. Yields a function that returns, for each layer, the share of each expert [E]."""
     counts = {name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)}
 
     def count(name: str, indices: Tensor) -> None:
@@ -54,7 +54,7 @@ def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
 
 @torch.no_grad()
 def agreement(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images [B, 1, 8, 8] that the classifier takes for the wished class [B]."""
+    """Share of images [B, 1, 8, 8] that the classifier assigns to the requested class [B]."""
     predicted = classifier(images.float().cpu().clamp(-1, 1)).argmax(dim=1)
     return (predicted == labels.cpu()).float().mean().item()
 
@@ -63,11 +63,11 @@ def agreement(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> f
 def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Tensor) -> float:
     """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, 1, 8, 8].
 
-    It is biased upwards for few images, so compare only figures from equally many.
+    It is biased upwards for few images, so compare only figures from the same number of images.
     """
     first, second = (classifier.features(x.float().cpu().clamp(-1, 1)).double().numpy() for x in (images, reference))
     covariance_1, covariance_2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    # The trace of the product's square root, from its eigenvalues: real and >= 0 but for rounding.
+    # The trace of the product's square root, from its eigenvalues, which are real and >= 0 up to rounding.
     mixed = np.sqrt(np.linalg.eigvals(covariance_1 @ covariance_2).real.clip(min=0)).sum()
     shift = first.mean(axis=0) - second.mean(axis=0)
     return float(shift @ shift + np.trace(covariance_1 + covariance_2) - 2 * mixed)

@@ -1,8 +1,8 @@
 """A small class-conditional DiT with mixture-of-experts layers, for 8x8 images.
 
-The form is that of DSMoE: adaLN-zero blocks, 2-D rotary positions, and in every second block a
-mixture of SwiGLU experts with one shared expert. The parts are those of examples/dit.py; what training
-needs is added here. Nothing knows of caching or of compilers.
+It is built like DSMoE: adaLN-zero blocks, 2-D rotary positions, and in every second block a mixture of
+SwiGLU experts with one shared expert. The parts come from examples/dit.py; this file adds what training
+needs. Nothing here depends on caching or on a compiler.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class DigitsConfig:
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class, and one more (index ``classes``) for "no class" in guidance."""
+    """One vector for each class, and one for "no class" (index ``classes``), which guidance needs."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -45,8 +45,10 @@ class LabelEmbedder(nn.Module):
 
 
 class MoEGate(Router):
-    """The router. In training the last call's balance loss is kept in ``balance_loss``: the share of choices that an
-    expert gets over the batch times its mean normalized score, summed over the experts; 1 when balanced.
+    """The router. In training, ``balance_loss`` is the balance loss of the last call.
+
+    It is the sum over experts of (share of the batch's choices that the expert gets, times the number of experts) x
+    (its mean normalized score); 1 when balanced.
     """
 
     balance_loss: Tensor | None = None
@@ -78,7 +80,7 @@ class SparseMoE(MoE):
         return self.forward_train(x) if self.training else super().forward(x)
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """Differentiable: each expert takes the rows that chose it."""
+        """The same in a differentiable form: each expert runs on the rows that chose it."""
         indices, weights = (each.reshape(-1, self.top_k) for each in self.gate(x))
         rows = x.reshape(-1, x.shape[-1])  # [R, D]
         out = torch.zeros_like(rows)

@@ -18,7 +18,7 @@ AMPLIFIED = 5  # differences are shown this many times larger
 
 
 def mosaic(images: Tensor, empty: float) -> Tensor:
-    """The first ten images [B, 1, 8, 8] as one picture of five columns, with lines of ``empty`` between."""
+    """The first ten images [B, 1, 8, 8] in five columns, separated by lines of value ``empty``: one image [H, W]."""
     shown = torch.nn.functional.pad(images[:SHOWN, 0].float().cpu(), (0, 1, 0, 1), value=empty)
     missing = -len(shown) % COLUMNS
     shown = torch.cat([shown, torch.full((missing, *shown.shape[1:]), empty)])
@@ -37,7 +37,7 @@ def show_difference(axes: Axes, images: Tensor, reference: Tensor) -> None:
 
 
 def save_picture(path: Path, reference: Policy, policies: list[Policy], rows: list[Row]) -> None:
-    """Write the picture of the first batch of every policy to ``path``, in the format of its suffix."""
+    """Write a picture of every policy's first batch to ``path``; its suffix selects the format."""
     by_name = {row.policy: row for row in rows}
     figure, grid = plt.subplots(
         2, len(policies) + 1, figsize=(2.6 * (len(policies) + 1), 2.6), squeeze=False, layout="constrained"

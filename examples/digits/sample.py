@@ -1,4 +1,4 @@
-"""Sample digits with and without caching, and print what it gains and what it costs.
+"""Sample digits with and without caching, and print speed-ups and quality.
 
 python examples/digits/sample.py
 python examples/digits/sample.py --recipe moeca --recipe fora-forecast --sampler ddpm --json figures.json
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the repository root, not this folder, is where imports start
+if not __package__:  # run as a script: import from the repository root instead of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         choices=list(RECIPES),
         metavar="NAME",
-        help=f"a policy, may be given several times; of {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
+        help=f"a recipe, may be given several times: {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
     )
     parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
     parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_policies(model: DigitsDiT, args: argparse.Namespace, setting: Setting, progress: Progress) -> list[Policy]:
-    """Compile the base line and each recipe, then add step reductions at the FLOPs of the cheapest recipe."""
+    """Compile the baseline and each recipe, then add runs with fewer steps at the FLOPs of the cheapest recipe."""
     names = [BASELINE, *dict.fromkeys([UNCACHED, *args.recipe])]
     policies = [compiled_policy(model, name, setting) for name in names]
     task = progress.add_task("", total=sum(map(warmup_steps, policies)))
@@ -121,7 +121,7 @@ def run(model: DigitsDiT, args: argparse.Namespace, setting: Setting, console: C
 
 
 def make_table(rows: list[Row], setting: Setting, real_frechet: float) -> Table:
-    """``real_frechet``: what real digits score in place of the samples, about the best to hope for."""
+    """The table to print. ``real_frechet`` is the Frechet distance of real digits, about the best possible."""
     images = setting.batch * setting.repeats
     table = Table(
         title=f"{images} images, {setting.sampler}, {setting.steps} steps, guidance {setting.guidance:g}",

@@ -1,8 +1,8 @@
 """Sampling: diffusers' schedulers around ``model(x, t, y)``, with classifier-free guidance.
 
-The model predicts the velocity of a rectified flow. A velocity model is also an exact noise model for a
-variance-preserving process, after a change of scale and time (``noise_prediction``), so the stochastic
-DDPM sampler needs no second checkpoint.
+The model predicts the velocity of a rectified flow. After a change of scale and time
+(``noise_prediction``) it is also an exact noise model of a variance-preserving process, so the
+stochastic DDPM sampler needs no second checkpoint.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def make_scheduler(sampler: str, steps: int) -> Any:
         )
         scheduler.set_timesteps(steps)
     elif sampler == "ddpm":
-        # Unclipped: clipping x_0 would hide what a cache does to it.
+        # Clipping x_0 would hide errors that caching causes.
         scheduler = DDPMScheduler(TRAIN_TIMESTEPS, clip_sample=False, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
     else:
@@ -44,7 +44,7 @@ def make_scheduler(sampler: str, steps: int) -> Any:
 
 
 def guided_velocity(model: VelocityModel, x: Tensor, time: float, labels: Tensor, guidance: float) -> Tensor:
-    """Velocity at ``time``; with guidance other than 1, both passes go as one doubled batch."""
+    """Velocity at ``time``. With guidance other than 1, the two passes are one batch of twice the size."""
     if guidance == 1:
         return model(x, torch.full((len(x),), time, device=x.device), labels)
     y = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
@@ -80,9 +80,9 @@ def generate(
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Images [B, 1, 8, 8], near [-1, 1], of the wished classes ``labels`` [B].
+    """Images [B, 1, 8, 8], near [-1, 1], of the classes ``labels`` [B].
 
-    Noise is drawn on the CPU, so that a seed means the same on every device. ``on_step`` is called after
+    Noise is drawn on the CPU, so that a seed gives the same noise on every device. ``on_step`` is called after
     each step. Raises ValueError for an unknown sampler.
     """
     scheduler = make_scheduler(sampler, steps)

@@ -1,4 +1,4 @@
-"""Train the digits DiT (or, with --classifier, the judge) and write its checkpoint.
+"""Train the digits DiT (or, with --classifier, the classifier) and write its checkpoint.
 
 python examples/digits/train.py                # about 50 minutes on one CPU core
 python examples/digits/train.py --classifier   # under a minute
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-if not __package__:  # run as a script: the repository root, not this folder, is where imports start
+if not __package__:  # run as a script: import from the repository root instead of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -36,8 +36,7 @@ EMA_DECAY = 0.999
 WARMUP_STEPS = 200
 LOG_EVERY = 100
 SAVE_EVERY = 250
-JUDGED = 200  # images sampled when training is done
-
+EVALUATED = 200  # images sampled after training
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -68,7 +67,7 @@ def balance_loss(model: DigitsDiT) -> Tensor:
 
 
 def ema_update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-    """A short memory at first, so that early checkpoints are of use."""
+    """Moving average of the weights. Its decay is smaller at first, so that early checkpoints are usable."""
     decay = min(EMA_DECAY, (1 + int(count)) / (10 + int(count)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
@@ -79,7 +78,7 @@ def random_batch(data: Digits, size: int, device: torch.device) -> tuple[Tensor,
 
 
 def optimize(model: DigitsDiT, args: argparse.Namespace, progress: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-    """Take the steps that ``progress`` counts from 1, and yield each with its flow loss, detached."""
+    """Train for the steps in ``progress`` (1, 2, ...); yields each step with its detached flow loss."""
     data, _ = load_split()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
@@ -111,12 +110,12 @@ def train_model(args: argparse.Namespace, console: Console) -> None:
             save_model(averaged, args.work / f"step{step:06d}.safetensors", step=step, training=training)
     save_model(averaged, args.out, step=args.steps, training=training)
     console.print(f"wrote {args.out} after {time.perf_counter() - start:.0f} s")
-    judge(averaged, console)
+    evaluate(averaged, console)
 
 
-def judge(model: DigitsDiT, console: Console) -> None:
-    """Print how evenly the experts are used in sampling, and how many samples are what was wished for."""
-    labels = torch.arange(JUDGED) % 10
+def evaluate(model: DigitsDiT, console: Console) -> None:
+    """Print how evenly sampling uses the experts, and how many samples are of the requested class."""
+    labels = torch.arange(EVALUATED) % 10
     device = next(model.parameters()).device
     with expert_load(model.eval()) as load:
         images = generate(model, labels.to(device), steps=20)
@@ -133,7 +132,7 @@ def train_classifier(args: argparse.Namespace, console: Console) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
     for _ in track(range(args.steps), "training", console=console):
         images, labels = random_batch(data, args.batch, args.device)
-        # A little noise, so that the judge reads strokes and not single grey levels.
+        # A little noise, so that the classifier learns strokes and not single gray levels.
         logits = classifier(images + 0.1 * torch.randn_like(images))
         F.cross_entropy(logits, labels, label_smoothing=0.05).backward()
         optimizer.step()
@@ -149,7 +148,7 @@ def train_classifier(args: argparse.Namespace, console: Console) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classifier", action="store_true", help="train the judge instead of the DiT")
+    parser.add_argument("--classifier", action="store_true", help="train the classifier instead of the DiT")
     parser.add_argument("--steps", type=whole_number(1), help="optimizer steps (default 6500, classifier 1500)")
     parser.add_argument("--batch", type=whole_number(1), help="images a step (default 32, classifier 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the DiT")

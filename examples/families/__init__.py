@@ -1,10 +1,11 @@
-"""Diffusion transformers of the published families, written anew from their papers, with random weights.
+"""Diffusion transformers of the published families, implemented from their papers, with random weights.
 
     families.build("DSMoE-S-E16")                       # a published size, in eval mode
-    families.build("DiT-MoE-XL", device="meta")         # its shapes alone
+    families.build("DiT-MoE-XL", device="meta")         # shapes without data
     families.reduced("EC-DiT")                          # a few narrow blocks with the family's own routing
 
-A file a family, built from the parts of examples/dit.py. All take forward(x (B, C, H, W), t (B,), y (B,)).
+Each family has its file and is built from the parts of examples/dit.py. All models take forward(x (B, C, H, W), t
+(B,), y (B,)).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from examples.dit import DiffusionTransformer, Sizes
 from examples.families import dense, diff_moe, diffmoe, dit_moe, dsmoe, expert_choice, token_choice
-from examples.families.common import Family, randomise
+from examples.families.common import Family, randomize
 
 FAMILIES: dict[str, Family] = {
     "DiT": dense.FAMILY,
@@ -42,11 +43,11 @@ def reduced(family: str, device: str = "cpu", seed: int = 0) -> DiffusionTransfo
 
 
 def assemble(family: Family, sizes: Sizes, device: str = "cpu", seed: int = 0) -> DiffusionTransformer:
-    """A model of a family at any sizes, in eval mode; random weights by the seed, none on the meta device."""
+    """A model of a family with any sizes, in eval mode. Weights are random by the seed; the meta device has none."""
     with torch.device(device):
         model = family.model(sizes)
     if device != "meta":
-        randomise(model, seed)
+        randomize(model, seed)
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""What the families share beside the parts of examples/dit.py: their sizes by name, and random weights."""
+"""What the families share besides the parts of examples/dit.py: sizes by name, and random weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Family:
     reduced: Sizes
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Random weights by the seed. adaLN gates are not zero, as they are before training: every block counts."""
+def randomize(model: nn.Module, seed: int) -> None:
+    """Set random weights by the seed. adaLN gates are not zero, unlike before training, so every block matters."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         fan_in = parameter.shape[1:].numel()

@@ -1,4 +1,4 @@
-"""DiT: no experts, the yardstick of the other families. Its feed-forwards are Mlps, its positions are added."""
+"""DiT, the dense baseline of the other families: feed-forwards are MLPs, and positions are added to the tokens."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Diff-MoE: experts that also see the timestep and a summary of the whole picture (its sections 4.1 to 4.4).
+"""Diff-MoE: experts that also see the timestep and a summary of the whole image (its sections 4.1 to 4.4).
 
-A depthwise convolution over the picture stands before the experts. Every expert has an adaLN of its own, driven by
-the condition (4.2), and the routed ones multiply their hidden channels by a global context (4.3, equation 8); both
-go through a space of `rank` dimensions (4.4).
+A depthwise convolution over the image precedes the experts. Every expert has its own adaLN, computed from the
+condition (4.2), and routed experts multiply their hidden channels by a global context (4.3, equation 8). Both use
+linear maps of low rank (4.4).
 
-The paper leaves open where its parameters lie. This reading gives table 1's counts (tests/examples/test_families.py):
-a 5x5 convolution; a shared expert of inner width D, as in DiT-MoE; one global context a block, shared by its routed
-experts; the block's own adaLN as in DiT.
+The paper does not say where all parameters are. This reading gives table 1's counts
+(tests/examples/test_families.py): a 5x5 convolution; a shared expert of inner width D, as in DiT-MoE; one global
+context a block, shared by its routed experts; the block's own adaLN as in DiT.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TimeAwareLayer(nn.Module):
         return (routed + self.shared(rows, row_c)).view(batch, tokens, width)
 
     def route(self, rows: Tensor, c: Tensor, context: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """For each expert the rows that chose it, with what else it sees of their samples."""
+        """Run each expert on the rows that chose it, with the condition and context of their samples."""
         out = torch.zeros_like(rows)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(ids == e)
@@ -106,7 +106,7 @@ class TimeAwareBlock(Block):
 
 
 class TimeAwareDiT(DiffusionTransformer):
-    """Rotary positions beside DiT's added ones, whose table the paper's counts contain."""
+    """Rotary positions besides DiT's added ones, which the paper's parameter counts include."""
 
     def __init__(self, sizes: TimeAwareSizes) -> None:
         super().__init__(sizes, lambda index: TimeAwareBlock(sizes))

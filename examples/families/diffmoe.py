@@ -1,7 +1,7 @@
-"""DiffMoE: experts take tokens from the whole batch, as many as a predictor foresees (its algorithm 4).
+"""DiffMoE: experts choose tokens from the whole batch, as many as a predictor says (its algorithm 4).
 
-The number of tokens an expert takes is known only when the model runs, and a sample's result depends on the others
-of its batch.
+The number of tokens of an expert is known only when the model runs, and a sample's result depends on the others of
+its batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from examples.families.token_choice import SparseDiT, SparseSizes
 
 
 class DynamicLayer(nn.Module):
-    """`threshold` (E,) is learnt in training by a moving average (equation 17); here it is a constant."""
+    """`threshold` (E,) is a moving average learned in training (equation 17); here it is a constant."""
 
     threshold: Tensor
 

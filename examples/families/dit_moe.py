@@ -1,4 +1,4 @@
-"""DiT-MoE: experts in every block, two of eight by raw softmax weights, and shared experts as one wide SwiGLU."""
+"""DiT-MoE: experts in every block, two of eight with raw softmax weights; shared experts are one wide SwiGLU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.families.common import Family
 
 @dataclass(frozen=True)
 class DiTMoESizes(Sizes):
-    """Routed experts have the inner width mlp_ratio * D, the `shared` experts D each."""
+    """Routed experts have the inner width mlp_ratio * D, and each of the `shared` experts D."""
 
     experts: int = 8
     top_k: int = 2
@@ -37,7 +37,7 @@ class DiTMoELayer(nn.Module):
 
     @torch.no_grad()
     def run_segments(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The branches (T * k), gathered expert by expert; results are scattered back and summed."""
+        """Gather the branches (T * k) expert by expert; scatter the results back and sum them."""
         order = ids.argsort()
         counts = ids.bincount(minlength=len(self.experts)).tolist()
         out, start = torch.zeros_like(rows), 0

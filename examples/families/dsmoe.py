@@ -1,7 +1,7 @@
 """DSMoE: experts in every second block, chosen as in DeepSeek-V3, and one shared expert.
 
-Sigmoid scores plus a bias that balances the load choose the experts, within the best groups of experts where there
-are groups; the scores without the bias, normalized over a token's experts and scaled, are the weights.
+Experts are chosen by sigmoid scores plus a bias that balances the load, within the best groups of experts if there
+are groups. The weights are the scores without the bias, normalized over a token's experts and scaled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from examples.families.common import Family
 class DSMoESizes(Sizes):
     """`expert_width` is the inner width of the routed experts and of the shared one.
 
-    Experts are chosen from the best half of `groups` groups; 1 is no groups.
+    Experts are chosen from the best half of `groups` groups; 1 means no groups.
     """
 
     experts: int = 16
@@ -47,7 +47,7 @@ class GroupedSigmoidRouter(nn.Module):
         return ids, weights.to(rows.dtype)
 
     def within_groups(self, scores: Tensor) -> Tensor:
-        """Scores (T, E), those outside the best groups set to 0. A group is as good as its two best experts."""
+        """Scores (T, E) with those outside the best groups set to 0. A group's score is the sum of its best two."""
         if self.groups == 1:
             return scores
         by_group = scores.unflatten(-1, (self.groups, -1))
@@ -88,7 +88,7 @@ class DSMoELayer(nn.Module):
 
 
 class DSMoE(DiffusionTransformer):
-    """Dense, experts, dense, experts, ...; rotary positions only."""
+    """Dense and MoE feed-forwards alternate; rotary positions only."""
 
     def __init__(self, sizes: DSMoESizes) -> None:
         def dense() -> Mlp:

@@ -1,6 +1,6 @@
-"""EC-DiT: each expert takes the tokens of a sample that it scores highest (DiffMoE's algorithm 1).
+"""EC-DiT: each expert chooses the tokens of a sample that it scores highest (DiffMoE's algorithm 1).
 
-A token may be taken by several experts or by none. The capacity S / E gives as much work as a dense feed-forward.
+Several experts or none may choose a token. With the capacity S / E, the layer costs as much as a dense feed-forward.
 """
 
 from __future__ import annotations

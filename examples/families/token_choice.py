@@ -1,4 +1,4 @@
-"""TC-DiT: DiT with experts in every second block, each token choosing its best (DiffMoE's algorithm 2)."""
+"""TC-DiT: experts in every second block, and each token chooses its best ones (DiffMoE's algorithm 2)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class SparseSizes(Sizes):
     top_k: int = 1
 
     def mlp(self) -> Mlp:
-        """A feed-forward, and so an expert."""
+        """A feed-forward; an expert has the same form."""
         return Mlp(self.width, int(self.mlp_ratio * self.width))
 
 
 class SparseDiT(DiffusionTransformer):
-    """DiT whose blocks hold a dense feed-forward and a `layer` of experts by turns."""
+    """DiT whose blocks have alternately a dense feed-forward and an MoE `layer`."""
 
     layer: type[nn.Module]
 
@@ -48,7 +48,7 @@ class TokenChoiceLayer(nn.Module):
         scores = torch.einsum("bsd,de->bse", x, self.router).softmax(dim=-1)
         gating, index = torch.topk(scores, self.top_k, dim=-1)
         flat_index, gating = index.view(-1), gating.view(-1, self.top_k)
-        x = x.view(-1, shape[-1]).repeat_interleave(self.top_k, dim=0)  # a row a branch
+        x = x.view(-1, shape[-1]).repeat_interleave(self.top_k, dim=0)  # one row for each branch
         y = torch.empty_like(x)
         for i, expert in enumerate(self.experts):
             y[flat_index == i] = expert(x[flat_index == i])

@@ -1,4 +1,4 @@
-"""What compilation returns: a model's graph with its plan, frozen. The runtime runs steps over it."""
+"""What compilation returns: a model's graph with its plan, frozen. The runtime runs its steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class CapturedGraph:
 
     Attributes:
         gm: the graph.
-        arguments: which of its placeholders are arguments of the model; the others are its weights.
-        numbers: positions of inputs that come as Python numbers and go in as 0-dim tensors.
-        partial: whether its callers run as plain Python, since the graph breaks in the model.
-        broken: whether the graph breaks anywhere in the model.
+        arguments: for each placeholder, whether it is an argument of the model; the others are its weights.
+        numbers: positions of inputs that are Python numbers; they are passed on as 0-dim tensors.
+        partial: whether plain Python code calls this graph, because a function that contains it broke the graph.
+        broken: whether there is a graph break anywhere in the model.
     """
 
     gm: fx.GraphModule
@@ -40,13 +40,13 @@ class CapturedGraph:
         return self.partial or self.broken
 
     def argument_nodes(self, graph: fx.Graph) -> set[fx.Node]:
-        """The placeholders of `graph`, which has the same inputs, that are arguments of the model."""
+        """The placeholders of `graph` that are arguments of the model; its inputs must be those of `gm`."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         return {node for node, user in zip(placeholders, self.arguments, strict=True) if user}
 
     @property
     def names(self) -> list[str]:
-        """The inputs by their names in the model's signature, as far as Dynamo tells."""
+        """The names of the inputs in the model's signature, as far as Dynamo keeps them."""
         return [n.name.removeprefix("l_").rstrip("_") for n in self.gm.graph.nodes if n.op == "placeholder"]
 
 
@@ -55,14 +55,14 @@ class CompiledGraph:
     """One graph at one set of input shapes: normalized, matched, validated and planned.
 
     Attributes:
-        captured: what it was made of.
-        module: the normalized graph, functional ATen; one placeholder per input.
-        device, dtype: where the model lies, and what its residual stream is computed in.
+        captured: Dynamo's graph.
+        module: the normalized graph in functional ATen; one placeholder per input.
+        device: where the model runs; dtype: of its residual stream.
         uploaded: positions of the inputs that are copied to the device at each call.
         plan: what is cached, and what that costs.
         config: the options in force.
-        waits: why the experts' ops wait for the host at every step; None where they do not.
-        dump: where its stages are shown.
+        waits: why the experts make the host wait for the device at every step; None where they do not.
+        dump: where the graph is written after each stage.
     """
 
     captured: CapturedGraph
@@ -94,20 +94,20 @@ class CompiledGraph:
     @property
     def timesteps(self) -> list[int]:
         """The positions of the inputs that may be the timestep."""
-        places = {node: i for i, node in enumerate(self.placeholders)}
-        return [places[node] for node in self.regions.timesteps]
+        position = {node: i for i, node in enumerate(self.placeholders)}
+        return [position[node] for node in self.regions.timesteps]
 
     def input_names(self, state_names: Sequence[str], inputs: Sequence[Any]) -> list[str]:
-        """What to call the inputs of a traced step: those of the model that are tensors, its caches, coefficients."""
+        """Names of a traced step's inputs: tensor inputs of the model, caches, coefficients."""
         names = [name for name, value in zip(self.captured.names, inputs, strict=True) if isinstance(value, Tensor)]
         return [*names, *state_names, "coefficients"]
 
     def function(self, kind: StepKind) -> StepFunction:
-        """The step of this kind as an eager function; it may change some of the state in place."""
+        """The step of this kind as an eager function, which may write to some of the caches."""
         return step_function(self.graph, self.regions, self.plan.replacements, kind)
 
     def write_back(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Write back what the model changes in place; returns the model's own outputs."""
+        """Copy new values into the inputs that the model changes in place; returns the model's outputs."""
         mutated: tuple[int, ...] = self.module.meta["mutated_inputs"]
         for position, value in zip(mutated, outputs[: len(mutated)], strict=True):
             inputs[position].copy_(value)
@@ -115,7 +115,7 @@ class CompiledGraph:
 
 
 def stream_dtype(regions: Regions, inputs: Sequence[Any]) -> torch.dtype:
-    """The dtype of the residual stream, else of any input with a fraction."""
+    """The dtype of the residual stream; without one, of the first floating-point input."""
     if regions.residuals:
         dtype: torch.dtype = regions.residuals[0].stream.meta["val"].dtype
         return dtype
@@ -124,6 +124,6 @@ def stream_dtype(regions: Regions, inputs: Sequence[Any]) -> torch.dtype:
 
 
 def device_of(inputs: Sequence[Any]) -> torch.device:
-    """Where a model runs: on the accelerator that any of its inputs or weights lies on, else on the CPU."""
+    """Where a model runs: the accelerator of the first input or weight that is on one, else the CPU."""
     devices = [value.device for value in inputs if isinstance(value, Tensor)]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A step as compiled code: its function is traced to one graph of flat tensors, and that is lowered."""
+"""A step as compiled code: its function is traced to one graph, and that is compiled by Inductor."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class TracedStep:
     """A step as a graph of (tensor inputs..., caches..., coefficients) -> [outputs..., updates..., counts].
 
     Attributes:
-        state_names: the caches, in the order of the graph's inputs.
-        update_names: the caches that the graph gives anew, in the order of its outputs.
-        outputs: how many outputs the model has.
+        graph: its inputs and outputs are flat lists of tensors.
+        state_names: names of the caches, in the order of the graph's inputs.
+        update_names: names of the caches that the graph returns new, in the order of its outputs.
+        outputs: number of the model's outputs.
     """
 
     graph: fx.GraphModule
@@ -50,8 +51,11 @@ class TracedStep:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A lowered step. Caches that ops change in place are passed in and stay; those that the graph gives anew come
-    back as updates, which the caller puts in place of the old ones (no copy)."""
+    """A compiled step.
+
+    Some caches are changed in place by ops. The others are returned as new tensors in the result's `updates`; the
+    caller then uses these in place of the old ones, without a copy.
+    """
 
     traced: TracedStep
     code: Callable[..., Sequence[Any]]
@@ -64,7 +68,7 @@ class CompiledStep:
 def trace_step(
     function: StepFunction, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
 ) -> TracedStep:
-    """The step as one graph, at the sizes of these inputs."""
+    """Trace a step to one graph, for inputs of these shapes."""
     names, constants = tuple(state), {i: v for i, v in enumerate(inputs) if not isinstance(v, Tensor)}
     found: dict[str, Any] = {}
 
@@ -83,12 +87,12 @@ def trace_step(
 
 
 def flat_inputs(inputs: Sequence[Any], caches: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
-    """A traced step's inputs; what is no tensor among the model's is a constant of its graph."""
+    """A traced step's inputs. Inputs of the model that are no tensors are constants of the graph and left out."""
     return [*(value for value in inputs if isinstance(value, Tensor)), *caches, coefficients]
 
 
 def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> Iterator[Any]:
-    """The model's inputs: the tensors in their order, with the other values at their positions."""
+    """All inputs of the model: `tensors` in order, with `constants` at their positions."""
     given = iter(tensors)
     for position in range(len(tensors) + len(constants)):
         yield constants[position] if position in constants else next(given)
@@ -101,8 +105,8 @@ def lower_step(
 
     Args:
         lowering: "inductor", or "eager" to run the graph op by op.
-        whole: compile it as a whole, else partitions of it that are alike once.
-        on_code: is given the path of each file of code that Inductor wrote.
+        whole: compile it as one graph; else partition it and compile equal partitions once.
+        on_code: called with the path of each file of code that Inductor wrote.
     """
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)

@@ -1,7 +1,7 @@
-"""Validation on the real first inputs: no rewritten graph is used before it has been compared with the original.
+"""Validation on the first real inputs: no rewritten graph is used before it has been compared with the original.
 
-`sound_regions` checks the rewrite, before anything is compiled, and leaves out what fails. `same_outputs` checks what
-lowering made of a graph, when a step is first used.
+`sound_regions` checks the rewrite before anything is compiled, and skips regions that fail. `same_step` checks
+Inductor's code when a step is first used.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult,
 _log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Greatest error that passes. For float32 and float64 it is the greatest difference over the greatest magnitude;
-in lower precision a few routings flip by rounding, so there it is the root mean square of both. It goes by the
-coarsest type that tokens are computed in: a model in float64 may have a router in float32."""
+"""The largest relative error that passes, by dtype (see `relative_error`). The dtype is the least precise one that
+tokens are computed in: a model in float64 may have a router in float32."""
 
 
 class ValidationError(RuntimeError):
-    """A compiled step differs from what it stands for."""
+    """A rewritten or compiled step differs from the original."""
 
 
 def sound_regions(
     graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes
 ) -> Regions:
-    """The regions whose rewrite is right on these inputs; the others are moved to `skipped` with the reason."""
+    """Validate the rewrite on these inputs; regions whose rewrite is wrong move to `skipped`, with the reason.
+
+    All regions are checked together first. Only if that fails, each is checked alone.
+    """
     if not config.validate:
         return regions
     reason = _fault(graph, regions, config, inputs, notes)
@@ -49,20 +51,25 @@ def sound_regions(
     left = _fault(graph, rest, config, inputs, notes)
     if left is not None:
         notes.warn(
-            f"the rewritten step differs from the model ({left}), so nothing is cached and the model runs as it was"
+            f"the rewritten step differs from the model ({left}). Nothing is cached, and the model runs as under "
+            "plain torch.compile. docs/debugging.md helps find the cause"
         )
         return replace(rest.without(dict.fromkeys(rest.parts, left)), residuals=())
     for skipped in rest.skipped[len(regions.skipped) :]:
-        notes.warn(f"{skipped.kind} {skipped.name} is not cached and runs as it was: {skipped.reason}")
+        notes.warn(
+            f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached "
+            "and runs at every step. docs/debugging.md helps find the cause"
+        )
     return rest
 
 
 def _fault(
     graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes | None
 ) -> str | None:
-    """Why a full step, or a cache step with forced recomputation right after it, is not the model; else None.
+    """Compare a full step, and cache steps right after it, with the model; returns the first difference, or None.
 
-    On the inputs of the full step it makes no difference what is recomputed: all tokens, half of them, or none.
+    The cache steps run on the inputs of the full step. So they must give the same outputs whether they recompute all
+    tokens, half of them, or none.
     """
     main = regions.main
     replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
@@ -90,7 +97,7 @@ def _fault(
             again = run(replacements, StepKind(False, False, capacity, forced=capacity > 0), copies)
             compare("recomputed" if capacity else "reused", again)
     except Exception as error:
-        # Whatever stops a rewrite, the model itself still runs; the reason goes to the report.
+        # Whatever a rewrite raises, the model itself still runs; the reason goes to the report.
         _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
         return first_line(error)
     return None
@@ -105,7 +112,7 @@ def same_step(
     coefficients: Tensor,
     notes: Notes,
 ) -> bool:
-    """Whether a lowered step gives what the same step gives eagerly, on copies of the state."""
+    """Whether a compiled step equals the same step in eager mode, both on copies of the caches."""
     if not compiled.config.validate:
         return True
     eager = run_eagerly(compiled, kind, inputs, state, coefficients)
@@ -115,7 +122,10 @@ def same_step(
         check = "full" if kind.full else "cache"
         same_outputs(check, lowered.outputs, eager.outputs, compiled.config, notes, compiled.regions.token_dtypes)
     except ValidationError as error:
-        notes.warn(f"Inductor's code for {kind.name} steps is wrong here ({error}), so they run op by op, slower")
+        notes.warn(
+            f"Inductor's code for {kind.name} steps gives other values than eager mode ({error}), so they run op by "
+            "op, which is slower. Try another version of torch, and please report it"
+        )
         return False
     return True
 
@@ -123,20 +133,20 @@ def same_step(
 def run_eagerly(
     compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
 ) -> StepResult:
-    """Run a step without compilation on copies of the state."""
+    """Run a step in eager mode on copies of the caches."""
     with torch.no_grad(), undisturbed(compiled.device):
         copies = {name: tensor.clone() for name, tensor in state.items()}
         return compiled.function(kind)(inputs, copies, coefficients)
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
-    """Random numbers drawn inside leave no trace: a trial draws what the model itself will draw after it."""
+    """Restore the random number generators afterwards, so that a trial run does not change the model's numbers."""
     context: AbstractContextManager[Any] = torch.random.fork_rng([device] if device.type == "cuda" else [])
     return context
 
 
 def _poison(state: dict[str, Tensor], specs: Sequence[CacheSpec]) -> None:
-    """Make cached activations useless, so that a step that should recompute all of them shows what it did not."""
+    """Fill cached activations with NaN, so that a step that should recompute all of them fails if it reads one."""
     for spec in specs:
         if spec.role is Role.ACTIVATION:
             state[spec.name].fill_(float("nan"))
@@ -150,9 +160,10 @@ def same_outputs(
     notes: Notes | None,
     inside: Iterable[torch.dtype] = (),
 ) -> None:
-    """Compare outputs and note the error; `inside` are the types that they were computed in, besides their own.
+    """Compare outputs, and note the error under the name of the `check`.
 
-    Raises ValidationError where the error exceeds the tolerance.
+    `inside` are dtypes that the outputs were computed in, besides their own. Raises ValidationError where the error
+    exceeds the tolerance.
     """
     for one, other in zip(found, wanted, strict=True):
         if isinstance(one, Tensor) and one.is_floating_point():
@@ -165,7 +176,11 @@ def same_outputs(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Error of `found` relative to the scale of `wanted` (see TOLERANCE for which measure)."""
+    """Error of `found` relative to the scale of `wanted`.
+
+    In float32 and float64: the largest difference over the largest magnitude. In lower precision rounding flips a few
+    routings, so there it is the root mean square of the difference over that of `wanted`.
+    """
     difference, scale = (found - wanted).double(), wanted.double()
     if found.dtype in (torch.float32, torch.float64):
         return float(difference.abs().max() / scale.abs().max().clamp_min(1e-30))

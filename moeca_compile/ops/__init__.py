@@ -1,11 +1,12 @@
-"""Custom ops. Importing the package defines them all, with their kernels where there can be a device for them.
+"""Custom ops. Importing this package registers them, with their CUDA kernels if Triton is installed
+and torch is built for CUDA.
 
-markers                          what a MoE layer means, from capture until it is lowered
-fixed_k, variable_k, attention   what runs in a step, each a plain function of ATen ops
-linear                           linear layers, one and by group
+markers                          stand for a MoE layer, from capture until it is lowered
+fixed_k, variable_k, attention   the ops of a step, each a plain function of ATen ops
+linear                           linear layers, single and grouped
 bodies, body_plan, body_run      what an expert computes: registered, planned, run for all experts at once
-cpu/, triton/                    kernels of these for CPU and CUDA
-aten                             groups of ATen ops, by name
+cpu/, triton/                    kernels for CPU and CUDA
+aten                             named groups of ATen ops
 """
 
 import torch

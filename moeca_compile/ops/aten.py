@@ -1,4 +1,4 @@
-"""Groups of ATen ops that several passes know by name; a pass that means more or fewer says so where it does."""
+"""Groups of ATen ops that several passes use. A pass that needs other ops defines its own group."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
-"""Other dims over the same values in the same order, written (x, shape)."""
+"""Ops that change the shape and keep the order of the values, with arguments (x, shape)."""
 
 RESHAPES = VIEWS | {aten.flatten.using_ints, aten.unflatten.int}
-"""The same, however the dims are written: not every one of these becomes a reshape when its name is changed."""
+"""The same with other arguments too, so that not each of them can be replaced by a reshape as it stands."""
 
 COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default})
-"""Ops that give the values of their argument in its dtype, perhaps elsewhere in memory."""
+"""Ops that return the values of their argument in the same dtype, perhaps in other memory."""
 
 CASTS = COPIES | {
     aten._to_copy.default,
@@ -24,13 +24,13 @@ CASTS = COPIES | {
     aten.to.dtype_layout,
     aten.type_as.default,
 }
-"""Ops that give the values of their first argument, perhaps elsewhere in memory or in another dtype."""
+"""Ops that return the values of their first argument, perhaps in other memory or another dtype."""
 
 PERMUTES = frozenset({aten.permute.default, aten.transpose.int, aten.t.default})
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
-"""Norms over the last dims, with weights."""
+"""Norms over the last dims, with optional weights."""
 
 MATMULS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
-"""Products of two operands and nothing else, written (rows, matrix)."""
+"""Products without bias, with arguments (rows, matrix)."""

@@ -5,7 +5,8 @@
         keys[chosen[c]] = key[c], values[chosen[c]] = value[c]    where valid[c]
         out = softmax(query @ keys.T * scale + mask) @ values
 
-The function is the op wherever no kernel is (`ops.triton.attention` on CUDA); the fake at the end gives shapes.
+The function below implements the op on every device without a kernel (CUDA has one, `ops.triton.attention`). The fake
+at the end of the file gives the output shape.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ def attend_rows(
     """Write the chosen tokens' keys and values into the caches, then attend from their queries to all tokens.
 
     Args:
-        keys, values: (B, N, H, d) caches, written in place; a token's heads lie together, so one row is one copy.
+        keys, values: (B, N, H, d) caches, written in place. A token's heads are contiguous, so it is one copy.
         query, key, value: (B, H, C, d) of the chosen tokens.
-        chosen: (B, C) token indices, distinct within a sample; valid: (B, C), false entries are not written.
-        mask: of the queries, as in scaled_dot_product_attention.
-        scale, enable_gqa: as in scaled_dot_product_attention.
+        chosen: (B, C) token indices, distinct within a sample.
+        valid: (B, C) bool; keys and values of entries that are false are not written.
+        mask: for the queries, as in scaled_dot_product_attention, like scale and enable_gqa.
 
     Returns:
-        (B, H, C, d) attention outputs of the chosen tokens (also of those that are not valid).
+        (B, H, C, d) attention outputs of all chosen tokens, valid or not.
     """
     samples, tokens = keys.shape[:2]
     first = torch.arange(samples, device=chosen.device)[:, None] * tokens
     written = valid.flatten().nonzero().squeeze(1)
-    places = (chosen + first).flatten()[written]
+    tokens_written = (chosen + first).flatten()[written]
     for cache, fresh in ((keys, key), (values, value)):
         rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, written)
-        cache.flatten(0, 1).index_copy_(0, places, rows.to(cache.dtype))
+        cache.flatten(0, 1).index_copy_(0, tokens_written, rows.to(cache.dtype))
     return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
 
 
@@ -60,7 +61,7 @@ def attend(
 ) -> Tensor:
     """Queries (B, H, C, d) against cached keys and values (B, N, H, d).
 
-    On CPU types of 16 bits are taken in float32: PyTorch's kernel for these is slower, by a quarter at 32 queries.
+    On CPU, 16-bit dtypes are computed in float32: with 32 queries PyTorch's kernel for 16 bits is a quarter slower.
     """
     narrow = query.device.type == "cpu" and query.dtype.itemsize == 2
     dtype = torch.float32 if narrow else query.dtype

@@ -1,7 +1,7 @@
-"""The registry of expert bodies: an op cannot take a function, so it takes the key of one.
+"""The registry of expert bodies. Ops cannot take functions as arguments, so they take a body's key.
 
-A body is what one expert computes, as a graph of (rows..., parameters...). It is stored under a hash of its
-code, so equal bodies share one entry and a compiled graph that is loaded again finds the same key.
+A body is what one expert computes, as a graph of (rows..., parameters...). Its key is a hash of its code, so equal
+bodies share one entry, and a compiled graph that is loaded from disk has the same key.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def register(body: fx.GraphModule) -> str:
 
 
 def graph(key: str) -> fx.GraphModule:
-    """The body that was stored under `key`. Raises KeyError for one that was not."""
+    """The body with this key. Raises KeyError for an unknown key."""
     return _BODIES[key]
 
 
 def run(key: str, rows: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    """One expert on its rows: each of `rows` (R, ...) -> (R, width)."""
+    """Run one expert on its rows: `rows` each (R, ...), `parameters` of that expert -> (R, width)."""
     result: Tensor = _BODIES[key](*rows, *parameters)
     return result

@@ -1,13 +1,13 @@
-"""Plan an expert's body: how it runs once for all experts, on their rows sorted by expert.
+"""Plan an expert's body so that it runs once for all experts, on rows sorted by expert.
 
 A body is a graph of ATen ops on (rows..., parameters of one expert...). Its plan has a step for each op on rows:
 
-    x @ W.T + b, x @ W + b, x @ W    a grouped product: the rows of each expert by its own weight
-    any other op on rows             as it is, on all rows; its provider knows how it reads an expert's parameters
+    x @ W.T + b, x @ W + b, x @ W    a grouped product: the rows of each expert times its own weight
+    any other op on rows             the op itself on all rows; a provider supplies the experts' parameters
 
-Ops on parameters alone run before, once for each expert. `ops.body_run` walks the plan, on every device; what a
-device's kernels can do besides (`ops.triton.body_plan`: activations and gating within a product) is a planner of its
-own. A body that cannot be said so raises UnsupportedError, and runs expert by expert.
+Ops on parameters alone run first, once for each expert. `ops.body_run` runs the plan on every device. A device whose
+kernels compute more at once has its own planner (`ops.triton.body_plan`: products with activation and gating). A body
+that cannot be planned raises UnsupportedError and runs expert by expert.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from moeca_compile.ops.unsupported import UnsupportedError
 aten = torch.ops.aten
 
 ROWS = 1009
-"""Rows that shapes are found with: a prime that no size of a model is likely to equal."""
+"""Number of rows used to infer shapes: a prime that is unlikely to equal any size of a model."""
 
 NONE = "none"
-"""The activation of a product that has none."""
+"""The name for no activation."""
 
 
 @dataclass(frozen=True)
 class LinearSlice:
-    """Outputs start to stop of rows @ weight.T, or of rows @ weight where `transposed`, plus bias."""
+    """Columns start to stop of rows @ weight.T + bias, or of rows @ weight + bias if `transposed`."""
 
     rows: fx.Node
     weight: fx.Node
@@ -50,7 +50,7 @@ class LinearSlice:
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """A step: a product of each expert's rows by its weight, under an activation.
+    """A step: activation(rows @ weight), each expert's rows with its own weight.
 
     With two slices it is gated: activation(first) * second.
     """
@@ -70,7 +70,7 @@ class GroupedProduct:
 
 @dataclass(frozen=True)
 class RowOp:
-    """A step: an op that runs on the sorted rows as it is."""
+    """A step: an op that runs unchanged on the sorted rows."""
 
     node: fx.Node
     reads_parameters: bool
@@ -82,14 +82,15 @@ class RowOp:
 
 @dataclass(frozen=True, eq=False)
 class BodyPlan:
-    """Steps in their order.
+    """How to run a body for all experts.
 
     Attributes:
+        steps: in the order in which they run.
         rows, parameters: the placeholders, in the order of the body's arguments.
         output: the node that is returned.
-        inner: sizes of the rows of each value, without the number of rows.
-        per_expert: nodes that are computed for each expert from its parameters, in order.
-        last_read: for each step, the values on rows that no later one reads: their memory is the next step's.
+        inner: the shape of each value without its first dim, the rows.
+        per_expert: nodes that are computed once for each expert from its parameters, in order.
+        last_read: for each step, the values that no later step reads, so that their memory can be freed.
     """
 
     steps: tuple[GroupedProduct | RowOp, ...]
@@ -107,15 +108,15 @@ _plans: dict[Hashable, BodyPlan | str] = {}
 def plan_for(
     body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], planner: type[Planner] | None = None
 ) -> BodyPlan:
-    """The plan of a registered body, made once for rows and parameters of these shapes, strides and dtypes.
+    """The plan of a registered body, cached for rows and parameters of these shapes, strides and dtypes.
 
     Args:
         body: its key (ops.bodies).
-        rows: what enters it, each (R, ...).
+        rows: its inputs, each (R, ...).
         parameters: those of one expert.
-        planner: what the device can do; by default what every device can.
+        planner: the device's planner; None for the one that suits every device.
 
-    Raises UnsupportedError, with the reason, where the body cannot be planned.
+    Raises UnsupportedError, with the reason, if the body cannot be planned.
     """
     planner = planner or Planner
     key = (planner, body, tuple((row.shape[1:], row.dtype) for row in rows), layout(parameters))
@@ -131,14 +132,14 @@ def plan_for(
 
 
 def layout(parameters: Sequence[Tensor]) -> Hashable:
-    """What a plan assumes of an expert's parameters."""
+    """What a plan depends on: shape, strides and dtype of each of an expert's parameters."""
     return tuple((p.shape, p.stride(), p.dtype) for p in parameters)
 
 
 def flops_per_row(body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
-    """FLOPs of a body (a multiply-add counts two) for one row of each of `rows`, and one expert's parameters.
+    """FLOPs of a body for one row (a multiply-add counts two), given one expert's parameters.
 
-    Raises UnsupportedError where the body does not run on tensors without data.
+    Raises UnsupportedError if the body cannot run on meta tensors.
     """
     with FlopCounterMode(display=False) as counter:
         _values(bodies.graph(body), rows, parameters)
@@ -146,7 +147,7 @@ def flops_per_row(body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor
 
 
 def _values(body: fx.GraphModule, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """Each node's value without data: of ROWS rows, and of the first expert's parameters."""
+    """Each node's value as a meta tensor, for ROWS rows and one expert's parameters."""
     given = [torch.empty(ROWS, *row.shape[1:], dtype=row.dtype, device="meta") for row in rows]
     given += [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta") for p in parameters]
     recorder = _Recorder(body)
@@ -154,7 +155,7 @@ def _values(body: fx.GraphModule, rows: Sequence[Tensor], parameters: Sequence[T
         recorder.run(*given)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise UnsupportedError(f"the shapes in an expert's body are not known: {first}") from error
+        raise UnsupportedError(f"the shapes in an expert's body cannot be inferred: {first}") from error
     return recorder.values
 
 
@@ -170,9 +171,9 @@ class _Recorder(fx.Interpreter):
 
 @dataclass
 class Planner:
-    """Goes from the output to what it needs, so that what a product takes in is never computed besides.
+    """Plans from the output backwards, so that ops that a grouped product absorbs get no step of their own.
 
-    A device that can do more, or less, overrides `product`, `check_product` and `check_parameter`.
+    A planner for a device overrides `product`, `check_product` and `check_parameter`.
     """
 
     graph: fx.Graph
@@ -193,7 +194,7 @@ class Planner:
         self.need(output)
         inner = {node: tuple(value.shape[1:]) for node, value in self.values.items() if isinstance(value, Tensor)}
         if output not in self.by_row or len(inner[output]) != 1:
-            raise UnsupportedError(f"an expert's output has the shape (rows, *{inner[output]})")
+            raise UnsupportedError(f"an expert's output has the shape (rows, *{inner[output]}), not (rows, width)")
         fixed = tuple(n for n in self.graph.nodes if n.op == "call_function" and n in self.planned - self.by_row)
         last = {node: number for number, step in enumerate(self.steps) for node in step.reads if node in self.by_row}
         last.pop(output, None)
@@ -208,7 +209,7 @@ class Planner:
         return found
 
     def need(self, node: fx.Node) -> None:
-        """Plan what gives `node`, and before it all that it reads."""
+        """Plan the step that computes `node`, after those that it reads."""
         if node in self.planned:
             return
         self.planned.add(node)
@@ -222,7 +223,7 @@ class Planner:
             self.steps.append(step)
 
     def step(self, node: fx.Node) -> GroupedProduct | RowOp:
-        """How the op on rows that gives `node` runs. Raises UnsupportedError."""
+        """The step for an op on rows. Raises UnsupportedError."""
         product = self.product(node)
         if product is not None:
             self.check_product(product)
@@ -230,19 +231,19 @@ class Planner:
         value = self.values[node]
         shape = value.shape if isinstance(value, Tensor) else value[0].shape
         if not shape or shape[0] != ROWS:
-            raise UnsupportedError(f"{name_of(node)} in an expert's body gives no row for each row: {tuple(shape)}")
+            raise UnsupportedError(f"{name_of(node)} in an expert's body has no row for each row: {tuple(shape)}")
         parameters = [source for source in node.all_input_nodes if source not in self.by_row]
         for source in parameters:
             self.check_parameter(node, source)
         return RowOp(node, bool(parameters))
 
     def product(self, node: fx.Node) -> GroupedProduct | None:
-        """The grouped product that gives `node`, with as much around it as the device computes at once."""
+        """The grouped product that computes `node`, with whatever the device computes in the same kernel; or None."""
         whole = self.linear(node)
         return GroupedProduct(node, (whole,)) if whole is not None else None
 
     def linear(self, node: fx.Node) -> LinearSlice | None:
-        """All outputs of the product that `node` is, where an expert's parameter is its weight."""
+        """`node` as a product of rows with an expert's weight; None if it is not one."""
         rows: Any = None
         weight: Any = None
         bias: Any = None
@@ -265,7 +266,7 @@ class Planner:
         return LinearSlice(rows, weight, bias, transposed, 0, outputs)
 
     def check(self, node: fx.Node) -> None:
-        """Raises where a node is no op on rows or parameters whose shape is known beforehand."""
+        """Raise UnsupportedError unless `node` is an op on rows or parameters with a static shape."""
         name = name_of(node)
         if node.op != "call_function":
             raise UnsupportedError(f"an expert's body has a node {node.op} {name}")
@@ -276,12 +277,12 @@ class Planner:
             raise UnsupportedError(f"the shape of {name} in an expert's body depends on data")
 
     def check_product(self, product: GroupedProduct) -> None:
-        """Raises where the device cannot run a product."""
+        """Raise UnsupportedError if the device cannot run a product."""
 
     def check_parameter(self, node: fx.Node, source: fx.Node) -> None:
-        """Raises where the device cannot run an op on rows that reads this parameter of an expert."""
+        """Raise UnsupportedError if the device cannot run an op on rows that reads this parameter of an expert."""
         if not isinstance(self.values[node], Tensor):
-            raise UnsupportedError(f"{name_of(node)} in an expert's body reads a parameter and gives several values")
+            raise UnsupportedError(f"{name_of(node)} in an expert's body reads a parameter and has several results")
 
 
 def name_of(node: fx.Node) -> str:

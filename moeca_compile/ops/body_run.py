@@ -1,4 +1,4 @@
-"""Run a planned body: one walk over its steps, and a provider for what differs between devices."""
+"""Run a planned body. The loop over its steps is the same on every device; a provider runs what differs."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from moeca_compile.ops.linear import grouped_linear
 from moeca_compile.ops.unsupported import UnsupportedError
 
 Values = dict[fx.Node, Any]
-"""What the nodes of a body stand for, on the rows of all experts sorted by expert."""
+"""The values of a body's nodes, on the rows of all experts, sorted by expert."""
 
 
 class Provider(Protocol):
-    """How a device runs the steps that read parameters of the experts."""
+    """Runs the steps that read the experts' parameters."""
 
     def product(self, step: GroupedProduct, values: Values) -> Tensor:
-        """The rows of each expert by its own weight."""
+        """The product of each expert's rows with its own weight."""
 
     def row_op(self, node: fx.Node, values: Values) -> Tensor:
-        """An op on rows, each with its expert's parameters."""
+        """An op on rows, where each row takes the parameters of its expert."""
 
 
 def run_steps(plan: BodyPlan, values: Values, provider: Provider) -> Tensor:
-    """The output (M, width) of a plan, by position in the sorted rows.
+    """Run a plan. Returns its output (M, width) for the sorted rows.
 
-    `values` has those of the inputs, and loses each that is read no more.
+    `values` has the values of the inputs. Values are removed from it after their last use.
     """
-    for step, done in zip(plan.steps, plan.last_read, strict=True):
+    for step, unused in zip(plan.steps, plan.last_read, strict=True):
         if isinstance(step, GroupedProduct):
             values[step.node] = provider.product(step, values)
         elif step.reads_parameters:
             values[step.node] = provider.row_op(step.node, values)
         else:
             values[step.node] = call(step.node, values.__getitem__)
-        for node in done:
+        for node in unused:
             values.pop(node, None)
     out: Tensor = values[plan.output]
     return out
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], Any], function: Any = None) -> Any:
-    """What the op of `node`, or `function` in its place, gives for the values of its arguments."""
+    """Run the op of `node`, or `function` instead, on the values of its arguments."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     function = function or node.target
     return function(*args, **kwargs)
 
 
 def parameter_values(plan: BodyPlan, parameters: Sequence[Sequence[Tensor]]) -> dict[fx.Node, list[Tensor]]:
-    """Every parameter and what is computed from parameters alone, one tensor an expert.
+    """The values of parameters, and of nodes computed from parameters alone: one tensor for each expert.
 
     Args:
-        parameters: those of each expert.
+        parameters: for each expert, its parameters.
     """
     values = {node: list(each) for node, each in zip(plan.parameters, zip(*parameters, strict=True), strict=True)}
     for node in plan.per_expert:
@@ -69,19 +69,20 @@ def parameter_values(plan: BodyPlan, parameters: Sequence[Sequence[Tensor]]) -> 
 
 
 def by_expert(parameters: Sequence[Tensor], experts: int) -> list[Sequence[Tensor]]:
-    """The parameters of each expert, of expert-major ones."""
+    """Split expert-major parameters into those of each expert."""
     each = len(parameters) // experts
     return [parameters[e * each : (e + 1) * each] for e in range(experts)]
 
 
 def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: list[Tensor], experts: int) -> Tensor:
-    """Each expert on its own rows, by ATen ops on any device, which is waited for.
+    """Run each expert on its own rows, by ATen ops on any device. The host waits for `offsets`.
 
     Args:
         body: its key (ops.bodies).
         rows: each (R, ...), sorted by expert.
-        offsets: (experts + 1,) int64, where the rows of each expert begin, and R.
+        offsets: (experts + 1,) int64, where the rows of each expert begin; the last is R.
         parameters: expert-major, experts * P tensors.
+        experts: number of experts.
 
     Returns:
         (R, width).
@@ -100,11 +101,11 @@ def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: li
 
 @dataclass
 class AtenProvider:
-    """ATen ops, and on CPU the kernels of `ops.linear`.
+    """Runs steps by ATen ops, and products on CPU by `ops.linear`.
 
     Attributes:
-        parameters: of the experts that have rows, and what is computed from them.
-        groups: where the rows of each begin and end.
+        parameters: values of parameters (`parameter_values`) of the experts that have rows.
+        groups: where the rows of each of these experts begin and end.
     """
 
     parameters: dict[fx.Node, list[Tensor]]

@@ -4,17 +4,20 @@
 
         out[t, j] = expert_index[t, j](rows[t])
 
-    refresh_fixed_k(cache, slope, rows, index, mask, chosen, weight, ratio, ...) -> combined, norms
+    refresh_fixed_k(cache, slope, rows, index, mask, chosen, weight, distance, ...) -> combined, norms
 
-        cache[n, j] = expert_index[c, j](rows[c]) - ratio * slope[n, j]    where mask[c, j], with n = chosen[c]
-        combined[n] = sum_j weight[n, j] * (cache[n, j] + ratio * slope[n, j])
+        cache[n, j] = expert_index[c, j](rows[c]) - distance * slope[n, j]    where mask[c, j], with n = chosen[c]
+        combined[n] = sum_j weight[n, j] * (cache[n, j] + distance * slope[n, j])
 
-A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has a slot for each of
-a token's k branches and is written inside `refresh_fixed_k` only.
+A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has k slots for each
+token, one for each of its branches. Of all ops, only `refresh_fixed_k` writes to it.
 
-Each op is one plain function of ATen ops that runs on any device, registered under the op's schema. It is the
-contract that `ops.triton.fixed_k`, which runs in its place on CUDA, is tested against. Shapes alone come from the
-fakes at the end of the file, since the functions read numbers of branches on the host.
+Each op is one plain function of ATen ops that runs on any device. It is the reference for the kernels in
+`ops.triton.fixed_k`, which run instead on CUDA. The functions read the number of branches on the host, so tracing
+uses the fakes at the end of the file, which give the output shapes.
+
+Shapes: B samples, N tokens, C chosen tokens, T rows (B * N, or B * C), M branches. The *place* of a branch is its
+flat index in (T, k).
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _library.define(
 )
 _library.define(
     "refresh_fixed_k(Tensor(a!) cache, Tensor[] rows, Tensor index, Tensor mask, Tensor matched, Tensor chosen, "
-    "Tensor weight, Tensor(b!)? slope, Tensor ratio, Tensor[] parameters, int experts, str body) -> (Tensor, Tensor)"
+    "Tensor weight, Tensor(b!)? slope, Tensor distance, Tensor[] parameters, int experts, str body) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -42,7 +46,7 @@ def fixed_k_outputs(
     """Outputs of all branches, before weighting.
 
     Args:
-        rows: what enters the experts, each (T, ...).
+        rows: inputs of the experts, each (T, ...).
         index: (T, k) expert ids.
         parameters: expert-major, experts * P tensors.
         experts: number of experts E.
@@ -65,12 +69,14 @@ def expert_outputs(
     """Run each expert on its rows.
 
     Args:
-        rows: what enters the experts, each (T, ...).
-        expert: (M,) expert ids of the branches; places: (M,) their flat places, `k` to a row.
+        rows: inputs of the experts, each (T, ...).
+        expert: (M,) expert ids of the branches.
+        places: (M,) places of the branches.
+        k: places a row.
         parameters, experts, body: as in `fixed_k_outputs`.
 
     Returns:
-        (M,) positions in `expert`, sorted by expert; (M, width) outputs in that order.
+        (M,) indices into `expert` that sort it; (M, width) outputs in that order.
     """
     order = expert.argsort(stable=True)
     ends = torch.bincount(expert, minlength=experts).cumsum(0)
@@ -88,23 +94,23 @@ def refresh_fixed_k(
     chosen: Tensor,
     weight: Tensor,
     slope: Tensor | None,
-    ratio: Tensor,
+    distance: Tensor,
     parameters: list[Tensor],
     experts: int,
     body: str,
 ) -> tuple[Tensor, Tensor]:
-    """Recompute masked branches of chosen tokens into the cache, then combine all tokens (paper, eq. 8).
+    """Recompute the branches of `mask` into the cache, then combine the branches of all tokens (paper, eq. 8).
 
     Args:
         cache: (B, N, k, width) branch outputs by slot, written in place.
-        rows: what enters the experts on the chosen tokens, each (B * C, ...).
+        rows: inputs of the experts for the chosen tokens, each (B * C, ...).
         index: (B, C, k) expert ids by slot of the chosen tokens.
-        mask: (B, C, k) which of them to recompute.
-        matched: (B, C, k) whether the slot already holds this expert; where not, its slope starts at 0.
-        chosen: (B, C) token indices.
-        weight: (B, N, k) current weights by slot, of all tokens.
-        slope: (B, N, k, width) change of a branch between full steps, written in place, or None without forecast.
-        ratio: scalar, how far the forecast reaches in units of that change.
+        mask: (B, C, k) bool, which branches to recompute.
+        matched: (B, C, k) bool, whether the slot already holds this branch; if not, its slope becomes 0.
+        chosen: (B, C) token indices, distinct within a sample.
+        weight: (B, N, k) current weights of all tokens by slot.
+        slope: (B, N, k, width) change of each branch between full steps, written in place; None without a forecast.
+        distance: scalar, the forecast distance: time since the last full step, in intervals between full steps.
         parameters, experts, body: as in `fixed_k_outputs`.
 
     Returns:
@@ -122,14 +128,14 @@ def refresh_fixed_k(
         slots = slots[order]
         norms.view(-1).index_copy_(0, places[order], outputs.norm(dim=-1).to(torch.float32))
         if slope is not None:
-            outputs = outputs - ratio * slope.view(-1, width).index_select(0, slots)
+            outputs = outputs - distance * slope.view(-1, width).index_select(0, slots)
         cache.view(-1, width).index_copy_(0, slots, outputs.to(cache.dtype))
-    return _combine(cache, slope, ratio, weight), norms
+    return _combine(cache, slope, distance, weight), norms
 
 
-def _combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor:
-    """Sum over slots of weight * (cached output + ratio * slope): (B, N, width)."""
-    combined = library.combine(cache, slope, ratio, weight)
+def _combine(cache: Tensor, slope: Tensor | None, distance: Tensor, weight: Tensor) -> Tensor:
+    """Sum over slots of weight * (cached output + distance * slope): (B, N, width)."""
+    combined = library.combine(cache, slope, distance, weight)
     if combined is not None:
         return combined
     result = torch.zeros_like(cache[:, :, 0])
@@ -137,7 +143,7 @@ def _combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor)
         w = weight[:, :, slot, None].to(cache.dtype)
         result.addcmul_(cache[:, :, slot], w)
         if slope is not None:
-            result.addcmul_(slope[:, :, slot], w * ratio)
+            result.addcmul_(slope[:, :, slot], w * distance)
     return result
 
 
@@ -151,5 +157,5 @@ def _(rows, index, parameters, experts, body, width):  # type: ignore[no-untyped
 
 
 @torch.library.register_fake("moeca::refresh_fixed_k", lib=_library)
-def _(cache, rows, index, mask, matched, chosen, weight, slope, ratio, parameters, experts, body):  # type: ignore[no-untyped-def]
+def _(cache, rows, index, mask, matched, chosen, weight, slope, distance, parameters, experts, body):  # type: ignore[no-untyped-def]
     return torch.empty_like(cache[:, :, 0]), mask.new_empty(mask.shape, dtype=torch.float32)

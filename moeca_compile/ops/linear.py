@@ -1,10 +1,10 @@
-"""Linear layers, one and by group; on CPU each product is taken by what is fastest for its number of rows.
+"""Linear layers, single and grouped. On CPU each product runs by whatever is fastest for its number of rows.
 
     moeca::linear(x, weight, bias) -> out         out = x @ weight.T + bias, as torch.nn.functional.linear
 
-PyTorch takes float32 products to MKL, which packs the weights anew at each call; with few rows that is most of the
-time. oneDNN is faster at every size, our own kernel up to some dozens of rows (docs/performance.md). On any other
-device, and for the dtypes that neither takes, PyTorch's product runs.
+PyTorch computes float32 products by MKL, which packs the weights again at each call. With few rows, packing takes
+most of the time. oneDNN is faster at every size, and our own C++ kernel is faster still up to some dozens of rows
+(docs/performance.md). On other devices, and for dtypes that neither supports, PyTorch's product runs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from moeca_compile._torch_private import onednn_linear
 from moeca_compile.ops.cpu import library
 
 _FEW, _FEW_EACH = 64, 320
-"""Up to so many rows our own kernel is faster than oneDNN's: of one product, and of each in a group of them."""
+"""Up to this many rows our own kernel is faster than oneDNN: for a single product, and for each group of several."""
 
 _NARROW = 32
-"""With fewer outputs, as of a router, PyTorch's product is the fastest."""
+"""With fewer outputs (as in a router) PyTorch's product is the fastest."""
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -32,7 +32,7 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear: x (..., K), weight (N, K), bias (N,) or None -> (..., N), contiguous on CPU.
 
-    The op's schema has the same arguments; the fake beside it gives the shape.
+    The op `moeca::linear` has the same arguments.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -49,10 +49,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def grouped_linear(
     rows: Tensor, offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 ) -> Tensor:
-    """A linear layer of its own for each group of rows.
+    """Apply a separate linear layer to each group of rows.
 
     Args:
-        rows: (R, K), sorted by group; offsets: (G + 1,) int64, where the groups begin, and R.
+        rows: (R, K), sorted by group.
+        offsets: (G + 1,) int64, where the groups begin; the last is R.
         weights: G tensors (N, K); biases: G tensors (N,), or None.
 
     Returns:
@@ -78,7 +79,7 @@ def _(x, weight, bias):  # type: ignore[no-untyped-def]
 
 
 def use_fast_linears(graph: fx.Graph) -> None:
-    """Let the graph's linear layers on CPU be taken by `linear`, but for narrow ones."""
+    """Replace the graph's linear layers on CPU by `moeca::linear`, except for narrow ones."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         if node.meta["val"].device.type == "cpu" and node.meta["val"].shape[-1] >= _NARROW:
             node.target, node.args = torch.ops.moeca.linear.default, (*node.args, None)[:3]

@@ -1,4 +1,4 @@
-"""Marker ops: what a MoE layer means, written into the graph at capture and lowered by the later passes.
+"""Marker ops: capture writes them into the graph in place of a MoE layer's dispatch, and later passes replace them.
 
     expert_rows(x) -> rows                                       the rows that enter an expert's body
     experts_fixed_k(x, index, weight, body_out, params, num_experts) -> out
@@ -8,16 +8,17 @@
                                       out[t] = sum_e routed[t, e] * weight[t, e] * expert_e(x[t])
 
 `experts_fixed_k` is for layers where every token has k experts, `experts_variable_k` for all others (expert choice,
-dynamic capacity). Its `branches` is how many (token, expert) pairs are routed where the sizes alone say so, else 0;
-`coupled` says that the routing of one sample depends on the others in the batch.
+dynamic capacity). `branches` is the number of routed (token, expert) pairs if it follows from the shapes, else 0.
+`coupled` says whether the routing of a sample depends on the other samples of the batch.
 
-Between entry and marker stands the body of expert 0, run on every row; `params` holds the same parameters of all
-experts, so the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in place of
-`params[:P]`. This keeps the graph small: one body a layer, not one an expert.
+Between `expert_rows` and the marker, the graph has the body of expert 0, run on every row. `params` has the
+parameters of all experts, P each: the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in
+place of `params[:P]`. So the graph has one body a layer, not one an expert.
 
-x is (T, D), index and weight (T, k), routed and weight (T, E), body_out and the result (T, width). The ops are
-functional and have no autograd formula: capture emits them with gradients off only. The two of experts have a schema
-and a fake, and raise NotImplementedError when they run: a pass has to lower them.
+Shapes: x (T, D); index and weight (T, k) for fixed k; routed and weight (T, E) for variable k; body_out and the
+result (T, width). The ops are functional and have no autograd formula: capture emits them only with gradients off.
+The two `experts` ops have only a schema and a fake. They raise NotImplementedError when run, since a pass has to
+replace them.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def _expert_rows(x: Tensor) -> Tensor:
 
 def _experts(x: Tensor, choice: Tensor, *_: Any) -> Tensor:
     raise NotImplementedError(
-        f"A marker of a MoE layer ({x.shape[0]} rows, {choice.shape[-1]} choices each) was run before it was "
-        "lowered. The experts' body is in the graph around it; a pass has to replace it."
+        f"the marker of a MoE layer was run ({x.shape[0]} rows, {choice.shape[-1]} choices each). It only stands for "
+        "the layer until a pass replaces it and the expert's body before it. Please report this, unless you ran a "
+        "graph of an earlier stage yourself"
     )
 
 
@@ -67,4 +69,4 @@ for _marker in ("experts_fixed_k", "experts_variable_k"):
     torch.library.register_fake(f"{NAMESPACE}::{_marker}", _experts_fake, lib=_library)
 
 MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default)
-"""What stands in a graph for a MoE layer: of fixed k, and of variable k."""
+"""The ops that stand for a MoE layer in a graph: with fixed k, and with variable k."""

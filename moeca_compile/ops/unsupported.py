@@ -1,7 +1,7 @@
-"""What a plan or a kernel cannot do, raised where it is found."""
+"""The error for what a plan or a kernel does not support."""
 
 from __future__ import annotations
 
 
 class UnsupportedError(Exception):
-    """A slower way has to run instead; the message is the reason, in words that a report can show."""
+    """A slower implementation has to run instead. The message is the reason, as warnings and the report show it."""

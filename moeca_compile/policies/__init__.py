@@ -1,4 +1,4 @@
-"""Policies: what a step takes from caches, one file a policy. A new one is its file and its name in POLICIES."""
+"""Policies: what a step takes from caches. To add one, write its file and name it in POLICIES."""
 
 from __future__ import annotations
 

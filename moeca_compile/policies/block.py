@@ -1,7 +1,7 @@
-"""Block caching: the change that each block makes to its stream, attention and feed-forward together.
+"""Block caching: the change that a whole block (attention and feed-forward) makes to the residual stream.
 
-The first block runs at every step: it is the one that meets the new noise. A cache step is embedding, first block,
-the cached changes of the others, and head.
+The first block runs at every step, because it reads the new noisy input. A cache step runs the embedding, the first
+block and the head, and adds the cached changes of the other blocks.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from moeca_compile.policies.stack import change_replacement
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
-    """The stream after every block but the first, each from the stream before it."""
+    """For every block but the first, the stream after it: the stream before it plus the cached change."""
     blocks = enumerate(blocks_of(regions))
     return [change_replacement(options, *ends, f"block.{i}", "blocks") for i, ends in blocks if i]
 
 
 def blocks_of(regions: Regions) -> list[tuple[fx.Node, fx.Node]]:
-    """The streams before and after each block: residual branches one after the other, up to a feed-forward."""
+    """The streams before and after each block. A block's residual branches end with a feed-forward."""
     attentions = {attention.residual for attention in regions.attentions}
-    under_way: dict[fx.Node, fx.Node] = {}  # the stream before the block, by the stream so far
+    open_blocks: dict[fx.Node, fx.Node] = {}  # latest stream of an unfinished block -> the stream before it
     blocks = []
     for residual in regions.residuals:
-        before = under_way.pop(residual.stream, residual.stream)
+        before = open_blocks.pop(residual.stream, residual.stream)
         if residual in attentions:
-            under_way[residual.add] = before
+            open_blocks[residual.add] = before
         else:
             blocks.append((before, residual.add))
-    return sorted([*blocks, *((before, after) for after, before in under_way.items())])
+    return sorted([*blocks, *((before, after) for after, before in open_blocks.items())])
 
 
 POLICY = Policy(

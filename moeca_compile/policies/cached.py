@@ -1,4 +1,4 @@
-"""A cached activation, held as its value at the last full step or as a value and a slope (first-order forecast)."""
+"""A cached activation: its value at the last full step and, with a forecast, its slope (first order)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from moeca_compile.passes.rewrite.step import Step
 
 @dataclass(frozen=True)
 class Cached:
-    """The cached value of one node; with `value`, of what that computes at a step, shaped as the node.
+    """The cached value of one node, or of what `value` computes (in the node's shape).
 
-    With `forecast`, a slope is cached too: the change between the last two full steps. A read then gives
-    value + distance * slope, where the distance from the last full step is in units of the interval between the two.
+    With `forecast`, the slope is cached too: the change of the value between the last two full steps. A read then
+    gives cached value + distance * slope. The distance is how far this step's timestep is from that of the last full
+    step, in units of the interval between the last two full steps.
+
+    Attributes:
+        name: name of the cached tensor; the slope's is `name`.slope.
+        node: the node whose value is replaced.
+        part: the part of the schedule that refreshes it.
+        forecast: whether to extrapolate.
+        dtype: dtype of the cached tensors; None for the node's own.
+        value: computes what is cached; None for the node's own value.
     """
 
     name: str
@@ -34,7 +43,7 @@ class Cached:
         return [CacheSpec(name, shape_of(self.node), dtype, role) for name, role in roles.items()]
 
     def store(self, step: Step) -> None:
-        """Cache the fresh value, and how it changed since the full step before."""
+        """Cache this step's value and, with a forecast, its change since the previous full step."""
         fresh = self.value(step) if self.value is not None else step[self.node]
         if self.forecast:
             had_previous = step.had_full_step(self.part).to(fresh.dtype)
@@ -42,13 +51,13 @@ class Cached:
         step.updates[self.name] = self._to_cache(fresh)
 
     def read(self, step: Step) -> Tensor:
-        """The value to use at this step in place of the node's own."""
+        """The cached value, extrapolated to this step where there is a forecast."""
         if not self.forecast:
             return self._cached(step)
         return self._cached(step) + self._advance(step)
 
     def refresh(self, step: Step, chosen: Tensor, rows: Tensor, valid: Tensor) -> None:
-        """Replace the rows `chosen` (B, C), where `valid`, so that a read at this step gives `rows` there."""
+        """Update the tokens `chosen` (B, C) where `valid`, so that a read at this step gives `rows` there."""
         if self.forecast:
             rows = rows - step.take(self.node, self._advance(step), chosen)
         updated = step.put(self.node, self._cached(step), chosen, rows, valid)

@@ -1,9 +1,10 @@
 """MoECa's reuse decision (paper, section 4): which branches are recomputed, and on which tokens.
 
-Where tokens have k experts, everything is in *slot order*: slot q of a token holds one cached branch, and each
-current branch has one slot. A matched branch has the slot of its expert; unmatched branches take the slots left
-over, in order. Where tokens have no fixed number of experts, there is a slot for every expert (k = E below), and
-`routed` says which of them are branches.
+Shapes: B samples, N tokens, E experts, C chosen tokens, k slots a token.
+
+With fixed k, all tensors are in *slot order*: slot q of a token holds one cached branch, and each current branch is
+assigned to one slot. A matched branch gets the slot of its expert; unmatched branches get the free slots in order.
+With variable k, a token has one slot for every expert (k = E), and `routed` says which of them are branches.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 from moeca_compile.options import Options
 
 _UNMATCHED_FIRST = 100.0
-"""Added to the rank of what is unmatched. Scores stay well below it, and float32 still tells them apart."""
+"""Added to the rank of unmatched branches. It exceeds every score, and sums with it still order scores in float32."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Current branches by slot, each (B, N, k): expert ids, the model's weights, and whether the cache has them."""
+    """Current branches by slot, each (B, N, k): expert ids, the model's weights, and whether the branch is cached."""
 
     index: Tensor
     weight: Tensor
@@ -34,8 +35,9 @@ class Decision:
     """What a cache step recomputes in one layer.
 
     Attributes:
-        recompute: (B, N, k) bool by slot, before the capacity.
-        chosen: (B, C) tokens, best rank first; valid: (B, C) whether that token is recomputed at all.
+        recompute: (B, N, k) bool by slot, before the capacity limits the tokens.
+        chosen: (B, C) tokens, highest rank first.
+        valid: (B, C) bool; entries that are false are padding, and their token is not recomputed.
     """
 
     recompute: Tensor
@@ -48,8 +50,8 @@ def match(index: Tensor, weight: Tensor, cached_index: Tensor) -> Routing:
     same = index[..., :, None] == cached_index[..., None, :]  # (..., branch, slot)
     matched, taken = same.any(-1), same.any(-2)
     free_branch = _count_before(~matched)[..., :, None] == _count_before(~taken)[..., None, :]
-    place = same | (free_branch & ~matched[..., :, None] & ~taken[..., None, :])
-    by_slot = place.transpose(-1, -2)  # (..., slot, branch), one true each
+    assigned = same | (free_branch & ~matched[..., :, None] & ~taken[..., None, :])
+    by_slot = assigned.transpose(-1, -2)  # (..., slot, branch), one true in each row and column
     return Routing(
         (by_slot * index[..., None, :]).sum(-1),
         torch.where(by_slot, weight[..., None, :], 0).sum(-1),
@@ -58,14 +60,14 @@ def match(index: Tensor, weight: Tensor, cached_index: Tensor) -> Routing:
 
 
 def _count_before(flags: Tensor) -> Tensor:
-    """For each position of the last dim, how many of the positions before it are true."""
+    """For each entry of the last dim, how many entries before it are true."""
     k = flags.shape[-1]
     earlier = torch.ones(k, k, dtype=torch.bool, device=flags.device).tril(-1)
     return (flags[..., None, :] & earlier).sum(-1)
 
 
 def normalized(weight: Tensor) -> Tensor:
-    """Weights that sum to 1 over a token's branches; the score and tau0 assume such."""
+    """Weights scaled to sum to 1 over a token's branches, as the score and tau0 assume."""
     return weight / weight.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
@@ -88,7 +90,7 @@ def routed_by_expert(index: Tensor, experts: int) -> Tensor:
 
 
 def activation(options: Options, previous: Tensor, routed: Tensor) -> Tensor:
-    """Spatial activation statistic C_e (paper, eq. 10), from the last one and this step's routing, all (B, N, E)."""
+    """Spatial activation statistic C_e (paper, eq. 10): a moving average of the routing, all (B, N, E)."""
     return options.beta * previous + (1 - options.beta) * routed.to(previous.dtype)
 
 
@@ -113,21 +115,27 @@ def over_threshold(scores: Tensor, threshold: Tensor, index: Tensor) -> Tensor:
 
 
 def within_budget(scores: Tensor, matched: Tensor, budget: float, routed: Tensor | None = None) -> Tensor:
-    """The best-ranked fraction `budget` of a sample's branches, unmatched ones first: (B, N, k) bool."""
+    """The highest-ranked fraction `budget` of each sample's branches, unmatched ones first: (B, N, k) bool.
+
+    `routed` (B, N, k) says which slots are branches; None for all.
+    """
     if not budget:
         return torch.zeros_like(matched)
     rank = scores + _UNMATCHED_FIRST * ~matched
     if routed is not None:
         rank = torch.where(routed, rank, -math.inf)
     order = rank.flatten(1).sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
     branches = order.shape[1] if routed is None else routed.flatten(1).sum(1, keepdim=True)
     count = round(budget * branches) if isinstance(branches, int) else (budget * branches).round()
-    return torch.zeros_like(matched.flatten(1)).scatter(1, order, places < count).view_as(matched)
+    return torch.zeros_like(matched.flatten(1)).scatter(1, order, ranks < count).view_as(matched)
 
 
 def select(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int, forced: bool) -> Decision:
-    """The tokens to recompute, as many as there is room for; tensors (B, N, k). `forced` takes any, all branches."""
+    """Choose at most `capacity` tokens a sample to recompute; tensors (B, N, k).
+
+    `forced`, which validation uses, ignores the scores: it takes `capacity` tokens with all their branches.
+    """
     if forced:
         chosen, valid = forced_tokens(recompute.shape[0], recompute.shape[1], capacity, recompute.device)
         return Decision(torch.ones_like(recompute), chosen, valid)
@@ -136,7 +144,7 @@ def select(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int, fo
 
 
 def forced_tokens(samples: int, tokens: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """That many tokens, in an order of each sample's own: so rows that were not gathered show."""
+    """`capacity` tokens (B, C), in another order for each sample: validation then notices rows not gathered."""
     positions, offsets = (torch.arange(size, device=device) for size in (tokens, samples))
     chosen = ((offsets[:, None] - positions) % tokens)[:, :capacity]
     return chosen, torch.ones_like(chosen, dtype=torch.bool)
@@ -145,7 +153,7 @@ def forced_tokens(samples: int, tokens: int, capacity: int, device: torch.device
 def choose_tokens(recompute: Tensor, matched: Tensor, scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """At most `capacity` tokens a sample: those with an unmatched branch first, then by their highest score.
 
-    Ties go to the lower token index. Returns (B, capacity) tokens and whether each is to be recomputed.
+    Ties go to the lower token index. Returns (B, capacity) tokens, and (B, capacity) whether each needs recomputing.
     """
     needed = recompute.any(-1)
     best = torch.where(recompute, scores.to(torch.float32), 0.0).amax(-1)

@@ -1,8 +1,10 @@
 """The cache of one MoE layer's branches: what its two layouts have in common.
 
-Where every token has k experts, branches lie in k slots a token (fixed_k_cache.py). Where tokens have no fixed number
-of experts, they lie in a pool of rows, with a place for every (token, expert) pair (variable_k_cache.py). In both,
-the last dim of what is kept by branch, (B, N, branches), is called that of the slots.
+With fixed k, a token has k slots, each with the output of one branch (fixed_k_cache.py). With variable k, the outputs
+are rows of a pool, and every (token, expert) pair has the number of its row (variable_k_cache.py).
+
+Shapes: B samples, N tokens, T = B * N, E experts. Values by branch are (B, N, slots), where slots is k for
+fixed k and E for variable k.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ from moeca_compile.policies.decision import Decision
 
 
 class ExpertCache(ABC):
-    """Caches of one layer; `name` prefixes their names.
+    """The caches of one layer.
 
-    With a forecast of experts a slope is kept for every cached output: how it changed between the last two full
-    steps, 0 where the branch was not cached before.
+    With a forecast of experts, every cached output has a slope: its change between the last two full steps, or 0
+    where the branch was not cached before.
 
     Args:
-        slots: the last dim of what is kept by branch.
-        outputs: the shape of the cached branch outputs but for the width.
+        name: prefix of the cached tensors' names.
+        layer, regions: the layer, and the regions of its graph.
+        options: the options in force.
+        slots: size of the last dim of values by branch.
+        outputs: shape of the cached branch outputs without the width.
     """
 
     def __init__(
@@ -43,13 +48,14 @@ class ExpertCache(ABC):
         self.width = shape_of(layer.marker)[-1]
         self.shape = (*outputs, self.width)
         self.dtype: torch.dtype = layer.marker.meta["val"].dtype
-        self.place, self.weight, self.norms = f"{name}.{self.place_name}", f"{name}.weight", f"{name}.norms"
+        self.lookup, self.weight, self.norms = f"{name}.{self.lookup_name}", f"{name}.weight", f"{name}.norms"
         self.outputs, self.slope = f"{name}.{self.outputs_name}", f"{name}.{self.outputs_name}.slope"
         self.activation, self.age = f"{name}.activation", f"{name}.age"
 
-    place_name: str
-    """What tells which branch an output belongs to."""
+    lookup_name: str
+    """Name of the int32 tensor that maps branches to cached outputs."""
     outputs_name: str
+    """Name of the cached outputs."""
 
     def specs(self) -> list[CacheSpec]:
         """The layer's cached tensors."""
@@ -57,7 +63,7 @@ class ExpertCache(ABC):
         by_expert = (self.samples, self.tokens, self.layer.body.experts)
         dtype = self.options.cache_dtype or self.dtype
         specs = [
-            CacheSpec(self.place, by_slot, torch.int32, Role.ROUTING),
+            CacheSpec(self.lookup, by_slot, torch.int32, Role.ROUTING),
             CacheSpec(self.weight, by_slot, torch.float32, Role.ROUTING),
             CacheSpec(self.norms, by_slot, torch.float32, Role.STATISTIC),
             CacheSpec(self.activation, by_expert, torch.float32, Role.STATISTIC),
@@ -73,14 +79,14 @@ class ExpertCache(ABC):
 
     @abstractmethod
     def run_all(self, step: Step) -> Tensor:
-        """All branches as the model has them, kept in `step.memo` for `store`. Returns the layer's (T, width)."""
+        """Run all branches and put them into `step.memo` for `store`. Returns the layer's output (T, width)."""
 
     @abstractmethod
     def store(self, step: Step) -> None:
         """Cache what `run_all` computed."""
 
     def store_slope(self, step: Step, outputs: Tensor, before: Tensor, known: Tensor) -> None:
-        """Cache how fresh outputs differ from those `before`, where these are `known`."""
+        """Cache the change from the outputs of the full step `before`; 0 where these are not `known`."""
         change = torch.where(known, outputs - before, 0.0) * step.had_full_step(Part.EXPERTS).to(outputs.dtype)
         step.updates[self.slope] = change.to(self.options.cache_dtype or outputs.dtype)
 
@@ -93,14 +99,17 @@ class ExpertCache(ABC):
 
     @abstractmethod
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> Decision:
-        """What to recompute, from the current routing as the layer's router gives it (eqs. 7, 9 to 12)."""
+        """Decide what to recompute, from the router's current choice and weights (eqs. 7, 9 to 12)."""
 
     @abstractmethod
     def run_chosen(self, step: Step, decision: Decision) -> Tensor:
-        """Recompute what was decided, on the refreshed input, and combine (eq. 8). Returns (T, width)."""
+        """Recompute what was decided, on the refreshed input, and combine it with the cached outputs (eq. 8).
+
+        Returns the layer's output (T, width).
+        """
 
     def thresholds(self, step: Step, routed: Tensor) -> Tensor:
-        """Thresholds (B, E), after the activation statistic took note of the routing (B, N, E) (eqs. 10 to 12)."""
+        """Update the activation statistic by the routing (B, N, E); returns the thresholds (B, E) (eqs. 10 to 12)."""
         return decide.thresholds(self.options, self.update_activation(step, routed))
 
     def update_activation(self, step: Step, routed: Tensor) -> Tensor:
@@ -108,13 +117,13 @@ class ExpertCache(ABC):
         return step.updates[self.activation]
 
     def scores(self, step: Step, weight: Tensor) -> Tensor:
-        """Recomputation scores by slot (eq. 9), from weights as `for_score` gives them: (B, N, slots)."""
+        """Recomputation scores (eq. 9), (B, N, slots), from the weights that `for_score` returns."""
         state = step.state
         age = state[self.age] + 1 if self.options.score == "staleness" else state[self.norms]
         return decide.score(self.options, weight, state[self.weight], state[self.norms], age)
 
     def for_score(self, weight: Tensor) -> Tensor:
-        """The weights that the score compares."""
+        """The weights in the form that the score compares (option `score_weights`)."""
         if self.options.score_weights == "normalized":
             weight = decide.normalized(weight)
         return weight.to(torch.float32)
@@ -123,14 +132,14 @@ class ExpertCache(ABC):
         return decide.select(recompute, matched, scores, step.capacity_for(self.tokens), step.kind.forced)
 
     def caches_to_change(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Cached outputs and slopes for an op that changes them in place: copies where nothing is overwritten."""
+        """Cached outputs and slopes for an op that writes to them; copies where the option `overwrite` is off."""
         cache, slope = step.state[self.outputs], step.state[self.slope] if self.forecast else None
         if self.options.overwrite:
             return cache, slope
         return cache.clone(), slope.clone() if slope is not None else None
 
     def count(self, step: Step, decision: Decision, routed: Tensor | None, matched: Tensor, mask: Tensor) -> None:
-        """Note this layer's COUNTERS for the step; all slots are branches where `routed` is None."""
+        """Add this layer's COUNTERS to the step. `routed` says which slots are branches; None for all."""
         needed = decision.recompute.any(-1).sum()
         dropped = needed - decision.valid.sum()
         total = torch.full_like(dropped, prod(matched.shape)) if routed is None else routed.sum()

@@ -1,4 +1,4 @@
-"""The cache of an MoE layer in which every token has k experts: a slot for each of a token's branches."""
+"""The expert cache for fixed k: every token has k slots, one for each of its branches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from moeca_compile.policies.expert_cache import ExpertCache
 
 @dataclass(frozen=True)
 class SlotDecision(Decision):
-    """A decision with the current branches by slot."""
+    """A decision, with the current branches by slot that it was made from."""
 
     routing: Routing
 
 
 class FixedKCache(ExpertCache):
-    """Caches of one layer, each (B, N, k, ...) in slot order; an expert's id tells whose output a slot holds."""
+    """The caches of one layer, each (B, N, k, ...). `index` holds the expert id of the branch in each slot."""
 
-    place_name, outputs_name = "index", "branches"
+    lookup_name, outputs_name = "index", "branches"
 
     def __init__(self, name: str, layer: Experts, regions: Regions, options: Options) -> None:
         layout, k = regions.layouts[layer.marker], shape_of(layer.choice)[-1]
@@ -46,20 +46,20 @@ class FixedKCache(ExpertCache):
         if self.forecast:
             self.store_slope(step, branches, *self._before(step, index, branches.dtype))
         self.store_outputs(step, branches)
-        step.updates[self.place] = index.to(torch.int32)
+        step.updates[self.lookup] = index.to(torch.int32)
         step.updates[self.weight] = self.for_score(weight)
         step.updates[self.norms] = branches.norm(dim=-1).to(torch.float32)
 
     def _before(self, step: Step, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same expert's cached output for each branch, and whether there was one."""
-        same = index[..., :, None] == step.state[self.place][..., None, :]  # (B, N, k new, k old)
+        """For each branch, the cached output of the same token and expert, and whether there is one."""
+        same = index[..., :, None] == step.state[self.lookup][..., None, :]  # (B, N, k new, k old)
         cached = step.state[self.outputs].to(dtype)
         each = (torch.where(same[..., q, None], cached[..., q : q + 1, :], 0.0) for q in range(self.slots))
         return reduce(torch.add, each), same.any(-1, keepdim=True)
 
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> SlotDecision:
         index = self.by_token(choice)
-        routing = decide.match(index, self.by_token(weight), step.current(self.place))
+        routing = decide.match(index, self.by_token(weight), step.current(self.lookup))
         threshold = self.thresholds(step, self._routed(index))
         scores = self.scores(step, self.for_score(routing.weight))
         if self.options.budget is not None:
@@ -82,7 +82,7 @@ class FixedKCache(ExpertCache):
         return result.reshape(shape_of(self.layer.marker)).to(self.dtype)
 
     def _combine_cached(self, step: Step, weight: Tensor) -> Tensor:
-        """Nothing is recomputed in this graph, so the cache is only read, and plain ops may read it."""
+        """Combine cached outputs alone. Plain ops may read the cache, since no op of this graph writes to it."""
         branches = step.state[self.outputs].to(self.dtype)
         if self.forecast:
             distance = step.forecast_distance(Part.EXPERTS).to(self.dtype)
@@ -92,8 +92,8 @@ class FixedKCache(ExpertCache):
     def _refresh(self, step: Step, decision: SlotDecision) -> Tensor:
         chosen, valid, body = decision.chosen, decision.valid, self.layer.body
         rows = step.rows(chosen, self.layer.residual.stream, self.layer.marker)
-        cached_index = _take(step.state[self.place], chosen)
-        # Chosen tokens are routed anew on their refreshed input.
+        cached_index = _take(step.state[self.lookup], chosen)
+        # The chosen tokens are routed again, on their refreshed input.
         routing = decide.match(
             self._chosen(rows[self.layer.choice]), self._chosen(rows[self.layer.weight]), cached_index
         )
@@ -121,7 +121,7 @@ class FixedKCache(ExpertCache):
 
     def _store_rows(self, step: Step, chosen: Tensor, mask: Tensor, routing: Routing, norms: Tensor) -> None:
         fresh = {
-            self.place: routing.index.to(torch.int32),
+            self.lookup: routing.index.to(torch.int32),
             self.weight: self.for_score(routing.weight),
             self.norms: norms,
         }
@@ -140,11 +140,11 @@ class FixedKCache(ExpertCache):
 
 
 def _take(value: Tensor, chosen: Tensor) -> Tensor:
-    """(B, N, k) at tokens (B, C) -> (B, C, k)."""
+    """Rows of `value` (B, N, k) at the tokens `chosen` (B, C): (B, C, k)."""
     return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1]))
 
 
 def _put(value: Tensor, chosen: Tensor, rows: Tensor, where: Tensor) -> Tensor:
-    """`value` (B, N, k) with `rows` (B, C, k) at the tokens `chosen`, where `where` is true."""
+    """`value` (B, N, k) with the rows of the tokens `chosen` replaced by `rows` (B, C, k) where `where` is true."""
     index = chosen[..., None].expand(-1, -1, value.shape[-1])
     return value.scatter(1, index, torch.where(where, rows.to(value.dtype), value.gather(1, index)))

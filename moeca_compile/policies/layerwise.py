@@ -1,6 +1,6 @@
-"""Layer-wise caching: every block's attention and feed-forward outputs, reused with fresh gates (FORA).
+"""Layer-wise caching: the outputs of every attention and feed-forward, reused with the current gates (FORA).
 
-With forecast, the outputs are extrapolated to first order instead of held (as TaylorSeer does at order 1).
+With a forecast, the outputs are extrapolated to first order (as in TaylorSeer of order 1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
-    """The output of every residual branch, before its gate."""
+    """The output of every attention and feed-forward, before its gate."""
     attentions = {attention.residual for attention in regions.attentions}
     found = []
     for i, residual in enumerate(regions.residuals):

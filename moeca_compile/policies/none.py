@@ -1,11 +1,11 @@
-"""No cache at all: the model captured, its MoE layers lowered, and nothing else. The honest base line."""
+"""No cache: the model is captured and its MoE layers are lowered. The baseline for every other recipe."""
 
 from __future__ import annotations
 
 from moeca_compile.policies.policy import ALWAYS, Policy
 
 POLICY = Policy(
-    reuses="nothing: the model as one graph, the base line",
+    reuses="nothing: the model as one graph, the baseline",
     recipes={"none": {}},
     options=ALWAYS,
     declare=lambda options, regions: (),

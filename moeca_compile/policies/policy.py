@@ -1,4 +1,4 @@
-"""What a policy is: the recipes that it serves, the options that it heeds, and what it declares for a model."""
+"""A policy: its recipes, the options that it uses, and the replacements that it declares for a model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 
 ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump"})
-"""Options that every recipe heeds."""
+"""Options that every recipe uses."""
 CACHING = ALWAYS | {"full_every", "full_steps", "forecast", "max_generations", "cache_dtype"}
-"""Options that every recipe with caches heeds."""
+"""Options that every recipe with caches uses."""
 
 
 def _nothing_ignored(options: Options) -> Mapping[str, str]:
@@ -25,13 +25,14 @@ class Policy:
     """One way of caching.
 
     Attributes:
-        reuses: what a cache step reuses, in a few words, for documents.
-        recipes: the recipes that it serves, each with the values of options that are left unset.
-        options: the options that it heeds; any other is refused.
-        declare: the replacements for the regions of a model; none where there is nothing that it could cache.
-        forecasts: the groups of caches that may be forecast (option `forecast`).
-        needs: what a model must have for it, in the words of a warning; applies: whether the regions have that.
-        ignored: options that have no effect beside the values of others, each with the reason.
+        reuses: what a cache step reuses, in a few words for the docs.
+        recipes: the names of its recipes, each with its default values of options.
+        options: the options that it uses; setting any other is a ConfigError.
+        declare: returns the replacements for the regions of a model; empty where it can cache nothing.
+        forecasts: the groups of caches that can be forecast (allowed values of the option `forecast`).
+        needs: what a model must have, in words that a warning shows.
+        applies: whether the regions have what the policy needs.
+        ignored: returns options that have no effect because of another option's value, each with the reason.
     """
 
     reuses: str
@@ -50,5 +51,5 @@ class Policy:
 
 
 def replaced_schedule(options: Options) -> Mapping[str, str]:
-    """`full_every` beside an explicit list of full steps."""
+    """`full_every`, where `full_steps` lists the full steps."""
     return {"full_every": "full_steps lists the full steps, so it has no effect"} if options.full_steps else {}

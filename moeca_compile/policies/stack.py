@@ -1,6 +1,7 @@
-"""Stack caching: the residual of the whole block stack, h_L - h_0; a cache step is embedding + residual + head.
+"""Stack caching: the change that all blocks together make to the residual stream, h_L - h_0.
 
-Of each stream that the output comes from, where there are several.
+A cache step runs the embedding and the head, and adds the cached change between them. Where a model has several token
+streams, each that the output is computed from has a cached change of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
-    """The streams after the last block, each from the stream before the first."""
+    """Each stream after the last block: the stream before the first block plus the cached change."""
     return [
         change_replacement(options, first, last, f"stack.{i}" if i else "stack", "stack")
         for i, (first, last) in enumerate(regions.stacks)
@@ -28,7 +29,7 @@ def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
 
 
 def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: str, group: str) -> Replacement:
-    """`last` as `first` of this step plus the cached change from the one to the other."""
+    """Replace `last` by `first` plus the cached change between the two."""
 
     def change(step: Step) -> Tensor:
         return step[last] - _tokens_before(step, first, last)
@@ -41,7 +42,7 @@ def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: st
 
 
 def _tokens_before(step: Step, first: fx.Node, last: fx.Node) -> Tensor:
-    """The tokens of `last` as they are in `first`, which may hold others too."""
+    """The value of `first` on the tokens of `last`; `first` may have other tokens too."""
     start = offset_in(step.regions.axis(first), step.regions.axis(last)) or 0
     stream: Tensor = step[first]
     return stream[:, start : start + step.layout(last).tokens]

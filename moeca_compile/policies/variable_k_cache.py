@@ -1,8 +1,8 @@
-"""The cache of an MoE layer in which tokens have no fixed number of experts (expert choice, dynamic capacity).
+"""The expert cache for variable k: a token has any number of experts (expert choice, dynamic capacity).
 
-Routing, scores and places are dense over all (token, expert) pairs, (B, N, E); the outputs of the routed ones lie in
-a pool of as many rows as there are branches (ops.variable_k). Where the data alone tell how many there are, the pool
-has `branches_per_token` rows a token; branches beyond it are computed at every step.
+Routing, scores and row numbers are dense over all (token, expert) pairs, (B, N, E). The outputs of the routed pairs
+are rows of a pool (ops.variable_k), which has one row for each branch. Where the number of branches depends on the
+data, it has `branches_per_token` rows a token; branches beyond that are computed at every step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from moeca_compile.policies.expert_cache import ExpertCache
 
 
 class VariableKCache(ExpertCache):
-    """Caches of one layer: a place for every pair tells which row of the pool its output lies in, from 1 on."""
+    """The caches of one layer. `pool_row` (B, N, E) has each pair's row in the pool, counted from 1; 0 for none."""
 
-    place_name, outputs_name = "place", "pool"
+    lookup_name, outputs_name = "pool_row", "pool"
 
     def __init__(self, name: str, layer: Experts, regions: Regions, options: Options) -> None:
         layout, body = regions.layouts[layer.marker], layer.body
@@ -44,27 +44,29 @@ class VariableKCache(ExpertCache):
 
     def store(self, step: Step) -> None:
         routed, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
-        pool, place, norms = step.memo[self.outputs]
-        place = self.by_token(place)
+        pool, pool_row, norms = step.memo[self.outputs]
+        pool_row = self.by_token(pool_row)
         self.update_activation(step, routed)
         if self.forecast:
-            self.store_slope(step, pool, *self._before(step, place, pool.dtype))
+            self.store_slope(step, pool, *self._before(step, pool_row, pool.dtype))
         self.store_outputs(step, pool)
-        step.updates[self.place] = place
-        step.updates[self.weight] = self._routed_weight(routed, weight) * (place > 0)
+        step.updates[self.lookup] = pool_row
+        step.updates[self.weight] = self._routed_weight(routed, weight) * (pool_row > 0)
         step.updates[self.norms] = self.by_token(norms)
 
-    def _before(self, step: Step, place: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same branch's cached output for each row of the pool, and whether there was one."""
-        before = step.state[self.place].flatten()
+    def _before(self, step: Step, pool_row: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For each row of the new pool, the cached output of the same branch, and whether there is one."""
+        before = step.state[self.lookup].flatten()
         row_before = torch.zeros(self.pool_rows + 1, dtype=before.dtype, device=before.device)
-        row_before = row_before.scatter(0, place.flatten().long(), before)[1:, None]  # of each row's branch
+        row_before = row_before.scatter(0, pool_row.flatten().long(), before)[
+            1:, None
+        ]  # old row of each new row's branch
         cached = step.state[self.outputs].to(dtype)[(row_before[:, 0].long() - 1).clamp_min(0)]
         return cached, row_before > 0
 
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> Decision:
         routed = self.by_token(choice)
-        matched = routed & (step.current(self.place) > 0)
+        matched = routed & (step.current(self.lookup) > 0)
         threshold = self.thresholds(step, routed)
         scores = self.scores(step, self._routed_weight(routed, self.by_token(weight)))
         if self.options.budget is not None:
@@ -74,20 +76,20 @@ class VariableKCache(ExpertCache):
         return self.select(step, recompute, matched, scores)
 
     def run_chosen(self, step: Step, decision: Decision) -> Tensor:
-        """As `ExpertCache` says. The routing is that of the refreshed input.
+        """As `ExpertCache.run_chosen`, with the routing of the refreshed input.
 
-        A branch that is not cached is computed whether its token was chosen or not: experts choose among all tokens,
-        so a token's cached branches are no stand-in for its new ones.
+        A branch that is not cached is computed even where its token was not chosen. Experts choose among all tokens,
+        so a token's cached branches cannot replace its new ones.
         """
         state = step.state
         routed, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
-        matched = routed & (state[self.place] > 0)
+        matched = routed & (state[self.lookup] > 0)
         chosen = torch.zeros_like(routed[..., 0]).scatter(1, decision.chosen, decision.valid)
         mask = routed & (~matched | (decision.recompute & chosen[..., None]))
-        result, place, norms = torch.ops.moeca.refresh_variable_k(
+        result, pool_row, norms = torch.ops.moeca.refresh_variable_k(
             *self.caches_to_change(step),
             [step[node] for node in self.layer.body.rows],
-            *(each.flatten(0, 1) for each in (state[self.place], routed, mask, weight)),
+            *(each.flatten(0, 1) for each in (state[self.lookup], routed, mask, weight)),
             step.forecast_distance(Part.EXPERTS),
             [step[node] for node in self.layer.body.parameters],
             self.layer.body.key,
@@ -95,19 +97,21 @@ class VariableKCache(ExpertCache):
         if self.options.score == "staleness":
             step.updates[self.age] = state[self.age] + 1
         if self.options.overwrite:
-            self._store(step, mask, self.by_token(place), self._routed_weight(routed, weight), self.by_token(norms))
+            self._store(
+                step, mask, self.by_token(pool_row), self._routed_weight(routed, weight), self.by_token(norms)
+            )
         self.count(step, decision, routed, matched, mask)
         return result.to(self.dtype)
 
-    def _store(self, step: Step, mask: Tensor, place: Tensor, weight: Tensor, norms: Tensor) -> None:
-        """Cache what belongs to the recomputed branches; a branch that lost its row loses this too."""
+    def _store(self, step: Step, mask: Tensor, pool_row: Tensor, weight: Tensor, norms: Tensor) -> None:
+        """Cache weights, norms and ages of the recomputed branches; they become 0 where a branch lost its row."""
         fresh = {self.weight: weight, self.norms: norms}
         if self.options.score == "staleness":
             fresh[self.age] = torch.zeros_like(weight)
         for name, value in fresh.items():
-            step.updates[name] = torch.where(mask, value, step.current(name)) * (place > 0)
-        step.updates[self.place] = place
+            step.updates[name] = torch.where(mask, value, step.current(name)) * (pool_row > 0)
+        step.updates[self.lookup] = pool_row
 
     def _routed_weight(self, routed: Tensor, weight: Tensor) -> Tensor:
-        """The weights that the score compares, 0 where a pair is no branch."""
+        """The weights in the form that the score compares; 0 where a pair is not routed."""
         return self.for_score(torch.where(routed, weight, 0))

@@ -1,4 +1,4 @@
-"""What a compiled model can say of itself."""
+"""The report: what was found, cached, spent and saved."""
 
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 

@@ -1,4 +1,4 @@
-"""Make a report from the record of a compiled model, and drop its caches. Neither runs the model."""
+"""The public `report` and `reset` of a compiled model. Neither runs the model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
-
-
 AT_EVERY_STEP = "the recipe runs it at every step"
 
 
 def report(model: Any) -> Report:
-    """What is known of `model = torch.compile(..., backend="moeca")` so far. Never runs anything.
+    """What was found, cached, spent and saved so far.
 
-    Raises TypeError for a model that was not compiled by torch.compile.
+    Args:
+        model: what `torch.compile(module, backend="moeca")` returned, or a module compiled in place by
+            `module.compile(backend="moeca")`.
+
+    Never runs anything. Raises TypeError for a model that is not compiled.
     """
     record = _record(model)
     if record is None:
@@ -53,9 +55,12 @@ def report(model: Any) -> Report:
 
 
 def reset(model: Any) -> None:
-    """Drop all caches of a compiled model; its compiled graphs and counters stay.
+    """Drop all caches of a compiled model. Its compiled graphs and the report's counters stay.
 
-    Raises TypeError for a model that was not compiled by torch.compile.
+    Args:
+        model: as for `report`.
+
+    Raises TypeError for a model that is not compiled.
     """
     record = _record(model)
     for engine in record.engines if record else ():
@@ -72,7 +77,7 @@ def _record(model: Any) -> Record | None:
 
 
 def _regions(compiled: CompiledGraph) -> list[Region]:
-    """Every region: cached where its output, or what is computed from it alone, comes from a cache."""
+    """All regions. A region is cached if its output, or a value computed from it alone, comes from a cache."""
     regions, replaced = compiled.regions, compiled.plan.replaced
     idle = AT_EVERY_STEP if compiled.caching else _why_idle(compiled)
 
@@ -89,7 +94,7 @@ def _regions(compiled: CompiledGraph) -> list[Region]:
 
 
 def _why_idle(compiled: CompiledGraph) -> str:
-    """Why nothing of a graph is cached."""
+    """Why nothing in this graph is cached."""
     policy, regions = compiled.config.policy, compiled.regions
     if policy.declares_nothing:
         return "the recipe caches nothing"
@@ -99,7 +104,7 @@ def _why_idle(compiled: CompiledGraph) -> str:
 
 
 def _counts(loops: list[StepLoop]) -> tuple[dict[str, float], int]:
-    """Counters summed over layers and steps, and the number of cache steps."""
+    """The counters of all cache steps, summed over layers, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
     for tally in (tally for loop in loops for kind, tally in loop.tallies.items() if not kind.full):
         steps += tally.steps
@@ -110,7 +115,7 @@ def _counts(loops: list[StepLoop]) -> tuple[dict[str, float], int]:
 
 
 def _steps(loops: list[StepLoop]) -> dict[str, int]:
-    """Steps by kind."""
+    """Number of steps by kind."""
     steps: dict[str, int] = {}
     for kind, tally in ((kind, tally) for loop in loops for kind, tally in loop.tallies.items()):
         steps[kind.name] = steps.get(kind.name, 0) + tally.steps

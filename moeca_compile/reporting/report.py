@@ -1,4 +1,4 @@
-"""What was found, what is cached, what it cost and what it saved, as data and as text."""
+"""The report as plain values and as text: what was found, what is cached, what it costs and saves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ KINDS = ("router", "experts", "attention", "feedforward")
 class Region:
     """A part of the model that was recognized.
 
-    kind: "router", "experts", "attention" or "feedforward"; name: the module's path.
-    status: "cached" or "skipped" (it runs as it was); reason: why it is skipped, or how it is cached.
+    Attributes:
+        kind: "router", "experts", "attention" or "feedforward".
+        name: the module's path.
+        status: "cached", or "skipped" if it runs at every step.
+        reason: why it is skipped, or a remark on how it is cached.
     """
 
     kind: str
@@ -28,7 +31,12 @@ class Region:
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """where: file:line; reason: what could not be traced."""
+    """A place where Dynamo could not trace on.
+
+    Attributes:
+        where: file:line.
+        reason: what could not be traced.
+    """
 
     where: str
     reason: str
@@ -36,7 +44,11 @@ class GraphBreak:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one model call: a full step, the mean over the steps run, their quotient.
+    """Floating-point operations of one call of the model.
+
+    Attributes:
+        full_step: of a full step.
+        mean_step: the mean over all steps so far.
 
     Raises ValueError unless both are above 0.
     """
@@ -50,23 +62,31 @@ class Flops:
 
     @property
     def speedup(self) -> float:
+        """How many times fewer FLOPs a step needs on average than a full step."""
         return self.full_step / self.mean_step
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of one compiled model when the report was made. Holds plain values and never runs anything.
+    """The state of one compiled model when the report was made, in plain values.
 
-    graphs: graphs compiled; graph_breaks: where Dynamo had to stop.
-    regions: every recognized region; cache_bytes: bytes of all live caches.
-    pass_matches: how many places each normalizing pass rewrote.
-    compile_seconds: by stage, in the order of the stages; steps: calls by step kind.
-    match_ratio: branches found in the cache, of all branches on cache steps; reuse_ratio: branches whose
-        cached output was used, of the same; recomputed_branches_per_step: mean over cache steps. None before
-        the first cache step.
-    flops: None where no cost is known.
-    validation_errors: greatest error relative to the output's scale, by check.
-    device, dtype: those of the last call; config: the options in force.
+    Attributes:
+        graphs: number of graphs compiled.
+        graph_breaks: where Dynamo had to stop.
+        regions: all recognized regions, cached and skipped.
+        cache_bytes: bytes of all caches that exist now.
+        compile_seconds: seconds of each stage of compilation, in order.
+        pass_matches: how many places each normalizing pass rewrote.
+        steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
+        match_ratio: share of the branches on cache steps that were in the cache.
+        reuse_ratio: share of the branches on cache steps whose cached output was used.
+        recomputed_branches_per_step: mean over cache steps. It and the ratios are None before the first cache step of
+            a recipe that caches branches.
+        flops: None before the first step, or if the cost is not known.
+        validation_errors: largest relative error of each check.
+        warnings: all warnings so far, with the reasons why classes were not captured.
+        device, dtype: those of the graph that was used last.
+        config: all options with their values.
     """
 
     graphs: int = 0
@@ -135,7 +155,7 @@ def _region_lines(report: Report) -> list[str]:
     if not report.graphs:
         return []
     if not report.regions:
-        return ["regions: nothing was found to cache; the model runs as torch.compile runs it"]
+        return ["regions: nothing was found to cache; the model runs as under plain torch.compile"]
     lines = ["regions:"]
     for kind in sorted({r.kind for r in report.regions}, key=_kind_order):
         of_kind = [region for region in report.regions if region.kind == kind]

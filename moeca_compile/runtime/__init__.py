@@ -1,1 +1,1 @@
-"""What lives between compiled step calls: the schedule, generations and streams, cache tensors, counters."""
+"""What runs compiled steps: the step loop, the schedule, generations and streams with their caches, counters."""

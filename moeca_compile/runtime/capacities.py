@@ -1,4 +1,4 @@
-"""How many tokens a cache step may recompute: the capacity bucket of each stream."""
+"""How many tokens a cache step may recompute: picks the capacity bucket of each stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.session import Stream
 
 _PROMOTED_ABOVE = 1.25
-"""How much of its capacity a step must need before the next ones get a larger one, and a graph of their own."""
+"""The next steps get a larger capacity, and so another compiled graph, if a step needs this many times its own."""
 
 
 class Capacities:
@@ -23,7 +23,7 @@ class Capacities:
         self.plan, self.device = plan, device
 
     def kind(self, refresh: RefreshPlan, stream: Stream, counts: Callable[[StepKind], Tensor | None]) -> StepKind:
-        """The kind of a step; `counts` runs one of some kind and gives its counters."""
+        """The kind of a step. `counts` runs a step of a given kind and returns its counters (layers, COUNTERS)."""
         if refresh.experts or not self.plan.recomputes:
             return StepKind(refresh.attention, refresh.experts)
         if stream.capacity is None:
@@ -31,10 +31,10 @@ class Capacities:
         return StepKind(refresh.attention, refresh.experts, stream.capacity)
 
     def promote(self, stream: Stream, counts: Tensor | None) -> None:
-        """Give the next steps a larger capacity where much more was needed than this step had.
+        """Give the stream's next steps a larger capacity if this step needed much more than it had.
 
-        Samples and layers that need more than the mean drop their lowest-ranked tokens. On an accelerator nothing
-        waits for the counters, so there the first capacity stays.
+        The capacity follows the mean over samples and layers; those that need more drop their lowest-ranked tokens.
+        On an accelerator reading the counters would wait for the device, so the first capacity stays.
         """
         several = len(self.plan.capacities) > 1 and self.device.type == "cpu"
         if several and counts is not None and stream.capacity is not None:
@@ -43,13 +43,13 @@ class Capacities:
                 stream.capacity = self._bucket(needed)
 
     def _first(self, refresh: RefreshPlan, counts: Callable[[StepKind], Tensor | None]) -> int:
-        """The bucket of a stream's first cache step: what a step with room for all tokens needs."""
+        """The bucket of a stream's first cache step, by a trial step with capacity for all tokens."""
         if len(self.plan.capacities) == 1:
             return self.plan.capacities[0]
         return self._bucket(self._needed(counts(StepKind(refresh.attention, refresh.experts, self.plan.sizes[1]))))
 
     def _needed(self, counts: Tensor | None) -> float:
-        """Tokens of the main stream to recompute in a sample: the mean share, over samples and layers, of all."""
+        """Tokens of the main stream to recompute in one sample: the mean over samples and layers."""
         if counts is None:
             return 0.0
         samples, tokens = self.plan.sizes

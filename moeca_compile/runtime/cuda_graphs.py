@@ -1,12 +1,14 @@
 """Steps as CUDA graphs: each kind of step is recorded once over a stream's caches, then replayed as one launch.
 
-A recorded step reads and writes the memory that it was recorded with. So what changes from call to call is copied
-into *buffers*; a stream's caches stay where they are, and what a step gives anew is copied into them within the
-recording; what the caller gets is copied out. Weights are read where they lie: if one has moved, a step is recorded
-again. A recording lives with the stream whose caches it knows (`Stream.graphs`).
+A replay reads and writes the addresses that the step was recorded with. Therefore:
+- Arguments of the model and forecast coefficients are copied into *buffers* before a replay.
+- A stream's caches keep their memory. Their new values are copied into them, as a part of the recording.
+- Outputs are copied before they are returned, since the next replay overwrites them.
+- Weights are read at their own addresses. If one has moved, the step is recorded again.
+Recordings belong to the stream whose caches they use (`Stream.graphs`).
 
-Call 1 of a kind runs as it is (kernels are built and tuned), call 2 is recorded and replayed, call 3 is compared
-with the step as it is. What cannot be recorded runs as it is, with a warning.
+The first call of a kind runs op by op (kernels are built and tuned). The second is recorded and replayed. The third
+is replayed and compared with the step run op by op. A kind that cannot be recorded runs op by op, with a warning.
 """
 
 from __future__ import annotations
@@ -32,43 +34,43 @@ from moeca_compile.runtime.session import Stream
 
 T = TypeVar("T")
 Compare = Callable[[Sequence[Any], Sequence[Any]], None]
-"""Compares what a replay gave with what it should have; raises ValidationError."""
+"""Compares the results of a replay with the expected ones; raises ValidationError if they differ."""
 
 _recording = threading.Lock()
-"""torch records one graph at a time in a process."""
+"""torch can record only one graph at a time in a process."""
 
 
 class Recording(Protocol):
-    """Work on fixed memory that can be done again."""
+    """A recorded graph of kernels on fixed addresses."""
 
     def replay(self) -> None:
-        """Do it again."""
+        """Run it."""
 
 
 class Recorder(Protocol):
-    """The device as `CudaGraphs` needs it."""
+    """What `CudaGraphs` needs of the device."""
 
     def busy(self) -> bool:
-        """Whether the caller records a graph of its own, of which this step then becomes a part."""
+        """Whether the caller is recording a graph of its own. This step then becomes a part of it."""
 
     def ordered_on_stream(self) -> AbstractContextManager[None]:
-        """Work inside comes after all earlier work that was ordered so, whatever CUDA streams they ran on."""
+        """Work inside runs after all earlier work in this context, on whatever CUDA streams that was."""
 
     def rehearse(self, function: Callable[[], T]) -> T:
-        """Run a step in earnest, as it has to run once before it is recorded."""
+        """Run a step on the recording's CUDA stream, as torch requires once before recording."""
 
     def record(self, function: Callable[[], T]) -> tuple[Recording, T]:
-        """Record a step without running it; returns what replays it, and its results as a replay leaves them."""
+        """Record a step without running it; returns the recording, and the tensors that a replay writes to."""
 
 
 class CudaRecorder:
-    """`torch.cuda.CUDAGraph`. All graphs share one pool of memory, since they run one after the other."""
+    """Records with `torch.cuda.CUDAGraph`. All graphs share a memory pool, since they never run concurrently."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
             self.pool = torch.cuda.graph_pool_handle()
-            self.aside, self.last = torch.cuda.Stream(), torch.cuda.Event()
+            self.side_stream, self.last = torch.cuda.Stream(), torch.cuda.Event()
 
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -85,29 +87,29 @@ class CudaRecorder:
 
     def rehearse(self, function: Callable[[], T]) -> T:
         current = torch.cuda.current_stream()
-        self.aside.wait_stream(current)
-        with torch.cuda.stream(self.aside):
+        self.side_stream.wait_stream(current)
+        with torch.cuda.stream(self.side_stream):
             result = function()
-        current.wait_stream(self.aside)
+        current.wait_stream(self.side_stream)
         return result
 
     def record(self, function: Callable[[], T]) -> tuple[Recording, T]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Other threads may go on allocating while this one records.
+            # thread_local: other threads may allocate while this one records.
             with (
                 _recording,
-                torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.side_stream, capture_error_mode="thread_local"),
             ):
                 result = function()
         finally:
-            torch.cuda.set_stream(current)  # a recording that failed leaves the other one in place
+            torch.cuda.set_stream(current)  # a failed recording leaves the side stream current
         return graph, result
 
 
 @dataclass(eq=False)
 class Recorded:
-    """A recorded step: its results lie in the same place after every replay."""
+    """A recorded step. Every replay writes `result` to the same memory."""
 
     recording: Recording
     result: StepResult
@@ -121,28 +123,29 @@ class Recorded:
 
 
 class Buffers:
-    """What recorded steps read besides caches: arguments of the model, which are copied in, and its weights.
+    """What recorded steps read besides caches: copies of the model's arguments, and its weights in place.
 
     Args:
-        inputs: one value for each input of the graph; arguments: which of them change from call to call.
-        coefficients: the coefficients of a step (passes.rewrite.step.Step).
+        inputs: one value for each input of the graph.
+        arguments: which inputs are arguments of the model; the others are its weights.
+        coefficients: (2, 2) forecast coefficients of a step (passes.rewrite.step.Step).
     """
 
     def __init__(self, inputs: Sequence[Any], arguments: Sequence[bool], coefficients: Tensor) -> None:
         self.copied = [i for i, (v, a) in enumerate(zip(inputs, arguments, strict=True)) if a and _is_tensor(v)]
         self.fixed = [i for i, v in enumerate(inputs) if i not in set(self.copied) and _is_tensor(v)]
         self.addresses = self._addresses(inputs)
-        with torch.inference_mode(False):  # else only calls in inference mode could write to them
-            own = {i: _alike(inputs[i]) for i in self.copied}
-            self.coefficients = _alike(coefficients)
+        with torch.inference_mode(False):  # inference tensors could not be written to outside inference mode
+            own = {i: _empty_like(inputs[i]) for i in self.copied}
+            self.coefficients = _empty_like(coefficients)
         self.inputs = [own.get(i, value) for i, value in enumerate(inputs)]
 
     def fit(self, inputs: Sequence[Any]) -> bool:
-        """Whether all weights lie where they did."""
+        """Whether all weights are still at the same addresses."""
         return self._addresses(inputs) == self.addresses
 
     def fill(self, inputs: Sequence[Any], coefficients: Tensor) -> None:
-        """Copy in what is new at this call."""
+        """Copy the arguments and coefficients of this call into the buffers."""
         for i in self.copied:
             _distinct(self.inputs[i]).copy_(_distinct(inputs[i]))
         self.coefficients.copy_(coefficients)
@@ -155,10 +158,10 @@ class CudaGraphs:
     """The recorded steps of one graph at one set of input shapes.
 
     Args:
-        compiled: the graph, which tells which inputs change from call to call and where the model lies.
-        recorder: the device, or what stands for it in tests.
+        compiled: the graph.
+        recorder: the device, or a test's stand-in for it.
         notes: where warnings go.
-        compare: how to check a replay; None checks nothing.
+        compare: checks a replay; None for no check.
     """
 
     def __init__(self, compiled: CompiledGraph, recorder: Recorder, notes: Notes, compare: Compare | None) -> None:
@@ -174,7 +177,7 @@ class CudaGraphs:
     def run(
         self, kind: StepKind, stream: Stream, program: StepFunction, inputs: Sequence[Any], coefficients: Tensor
     ) -> StepResult:
-        """Run a step; it has changed the stream's caches when this returns, so no updates are left to adopt."""
+        """Run a step and write its updates to the stream's caches; the result's `updates` are empty."""
         if self.recorder.busy():
             _clear(stream)
             return _in_place(program, inputs, stream, coefficients)
@@ -190,7 +193,7 @@ class CudaGraphs:
 
         if kind not in self.rehearsed:
             self.rehearsed.add(kind)
-            return _handed_out(self.recorder.rehearse(step))
+            return _copied_out(self.recorder.rehearse(step))
         recorded = stream.graphs.get(kind)
         if recorded is None or recorded.buffers is not buffers:
             recorded = self._recorded(kind, step, buffers)
@@ -199,18 +202,18 @@ class CudaGraphs:
             stream.graphs[kind] = recorded
         elif self.compare is not None and kind not in self.compared:
             return self._compared(kind, stream, program, recorded)
-        return _handed_out(recorded.replay())
+        return _copied_out(recorded.replay())
 
     def _filled(self, inputs: Sequence[Any], coefficients: Tensor) -> Buffers:
-        """The buffers with this call's values; new ones where a weight has moved, to which no recording belongs."""
+        """The buffers with this call's values. If a weight has moved, they are new, and steps are recorded again."""
         if self.buffers is None or not self.buffers.fit(inputs):
             self.buffers = Buffers(inputs, self.arguments, coefficients)
-            self.rehearsed.clear()  # kernels may keep tables of where the weights lie
+            self.rehearsed.clear()  # kernels may cache the addresses of weights
         self.buffers.fill(inputs, coefficients)
         return self.buffers
 
     def _refuses(self, kind: StepKind, program: StepFunction, inputs: Sequence[Any]) -> bool:
-        """Whether something is found, before a kind's first run, for which it cannot be recorded."""
+        """Whether a kind cannot be recorded; looked at before its first run."""
         if kind in self.rehearsed:
             return False
         reason = self._obstacle(program, inputs)
@@ -231,24 +234,27 @@ class CudaGraphs:
 
     def _refuse(self, kind: StepKind, reason: str) -> None:
         self.refused.add(kind)
-        self.notes.warn(f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so they run op by op")
+        self.notes.warn(
+            f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so they run op by op, which is slower. "
+            "docs/gpu.md says what can be recorded; cuda_graphs=False turns recording and this warning off"
+        )
 
     def _recorded(self, kind: StepKind, step: Callable[[], StepResult], buffers: Buffers) -> Recorded | None:
         try:
             return Recorded(*self.recorder.record(step), buffers)
         except Exception as error:
-            cause = error.__context__ or error  # the end of a recording that was broken off fails too
+            cause = error.__context__ or error  # ending a failed recording raises once more
             self._refuse(kind, first_line(cause))
             return None
 
     def _compared(self, kind: StepKind, stream: Stream, program: StepFunction, recorded: Recorded) -> StepResult:
-        """Replay on other arguments than those it was recorded with, and compare with the step as it is."""
+        """Replay with new arguments, and compare with the step run op by op."""
         assert self.compare is not None
         state = {name: tensor.clone() for name, tensor in stream.state.items()}
         with undisturbed(self.device):
             expected = program(recorded.buffers.inputs, state, recorded.buffers.coefficients)
-        found = _handed_out(recorded.replay())
-        # The scale of a slope says nothing of the error of what it is the difference of.
+        found = _copied_out(recorded.replay())
+        # Slopes are differences: their scale says nothing about the error of the values, so they are left out.
         names = [name for name in expected.updates if name not in self.slopes]
         try:
             self.compare(
@@ -265,40 +271,40 @@ class CudaGraphs:
 
 
 def write_into(state: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
-    """Copy what a step gives anew into the caches, whose place in memory recorded steps know."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    """Copy a step's updates into the caches, which keep their addresses."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     changed = {name: value for name, value in updates.items() if value is not state[name]}
-    # A value that is a view of some cache is read before any cache is written.
-    fresh = [v.clone() if v.untyped_storage().data_ptr() in places else v for v in changed.values()]
+    # An update that is a view of some cache must be read before any cache is written.
+    fresh = [v.clone() if v.untyped_storage().data_ptr() in storages else v for v in changed.values()]
     if fresh:
         copy_all([state[name] for name in changed], fresh)
 
 
 def _clear(stream: Stream) -> None:
-    """Caches that hold nothing are 0: they may be those of a generation that has ended."""
+    """Set caches without valid values to 0: they may still hold those of an ended generation."""
     if stream.empty and stream.state:
         zero_all(list(stream.state.values()))
 
 
 def _in_place(program: StepFunction, inputs: Sequence[Any], stream: Stream, coefficients: Tensor) -> StepResult:
-    """A step as it is, its updates copied into the caches."""
+    """Run a step op by op, and copy its updates into the caches."""
     result = program(inputs, stream.state, coefficients)
     write_into(stream.state, result.updates)
     return StepResult(result.outputs, {}, result.counts)
 
 
-def _handed_out(result: StepResult) -> StepResult:
-    """Copies of what a recorded step gave, which the next replay does not overwrite."""
+def _copied_out(result: StepResult) -> StepResult:
+    """Copies of a recorded step's results, which the next replay does not overwrite."""
     outputs = tuple(value.clone() if _is_tensor(value) else value for value in result.outputs)
     return StepResult(outputs, {}, None if result.counts is None else result.counts.clone())
 
 
-def _alike(value: Tensor) -> Tensor:
+def _empty_like(value: Tensor) -> Tensor:
     return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _distinct(value: Tensor) -> Tensor:
-    """What an expanded tensor holds in memory, each value once."""
+    """The distinct elements of a tensor: expanded dims are reduced to one entry."""
     for dim in range(value.ndim):
         if value.stride(dim) == 0 and value.shape[dim] > 1:
             value = value.narrow(dim, 0, 1)
@@ -306,7 +312,7 @@ def _distinct(value: Tensor) -> Tensor:
 
 
 def _overlaps(value: Tensor) -> bool:
-    """Whether different places of a tensor may share memory, those that were expanded left out."""
+    """Whether elements of a tensor may share memory, apart from expanded dims."""
     extent = 1
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if stride and size > 1:

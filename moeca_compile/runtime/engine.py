@@ -1,4 +1,4 @@
-"""The callable behind one captured graph: a step loop for each set of input shapes, compiled when first met."""
+"""The callable behind one captured graph: a step loop for each set of input shapes, compiled at the first call."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moeca_compile.runtime.loop import StepLoop
 _log = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
-"""Input shapes for which compiled graphs are kept."""
+"""How many sets of input shapes stay compiled."""
 
 
 class Stages(NamedTuple):
-    """How graphs and steps are compiled: `backend.compile_graph` and `backend.compile_step`, or stand-ins."""
+    """How graphs and steps are compiled: `backend.compile_graph` and `backend.compile_step`, or a test's own."""
 
     compile_graph: Callable[[CapturedGraph, Sequence[Any], MoecaConfig, Notes], CompiledGraph]
     compile_step: Callable[..., StepFunction]
@@ -36,10 +36,10 @@ class Engine:
 
     Args:
         captured: Dynamo's graph.
-        inputs: example inputs; only what stands for the model's weights is looked at.
-        config, notes: options, and where to note what happens.
+        inputs: example inputs, of which only the model's weights are used.
+        config, notes: the options, and where timings, errors and warnings go.
         stages: how to compile.
-        most_shapes: for how many input shapes compiled graphs are kept.
+        most_shapes: how many sets of input shapes stay compiled; the least recently used is dropped.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
         return self.loop_for(inputs)(inputs)
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
-        """The step loop for the shapes of `inputs`, compiled if they are new."""
+        """The step loop for the shapes of `inputs`; new shapes are compiled."""
         key = (*(_signature(v) for v in self._of_model(inputs, False)), self._first_weight(inputs))
         with self._lock:
             if key not in self.loops:
@@ -78,7 +78,7 @@ class Engine:
             return self.loops[key]
 
     def same_graph(self, other: Engine) -> bool:
-        """Whether the other engine's graph computes the same from the same inputs in the same order."""
+        """Whether the other engine's graph computes the same function of its inputs."""
         constants = any(node.op == "get_attr" for node in self.captured.gm.graph.nodes)
         return self._form() == other._form() and not constants
 
@@ -92,11 +92,11 @@ class Engine:
         return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
 
     def _of_model(self, inputs: Sequence[Any], weights: bool) -> list[Any]:
-        """The inputs that are weights of the model, or its arguments."""
+        """The inputs that are weights of the model (`weights`), or those that are its arguments."""
         return [v for v, user in zip(inputs, self.captured.arguments, strict=True) if user is not weights]
 
     def _first_weight(self, inputs: Sequence[Any]) -> int:
-        """Tells models apart that come to one graph as arguments of a function: where their first weight lies."""
+        """The address of the first weight. It distinguishes models that are passed to one compiled function."""
         weights = (value for value in self._of_model(inputs, True) if isinstance(value, Tensor))
         first = next(weights, None)
         return first.data_ptr() if first is not None else 0

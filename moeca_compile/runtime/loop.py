@@ -1,4 +1,4 @@
-"""The step loop of one compiled graph: each call is a step of some generation, and runs as one kind of step."""
+"""The step loop of one compiled graph: finds the generation and stream of each call, and runs one kind of step."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class StepLoop:
 
     Args:
         compiled: the graph and its plan.
-        compile_step: makes a kind of step when it is first needed (`backend.compile_step`).
-        notes: where to note what happens.
+        compile_step: compiles a kind of step when it is first needed (`backend.compile_step`).
+        notes: where timings, errors and warnings go.
     """
 
     def __init__(self, compiled: CompiledGraph, compile_step: Callable[..., StepFunction], notes: Notes) -> None:
@@ -45,7 +45,7 @@ class StepLoop:
         self.tallies = Tallies()
         self.graphs = self._cuda_graphs() if config.cuda_graphs and device.type == "cuda" else None
         self.stateless = Stream({})
-        """What steps of a model that runs uncached go by."""
+        """The stream of all calls where nothing is cached."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -66,13 +66,13 @@ class StepLoop:
     # --- a call, stage by stage -----------------------------------------------------------------------------
 
     def enter(self, inputs: Sequence[Any]) -> tuple[Position, RefreshPlan]:
-        """Where a call stands, and what it computes anew: everything, until it is known which input is the time."""
+        """The position of a call and what it computes anew: everything, until the timestep input is known."""
         known = self.times.known
         time = self.times.read(inputs)
         if time is not None and not known:
-            self.sessions.reset()  # what came before was placed nowhere in time
+            self.sessions.reset()  # earlier calls were cached without a time
         position = self.sessions.enter(time)
-        self.sessions.warn_if_of_no_use(self.notes)
+        self.sessions.warn_if_caches_unused(self.notes)
         if time is None:
             return position, EVERYTHING
         if not known:
@@ -80,18 +80,18 @@ class StepLoop:
         return position, self.sessions.refresh_plan(position)
 
     def kind(self, refresh: RefreshPlan, position: Position, inputs: Sequence[Any]) -> StepKind:
-        """The step kind; a stream's first cache step finds out how large a capacity it needs."""
+        """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
-        def counts(probe: StepKind) -> Tensor | None:
+        def counts(trial: StepKind) -> Tensor | None:
             coefficients = self.coefficients(position.stream, position.time)
-            return self.eager(probe, self._placed(inputs), position.stream.state, coefficients).counts
+            return self.eager(trial, self._placed(inputs), position.stream.state, coefficients).counts
 
         return self.capacities.kind(refresh, position.stream, counts)
 
     def step(
         self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
     ) -> StepFunction:
-        """The compiled step of this kind, made when it is first needed."""
+        """The compiled step of this kind, compiled when it is first needed."""
         if kind not in self.steps:
             self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
         return self.steps[kind]
@@ -107,7 +107,7 @@ class StepLoop:
         return run_eagerly(self.compiled, kind, inputs, state, coefficients)
 
     def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Run a step on the stream's caches, take over its updates, and count it."""
+        """Run a step on the stream's caches, apply its updates to them, and count it."""
         _log.debug("%s step at time %g", kind.name, time)
         placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
         step = self.step(kind, placed, stream.state, coefficients)
@@ -121,7 +121,7 @@ class StepLoop:
         return self.compiled.write_back(inputs, result.outputs)
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs, each on the device where the graph takes it."""
+        """The inputs, with those that the graph needs on the device copied there."""
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
     def _cuda_graphs(self) -> CudaGraphs:
@@ -131,10 +131,10 @@ class StepLoop:
         return CudaGraphs(compiled, recorder, self.notes, compare)
 
     def same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
-        """Raises ValidationError where the replay of a recorded step gives other values than the step."""
+        """Raise ValidationError where the replay of a recorded step differs from the step itself."""
         dtypes = self.compiled.regions.token_dtypes
         same_outputs("replayed", found, wanted, self.compiled.config, self.notes, dtypes)
 
     def flops(self, kind: StepKind) -> float:
-        """FLOPs of one step of a kind, on average over those that ran."""
+        """FLOPs of one step of a kind, averaged over those that ran."""
         return self.tallies.flops(kind, self.steps.get(kind), self.compiled)

@@ -1,4 +1,4 @@
-"""What is known of one compiled model: its graphs and breaks, and the notes that reports are made from."""
+"""The record of one compiled model: its graphs, its graph breaks, and the notes that reports are made from."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from moeca_compile.runtime.engine import Engine
 
 @dataclass
 class Record:
-    """It lives and dies with the compiled model."""
+    """All that a report needs. It lives as long as the compiled model."""
 
     config: MoecaConfig
     notes: Notes = field(default_factory=Notes)
     engines: list[Engine] = field(default_factory=list)
     untouched: int = 0
-    """Graphs that run as torch.compile would run them."""
+    """Number of graphs that run as under plain torch.compile."""
     breaks: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
-    """Whether the last graph is a part of the model, whose callers run as plain Python."""
+    """Whether the last graph is only a part of the model, called from plain Python."""
     tried_again: set[CodeType] = field(default_factory=set)
-    """Code that Dynamo had given up, and was made to look at again."""
+    """Code that Dynamo had given up on, and that the backend made it trace again."""
 
 
 _ATTRIBUTE = "_moeca_record"
@@ -35,10 +35,11 @@ _by_module: WeakKeyDictionary[nn.Module, list[Record]] = WeakKeyDictionary()
 
 
 def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> Record:
-    """The record of the compilation under way, made when it is the first of its compiled model.
+    """The record of the model that is being compiled; created at its first compilation.
 
-    It is kept on the object that torch.compile made, if one did, and beside the module: a module that is compiled
-    twice with equal options has two such objects, but Dynamo compiles it once.
+    It is stored as an attribute of the object that torch.compile returned (there is none under some wrappers), and
+    also by module: a module that is compiled twice with equal options has two such objects, but Dynamo compiles it
+    once.
     """
     if wrapper is None:
         record = next((r for r in _by_module.get(module, []) if r.config == config), None) if module else None
@@ -54,7 +55,7 @@ def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> R
 
 
 def find_record(wrapper: Any, module: nn.Module | None) -> Record | None:
-    """The record of a compiled model, by either of the two; None before its first call."""
+    """The record of a compiled model, by its wrapper or else its module; None before its first call."""
     record: Record | None = getattr(wrapper, _ATTRIBUTE, None)
     if record is not None or module is None:
         return record

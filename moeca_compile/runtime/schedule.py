@@ -1,4 +1,4 @@
-"""Which parts of the model a step computes anew: decided on the host from step numbers alone."""
+"""Which parts of the model a step computes anew. Step numbers alone decide this, on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeca_compile.passes.rewrite.kinds import Part
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """Which parts of the model a step runs as they are."""
+    """Which parts of the model a step computes anew; the others come from caches."""
 
     attention: bool
     experts: bool
@@ -23,8 +23,8 @@ EVERYTHING = RefreshPlan(attention=True, experts=True)
 def parts_to_refresh(config: MoecaConfig, cached: Set[Part], number: int) -> RefreshPlan:
     """What step `number` (from 0) of a generation computes anew.
 
-    Every part has its own interval (`attention_every`, `experts_every`), else `full_every`; an explicit list of full
-    steps takes the place of `full_every`. Where a whole is cached, only a full step refreshes it.
+    Each part has its own interval (`attention_every`, `experts_every`). Without one, it follows `full_steps` if that
+    is set, else `full_every`. If Part.WHOLE is among the `cached` parts, only full steps compute anything anew.
     """
     attention = _is_due(config, config.attention_every, number)
     experts = _is_due(config, config.experts_every, number)

@@ -1,4 +1,4 @@
-"""Explicit marks around a generation and its streams, for when timesteps cannot tell them apart."""
+"""Context managers that mark generations, streams and steps, for calls whose timesteps do not identify them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from weakref import WeakSet
 
 
 class Holder(Protocol):
-    """What keeps caches of generations."""
+    """An owner of caches that belong to generations."""
 
     def drop_ended(self) -> None:
-        """Drop those whose context has ended."""
+        """Drop the caches of generations whose context has ended."""
 
 
 _holders: WeakSet[Holder] = WeakSet()
@@ -30,11 +30,10 @@ _time: ContextVar[float | None] = ContextVar("moeca_time", default=None)
 
 @contextmanager
 def generation() -> Iterator[None]:
-    """Everything called inside is one generation, with caches of its own.
+    """All calls inside are one generation, with caches of its own. The caches are dropped when the context ends.
 
-    Needed where generations cannot be told apart by their timesteps: parallel generations at the same timesteps,
-    requests that interleave on one thread, samplers that go back in time. Caches are dropped when the context
-    ends.
+    Needed where timesteps do not identify generations: requests that interleave on one thread, samplers that go back
+    in time, a new generation after a cancelled one.
     """
     number = next(_numbers)
     _live.add(number)
@@ -50,9 +49,9 @@ def generation() -> Iterator[None]:
 
 @contextmanager
 def stream(name: str) -> Iterator[None]:
-    """Calls inside belong to one stream of the generation: `stream("cond")`, `stream("uncond")`.
+    """All calls inside belong to one stream of the generation: `stream("cond")`, `stream("uncond")`.
 
-    Needed where separate calls at one timestep do not always come in the same order.
+    Needed where several calls at one timestep do not always come in the same order.
     """
     token = _stream.set(name)
     try:
@@ -63,11 +62,12 @@ def stream(name: str) -> Iterator[None]:
 
 @contextmanager
 def step(time: float) -> Iterator[None]:
-    """Calls inside are at the timestep `time`, a Python number; the timestep that they are given is not read.
+    """All calls inside are at the timestep `time`; the timestep argument of the model is not read.
 
-    Needed where that lies on an accelerator and reading it, once a call, makes the host wait for the device. Any
-    numbers do that go from step to step as the timesteps go: forecasts reach along them. Raises ValueError for a
-    number that is not finite.
+    Needed on an accelerator, where reading that argument makes the host wait for the device at every call. `time` is
+    a Python number. It must change in proportion to the timestep, since forecasts extrapolate along it.
+
+    Raises ValueError for a number that is not finite.
     """
     value = float(time)
     if not math.isfinite(value):
@@ -80,38 +80,38 @@ def step(time: float) -> Iterator[None]:
 
 
 def at_end(holder: Holder) -> None:
-    """Tell `holder`, as long as it lives, whenever the context of a generation ends."""
+    """Call `holder.drop_ended()` whenever the context of a generation ends, for as long as `holder` lives."""
     _holders.add(holder)
 
 
 def current_generation() -> tuple[str, int]:
-    """A key of the generation under way: the context's, else the thread's."""
+    """The key of the current generation: that of the context, or of the thread where there is none."""
     number = _generation.get()
     return ("scope", number) if number is not None else ("thread", _thread_number())
 
 
 def _thread_number() -> int:
-    """A number of the thread that, unlike its identifier, no later thread gets again."""
+    """A number of the current thread. Unlike its identifier, it is never used again for a later thread."""
     if not hasattr(_threads, "number"):
         _threads.number = next(_numbers)
     return int(_threads.number)
 
 
 def ended(key: tuple[object, ...]) -> bool:
-    """Whether the context that a generation's key stands for has ended."""
+    """Whether `key` is of a generation whose context has ended."""
     return key[0] == "scope" and key[1] not in _live
 
 
 def in_scope() -> bool:
-    """Whether a generation was marked by hand."""
+    """Whether the current call is inside `generation()`."""
     return _generation.get() is not None
 
 
 def current_time() -> float | None:
-    """The timestep marked by hand, if any."""
+    """The time that `step()` marks, if any."""
     return _time.get()
 
 
 def current_stream() -> str | None:
-    """The stream marked by hand, if any."""
+    """The name that `stream()` marks, if any."""
     return _stream.get()

@@ -1,8 +1,8 @@
-"""Generations, steps and streams, told apart by the timesteps of the calls (or by marks of the user).
+"""Generations, steps and streams, detected from the timesteps of the calls (or marked by the user, runtime.scope).
 
-A timestep equal to the last call's is the next stream of the same step (separate conditional and
-unconditional passes); one that goes on in the same direction is the next step; one that jumps back starts a
-new generation.
+- The same timestep as the last call: the next stream of the same step (conditional and unconditional passes).
+- A timestep further on in the same direction: the next step.
+- A timestep that jumps back: the first step of a new generation.
 """
 
 from __future__ import annotations
@@ -24,48 +24,49 @@ from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, parts_to_ref
 from moeca_compile.runtime.timesteps import Timestep
 
 _MANY_SHORT = 8
-"""After this many very short generations, warn that generations are not being detected."""
+"""After this many very short generations in a row, warn that generations are not being detected."""
 
 _FAR = 10.0
-"""A step this many times the largest so far is no step of the same generation: a cancelled one was left."""
+"""A change of the timestep this many times the largest so far starts a new generation: the last was cancelled."""
 
 
 @dataclass
 class Stream:
-    """Caches of one stream and, for each part, at which positions its last two full steps were."""
+    """The caches of one stream, with the times of the last two full steps of each part of the model."""
 
     state: dict[str, Tensor]
     full_at: list[list[float]] = field(default_factory=lambda: [[], []])
     last_full: list[int] = field(default_factory=lambda: [-1, -1])
-    """For each part, the number of the last step that computed it anew; -1 where the caches hold nothing."""
+    """For each part, the number of the last step that computed it anew; -1 where none has."""
     capacity: int | None = None
+    """The capacity bucket of its cache steps; None before the first."""
     graphs: dict[StepKind, Any] = field(default_factory=dict)
-    """Steps that were recorded over these caches (runtime.cuda_graphs); they go with them."""
+    """CUDA graphs that were recorded over these caches (runtime.cuda_graphs); dropped together with them."""
     allocated_by: Hashable = None
-    """The mode and CUDA stream that the caches were made in: only there may another generation use their memory."""
+    """Inference mode and CUDA stream under which the caches were allocated; they are only recycled under the same."""
 
     @property
     def empty(self) -> bool:
-        """Whether the caches hold nothing that may be used."""
+        """Whether the caches hold no valid values."""
         return not any(self.full_at)
 
     def emptied(self, capacity: int | None) -> Stream:
-        """A stream in the memory of this one, whose recorded steps go on to serve."""
+        """A new stream without valid values in the memory of this one. Recorded steps remain usable."""
         return Stream(self.state, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
 
     def coefficients(self, time: float) -> list[list[float]]:
-        """The forecast coefficients of each part: its distance in full-step intervals; 1 after a full step."""
+        """The forecast coefficients (2, 2): for each part, its distance, and 1 if it had a full step."""
         return [[_forecast_distance(at, time), float(len(at) >= 1)] for at in self.full_at]
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
-        """Note that step `number` at `time` computed these parts."""
+        """Record that step `number` at `time` computed these parts anew."""
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
                 self.full_at[part.row] = [*self.full_at[part.row][-1:], time]
                 self.last_full[part.row] = number
 
     def invalidate(self) -> None:
-        """Trust none of the caches: a step was interrupted while it changed them."""
+        """Mark all caches as invalid, because a step was interrupted while it changed them."""
         self.full_at, self.last_full = [[], []], [-1, -1]
 
 
@@ -77,31 +78,33 @@ def _forecast_distance(full_at: Sequence[float], time: float) -> float:
 
 @dataclass
 class Generation:
-    """One generation: its streams, and where in time it stands."""
+    """One generation: its streams, and the timestep and step number that it has reached."""
 
     streams: OrderedDict[Hashable, Stream] = field(default_factory=OrderedDict)
     """The least recently used first."""
     timestep: Timestep | None = None
     direction: float = 0.0
+    """Its sign says whether the timestep grows or falls; 0 while that is not known."""
     number: int = -1
+    """Number of the current step, from 0; -1 before the first call."""
     calls: int = 0
     """Calls at the current timestep so far."""
     first_calls: int = 0
     """Calls at the first timestep."""
     largest: float = 0.0
-    """The largest step in time so far."""
+    """The largest change of the timestep between two steps so far."""
     dropped: set[Hashable] = field(default_factory=set)
-    """Streams that had to make room for others."""
+    """Names of streams whose caches were dropped for those of others."""
 
     def restarts_at(self, timestep: Timestep | None) -> bool:
-        """Whether a call at `timestep` belongs to a new generation: time jumps back, or far ahead."""
+        """Whether a call at `timestep` starts a new generation: the timestep jumps back, or far ahead."""
         if timestep is None or self.timestep is None or timestep == self.timestep:
             return False
         step = timestep[0] - self.timestep[0]
         return step * self.direction < 0 or (self.largest > 0 and abs(step) > _FAR * self.largest)
 
     def advance(self, timestep: Timestep | None) -> Hashable:
-        """Take note of a call at `timestep`; returns the key of its stream."""
+        """Register a call at `timestep`; returns the key of its stream."""
         if self.number < 0 or timestep is None or timestep != self.timestep:
             if timestep is not None and self.timestep is not None:
                 step = timestep[0] - self.timestep[0]
@@ -113,10 +116,10 @@ class Generation:
 
     @property
     def certain(self) -> bool:
-        """Whether streams can be told from repeated calls.
+        """Whether the streams of this step are known.
 
-        Several calls at the first timestep are streams, or a call tried and then made in earnest; after the next
-        step the number of calls tells, so that step computes all anew.
+        Several calls at the first timestep are several streams, or trial calls before the real one. The number of
+        calls at the second step shows which, so that step computes everything anew.
         """
         named = scope.in_scope() or scope.current_stream() is not None
         return named or self.number != 1 or self.first_calls == 1
@@ -124,7 +127,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a call stands: its stream, its step number, and its time."""
+    """The stream, step number and time of a call, and whether its stream is `certain` (Generation.certain)."""
 
     stream: Stream
     number: int
@@ -134,7 +137,7 @@ class Position:
 
 
 class Sessions:
-    """The generations under way at one input shape; what is unused for longest is dropped first."""
+    """The live generations at one input shape; the least recently used is dropped first."""
 
     def __init__(
         self, config: MoecaConfig, specs: Sequence[CacheSpec], parts: Set[Part], device: torch.device
@@ -142,19 +145,19 @@ class Sessions:
         self.config, self.specs, self.parts, self.device = config, specs, parts, device
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
         self.recycles = config.cuda_graphs and device.type == "cuda"
-        """Whether a stream is given the memory of one that has ended: recorded steps know it by its place."""
+        """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
-        """Streams of ended generations and their names, while there is room."""
+        """Streams of ended generations with their names, up to `max_generations` together with the live ones."""
         self.evicting_live_streams = False
-        """Whether a stream came back after its caches were dropped to make room: then they are never of use."""
+        """Whether a stream was called again after its caches had been dropped for those of others."""
         self.short_generations = 0
-        """How many generations in a row ended after a step or two: time that goes back and forth looks so."""
+        """How many generations in a row ended after one or two steps, as when the timestep goes back and forth."""
         self._lock = threading.RLock()
         scope.at_end(self)
 
     def enter(self, timestep: Timestep | None) -> Position:
         """The position of the call that is about to run."""
-        # An inference tensor cannot be changed outside inference mode, so the two never share caches.
+        # Inference tensors cannot be changed outside inference mode, so caches are not shared between the modes.
         key = (*scope.current_generation(), torch.is_inference_mode_enabled())
         with self._lock:
             generation = self.generations.get(key)
@@ -165,36 +168,36 @@ class Sessions:
                 generation = self.generations[key] = self._renewed(generation)
             self.generations.move_to_end(key)
             stream = self._stream(generation, generation.advance(timestep))
-            self._make_room()
+            self._drop_surplus()
         time = timestep[0] if timestep is not None else float(generation.number)
         return Position(stream, generation.number, time, generation, generation.certain)
 
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
             self.evicting_live_streams |= name in generation.dropped
-            generation.streams[name] = self._vacant(name)
+            generation.streams[name] = self._new_stream(name)
         generation.streams.move_to_end(name)
         return generation.streams[name]
 
-    def _vacant(self, name: Hashable) -> Stream:
-        """A stream whose caches hold nothing, if it can be in the memory of one that has ended, best of its name."""
+    def _new_stream(self, name: Hashable) -> Stream:
+        """A stream without valid values, in the memory of an ended one (preferably of that name) if there is any."""
         allocator = self._allocator()
         fitting = [
             (other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.allocated_by == allocator
         ]
         if not fitting:
             return Stream(self._allocate(), allocated_by=allocator)
-        alike, place = max(fitting)
-        stream = self.spare.pop(place)[1]
-        return stream.emptied(stream.capacity if alike else None)
+        same_name, index = max(fitting)
+        stream = self.spare.pop(index)[1]
+        return stream.emptied(stream.capacity if same_name else None)
 
     def _allocator(self) -> Hashable:
-        """Memory of one CUDA stream may be in use there when another one writes to it."""
+        """Inference mode and CUDA stream: one stream must not write to memory that another may still be using."""
         queue = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return torch.is_inference_mode_enabled(), queue
 
-    def _make_room(self) -> None:
-        """Keep no more than `max_generations` streams; the one in use is the last to go, spare ones go first."""
+    def _drop_surplus(self) -> None:
+        """Drop streams beyond `max_generations`: spare ones first, then the least recently used."""
         live = sum(len(g.streams) for g in self.generations.values())
         del self.spare[: max(0, live + len(self.spare) - self.config.max_generations)]
         while sum(len(g.streams) for g in self.generations.values()) > self.config.max_generations:
@@ -211,28 +214,29 @@ class Sessions:
         return RefreshPlan(any(due.attention for due in attention), any(due.experts for due in experts))
 
     def _since(self, position: Position, last: int) -> list[RefreshPlan]:
-        """What was due at the steps after `last`: a stream that was not called at one of them makes up for it."""
+        """What was due at each step after `last`, including steps at which this stream was not called."""
         if last < 0:
             return [EVERYTHING]
         numbers = range(last + 1, position.number + 1)
         return [parts_to_refresh(self.config, self.parts, number) for number in numbers]
 
-    def warn_if_of_no_use(self, notes: Notes) -> None:
-        """Warn where caches are hardly ever used, though steps are taken for those of generations."""
+    def warn_if_caches_unused(self, notes: Notes) -> None:
+        """Warn if generations are detected, but their caches are hardly ever used."""
         if self.evicting_live_streams:
             notes.warn(
-                "caches are dropped before they are used, so little is cached: more streams take turns than "
-                f"max_generations = {self.config.max_generations} has room for. Raise it, at the price of memory"
+                "caches were dropped before they were used again, because more streams alternate than "
+                f"max_generations = {self.config.max_generations} allows. So most steps are full steps. Raise "
+                "max_generations; each stream needs memory for its caches"
             )
         if self.short_generations >= _MANY_SHORT:
             notes.warn(
-                f"each of the last {_MANY_SHORT} generations ended after a step or two, since time went back or "
-                "jumped, so hardly anything is cached. If the sampler does that (churn, restarts), mark each "
-                "generation: with moeca_compile.generation(): ..."
+                f"each of the last {_MANY_SHORT} generations ended after one or two steps, because the timestep went "
+                "back or jumped. So most steps are full steps. If your sampler does that (churn, restarts), mark "
+                "each generation: with moeca_compile.generation(): ..."
             )
 
     def interrupted(self, position: Position) -> None:
-        """The call at `position` did not end: its caches are not to be used, and it may be made again."""
+        """The call at `position` raised: its caches are invalid, and it is not counted, as it may be repeated."""
         position.stream.invalidate()
         position.generation.calls -= 1
         position.generation.first_calls -= position.number == 0
@@ -253,7 +257,7 @@ class Sessions:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all caches, spare ones among them."""
+        """Bytes of all caches, including spare ones."""
         streams = [s for g in self.generations.values() for s in g.streams.values()]
         streams += [stream for _, stream in self.spare]
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
@@ -262,7 +266,7 @@ class Sessions:
         return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs}
 
     def _renewed(self, old: Generation | None) -> Generation:
-        """A new generation; its streams start with the capacities of the last one's, and with empty caches."""
+        """A new generation with the streams of the old one, their capacities, and no valid values."""
         fresh = Generation()
         for name, stream in (old.streams if old else {}).items():
             if self.recycles:

@@ -1,4 +1,4 @@
-"""What steps counted: how many ran of each kind, their layers' counters, and the FLOPs that follow."""
+"""Counters of the steps that ran: steps of each kind, counters of their MoE layers, and FLOPs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moeca_compile.plan import expected_branches
 
 @dataclass
 class Tally:
-    """Steps of one kind, and the sum of their counters (layers, COUNTERS)."""
+    """The number of steps of one kind, and the sum of their counters (layers, COUNTERS)."""
 
     steps: int = 0
     counts: Tensor | None = None
 
     def mean(self, counter: str) -> list[float]:
-        """A counter's mean a step, by layer."""
+        """The mean of a counter over the steps, for each layer."""
         if self.counts is None:
             return []
         column: list[float] = self.counts[:, COUNTERS.index(counter)].tolist()
@@ -31,13 +31,13 @@ class Tally:
 
 
 class Tallies:
-    """Tallies by kind of step. Nothing is read from the device until somebody asks."""
+    """Tallies by step kind. Counters stay on the device until a report reads them."""
 
     def __init__(self) -> None:
         self.by_kind: dict[StepKind, Tally] = {}
 
     def add(self, kind: StepKind, counts: Tensor | None) -> None:
-        """Count a step and what it counted."""
+        """Count a step, and add its counters (layers, COUNTERS)."""
         tally = self.by_kind.setdefault(kind, Tally())
         tally.steps += 1
         if counts is not None:
@@ -47,9 +47,9 @@ class Tallies:
         return self.by_kind.items()
 
     def flops(self, kind: StepKind, step: StepFunction | None, compiled: CompiledGraph) -> float:
-        """FLOPs of a step of this kind, with the branches that its steps recomputed on average.
+        """FLOPs of a step of this kind, with as many branches as its steps recomputed on average.
 
-        Counted on the traced step; where there is none, since it runs as an eager function, by the plan.
+        They are counted on the traced step. A step that runs without one (eagerly) is estimated by the plan.
         """
         tally = self.by_kind.get(kind, Tally())
         if isinstance(step, CompiledStep):
@@ -62,7 +62,7 @@ class Tallies:
 
 
 def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
-    """Branches of the layers with a variable k that a step of this kind runs whole."""
+    """The number of branches of each variable-k layer that a step of this kind runs as the model has it."""
     regions, config = compiled.regions, compiled.config
     cached = {replacement.node for replacement in compiled.plan.replacements if not kind.computes(replacement.part)}
     whole = [marker for marker in regions.bodies if marker not in cached]

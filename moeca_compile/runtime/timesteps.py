@@ -1,6 +1,7 @@
-"""The time of a call: the user's mark, else the input that is the timestep.
+"""The time of a call: the user's mark, or the input that is the timestep.
 
-Where a model embeds several scalars alike (a guidance scale beside the time), the calls tell which of them it is.
+Where a model embeds several inputs in the same way (a guidance scale and the timestep), they are *candidates*. The
+calls show which of them is the timestep.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from moeca_compile.notes import Notes
 from moeca_compile.runtime import scope
 
 Timestep = tuple[float, ...]
-"""The times of a call's samples, or the one time of all."""
+"""One time for each sample of a call, or one for all."""
 Move = tuple[int, bool]
-"""Which candidate changed, and whether it grew."""
+"""The index of the candidate that changed, and whether it grew."""
 
 _UNCLEAR = 3
-"""Calls at which all candidates for the timestep changed, before a warning says that nothing is cached."""
+"""After this many calls at which several candidates changed, warn that nothing is cached."""
 
 
 class TimestepReader:
@@ -33,7 +34,7 @@ class TimestepReader:
 
     @property
     def known(self) -> bool:
-        """Whether a call's time can be told before the call is looked at."""
+        """Whether the time of the next call will be known."""
         return self.input.found is not None or scope.current_time() is not None
 
     @property
@@ -45,18 +46,18 @@ class TimestepReader:
         marked = scope.current_time()
         if marked is not None:
             return (marked,)
-        time = self.input.read([partial(self.value, inputs[place]) for place in self.compiled.timesteps])
+        time = self.input.read([partial(self.value, inputs[i]) for i in self.compiled.timesteps])
         if time is None and self.input.unclear >= _UNCLEAR:
-            names = " and ".join(repr(self.compiled.captured.names[place]) for place in self.compiled.timesteps)
+            names = " and ".join(repr(self.compiled.captured.names[i]) for i in self.compiled.timesteps)
             self.notes.warn(
-                f"the inputs {names} are embedded like timesteps and change together, so nothing is cached: which of "
-                "them is the time cannot be told. Let only one of them change from step to step, or mark calls with "
-                "different values at one step with moeca_compile.stream(name)"
+                f"the inputs {names} are embedded like timesteps and change together, so the timestep is not known. "
+                "Nothing is cached: every step is a full step. Let only the timestep change from call to call, or "
+                "mark calls at one timestep that differ in the other input with moeca_compile.stream(name)"
             )
         return time
 
     def value(self, given: Any) -> Timestep:
-        """An input's numbers, read on the host: from an accelerator by one copy, for which the host waits."""
+        """The numbers of an input. If it is on an accelerator, the host waits for the device."""
         return tuple(given.detach().flatten().tolist()) if isinstance(given, Tensor) else (float(given),)
 
 
@@ -64,22 +65,22 @@ class TimestepInput:
     """Which of several candidates is the timestep: the one that moves twice in the same direction while the others
     stay constant.
 
-    Calls before that are not in any generation. The calls compared are those of one generation and stream, as far
-    as `scope` knows them.
+    Calls before that belong to no generation. Calls are compared within one generation and stream, as far as these
+    are marked (runtime.scope).
     """
 
     def __init__(self, candidates: int) -> None:
         self.found: int | None = 0 if candidates == 1 else None
         self.direction = 0.0
-        """1 or -1, as soon as the timestep was seen to go on."""
+        """1 or -1 once the timestep is found: whether it grows or falls."""
         self.unclear = 0
         """Calls so far at which several candidates changed."""
         self._last: dict[Hashable, tuple[Sequence[Timestep], Move | None]] = {}
 
     def read(self, candidates: Sequence[Callable[[], Timestep]]) -> Timestep | None:
-        """The timestep of a call; None while it is not known which of the candidates it is.
+        """The timestep of a call; None while it is not known which candidate it is.
 
-        Once it is known no other one is read: a value on an accelerator makes the host wait.
+        Once it is known, the other candidates are not read: on an accelerator each read makes the host wait.
         """
         if self.found is None:
             values = [candidate() for candidate in candidates]

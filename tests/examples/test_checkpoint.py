@@ -66,7 +66,7 @@ def test_the_shipped_classifier_knows_held_out_digits():
     assert agreement(load_classifier(), held_out.images, held_out.labels) > 0.97
 
 
-def test_the_shipped_model_draws_the_wished_digits_with_all_its_experts():
+def test_the_shipped_model_draws_the_requested_digits_with_all_its_experts():
     model, labels = load_model(), torch.arange(40) % 10
     with expert_load(model) as load:
         images = generate(model, labels, steps=10)

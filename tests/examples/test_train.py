@@ -11,7 +11,7 @@ SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
 def test_a_short_run_lowers_the_loss_and_repeats_with_its_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "DigitsDiT", lambda: DigitsDiT(SMALL))
     monkeypatch.setattr(train, "LOG_EVERY", 10)
-    monkeypatch.setattr(train, "JUDGED", 10)
+    monkeypatch.setattr(train, "EVALUATED", 10)
     for name in ("first", "again"):
         path = tmp_path / f"{name}.safetensors"
         train.main(["--steps", "40", "--batch", "16", "--device", "cpu", "--out", str(path)])

@@ -54,16 +54,16 @@ def regions_of(graph: Captured) -> Regions:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_right_rewrite_passes(graph, recipe):
-    engine, loop, told = prepared(graph, recipe=recipe)
-    assert told == []
+    engine, loop, warned = prepared(graph, recipe=recipe)
+    assert warned == []
     assert loop.compiled.regions.skipped == ()
     assert set(engine.notes.errors) == {"rewritten", "recomputed", "reused"}
     assert all(error < 1e-5 for error in engine.notes.errors.values())
 
 
 def test_without_validation_nothing_is_checked(graph):
-    engine, _, told = prepared(graph, validate=False)
-    assert told == []
+    engine, _, warned = prepared(graph, validate=False)
+    assert warned == []
     assert engine.notes.errors == {}
 
 
@@ -78,12 +78,12 @@ def test_a_region_that_is_wrong_is_named_and_the_others_stay(graph, model, monke
     regions = regions_of(graph)
     wrong = regions.feedforwards[1]
     wrong_at(monkeypatch, wrong.output)
-    engine, loop, told = prepared(graph, recipe=recipe)
+    engine, loop, warned = prepared(graph, recipe=recipe)
     (skipped,) = loop.compiled.regions.skipped
     assert (skipped.kind, skipped.name) == ("feedforward", wrong.name)
     assert "exceeds" in skipped.reason
-    assert len(told) == 1
-    assert wrong.name in told[0]
+    assert len(warned) == 1
+    assert wrong.name in warned[0]
     assert loop.compiled.regions.attentions == regions.attentions
     assert loop.compiled.regions.experts == regions.experts
     assert loop.compiled.regions.feedforwards == regions.feedforwards[:1]
@@ -97,9 +97,9 @@ def test_what_stays_is_computed_at_every_step(graph, model, monkeypatch):
     wrong_at(
         monkeypatch, *(r.output for r in regions.residuals), *(s.output for e in regions.experts for s in e.shared)
     )
-    engine, loop, told = prepared(graph, recipe="fora")
+    engine, loop, warned = prepared(graph, recipe="fora")
     assert not loop.compiled.caching
-    assert told
+    assert warned
     assert len(loop.compiled.regions.skipped) == 8
     for arguments in calls(model):
         (found,) = engine(*graph.arguments(**arguments))
@@ -116,11 +116,11 @@ def test_a_rewrite_that_raises_is_a_reason_too(graph, monkeypatch):
         evaluate(self, node)
 
     monkeypatch.setattr(Rows, "_evaluate", refuse)
-    _, loop, told = prepared(graph)
+    _, loop, warned = prepared(graph)
     (skipped,) = loop.compiled.regions.skipped
     assert skipped.name == stopped.name
     assert "a convolution has no token axis" in skipped.reason
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_rows_of_the_wrong_tokens_are_found(graph, monkeypatch):
@@ -133,16 +133,16 @@ def test_rows_of_the_wrong_tokens_are_found(graph, monkeypatch):
     monkeypatch.setattr(
         rows_module, "take_rows", lambda v, layout, chosen: (take if v.ndim == 3 else cut)(v, layout, chosen)
     )
-    _, loop, told = prepared(graph)
+    _, loop, warned = prepared(graph)
     assert {skipped.kind for skipped in loop.compiled.regions.skipped} == {"attention"}
-    assert len(loop.compiled.regions.skipped) == len(told) == 4
+    assert len(loop.compiled.regions.skipped) == len(warned) == 4
 
 
 def test_the_tolerance_is_the_users(graph):
-    _, loop, told = prepared(graph, tolerance=1e-30)
-    assert len(told) == len(loop.compiled.regions.skipped) > 0  # all but what is equal to the last bit
-    _, loop, told = prepared(graph, tolerance=0.5)
-    assert not told
+    _, loop, warned = prepared(graph, tolerance=1e-30)
+    assert len(warned) == len(loop.compiled.regions.skipped) > 0  # all but what is equal to the last bit
+    _, loop, warned = prepared(graph, tolerance=0.5)
+    assert not warned
     assert loop.compiled.caching
 
 
@@ -151,8 +151,8 @@ def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     monkeypatch.setattr(
         program, "compile_graph", lambda gm, inputs, on_code=None: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]]
     )
-    engine, loop, told = prepared(graph)
-    assert told == []
+    engine, loop, warned = prepared(graph)
+    assert warned == []
     with pytest.warns(UserWarning, match="Inductor"):
         for arguments in calls(model, 2):
             (found,) = engine(*graph.arguments(**arguments))

@@ -25,9 +25,9 @@ def test_any_sizes(tokens, slots, width, dtype, weight_dtype, forecast):
     torch.manual_seed(width)
     cache = torch.randn(2, tokens, slots, width).to(dtype)
     slope = torch.randn_like(cache) if forecast else None
-    ratio, weight = torch.tensor(0.7), torch.rand(2, tokens, slots).to(weight_dtype)
-    found = library.combine(cache, slope, ratio, weight)
-    terms = cache.double() + (ratio.double() * slope.double() if forecast else 0.0)
+    distance, weight = torch.tensor(0.7), torch.rand(2, tokens, slots).to(weight_dtype)
+    found = library.combine(cache, slope, distance, weight)
+    terms = cache.double() + (distance.double() * slope.double() if forecast else 0.0)
     parts = terms * weight.double()[..., None]
     sizes = (cache.double().abs() + (slope.double().abs() if forecast else 0.0)) * weight.double()[..., None]
     allowed = EPS[dtype] * parts.sum(-2).abs() + 4 * EPS[torch.float32] * sizes.sum(-2)
@@ -54,6 +54,6 @@ def test_what_has_no_kernel(cache):
 
 def test_operands_that_do_not_fit_are_left_alone():
     """The kernel would read past their end."""
-    cache, ratio = torch.zeros(3, 2, 4), torch.tensor(0.0)
-    assert library.combine(cache, None, ratio, torch.ones(4, 2)) is None
-    assert library.combine(cache, torch.zeros(2, 2, 4), ratio, torch.ones(3, 2)) is None
+    cache, distance = torch.zeros(3, 2, 4), torch.tensor(0.0)
+    assert library.combine(cache, None, distance, torch.ones(4, 2)) is None
+    assert library.combine(cache, torch.zeros(2, 2, 4), distance, torch.ones(3, 2)) is None

@@ -40,7 +40,7 @@ class Case:
     chosen: Tensor
     weight: Tensor
     slope: Tensor | None
-    ratio: Tensor
+    distance: Tensor
     parameters: list[Tensor]
     experts: int
     body: str = SWIGLU
@@ -77,7 +77,7 @@ def make_case(
         chosen=torch.rand(batch, tokens).argsort(-1)[:, :chosen],
         weight=torch.rand(batch, tokens, k),
         slope=torch.randn(batch, tokens, k, WIDTH) if slope else None,
-        ratio=torch.tensor(0.75 if slope else 0.0),
+        distance=torch.tensor(0.75 if slope else 0.0),
         parameters=swiglu_parameters(experts),
         experts=experts,
     )
@@ -101,8 +101,8 @@ def loop(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if not case.matched[b, c, q]:
             slope[place] = 0
         norms[b, c, q] = fresh.norm()
-        cache[place] = fresh - case.ratio * slope[place]
-    used = cache + case.ratio * slope
+        cache[place] = fresh - case.distance * slope[place]
+    used = cache + case.distance * slope
     output = torch.zeros_like(cache[:, :, 0])
     for b, n, q in torch.ones(cache.shape[:3]).nonzero().tolist():
         output[b, n] += case.weight[b, n, q] * used[b, n, q]

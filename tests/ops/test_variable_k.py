@@ -58,7 +58,7 @@ cases = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(cases, st.integers(0, 40))
 def test_all_branches_are_combined_and_the_first_are_cached(case: Case, slots: int):
-    out, pool, place, norms = torch.ops.moeca.variable_k_outputs(
+    out, pool, pool_row, norms = torch.ops.moeca.variable_k_outputs(
         [case.rows], case.routed, case.weight, case.parameters, case.body, WIDTH, slots
     )
     want = torch.zeros(len(case.rows), WIDTH)
@@ -66,39 +66,39 @@ def test_all_branches_are_combined_and_the_first_are_cached(case: Case, slots: i
         fresh = case.expert(branch)
         want[branch[0]] += case.weight[branch] * fresh
         cached = number < slots
-        assert place[branch] == (number + 1 if cached else 0)
+        assert pool_row[branch] == (number + 1 if cached else 0)
         torch.testing.assert_close(norms[branch], fresh.norm() if cached else torch.tensor(0.0))
         if cached:
             torch.testing.assert_close(pool[number], fresh)
     torch.testing.assert_close(out, want)
-    assert not place[~case.routed].any() and pool.shape == (slots, WIDTH)
+    assert not pool_row[~case.routed].any() and pool.shape == (slots, WIDTH)
 
 
-def refreshed_by_loop(case: Case, place, mask, pool, slope, ratio):
+def refreshed_by_loop(case: Case, pool_row, mask, pool, slope, distance):
     """As `refresh_variable_k`: branch by branch. Returns output and places; `pool` and `slope` are written."""
-    place = place.clone()
-    new = [branch for branch in branches_of(mask) if not place[branch]]
-    holders = {int(place[branch]): branch for branch in branches_of(place > 0)}
+    pool_row = pool_row.clone()
+    new = [branch for branch in branches_of(mask) if not pool_row[branch]]
+    holders = {int(pool_row[branch]): branch for branch in branches_of(pool_row > 0)}
     free = [row for row in range(1, len(pool) + 1) if row not in holders or not case.routed[holders[row]]]
     for branch, row in zip(new, free, strict=False):
         if row in holders:
-            place[holders[row]] = 0
-        place[branch] = row
+            pool_row[holders[row]] = 0
+        pool_row[branch] = row
         if slope is not None:
             slope[row - 1] = 0
     out = torch.zeros(len(case.rows), WIDTH)
     for branch in branches_of(case.routed):
-        row = int(place[branch]) - 1
+        row = int(pool_row[branch]) - 1
         if mask[branch] and row >= 0:
-            pool[row] = case.expert(branch) - (ratio * slope[row] if slope is not None else 0)
+            pool[row] = case.expert(branch) - (distance * slope[row] if slope is not None else 0)
         if mask[branch]:
             value = case.expert(branch)
         elif row >= 0:
-            value = pool[row] + (ratio * slope[row] if slope is not None else 0)
+            value = pool[row] + (distance * slope[row] if slope is not None else 0)
         else:
             continue
         out[branch[0]] += case.weight[branch] * value
-    return out, place
+    return out, pool_row
 
 
 @settings(max_examples=100, deadline=None)
@@ -107,21 +107,21 @@ def test_a_refresh_equals_the_loop_over_branches(case: Case, slots: int, forecas
     generator = torch.Generator().manual_seed(seed)
     before = torch.rand(case.routed.shape, generator=generator) < 0.5
     held = before.flatten().nonzero().squeeze(1)[:slots]
-    place = torch.zeros_like(case.routed, dtype=torch.int32)
+    pool_row = torch.zeros_like(case.routed, dtype=torch.int32)
     rows = torch.randperm(slots, generator=generator)[: len(held)] + 1
-    place.view(-1)[held] = rows.to(torch.int32)
-    mask = case.routed & ((torch.rand(case.routed.shape, generator=generator) < 0.5) | (place == 0))
+    pool_row.view(-1)[held] = rows.to(torch.int32)
+    mask = case.routed & ((torch.rand(case.routed.shape, generator=generator) < 0.5) | (pool_row == 0))
     pool = torch.randn(slots, WIDTH, generator=generator)
     slope = torch.randn(slots, WIDTH, generator=generator) if forecast else None
-    ratio = torch.tensor(0.5)
+    distance = torch.tensor(0.5)
     want_pool, want_slope = pool.clone(), slope.clone() if slope is not None else None
-    want, want_place = refreshed_by_loop(case, place, mask, want_pool, want_slope, ratio)
-    given_place = place.clone()
-    out, new_place, norms = torch.ops.moeca.refresh_variable_k(
-        pool, slope, [case.rows], place, case.routed, mask, case.weight, ratio, case.parameters, case.body
+    want, want_pool_row = refreshed_by_loop(case, pool_row, mask, want_pool, want_slope, distance)
+    given_pool_row = pool_row.clone()
+    out, new_pool_row, norms = torch.ops.moeca.refresh_variable_k(
+        pool, slope, [case.rows], pool_row, case.routed, mask, case.weight, distance, case.parameters, case.body
     )
-    assert torch.equal(place, given_place)
-    assert torch.equal(new_place, want_place)
+    assert torch.equal(pool_row, given_pool_row)
+    assert torch.equal(new_pool_row, want_pool_row)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(pool, want_pool)
     if slope is not None:
@@ -144,11 +144,11 @@ def test_low_precision_sums_are_taken_in_float32(dtype):
 
 def test_fakes_agree_with_the_ops():
     case = make_case(5, 3, 0.5, seed=1)
-    ratio, place = torch.tensor(1.0), torch.zeros(5, 3, dtype=torch.int32)
+    distance, pool_row = torch.tensor(1.0), torch.zeros(5, 3, dtype=torch.int32)
     arguments = ([case.rows], case.routed, case.weight, case.parameters, case.body, WIDTH, 4)
     torch.library.opcheck(torch.ops.moeca.variable_k_outputs.default, arguments, test_utils="test_faketensor")
     pool, slope = torch.zeros(4, WIDTH), torch.zeros(4, WIDTH)
-    arguments = (pool, slope, [case.rows], place, case.routed, case.routed, case.weight, ratio)
+    arguments = (pool, slope, [case.rows], pool_row, case.routed, case.routed, case.weight, distance)
     torch.library.opcheck(
         torch.ops.moeca.refresh_variable_k.default,
         (*arguments, case.parameters, case.body),

@@ -1,1 +1,1 @@
-"""C++ kernels for what PyTorch's CPU ops do slowly: products with few rows, one after the other."""
+"""C++ kernels for what PyTorch's CPU ops do slowly: grouped products with few rows, and sums over branches."""

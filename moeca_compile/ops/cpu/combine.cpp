@@ -1,9 +1,9 @@
-// out[t] = sum over slots j of weight[t, j] * (cache[t, j] + ratio * slope[t, j]), rows of `width` values, in one pass.
-// Sums are taken in float32 and rounded once.
+// out[t] = sum over slots j of weight[t, j] * (cache[t, j] + distance * slope[t, j]), for rows of `width` values.
+// Cache and slope are read once. Sums are in float32 and rounded once.
 #include <cstdint>
 #include <cstring>
 
-constexpr int LANES = 16;  // the compiler takes it apart where vectors are shorter
+constexpr int LANES = 16;  // the compiler splits it on CPUs with shorter vectors
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -25,7 +25,7 @@ struct BFloat16 {
     std::memcpy(&halves, from, 2 * count);
     return (Vector)(__builtin_convertvector(halves, Bits) << 16);
   }
-  static inline void store(value* to, Vector x, int64_t count) {  // to nearest, ties to even; no number stays none
+  static inline void store(value* to, Vector x, int64_t count) {  // to nearest, ties to even; NaN stays NaN
     const Bits bits = (Bits)x, nan = (Bits)(x != x);
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
@@ -34,37 +34,37 @@ struct BFloat16 {
 };
 
 template <class T>
-static inline void piece(const typename T::value* cache, const typename T::value* slope, const float* weight, float ratio,
-                         int64_t slots, int64_t width, int64_t count, typename T::value* out) {
+static inline void piece(const typename T::value* cache, const typename T::value* slope, const float* weight,
+                         float distance, int64_t slots, int64_t width, int64_t count, typename T::value* out) {
   Vector sum = {};
   for (int64_t j = 0; j < slots; ++j) {
     Vector x = T::load(cache + j * width, count);
-    if (slope) x += ratio * T::load(slope + j * width, count);
+    if (slope) x += distance * T::load(slope + j * width, count);
     sum += weight[j] * x;
   }
   T::store(out, sum, count);
 }
 
 template <class T>
-static void combine(const typename T::value* cache, const typename T::value* slope, const float* weight, float ratio,
-                    int64_t tokens, int64_t slots, int64_t width, typename T::value* out, int threads) {
+static void combine(const typename T::value* cache, const typename T::value* slope, const float* weight,
+                    float distance, int64_t tokens, int64_t slots, int64_t width, typename T::value* out, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t start = t * slots * width;
     int64_t d = 0;
     for (; d + LANES <= width; d += LANES)
-      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, ratio, slots, width, LANES,
-               out + t * width + d);
+      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, distance, slots, width,
+               LANES, out + t * width + d);
     if (d < width)
-      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, ratio, slots, width, width - d,
-               out + t * width + d);
+      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, distance, slots, width,
+               width - d, out + t * width + d);
   }
 }
 
 #define ENTRY(NAME, T)                                                                                                 \
-  extern "C" void NAME(const void* cache, const void* slope, const void* weight, float ratio, int64_t tokens,          \
+  extern "C" void NAME(const void* cache, const void* slope, const void* weight, float distance, int64_t tokens,       \
                        int64_t slots, int64_t width, void* out, int threads) {                                         \
-    combine<T>((const T::value*)cache, (const T::value*)slope, (const float*)weight, ratio, tokens, slots, width,      \
+    combine<T>((const T::value*)cache, (const T::value*)slope, (const float*)weight, distance, tokens, slots, width,   \
                (T::value*)out, threads);                                                                               \
   }
 

@@ -1,17 +1,17 @@
 // out[r, n] = sum over k of x[r, k] * weight_g[n, k] + bias_g[n], for the rows r of each group g.
 //
-// Weights are read as they lie and are never packed: with few rows they are nearly all that is read. Two ways of
-// filling a vector, both with their sums held in registers:
-//  - whole tiles of rows: rows are lanes. The tile is packed with its rows side by side, and each weight, broadcast,
-//    is multiplied with all of them.
-//  - the rows left over, which would leave lanes empty: terms are lanes, and the lanes are added up at the end.
+// Weights are read in place and never packed: with few rows, reading them takes most of the time. Vectors are filled in
+// two ways, and both keep their sums in registers:
+//  - Full tiles of rows: a lane is a row. The tile is packed with its rows side by side, and each weight is broadcast
+//    and multiplied with all of them.
+//  - Left-over rows, which would leave lanes empty: a lane is a term, and the lanes are added up at the end.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#pragma GCC optimize("fp-contract=fast")  // Inductor's flags forbid to join a product and a sum
+#pragma GCC optimize("fp-contract=fast")  // Inductor's flags forbid fused multiply-adds
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -21,15 +21,15 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int OUT = 8;      // outputs of a tile's block: enough to hide the latency of a multiply-add
-constexpr int FEW_OUT = 4;  // outputs of a block of left-over rows, and its rows: as many sums as fit in registers
+constexpr int FEW_OUT = 4;  // outputs and rows of a block of left-over rows: as many sums as fit in registers
 constexpr int FEW_ROWS = LANES == 16 ? 6 : 3;
 constexpr int LEFT_OVER = LANES * 3 / 4;  // with more rows than these a tile with empty lanes is faster
-constexpr int TASK = 64;    // outputs of a task: their weights stay in the second-level cache over a group's rows
-constexpr int AHEAD = 16;   // terms between two prefetches of the next block, a line each, into the second-level cache
+constexpr int TASK = 64;    // outputs of a task: their weights stay in the L2 cache for all rows of a group
+constexpr int AHEAD = 16;   // terms between two prefetches of the next block, one cache line each, into L2
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
-// A term is what one multiply-add takes of a row, four bytes: one float, or a pair of bfloat16.
+// A term is what one multiply-add reads of a row: four bytes, one float or a pair of bfloat16.
 struct Float32 {
   typedef float value;
   typedef float term;
@@ -138,7 +138,7 @@ template <class T> struct Product {
 
   int64_t rows(int64_t group) const { return offsets[group + 1] - offsets[group]; }
 
-  // How many of a group's rows, its first ones, are taken in tiles.
+  // How many of a group's rows, counted from its first, are computed in tiles.
   int64_t tiled(int64_t group) const {
     const int64_t left = rows(group) % LANES;
     return left > LEFT_OVER ? rows(group) : rows(group) - left;
@@ -147,7 +147,7 @@ template <class T> struct Product {
   const term* row(int64_t group, int64_t at) const { return (const term*)x + (offsets[group] + at) * terms; }
   const term* weight(int64_t group, int64_t output) const { return (const term*)weights[group] + output * terms; }
 
-  // Packed rows of a group begin behind room for those of the groups before it, and for the empty lanes of each.
+  // Where a group's packed rows begin: after those of all earlier groups, with LANES spare rows for each.
   term* tile(int64_t group, int64_t at) const { return packed + (offsets[group] + at + group * LANES) * terms; }
 
   void pack(int64_t group) const {
@@ -181,7 +181,7 @@ template <class T> struct Product {
 
   template <int N> void multiply_left_over(int64_t group, int64_t output) const {
     const int64_t first = tiled(group), left = rows(group) - first, parts = (left + FEW_ROWS - 1) / FEW_ROWS;
-    for (int64_t part = 0; part < parts; ++part) {  // of as equal sizes as can be
+    for (int64_t part = 0; part < parts; ++part) {  // of nearly equal sizes
       const int64_t begin = left * part / parts, end = left * (part + 1) / parts;
       multiply_few<N>(group, first + begin, end - begin, output);
     }

@@ -1,4 +1,4 @@
-"""The C++ kernels as functions of tensors, compiled for this machine when first needed (a second each, cached)."""
+"""The C++ kernels as functions of tensors. They are compiled at first use (a second each) and cached on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ARGUMENTS = {
 
 @cache
 def library(source: str) -> CDLL | None:
-    """The compiled kernels of a source beside this file; None, after a warning, where no compiler builds them."""
+    """The compiled kernels of `source`.cpp beside this file; None, after a warning, if they do not compile."""
     try:
         return compile_cpp((Path(__file__).parent / f"{source}.cpp").read_text())
     except Exception as error:  # a compiler can be missing or fail in any way
@@ -34,14 +34,14 @@ def library(source: str) -> CDLL | None:
 @cache
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"moeca: the C++ kernels could not be compiled ({reason}), so PyTorch's own ops stand in and are "
-        "slower where rows are few. The kernels need a C++ compiler, as Inductor does (apt install g++).",
+        f"moeca: the C++ kernels could not be compiled ({reason}). PyTorch's own ops run instead, which are slower "
+        "for products with few rows. Install a C++ compiler, which Inductor needs too (apt install g++).",
         stacklevel=3,
     )
 
 
 def _kernel(source: str, dtype: torch.dtype) -> Any:
-    """The function of a source for a dtype, None where there is none."""
+    """The function of `source` for a dtype; None where there is none."""
     function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None) if dtype in _NAMES else None
     if function is not None and function.argtypes is None:
         function.argtypes = _ARGUMENTS[source]
@@ -49,7 +49,7 @@ def _kernel(source: str, dtype: torch.dtype) -> Any:
 
 
 def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> bool:
-    """Whether `grouped_linear` can run on these: on CPU, contiguous, in one dtype that the kernels know."""
+    """Whether `grouped_linear` can run on these: on CPU, contiguous, and all in one supported dtype."""
     dtype, (outputs, inputs) = rows.dtype, weights[0].shape
     if rows.device.type != "cpu" or dtype not in _NAMES or (dtype is torch.bfloat16 and inputs % 2):
         return False
@@ -63,11 +63,12 @@ def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | No
 def grouped_linear(
     rows: Tensor, offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """A linear layer of its own for each group of rows; sums are taken in float32.
+    """Apply a separate linear layer to each group of rows, with sums in float32. `takes` must hold.
 
     Args:
-        rows: (R, K), sorted by group; offsets: (G + 1,) int64, where the groups begin, and R.
-        weights: G tensors (N, K); biases: G tensors (N), or None. `takes` must hold for them.
+        rows: (R, K), sorted by group.
+        offsets: (G + 1,) int64, where the groups begin; the last is R.
+        weights: G tensors (N, K); biases: G tensors (N,), or None.
 
     Returns:
         (R, N).
@@ -96,15 +97,15 @@ def _pointers(tensors: Sequence[Tensor]) -> object:
     return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) -> Tensor | None:
-    """Sum over slots of weight * (cached output + ratio * slope), taken in float32 and rounded once.
+def combine(cache: Tensor, slope: Tensor | None, distance: Tensor, weight: Tensor) -> Tensor | None:
+    """Sum over slots of weight * (cached output + distance * slope), in float32 and rounded once (paper, eq. 8).
 
     Args:
-        cache, slope: (..., k, width), of one dtype; ratio: a scalar; weight: (..., k).
+        cache, slope: (..., k, width), of one dtype; distance: a scalar; weight: (..., k).
 
     Returns:
-        (..., width) in the dtype of the cache; None where these do not fit, are not on CPU, not
-        contiguous or of another dtype.
+        (..., width) in the dtype of the cache; None where the kernel cannot run: tensors that are not contiguous, not
+        on CPU, of other dtypes, or of shapes that do not match.
     """
     read = [value for value in (cache, slope) if value is not None]
     known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is cache.dtype for v in read)
@@ -119,7 +120,7 @@ def combine(cache: Tensor, slope: Tensor | None, ratio: Tensor, weight: Tensor) 
         cache.data_ptr(),
         slope.data_ptr() if slope is not None else None,
         weight.data_ptr(),
-        float(ratio),
+        float(distance),
         weight.numel() // slots,
         slots,
         width,

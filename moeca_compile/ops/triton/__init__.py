@@ -1,21 +1,21 @@
-"""The ops' implementation on CUDA: Triton kernels that never ask the host anything.
+"""The ops on CUDA: Triton kernels that never make the host wait for the device.
 
-The ATen functions of `ops.fixed_k`, `ops.attention` and `ops.variable_k` are the reference, and what runs on every
-other device. Here counts and offsets stay on the device and all buffers have the capacity that the shapes give, so
-that a step could be captured as one CUDA graph. docs/gpu-kernels.md has the design and its floors.
+The ATen functions of `ops.fixed_k`, `ops.attention` and `ops.variable_k` are their reference, and run on all other
+devices. Here, counts and offsets stay on the device, and buffers have the largest size that the shapes allow, so that
+a step can be recorded as one CUDA graph. docs/gpu-kernels.md explains the design.
 
-    compaction   which branches run, sorted by expert
-    grouped      each expert's rows by its own weight, in one launch, with activation and gating
-    rows         what is written where a mask says so, with the norms of recomputed branches
+    compaction   the branches of a mask, sorted by expert
+    grouped      grouped products with activation and gating: each expert's rows by its own weight, in one launch
+    rows         writes rows where a mask says so, and computes the norms of recomputed branches
     combine      weighted sums over a token's branches
-    body_plan    what of an expert's body a grouped product takes in; body_run is the provider of such plans
+    body_plan    finds the ops of an expert's body that a grouped product absorbs; body_run runs such plans
     fixed_k, variable_k, attention   the ops
-    fallback     the ATen functions, where the kernels cannot run a body
+    fallback     runs the ATen functions where the kernels cannot run a body
 
-Routing, matching, scores and thresholds are no ops of ours: they are pointwise work and small reductions of static
-shape, which Inductor fuses into a kernel or two, and a kernel of ours would only stand in the way of that.
+Routing, matching, scores and thresholds have no kernels: they are pointwise ops and small reductions of static shape,
+which Inductor fuses into one or two kernels with their surroundings.
 
-The package is optional: without Triton, or with a torch that has no CUDA, nothing here is imported but `register`.
+Without Triton, or with a torch built without CUDA, nothing of this package is imported but this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def available() -> bool:
 
 
 def register(library: torch.library.Library) -> None:
-    """Give the package's ops their implementation on CUDA."""
+    """Register the kernels as the CUDA implementation of the ops."""
     from moeca_compile.ops.triton import attention, fixed_k, variable_k
 
     for op in (
@@ -51,7 +51,7 @@ def register(library: torch.library.Library) -> None:
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the device of the first argument, whichever is the current one, as ATen's ops do."""
+    """Launch on the device of the first argument, like ATen ops, and not on the current device."""
 
     @wraps(op)
     def run(*args: Any) -> Any:
@@ -65,10 +65,9 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 def why_not(
     device: torch.device, body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], experts: int
 ) -> str | None:
-    """Why experts of this body run by the ATen functions, which wait for the device at every step.
+    """Why experts with this body run by the ATen functions, which make the host wait for the device at every step.
 
-    None on a CPU, where nothing waits, and where kernels run them. Needs shapes, strides and dtypes only, so it can
-    be asked of fake tensors when a graph is planned.
+    None if kernels can run them, and on a CPU. Only shapes, strides and dtypes are read, so tensors may be fake.
     """
     if device.type == "cpu":
         return None

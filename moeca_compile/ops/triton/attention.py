@@ -1,9 +1,9 @@
-"""`attend_rows` by a kernel (ops.attention has its contract).
+"""`attend_rows` on CUDA (the reference is in ops.attention).
 
-The write is a kernel of ours, since without one it needs the valid rows' numbers on the host. The attention is
-torch's: chosen queries against all keys are a dense problem of static shape, for which SDPA has the device's best
-kernels, and it takes every mask and head layout that a model may use. Queries of tokens that are not valid are
-computed in vain: a kernel of ours could skip them, but would have to match FlashAttention on all the others.
+A kernel writes keys and values, because ATen ops would need the indices of the valid rows on the host. Attention
+itself is torch's SDPA: chosen queries against all keys are a dense problem of static shape, for which SDPA has the
+best kernels with every mask and head layout. Queries of invalid tokens are computed in vain. A kernel could skip
+them, but would have to match FlashAttention on all others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Block sizes of the grouped product: a small static table, so that no step ever waits for a measurement."""
+"""Block sizes of the grouped product: a small static table, so that no step spends time on autotuning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Blocks:
-    """One program computes `rows` x `columns` outputs, `depth` products at a time, in `stages` buffers."""
+    """One program computes `rows` x `columns` outputs in slices of `depth` inputs, with `stages` buffered slices."""
 
     rows: int
     columns: int
@@ -18,7 +18,7 @@ class Blocks:
     stages: int
 
     def narrowed(self) -> Blocks:
-        """For weights whose rows begin anywhere: they come through registers, which hold no more than this."""
+        """For weights with unaligned rows, which are loaded through registers: these have room for no more."""
         return replace(self, rows=min(self.rows, 32), depth=16, stages=2)
 
 
@@ -33,13 +33,13 @@ _FULL = (
     (64, Blocks(32, 32, 32, 4, 3)),
     (None, Blocks(64, 64, 32, 8, 3)),
 )
-"""(rows an expert at most, blocks). Few rows: weights are what is read, so small blocks in many programs and deep
-ones in flight. Many rows: products are what counts, so large blocks that use each weight often. A gated product has
-two accumulators and reads two weights, hence no more than 64 columns."""
+"""(largest number of rows an expert, blocks). With few rows, reading the weights takes the time: many programs with
+small, deep blocks keep many loads in flight. With many rows, multiplying takes the time: large blocks use each loaded
+weight often. A gated product has two accumulators and two weights, so blocks have at most 64 columns."""
 
 
 def blocks_for(dtype: torch.dtype, places: int, experts: int) -> Blocks:
-    """The table's entry for the rows that an expert gets if all places run and the experts share them evenly."""
+    """The table's entry if all places run and are spread evenly over the experts."""
     share = places // experts
     table = _FULL if dtype == torch.float32 else _HALF
     return next(blocks for most, blocks in table if most is None or share <= most)

@@ -1,12 +1,13 @@
-"""Plan an expert's body for kernels: as `ops.body_plan` does, with more in a product and less beside it.
+"""Plan an expert's body for kernels: as in `ops.body_plan`, but products absorb activations and gating.
 
-    act(x @ G.T) * (x @ U.T)   one gated product; G and U two weights, or halves of one in either order
+    act(x @ G.T) * (x @ U.T)   one gated product; G and U are two weights, or halves of one in either order
     act(x @ W.T + b)           one product
     x @ W.T + b, x @ W         one product
-    any other op on rows       as it is; parameters that it reads are taken row by row, so it is pointwise or a norm
-    any op on parameters       for each expert; views cost nothing
+    any other op on rows       the op itself; if it reads parameters, it must be pointwise or a norm, since each row
+                               takes those of its expert
+    any op on parameters       the op itself, once for each expert; views cost nothing
 
-So SwiGLU, and an MLP under GELU, are two kernels and nothing else. What cannot be said so raises UnsupportedError.
+SwiGLU, and an MLP with GELU, are two kernels and nothing else. Any other body raises UnsupportedError.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from moeca_compile.ops.unsupported import UnsupportedError
 aten = torch.ops.aten
 
 _SAME_ROWS = VIEWS | COPIES | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default}
-"""Ops past which a row may still be one row of the same values: other dims, or another place in memory."""
+"""Ops that may leave each row one row of the same values, with other dims or in other memory."""
 
 
 def kernel_plan(body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], experts: int) -> BodyPlan:
-    """The plan of a registered body for these rows and parameters (expert-major). Raises UnsupportedError."""
+    """The plan of a registered body for `rows` each (T, ...) and expert-major parameters. Raises UnsupportedError."""
     return plan_for(body, rows, parameters[: len(parameters) // experts], KernelPlanner)
 
 
 class KernelPlanner(Planner):
-    """What `ops.triton.body_run` can run."""
+    """Plans what `ops.triton.body_run` can run."""
 
     def product(self, node: fx.Node) -> GroupedProduct | None:
-        """The grouped product that gives `node`, with as much around it as one kernel computes."""
+        """The grouped product that computes `node`, with the activation and gating around it; or None."""
         node_ = self.without_views(node)
         if node_.target is aten.mul.Tensor:
             left, right = node_.args
             return self.gated(node, left, right)
         kind, inside = activation_of(node_)
         if kind == NONE and self.slice(inside) is not None:
-            return None  # the slices of one product are views of it
+            return None  # slices of one product stay views of it
         part = self.part(inside)
         return GroupedProduct(node, (part,), kind) if part is not None else None
 
@@ -62,15 +63,16 @@ class KernelPlanner(Planner):
         return None
 
     def alike(self, one: LinearSlice, other: LinearSlice) -> bool:
-        """Whether one kernel can read both: the same rows, and weights that lie alike."""
+        """Whether one kernel can compute both: same rows, and weights of the same shape and strides."""
         same = (one.rows, one.transposed, one.stop - one.start, one.bias is None)
-        lie = [self.values[part.weight].stride() for part in (one, other)]
+        strides = [self.values[part.weight].stride() for part in (one, other)]
         return (
-            same == (other.rows, other.transposed, other.stop - other.start, other.bias is None) and lie[0] == lie[1]
+            same == (other.rows, other.transposed, other.stop - other.start, other.bias is None)
+            and strides[0] == strides[1]
         )
 
     def part(self, node: fx.Node) -> LinearSlice | None:
-        """The product that `node` is, or is a slice of."""
+        """`node` as a product, or as a slice of one; None if it is neither."""
         node = self.without_views(node)
         cut = self.slice(node)
         if cut is None:
@@ -80,7 +82,7 @@ class KernelPlanner(Planner):
         return None if part is None else replace(part, start=part.start + cut[1], stop=part.start + cut[2])
 
     def slice(self, node: fx.Node) -> tuple[fx.Node, int, int] | None:
-        """(whole, start, stop) where `node` is a range of the last dim of another."""
+        """(whole, start, stop) if `node` is whole[..., start:stop]; else None."""
         arguments: Any = node.args
         if node.target is aten.slice.Tensor and len(node.args) == 4 and not node.kwargs:
             whole, dim, start, stop = arguments
@@ -99,7 +101,7 @@ class KernelPlanner(Planner):
         return None
 
     def without_views(self, node: fx.Node) -> fx.Node:
-        """Where `node` comes from, past views that leave every row one row of the same values."""
+        """The node before all views through which each row remains one row of the same values."""
         while node.target in _SAME_ROWS and node in self.by_row:
             source: Any = node.args[0]
             shapes = [self.values[n].shape for n in (node, source)]
@@ -120,10 +122,10 @@ class KernelPlanner(Planner):
                 names = ", ".join(str(value.dtype).removeprefix("torch.") for value in (x, *read))
                 raise UnsupportedError(f"a product in an expert's body has operands in {names}")
             if part.bias is not None and read[1].stride(0) != 1:
-                raise UnsupportedError("a bias in an expert's body is no contiguous vector")
+                raise UnsupportedError("a bias in an expert's body is not a contiguous vector")
 
     def check_parameter(self, node: fx.Node, source: fx.Node) -> None:
-        """An expert's parameter in an op on rows has to be one value for each row."""
+        """An op on rows must be able to take an expert's parameter as one value for each row."""
         name = name_of(node)
         if node.target in NORMS:
             return
@@ -138,7 +140,7 @@ _ACTIVATIONS = {aten.relu.default: RELU, aten.silu.default: SILU, aten.gelu.defa
 
 
 def activation_of(node: fx.Node) -> tuple[str, fx.Node]:
-    """(name, what it is applied to) of an activation; (NONE, node) of anything else."""
+    """(name, input) of an activation; (NONE, node) for anything else."""
     name = next((name for target, name in _ACTIVATIONS.items() if node.target is target), None)
     if name is None:
         return NONE, node

@@ -1,4 +1,4 @@
-"""Run a planned body by kernels, on the sorted branches of all experts."""
+"""Run a planned body by kernels, on the branches of all experts, sorted by expert."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ aten = torch.ops.aten
 def run_body(
     plan: BodyPlan, rows: Sequence[Tensor], branches: SortedBranches, parameters: Sequence[Tensor], scatter: bool
 ) -> Tensor:
-    """Outputs (M, width) of all branches, by place where `scatter`, else by position.
+    """Outputs (M, width) of all branches, by place if `scatter`, else by position (ops.triton.compaction).
 
     Args:
-        plan: of the body, for these shapes (ops.triton.body_plan).
-        rows: what enters the experts, each (T, ...).
+        plan: the body's plan for these shapes (ops.triton.body_plan).
+        rows: inputs of the experts, each (T, ...).
+        branches: which of them run.
         parameters: expert-major, E * P tensors.
+        scatter: whether to write outputs by place.
 
-    Rows of places and positions that do not run have no meaning. Raises UnsupportedError, before anything has run,
-    where the parameters do not lie as the plan assumes.
+    Rows of places and positions that do not run are undefined. Raises UnsupportedError, before anything runs, if the
+    experts' parameters differ in shape, strides or dtype.
     """
     values = _ByPosition(dict(zip(plan.rows, rows, strict=True)), branches)
     weights = weights_of(plan, parameters, branches.experts)
@@ -42,7 +44,7 @@ def run_body(
 
 
 def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[LinearSlice, Weight]:
-    """The weights of all the plan's products, wherever the parameters are. Raises UnsupportedError."""
+    """The weights of all products of the plan, read at the parameters' addresses. Raises UnsupportedError."""
     slices = [each for step in plan.steps if isinstance(step, GroupedProduct) for each in step.slices]
 
     def build() -> tuple[tuple[Operand, ...], bool]:
@@ -57,13 +59,13 @@ def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> di
 
 
 def _narrowed(linear: LinearSlice, node: fx.Node, values: dict[fx.Node, list[Tensor]]) -> list[Tensor]:
-    """Each expert's weight or bias of the slice's outputs."""
+    """Each expert's weight or bias, narrowed to the outputs of the slice."""
     dim = 1 if linear.transposed and node is linear.weight else 0
     return [value.narrow(dim, linear.start, linear.stop - linear.start) for value in values[node]]
 
 
 class _ByPosition(Values):
-    """Values of the rows by position; those that enter are gathered when first asked for."""
+    """Values by position. Inputs of the body are gathered when first read."""
 
     def __init__(self, given: dict[fx.Node, Tensor], branches: SortedBranches) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class _ByPosition(Values):
 
 @dataclass
 class _Kernels:
-    """The grouped product, and parameters taken row by row."""
+    """Runs products by `grouped_product`, and other ops with each row's parameters gathered."""
 
     plan: BodyPlan
     branches: SortedBranches
@@ -110,7 +112,7 @@ class _Kernels:
         return out
 
     def _by_row(self, node: fx.Node, dims: int) -> Tensor:
-        """An expert's parameter for each position: (M, 1, ..., *shape) of `dims` dims."""
+        """For each position the parameter of its expert: (M, 1, ..., *shape) with `dims` dims."""
         if self.of_experts is None:
             self.of_experts = parameter_values(self.plan, by_expert(self.parameters, self.branches.experts))
         value = torch.stack(self.of_experts[node]).index_select(0, self.branches.expert())
@@ -122,12 +124,12 @@ class _Kernels:
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """layer_norm with a weight and a bias for each row; rounded once, like the op itself."""
+    """layer_norm with a weight and a bias for each row, rounded once like the op itself."""
     return _scaled(F.layer_norm(_widened(x), shape, eps=eps), weight, bias, x.dtype)
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """rms_norm with a weight for each row. Which epsilon stands for none depends on the dtype of what it is given."""
+    """rms_norm with a weight for each row. The default of eps depends on the dtype of x, so x is not widened then."""
     return _scaled(F.rms_norm(x if eps is None else _widened(x), shape, eps=eps), weight, None, x.dtype)
 
 

@@ -1,7 +1,8 @@
-"""Which branches run, sorted by expert: counts and offsets stay on the device.
+"""Sort the branches that run by expert, without the host: counts and offsets stay on the device.
 
-A branch has a *place*, its flat number among all (row, slot) places; a place's row is place // k. The capacity is the
-number of places, whatever the mask: buffers are static, and what runs over them stops at `ends`.
+The *place* of a branch is its flat index in (rows, k), so its row is place // k. Its *position* is its index in
+sorted order. All buffers have one entry for each place, whatever the mask, so shapes are static; kernels stop at
+`ends`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK = 2048
-"""Places read at a time: 16 a thread in a block of 128, the most before the scan spills registers."""
+"""Places that a program reads at a time: 16 a thread in a block of 128. With more, the scan spills registers."""
 
 
 @dataclass(frozen=True)
 class SortedBranches:
-    """The branches of a mask, in order of their experts and, within one, of their places.
+    """The branches of a mask, sorted by expert, then by place.
 
     Attributes:
-        order: (M,) int32, the place at each position; 0 from the total on.
+        order: (M,) int32, the place at each position; 0 at positions past the last branch.
         position: (M,) int32, the position of each place; -1 where the mask is false.
-        ends: (E,) int32, where each expert's positions end; the last is the total.
+        ends: (E,) int32, where each expert's positions end; the last is the number of branches that run.
         k: places a row.
     """
 
@@ -42,19 +43,19 @@ class SortedBranches:
         return self.ends.numel()
 
     def rows(self) -> Tensor:
-        """(M,) int64 row of each position; that of place 0 from the total on."""
+        """(M,) int64, the row of each position; that of place 0 past the last branch."""
         return self.order.long() // self.k
 
     def expert(self) -> Tensor:
-        """(M,) int64 expert of each position; the last one from the total on."""
+        """(M,) int64, the expert of each position; the last expert past the last branch."""
         positions = torch.arange(self.capacity, device=self.order.device, dtype=torch.int32)
         return torch.searchsorted(self.ends, positions, right=True).clamp_max(self.experts - 1)
 
 
 @triton.jit
 def sort_kernel(
-    index: tl.tensor,  # (M,) expert ids, or None: an expert is a place's slot
-    mask: tl.tensor,  # (M,) bool, or None: all
+    index: tl.tensor,  # (M,) expert ids; None if a place's slot is its expert
+    mask: tl.tensor,  # (M,) bool; None if all places run
     order: tl.tensor,
     position: tl.tensor,
     ends: tl.tensor,
@@ -62,10 +63,10 @@ def sort_kernel(
     experts: tl.tensor,
     CHUNK: tl.constexpr,
 ) -> None:
-    """A counting sort in which program e places the branches of expert e.
+    """A counting sort: program e finds the positions of the branches of expert e.
 
-    It counts those of the experts before it and its own, and then gives its own their positions in a second read.
-    Stable, without atomics: two reads of the ids by each expert, which stay in the L2 cache.
+    A first pass over all ids counts the branches of earlier experts and its own, a second one assigns positions to
+    its own. It is stable and needs no atomics. The ids stay in the L2 cache between passes.
     """
     expert = tl.program_id(0)
     before = tl.zeros([CHUNK], tl.int32)
@@ -88,14 +89,14 @@ def sort_kernel(
         tl.store(order + to, at, mask=mine)
         tl.store(position + at, to, mask=mine)
         first += tl.sum(mine.to(tl.int32), 0)
-        if expert == 0:  # one program fills in what belongs to no branch
+        if expert == 0:  # one program fills the entries without a branch
             tl.store(position + at, -1, mask=(ids >= experts) & (at < places))
             tl.store(order + at, 0, mask=(at >= total) & (at < places))
 
 
 @triton.jit
 def _expert_of(index: tl.tensor, mask: tl.tensor, at: tl.tensor, places: tl.tensor, experts: tl.tensor) -> tl.tensor:
-    """Expert ids of the places `at`; `experts`, which is none, for those that do not run."""
+    """Expert ids of the places `at`; `experts` for those that do not run."""
     inside = at < places
     ids = at % experts if index is None else tl.load(index + at, mask=inside, other=0).to(tl.int32)
     runs = inside if mask is None else tl.load(mask + at, mask=inside, other=0).to(tl.int1) & inside
@@ -106,8 +107,8 @@ def sort_by_expert(index: Tensor | None, mask: Tensor | None, experts: int, k: i
     """Sort the places of `mask` by their experts.
 
     Args:
-        index: expert ids, (..., k) of any integer dtype; None where the slots are the experts (k = E).
-        mask: which places run, of the same shape; None for all. One of the two must be there.
+        index: (..., k) expert ids of any integer dtype; None if each slot is an expert (k = E).
+        mask: (..., k) bool, which places run; None for all. Either `index` or `mask` must be given.
         experts: number of experts E.
         k: places a row.
     """

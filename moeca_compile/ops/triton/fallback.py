@@ -1,4 +1,4 @@
-"""What runs where the kernels cannot: the ATen function, and a word about it."""
+"""Run the ATen function, with a warning, where the kernels cannot run an op."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _warned: set[str] = set()
 def or_by_aten(
     reference: Callable[_Arguments, _Result],
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Run `reference`, and warn once for each reason, where the decorated op raises UnsupportedError.
+    """Decorate an op: if it raises UnsupportedError, run `reference` instead and warn once for each reason.
 
-    The op has to raise it before it writes to any of its arguments.
+    The op must raise before it writes to any of its arguments.
     """
 
     def decorate(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -33,7 +33,10 @@ def or_by_aten(
             try:
                 return op(*args, **kwargs)
             except UnsupportedError as reason:
-                _warn(f"moeca: {op.__name__} runs without kernels and waits for the device at every step: {reason}")
+                _warn(
+                    f"moeca: {op.__name__} runs without kernels ({reason}). It waits for the device at every step, "
+                    "which is slower. docs/limits.md says which experts the kernels can run"
+                )
                 return reference(*args, **kwargs)
 
         return run

@@ -1,4 +1,4 @@
-"""`fixed_k_outputs` and `refresh_fixed_k` by kernels (ops.fixed_k has their contract)."""
+"""`fixed_k_outputs` and `refresh_fixed_k` on CUDA (the references are in ops.fixed_k)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeca_compile.ops.triton.rows import write_outputs
 def fixed_k_outputs(
     rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str, width: int
 ) -> Tensor:
-    """As `ops.fixed_k.fixed_k_outputs`: every branch, its output written where it belongs."""
+    """As `ops.fixed_k.fixed_k_outputs`. The last product writes each output to its place."""
     plan = kernel_plan(body, rows, parameters, experts)
     branches = sort_by_expert(index, None, experts, index.shape[1])
     outputs = run_body(plan, rows, branches, parameters, scatter=True)
@@ -34,19 +34,19 @@ def refresh_fixed_k(
     chosen: Tensor,
     weight: Tensor,
     slope: Tensor | None,
-    ratio: Tensor,
+    distance: Tensor,
     parameters: list[Tensor],
     experts: int,
     body: str,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.fixed_k.refresh_fixed_k`.
 
-    The last product writes to a buffer by position, and a pass over its rows takes norms, subtracts the forecast and
-    writes the cache. To do that in the product itself would need the norms' parts from all its programs and a pass to
-    add them up, so it would launch as much; the buffer, of the chosen rows only, stays in the L2 cache.
+    The last product writes to a buffer by position. Another kernel then computes norms, subtracts the forecast and
+    writes to the cache. Doing this in the product would save no launch: a program has only a part of a row, so a
+    second kernel would have to add up the norms. The buffer has the chosen rows only and stays in the L2 cache.
     """
     plan = kernel_plan(body, rows, parameters, experts)
     branches = sort_by_expert(index, mask, experts, index.shape[2])
     fresh = run_body(plan, rows, branches, parameters, scatter=False)
-    norms = write_outputs(fresh, branches, cache, slope, ratio, matched, chosen=chosen)
-    return combine_fixed_k(cache, slope, ratio, weight), norms.view(mask.shape)
+    norms = write_outputs(fresh, branches, cache, slope, distance, matched, chosen=chosen)
+    return combine_fixed_k(cache, slope, distance, weight), norms.view(mask.shape)

@@ -1,10 +1,10 @@
-"""The grouped product: each expert's rows by its own weight, in one launch.
+"""The grouped product: each expert's rows times its own weight, in one launch.
 
     out[to(p)] = activation(x[from(p)] @ W[e].T + b[e])                        or, gated,
     out[to(p)] = activation(x[from(p)] @ G[e].T + g[e]) * (x[from(p)] @ U[e].T + u[e])
 
-for every position p of the sorted branches, e being its expert. Rows are read where they are (from) and written
-where they belong (to), so nothing is gathered or scattered besides. Sums are taken in float32 and rounded once.
+for every position p of the sorted branches, where e is its expert. Rows are read from their source `from(p)` and
+written to their target `to(p)`, so no separate gather or scatter is needed. Sums are in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from moeca_compile.ops.triton.compaction import SortedBranches
 from moeca_compile.ops.triton.operands import Operand
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What the kernels compute in."""
+"""Supported dtypes."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of all experts with its bias; `transposed` where it is (inputs, outputs) as in `x @ w`."""
+    """A weight of all experts with its bias; `transposed` if it is (inputs, outputs), as in `x @ w`."""
 
     weight: Operand
     bias: Operand | None
@@ -40,13 +40,13 @@ class Weight:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Strides of an output and of an input."""
+        """Strides between outputs and between inputs."""
         first, second = self.weight.strides
         return (second, first) if self.transposed else (first, second)
 
     @property
     def aligned(self) -> bool:
-        """Whether every row of every expert begins at a multiple of 16 bytes."""
+        """Whether every row of every expert's weight begins at a multiple of 16 bytes."""
         steps = (stride * self.weight.itemsize for stride in self.strides if stride != 1)
         return self.weight.aligned and all(step % 16 == 0 for step in steps)
 
@@ -83,21 +83,22 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """One program computes ROWS positions of one expert by COLUMNS outputs; those past the last tile end at once.
+    """One program computes ROWS positions of one expert by COLUMNS outputs. Programs past the last tile end at once.
 
-    GATHER reads the row of a position's place, else row p; SCATTER writes row `place`, else row p.
+    With GATHER it reads the row of a position's place, else row p. With SCATTER it writes to the place, else to row
+    p.
     """
     expert, first, end = _tile(ends, tl.program_id(1), experts, EXPERTS, ROWS)
     if first < 0:
         return
     position = first + tl.arange(0, ROWS)
     live = position < end
-    position = tl.where(live, position, first)  # beyond the expert's rows the first one is computed again, unwritten
+    position = tl.where(live, position, first)  # past the expert's rows: the first row again, not written
     place = tl.load(order + position) if GATHER or SCATTER else position
     row = (place // k if GATHER else position).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    near = tl.where(inside, column, 0)  # loads need no mask so
+    near = tl.where(inside, column, 0)  # so that loads need no mask
     inner = tl.arange(0, DEPTH)
     xs = x + row[:, None] * x_row + inner[None, :] * x_column
     span = near[None, :] * weight_out + inner[:, None] * weight_in
@@ -158,7 +159,7 @@ def _tile(
 def _address(table: tl.tensor, expert: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     """The pointer to an expert's tensor.
 
-    What is known of its alignment is said of the pointer: said of the number it does not survive the cast, and loads
+    The alignment is stated for the pointer. Triton forgets it at the cast if it is stated for the number, and loads
     are then narrow and not asynchronous.
     """
     pointer = tl.load(table + expert).to(tl.pointer_type(DTYPE))
@@ -176,18 +177,19 @@ def grouped_product(
     scatter: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """The product of every position by its expert's weight.
+    """The product of every position's row with its expert's weight.
 
     Args:
-        x: (T, K) rows, any strides: of the layer where `gather`, else by position.
+        x: (T, K) rows of the layer if `gather`, else (M, K) rows by position; any strides.
         branches: which rows go to which expert.
-        weights: one, or for a gated product two of equal shapes and strides: the one under the activation first.
-        activation: its name in `activations`.
-        scatter: whether outputs are written by place rather than by position.
-        blocks: block sizes, from the table when None.
+        weights: one; or two of equal shapes and strides for a gated product, the one with the activation first.
+        activation: its name in `ops.triton.activations`.
+        gather: whether `x` has the rows of the layer.
+        scatter: whether outputs are written by place instead of by position.
+        blocks: block sizes; None for those of the table.
 
     Returns:
-        (M, N) in the dtype of x. Rows of places and positions that do not run are not written.
+        (M, N) in the dtype of x. Rows of places and positions that do not run are undefined.
     """
     first, gate = weights[0], weights[-1]
     depth, columns = x.shape[1], first.outputs
@@ -219,7 +221,7 @@ def grouped_product(
         ALIGNED=aligned,
         EVEN=depth % blocks.depth == 0,
         PRECISION=precision(x.dtype),
-        # Triton's interpreter, which is what runs this on a CPU, multiplies bfloat16 as integers.
+        # On a CPU, Triton's interpreter runs this, and it multiplies bfloat16 as integers.
         WIDENED=not x.is_cuda,
         EXPERTS=triton.next_power_of_2(branches.experts),
         ROWS=blocks.rows,
@@ -232,12 +234,12 @@ def grouped_product(
 
 
 def _grid(branches: SortedBranches, columns: int, blocks: Blocks) -> tuple[int, int]:
-    """Programs for as many tiles as there can be: whole ones, and one more for every expert but one."""
+    """Programs for the most tiles that there can be: each expert but one may add a partial tile."""
     tiles = min(branches.capacity, triton.cdiv(branches.capacity, blocks.rows) + branches.experts - 1)
     return triton.cdiv(columns, blocks.columns), tiles
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch's own products are told to (`allow_tf32` sets the same switch)."""
+    """How float32 is multiplied: as torch's own products, by torch.set_float32_matmul_precision or `allow_tf32`."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"

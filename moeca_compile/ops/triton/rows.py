@@ -1,4 +1,4 @@
-"""Rows that are written where a mask says so: tokens' keys and values, recomputed branches, sorted outputs."""
+"""Write rows where a mask says so: keys and values of tokens, recomputed branches, outputs by place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from moeca_compile.ops.triton.compaction import SortedBranches
 
 _WIDEST = 1024
-"""Columns that a program takes at a time; wider rows in several iterations."""
+"""Most columns that a program processes at a time; wider rows take several iterations."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def token_kernel(
     fresh_column: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program writes one chosen token's heads, all of them as one row of `width` values."""
+    """One program writes all heads of one chosen token, `width` values in all."""
     sample, number = tl.program_id(0) // count, tl.program_id(0) % count
     if tl.load(valid + tl.program_id(0)) == 0:
         return
@@ -72,8 +72,8 @@ def output_kernel(
     ends: tl.tensor,
     cache: tl.tensor,  # (slots, D)
     slope: tl.tensor,  # (slots, D) or None
-    ratio: tl.tensor,
-    slots: tl.tensor,  # (M,) slot by place, -1 for none; None where `chosen` says it
+    distance: tl.tensor,
+    slots: tl.tensor,  # (M,) slot by place, -1 for none; None if it follows from `chosen`
     chosen: tl.tensor,  # (B * C,) tokens
     matched: tl.tensor,  # (M,) by place
     norms: tl.tensor,  # (M,) by place
@@ -84,9 +84,10 @@ def output_kernel(
     tokens: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program writes one recomputed branch, by its position: norm, slope, cache.
+    """One program writes the norm, slope and cached output of one recomputed branch.
 
-    The slope of an unmatched branch becomes 0, and the cache holds the output less what the forecast will add.
+    The slope of an unmatched branch becomes 0. The cache gets output - distance * slope, so that a forecast at this
+    step gives the output.
     """
     position = tl.program_id(0)
     if position >= tl.load(ends + experts - 1):
@@ -98,19 +99,19 @@ def output_kernel(
     else:
         slot = tl.load(slots + place)
     slot = slot.to(tl.int64)
-    end = tl.where(slot < 0, 0, width)  # columns that are cached: all or none
-    holds = tl.load(matched + place) if slope is not None else 1
-    forecast = tl.load(ratio).to(tl.float32) if slope is not None else 0.0
+    end = tl.where(slot < 0, 0, width)  # number of columns to cache: all or none
+    has_slope = tl.load(matched + place) if slope is not None else 1
+    forecast = tl.load(distance).to(tl.float32) if slope is not None else 0.0
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(fresh + position.to(tl.int64) * width + at, mask=at < width, other=0.0).to(tl.float32)
         squares += value * value
         if slope is not None:
-            stays = at < tl.where(holds == 0, 0, end)
-            goes = at < tl.where(holds == 0, end, 0)
-            value -= forecast * tl.load(slope + slot * width + at, mask=stays, other=0.0).to(tl.float32)
-            tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=goes)
+            keep = at < tl.where(has_slope == 0, 0, end)
+            clear = at < tl.where(has_slope == 0, end, 0)
+            value -= forecast * tl.load(slope + slot * width + at, mask=keep, other=0.0).to(tl.float32)
+            tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=clear)
         tl.store(cache + slot * width + at, value.to(cache.dtype.element_ty), mask=at < end)
     tl.store(norms + place, tl.sqrt(tl.sum(squares, 0)))
 
@@ -120,22 +121,22 @@ def write_outputs(
     branches: SortedBranches,
     cache: Tensor,
     slope: Tensor | None = None,
-    ratio: Tensor | None = None,
+    distance: Tensor | None = None,
     matched: Tensor | None = None,
     chosen: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """Write recomputed branches into the cache, with slopes and norms.
+    """Write recomputed branches into the cache, update their slopes, and return their norms.
 
     Args:
         fresh: (M, D) outputs by position.
-        branches: the recomputed ones.
-        cache: (B, N, k, D), or (slots, D) where `slots` is given; written in place.
-        slope: like the cache, or None; then `ratio` and `matched` are not read.
-        ratio: scalar, how far the forecast reaches.
-        matched: (M,) by place, whether its slope holds.
-        chosen: (B, C) tokens of the rows, or
-        slots: (M,) int32 by place, -1 for branches that are not cached.
+        branches: the recomputed branches.
+        cache: (B, N, k, D) with `chosen`, (slots, D) with `slots`; written in place.
+        slope: like the cache, written in place; None without a forecast, then `distance` and `matched` are not read.
+        distance: scalar, the forecast distance.
+        matched: (M,) bool by place, whether the branch is cached; if not, its slope becomes 0.
+        chosen: (B, C) tokens of the rows (fixed k).
+        slots: (M,) int32 by place, row in the pool or -1 for branches that are not cached (variable k).
 
     Returns:
         (M,) float32 norms by place, 0 where nothing was recomputed.
@@ -151,7 +152,7 @@ def write_outputs(
         branches.ends,
         cache.view(-1, width),
         None if slope is None else slope.view(-1, width),
-        ratio,
+        distance,
         slots,
         None if chosen is None else chosen.contiguous(),
         None if matched is None else matched.reshape(-1).view(torch.uint8),
@@ -176,7 +177,7 @@ def place_kernel(
     experts: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program moves one row from its position to its place."""
+    """One program copies one row from its position to its place."""
     position = tl.program_id(0)
     if position >= tl.load(ends + experts - 1):
         return
@@ -188,7 +189,7 @@ def place_kernel(
 
 
 def by_place(values: Tensor, branches: SortedBranches) -> Tensor:
-    """Rows (M, D) by position, put at their places; places that do not run are not written."""
+    """Reorder rows (M, D) from positions to places. Rows of places that do not run are undefined."""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     if values.numel():
         width = values.shape[1]

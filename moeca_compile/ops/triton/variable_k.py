@@ -1,8 +1,8 @@
-"""`variable_k_outputs` and `refresh_variable_k` by kernels (ops.variable_k has their contract).
+"""`variable_k_outputs` and `refresh_variable_k` on CUDA (the references are in ops.variable_k).
 
-Only the data say how many branches there are, so the buffers between the kernels have room for all T * E of them;
-kernels stop at the branches that there are, and the rest costs memory: T * E * (hidden + 2 * width) elements, given
-back when the op ends. Places in the pool are found with plain ops of static shape.
+The number of branches depends on the data, so buffers between kernels have room for all T * E of them. Kernels stop
+after the last branch, so the unused rest costs only memory: T * E * (hidden + 2 * width) elements while the op runs.
+Rows in the pool are assigned by plain ops of static shape.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def variable_k_outputs(
     """As `ops.variable_k.variable_k_outputs`."""
     branches, fresh = _run(rows, routed, parameters, body)
     number = routed.flatten().cumsum(0).view(routed.shape)
-    place = torch.where(routed & (number <= slots), number, 0).to(torch.int32)
+    pool_row = torch.where(routed & (number <= slots), number, 0).to(torch.int32)
     pool = fresh.new_zeros(slots, width)
-    norms = write_outputs(fresh, branches, pool, slots=place.flatten() - 1)
-    norms = torch.where(place > 0, norms.view(routed.shape), 0.0)
-    return combine_variable_k(fresh, branches.position, routed, weight), pool, place, norms
+    norms = write_outputs(fresh, branches, pool, slots=pool_row.flatten() - 1)
+    norms = torch.where(pool_row > 0, norms.view(routed.shape), 0.0)
+    return combine_variable_k(fresh, branches.position, routed, weight), pool, pool_row, norms
 
 
 @or_by_aten(reference.refresh_variable_k)
@@ -38,21 +38,21 @@ def refresh_variable_k(
     pool: Tensor,
     slope: Tensor | None,
     rows: list[Tensor],
-    place: Tensor,
+    pool_row: Tensor,
     routed: Tensor,
     mask: Tensor,
     weight: Tensor,
-    ratio: Tensor,
+    distance: Tensor,
     parameters: list[Tensor],
     body: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.variable_k.refresh_variable_k`."""
     branches, fresh = _run(rows, mask, parameters, body)
-    had_row = place > 0
-    place = with_places(place, routed, mask & ~had_row, len(pool))
-    norms = write_outputs(fresh, branches, pool, slope, ratio, had_row, slots=place.flatten() - 1)
-    out = combine_variable_k(fresh, branches.position, routed, weight, pool, slope, place, ratio)
-    return out, place, norms.view(routed.shape)
+    had_row = pool_row > 0
+    pool_row = assign_rows(pool_row, routed, mask & ~had_row, len(pool))
+    norms = write_outputs(fresh, branches, pool, slope, distance, had_row, slots=pool_row.flatten() - 1)
+    out = combine_variable_k(fresh, branches.position, routed, weight, pool, slope, pool_row, distance)
+    return out, pool_row, norms.view(routed.shape)
 
 
 def _run(rows: list[Tensor], mask: Tensor, parameters: list[Tensor], body: str) -> tuple[SortedBranches, Tensor]:
@@ -63,27 +63,33 @@ def _run(rows: list[Tensor], mask: Tensor, parameters: list[Tensor], body: str) 
     return branches, run_body(plan, rows, branches, parameters, scatter=False).to(rows[0].dtype)
 
 
-def with_places(place: Tensor, routed: Tensor, new: Tensor, slots: int) -> Tensor:
-    """The places when the branches of `new` take, in order, the rows that no routed one holds.
+def assign_rows(pool_row: Tensor, routed: Tensor, new: Tensor, slots: int) -> Tensor:
+    """Give the branches of `new`, in order, the rows that no routed branch has. Previous branches lose them.
 
     Args:
-        place: (T, E) int32, places counted from 1; routed, new: (T, E) bool.
-        slots: rows of the pool.
+        pool_row: (T, E) int32, rows in the pool counted from 1, or 0 for none.
+        routed: (T, E) bool, which pairs are branches.
+        new: (T, E) bool, branches that need a row.
+        slots: number of rows of the pool.
 
-    Who held a row that is taken loses it. All by sizes that are known beforehand: row 0, and branch T * E, stand for
-    none, and take what is written for nobody.
+    Returns:
+        (T, E) rows as in `pool_row`.
+
+    All shapes are static: row 0 and branch T * E stand for none, and absorb writes that have no target.
     """
-    branches, device = place.numel(), place.device
+    branches, device = pool_row.numel(), pool_row.device
     rows = torch.arange(slots + 1, device=device)
     holder = torch.full((slots + 1,), branches, device=device).scatter_(
-        0, place.flatten().long(), torch.arange(branches, device=device)
+        0, pool_row.flatten().long(), torch.arange(branches, device=device)
     )
     is_routed = torch.cat([routed.flatten(), routed.new_zeros(1)])
     free = ~is_routed.index_select(0, holder) & (rows > 0)
     free_number, new_number = free.cumsum(0), new.flatten().cumsum(0)
     taken = free & (free_number <= new.sum())
     row_of = torch.zeros_like(rows).scatter_(0, torch.where(free, free_number, 0), rows * free)
-    lost = torch.zeros_like(is_routed).scatter_(0, torch.where(taken, holder, branches), True)[:-1].view(place.shape)
-    # A branch past the last free row finds 0: no more than `slots` can be free.
-    mine = torch.where(new_number <= free.sum(), row_of.take(new_number.clamp_max(slots)), 0).view(place.shape)
-    return torch.where(new, mine, torch.where(lost, 0, place)).to(place.dtype)
+    lost = (
+        torch.zeros_like(is_routed).scatter_(0, torch.where(taken, holder, branches), True)[:-1].view(pool_row.shape)
+    )
+    # Branches past the last free row get 0; at most `slots` rows can be free.
+    mine = torch.where(new_number <= free.sum(), row_of.take(new_number.clamp_max(slots)), 0).view(pool_row.shape)
+    return torch.where(new, mine, torch.where(lost, 0, pool_row)).to(pool_row.dtype)

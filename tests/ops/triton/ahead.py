@@ -184,7 +184,7 @@ def sweep(dtype: torch.dtype) -> None:
 
 def all_ops(dtype: torch.dtype) -> None:
     """Every op once, with a forecast; an MLP with biases, whose outputs go to their places."""
-    chosen, ratio = BATCH * TOKENS // 16, torch.tensor(0.5)
+    chosen, distance = BATCH * TOKENS // 16, torch.tensor(0.5)
     shapes = [(HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
     gated = (body_of(swiglu, shapes, WIDTH, dtype), experts(shapes, dtype))
     shapes = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
@@ -205,17 +205,17 @@ def all_ops(dtype: torch.dtype) -> None:
         tokens,
         weight,
         cache.clone(),
-        ratio,
+        distance,
         gated[1],
         EXPERTS,
         gated[0],
     )
     by_place(rows, sort_by_expert(index[:, :1], None, EXPERTS, 1))
-    routed, place = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
+    routed, pool_row = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
     pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
     variable_k_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
     variable_k_ops.refresh_variable_k(
-        pool, pool.clone(), [rows], place, routed, routed, weight, ratio, *reversed(gated)
+        pool, pool.clone(), [rows], pool_row, routed, routed, weight, distance, *reversed(gated)
     )
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))

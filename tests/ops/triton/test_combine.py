@@ -26,9 +26,9 @@ def test_any_sum(batch, tokens, k, width, dtype, forecast, seed):
     torch.manual_seed(seed)
     cache = random((batch, tokens, k, width), dtype)
     slope = random((batch, tokens, k, width), dtype) if forecast else None
-    weight, ratio = random((batch, k, tokens)).transpose(1, 2), torch.tensor(0.7, device=DEVICE)
-    found = combine.combine_fixed_k(cache, slope, ratio, weight)
-    values = cache.double() + (ratio.double() * slope.double() if slope is not None else 0)
+    weight, distance = random((batch, k, tokens)).transpose(1, 2), torch.tensor(0.7, device=DEVICE)
+    found = combine.combine_fixed_k(cache, slope, distance, weight)
+    values = cache.double() + (distance.double() * slope.double() if slope is not None else 0)
     # One rounding at the end; in float32 also one for each of the 2 * k sums.
     assert_within(found, (weight.double()[..., None] * values).sum(2), 1 + 2 * k)
     assert found.dtype == dtype

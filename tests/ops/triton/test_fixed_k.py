@@ -41,7 +41,7 @@ class Case:
     chosen: Tensor
     weight: Tensor
     slope: Tensor | None
-    ratio: Tensor
+    distance: Tensor
     parameters: list[Tensor]
     experts: int
     body: str
@@ -78,7 +78,7 @@ def make_case(
         chosen=rand(batch, tokens).argsort(-1)[:, :chosen],
         weight=rand(batch, tokens, k).to(dtype),
         slope=random((batch, tokens, k, WIDTH), stored) if slope else None,
-        ratio=torch.tensor(0.75, device=DEVICE),
+        distance=torch.tensor(0.75, device=DEVICE),
         parameters=body.parameters(experts, dtype),
         experts=experts,
         body=body.key(dtype),
@@ -241,7 +241,7 @@ def test_bodies_without_a_plan_run_by_aten_and_say_so():
     case = make_case(dtype=torch.float32)
     wide = replace(
         case,
-        **{name: getattr(case, name).double() for name in ("cache", "weight", "slope", "ratio")},
+        **{name: getattr(case, name).double() for name in ("cache", "weight", "slope", "distance")},
         rows=[row.double() for row in case.rows],
         parameters=[parameter.double() for parameter in case.parameters],
         body=BODIES["swiglu"].key(torch.float64),

@@ -53,7 +53,7 @@ def fixed_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
 def variable_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
     case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES[name], torch.float32, 0)
     rest = (case.parameters, case.body.key(case.dtype))
-    state = (case.pool, case.slope, case.rows, case.place, case.routed, case.mask, case.weight, torch.tensor(0.5))
+    state = (case.pool, case.slope, case.rows, case.pool_row, case.routed, case.mask, case.weight, torch.tensor(0.5))
     return [
         lambda: module.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots),
         lambda: module.refresh_variable_k(*state, *rest),

@@ -62,9 +62,9 @@ def test_variable_k_ops(on_device):
         assert_within(one, other, 4 * BODY_ROUNDINGS, torch.float32)
 
     def refreshed(op) -> list[Tensor]:
-        state = (case.pool.clone(), case.slope.clone(), case.rows, case.place, case.routed, case.mask, case.weight)
-        ratio = torch.tensor(0.5, device=DEVICE)
-        return [*op(*state, ratio, case.parameters, body), *state[:2]]
+        state = (case.pool.clone(), case.slope.clone(), case.rows, case.pool_row, case.routed, case.mask, case.weight)
+        distance = torch.tensor(0.5, device=DEVICE)
+        return [*op(*state, distance, case.parameters, body), *state[:2]]
 
     for one, other in zip(
         refreshed(on_device("refresh_variable_k")), refreshed(torch.ops.moeca.refresh_variable_k), strict=True

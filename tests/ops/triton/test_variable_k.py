@@ -30,7 +30,7 @@ class Case:
     weight: Tensor  # (T, E)
     routed: Tensor
     mask: Tensor
-    place: Tensor
+    pool_row: Tensor
     pool: Tensor
     slope: Tensor | None
 
@@ -45,8 +45,8 @@ def make_case(
     torch.manual_seed(seed)
     routed, before, again = (torch.rand(tokens, experts, device=DEVICE) < each for each in (share, 0.5, 0.5))
     held = before.flatten().nonzero().squeeze(1)[:slots]
-    place = torch.zeros(tokens, experts, dtype=torch.int32, device=DEVICE)
-    place.view(-1)[held] = (torch.randperm(slots, device=DEVICE)[: len(held)] + 1).to(torch.int32)
+    pool_row = torch.zeros(tokens, experts, dtype=torch.int32, device=DEVICE)
+    pool_row.view(-1)[held] = (torch.randperm(slots, device=DEVICE)[: len(held)] + 1).to(torch.int32)
     return Case(
         body,
         dtype,
@@ -54,8 +54,8 @@ def make_case(
         body.parameters(experts, dtype),
         torch.rand(tokens, experts, device=DEVICE).to(dtype),
         routed,
-        routed & (again | (place == 0)),
-        place,
+        routed & (again | (pool_row == 0)),
+        pool_row,
         random((slots, WIDTH), dtype),
         random((slots, WIDTH), dtype) if forecast else None,
     )
@@ -84,14 +84,14 @@ def assert_sums(found: Tensor, expected: Tensor, case: Case) -> None:
 @given(cases)
 def test_all_branches(case: Case):
     arguments = (case.rows, case.routed, case.weight, case.parameters, case.body.key(case.dtype), WIDTH, case.slots)
-    out, pool, place, norms = kernels.variable_k_outputs(*arguments)
-    wanted_out, wanted_pool, wanted_place, wanted_norms = reference.variable_k_outputs(*arguments)
-    assert torch.equal(place, wanted_place) and place.dtype == torch.int32
+    out, pool, pool_row, norms = kernels.variable_k_outputs(*arguments)
+    wanted_out, wanted_pool, wanted_pool_row, wanted_norms = reference.variable_k_outputs(*arguments)
+    assert torch.equal(pool_row, wanted_pool_row) and pool_row.dtype == torch.int32
     assert_within(pool, wanted_pool, BODY_ROUNDINGS)
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, case.dtype)
     assert norms.dtype == torch.float32 and torch.equal(norms == 0, wanted_norms == 0)
     assert_sums(out, wanted_out, case)
-    assert all(value.is_contiguous() for value in (out, pool, place, norms))
+    assert all(value.is_contiguous() for value in (out, pool, pool_row, norms))
 
 
 @settings(max_examples=20, deadline=None)
@@ -99,21 +99,21 @@ def test_all_branches(case: Case):
 def test_a_refresh(case: Case):
     def run(function):
         pool, slope = case.pool.clone(), None if case.slope is None else case.slope.clone()
-        state = (pool, slope, case.rows, case.place, case.routed, case.mask, case.weight)
-        ratio = torch.tensor(0.5, device=DEVICE)
-        return *function(*state, ratio, case.parameters, case.body.key(case.dtype)), pool, slope
+        state = (pool, slope, case.rows, case.pool_row, case.routed, case.mask, case.weight)
+        distance = torch.tensor(0.5, device=DEVICE)
+        return *function(*state, distance, case.parameters, case.body.key(case.dtype)), pool, slope
 
-    before = case.place.clone()
-    out, place, norms, pool, slope = run(kernels.refresh_variable_k)
-    wanted_out, wanted_place, wanted_norms, wanted_pool, wanted_slope = run(reference.refresh_variable_k)
-    assert torch.equal(case.place, before)
-    assert torch.equal(place, wanted_place) and place.dtype == torch.int32
+    before = case.pool_row.clone()
+    out, pool_row, norms, pool, slope = run(kernels.refresh_variable_k)
+    wanted_out, wanted_pool_row, wanted_norms, wanted_pool, wanted_slope = run(reference.refresh_variable_k)
+    assert torch.equal(case.pool_row, before)
+    assert torch.equal(pool_row, wanted_pool_row) and pool_row.dtype == torch.int32
     assert_within(pool, wanted_pool, BODY_ROUNDINGS + 3)
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, case.dtype)
     if slope is not None:
         assert torch.equal(slope, wanted_slope)
     assert_sums(out, wanted_out, case)
-    assert all(value.is_contiguous() for value in (out, place, norms))
+    assert all(value.is_contiguous() for value in (out, pool_row, norms))
 
 
 def test_strided_masks_and_weights():
@@ -134,6 +134,6 @@ def test_bodies_without_a_plan_run_by_aten_and_say_so():
     rest = (case.parameters, case.body.key(case.dtype))
     with pytest.warns(UserWarning, match="variable_k_outputs runs without kernels"):
         kernels.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots)
-    state = (case.pool, case.slope, case.rows, case.place, case.routed, case.mask, case.weight)
+    state = (case.pool, case.slope, case.rows, case.pool_row, case.routed, case.mask, case.weight)
     with pytest.warns(UserWarning, match="refresh_variable_k runs without kernels"):
         kernels.refresh_variable_k(*state, torch.tensor(0.5), *rest)
