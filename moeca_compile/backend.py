@@ -30,7 +30,7 @@ from moeca_compile.passes.normalize.to_one_device import to_one_device
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
-from moeca_compile.plan import plan_steps
+from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, record_for
 
@@ -73,7 +73,12 @@ def compile_captured(
 ) -> Callable[..., Any]:
     """The callable that replaces Dynamo's graph: an engine, or the original graph as torch.compile compiles it."""
     record = record_for(traced_wrapper(), root_module(), config)
-    if fallback.runs_original(gm, inputs, record):
+    reason = fallback.why_original(inputs, record)
+    if reason is not None:
+        record.notes.warn(reason)
+        return fallback.compile_original(gm, inputs, record)
+    fallback.note_breaks(record)
+    if not fallback.worth_rewriting(gm):
         return fallback.compile_original(gm, inputs, record)
     arguments = tuple(not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder")
     numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
@@ -113,13 +118,16 @@ def compile_graph(
     with notes.timed("match"):
         notes.add_matches(normalize(module.graph, dump.after_pass))
         regions = match_regions(module.graph, captured.argument_nodes(module.graph))
+        dtype = stream_dtype(regions, inputs)
         dump.regions("matched", module.graph, regions)
+        regions = regions_that_pay(module.graph, regions, config)
     with notes.timed("validate"):
         regions = sound_regions(module.graph, regions, config, inputs, notes)
     with notes.timed("plan"):
-        plan = fallback.uncached_without_timestep(plan_steps(module.graph, regions, config), captured, config, notes)
+        plan = plan_steps(module.graph, regions, config)
+        plan = fallback.uncached_without_timestep(plan, captured, config, notes)
         dump.regions("planned", module.graph, plan.regions)
-    waits, dtype = why_experts_wait(regions, device, notes), stream_dtype(regions, inputs)
+    waits = why_experts_wait(regions, device, notes)
     return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
 
 

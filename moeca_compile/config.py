@@ -10,7 +10,7 @@ from typing import Any
 
 from moeca_compile.options import UNSET, Check, ConfigError, NotAllowedError, Options, one_of
 from moeca_compile.policies import RECIPES
-from moeca_compile.policies.policy import Policy
+from moeca_compile.policies.policy import Policy, ignored_by_all
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MoecaConfig(Options):
         for field in self._settings():
             self._complete(field, getattr(self, field.name))
         self._set("forecast", self._forecastable, self.forecast)
-        for name, reason in self.policy.ignored(self).items():
+        for name, reason in {**ignored_by_all(self), **self.policy.ignored(self)}.items():
             self._reject(name, reason)
 
     @property

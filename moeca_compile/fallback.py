@@ -46,53 +46,17 @@ BREAK = (
 )
 NOTHING_FOUND = (
     "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "
-    "faster. For a model without experts, choose the recipe fora, stack or block"
+    "faster. moeca_compile.report(model) says what was found"
 )
+WITHOUT_EXPERTS = ". For a model without experts, choose the recipe fora, stack or block"
 NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
     "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
 )
 
 
-def runs_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> bool:
-    """Whether a graph is left to torch.compile. Warns, except where there is simply nothing to rewrite.
-
-    It is left where this torch lacks a name that we need, with gradients, in training mode, or without an MoE layer
-    or an attention.
-    """
-    reason = _why_original(inputs, record)
-    if reason is not None:
-        _log.debug("a graph of %d nodes is left to torch.compile: %s", len(gm.graph.nodes), reason)
-        record.notes.warn(reason)
-        return True
-    _note_breaks(record)
-    return not _worth_rewriting(gm)
-
-
-def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
-    """The graph as plain torch.compile compiles it, or not compiled at all where `lowering` is "eager"."""
-    record.untouched += 1
-    if record.config.lowering == "eager":
-        return gm.forward
-    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
-
-
-def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
-    """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
-    if config.policy.declares_nothing:
-        return plan
-    if not plan.replacements:
-        if not plan.regions.skipped and not captured.in_parts:  # these explain it already
-            notes.warn(NOTHING_FOUND.format(config.recipe, config.policy.needs))
-        return plan
-    if plan.regions.timesteps:
-        return plan
-    if not captured.partial:  # the warning about the graph break explains it already
-        notes.warn(NO_TIMESTEP)
-    return replace(plan, replacements=(), capacities=(0,))
-
-
-def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
+def why_original(inputs: Sequence[Any], record: Record) -> str | None:
+    """Why a graph is left to torch.compile: gradients, training mode, or a name that this torch lacks; else None."""
     if missing():
         return MISSING.format(torch.__version__, ", ".join(missing()))
     module, callers = outermost_module(), calling_code()
@@ -106,7 +70,31 @@ def _why_original(inputs: Sequence[Any], record: Record) -> str | None:
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
 
 
-def _note_breaks(record: Record) -> None:
+def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+    """The graph as plain torch.compile compiles it, or not compiled at all where `lowering` is "eager"."""
+    record.untouched += 1
+    if record.config.lowering == "eager":
+        return gm.forward
+    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
+
+
+def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
+    """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
+    if not config.policy.caches:
+        return plan
+    if not plan.replacements:
+        if not captured.in_parts and not notes.warnings:  # else a graph break or validation explains it already
+            advice = "" if config.policy.applies(plan.regions) else WITHOUT_EXPERTS
+            notes.warn(NOTHING_FOUND.format(config.recipe, config.policy.needs) + advice)
+        return plan
+    if plan.regions.timesteps:
+        return plan
+    if not captured.partial:  # the warning about the graph break explains it already
+        notes.warn(NO_TIMESTEP)
+    return replace(plan, replacements=(), capacities=(0,))
+
+
+def note_breaks(record: Record) -> None:
     """Record graph breaks, and whether this graph is a part of the model whose callers run as plain Python.
 
     Once a loop in a function breaks the graph, Dynamo never compiles that function again, for any backend or mode.
@@ -128,7 +116,7 @@ def _note_breaks(record: Record) -> None:
         forget_code(code)
 
 
-def _worth_rewriting(gm: fx.GraphModule) -> bool:
+def worth_rewriting(gm: fx.GraphModule) -> bool:
     """Whether the graph contains an MoE layer or an attention."""
     wanted = (
         *MARKERS,

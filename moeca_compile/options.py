@@ -113,6 +113,12 @@ def each(inner: Check) -> Check:
     return check
 
 
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise NotAllowedError("a name")
+    return value
+
+
 def folder(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise NotAllowedError("the path of a folder")
@@ -252,7 +258,7 @@ class Options:
     overwrite: bool = setting(True, flag, REUSE, "Write recomputed branches back to their slots in the cache.")
     forecast: tuple[str, ...] = setting(
         (),
-        each(one_of("attention", "experts", "shared", "stack", "blocks")),
+        each(text),
         REUSE,
         """Which cached tensors are extrapolated to first order in the timestep, from the last two full steps. For
         the moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from math import ceil
 
 import sympy
@@ -20,8 +18,6 @@ from moeca_compile.passes.match.experts import ENTRY, body_nodes
 from moeca_compile.passes.match.regions import Attention, ExpertBody, FeedForward, Regions
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
-
-_log = logging.getLogger(__name__)
 
 SAVES_NOTHING = (
     "caching it saves no work: everything that it is computed from runs for all tokens at every step anyway"
@@ -89,13 +85,7 @@ class Plan:
 
 def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
     """What the recipe replaces in this graph, and the costs and capacities that follow."""
-    costs = _Costs(graph, regions, config)
-    replacements = declare(config, regions)
-    idle = _idle_regions(regions, [r for r in replacements if not costs.saves_work(r)])
-    if idle:
-        _log.debug("caching saves nothing at %s", ", ".join(region.name for region in idle))
-        regions = regions.without(dict.fromkeys(idle, SAVES_NOTHING))
-        costs, replacements = _Costs(graph, regions, config), declare(config, regions)
+    costs, replacements = _Costs(graph, regions, config), replacements_of(config, regions)
     kinds = [StepKind(attention, experts) for attention in (True, False) for experts in (True, False)]
     by_parts = {(kind.attention, kind.experts): costs.of_step(replacements, kind) for kind in kinds}
     sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
@@ -103,7 +93,14 @@ def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
     return replace(plan, capacities=_capacities(plan, config))
 
 
-def declare(config: MoecaConfig, regions: Regions) -> tuple[Replacement, ...]:
+def regions_that_pay(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Regions:
+    """The regions for which caching can save work; the others are skipped, which is cheaper and more exact."""
+    costs = _Costs(graph, regions, config)
+    idle = _idle_regions(regions, [r for r in replacements_of(config, regions) if not costs.saves_work(r)])
+    return regions.without(dict.fromkeys(idle, SAVES_NOTHING)) if idle else regions
+
+
+def replacements_of(config: MoecaConfig, regions: Regions) -> tuple[Replacement, ...]:
     """The recipe's replacements; none where the model lacks what the recipe needs."""
     applies = regions.residuals and config.policy.applies(regions)
     return tuple(config.policy.declare(config, regions)) if applies else ()
@@ -129,8 +126,11 @@ def _capacities(plan: Plan, config: MoecaConfig) -> tuple[int, ...]:
         most = max(expected_branches(body, rows, config) / rows for body, rows in layers)
         return (min(tokens, round(config.budget * most * tokens)),)
     buckets = sorted({ceil(fraction * tokens) for fraction in config.capacities})
-    smaller = [one for one, larger in pairwise(buckets) if _pays(plan, one, larger)]
-    return (*smaller, buckets[-1])
+    kept = [buckets.pop()]
+    for bucket in reversed(buckets):
+        if _pays(plan, bucket, kept[0]):
+            kept.insert(0, bucket)
+    return tuple(kept)
 
 
 def _pays(plan: Plan, capacity: int, larger: int) -> bool:

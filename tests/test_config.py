@@ -104,6 +104,14 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
         ({"score": "drift", "lambda1": 2}, "lambda1", "the score is the drift alone"),
         ({"full_steps": (0, 3), "full_every": 2}, "full_every", "full_steps lists the full steps"),
         ({"full_steps": (0, 3), "full_every": 2, "score": "staleness"}, None, ""),
+        ({"recipe": "stack", "full_steps": (0, 3), "full_every": 2}, "full_every", "full_steps lists the full steps"),
+        (
+            {"recipe": "fora", "attention_every": 2, "experts_every": 4, "full_every": 3},
+            "full_every",
+            "attention_every and experts_every take its place",
+        ),
+        ({"validate": False, "tolerance": 0.1}, "tolerance", "nothing is validated"),
+        ({"recipe": "moeca-forecast", "score": "drift"}, "score", "nothing is ranked"),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,11 +88,11 @@ class CompiledGraph:
     def regions(self) -> Regions:
         return self.plan.regions
 
-    @property
+    @cached_property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
-    @property
+    @cached_property
     def timesteps(self) -> list[int]:
         """The positions of the inputs that may be the timestep."""
         position = {node: i for i, node in enumerate(self.placeholders)}

@@ -14,10 +14,11 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from html import escape
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from torch import fx
 
@@ -78,6 +79,22 @@ class _Stage:
     note: str
 
 
+Shown = TypeVar("Shown", bound=Callable[..., None])
+
+
+def _never_raises(show: Shown) -> Shown:
+    """What cannot be shown, or written to a full disk, must not stop the compilation that it is to explain."""
+
+    @wraps(show)
+    def shown(self: FolderDump, stage: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            show(self, stage, *args, **kwargs)
+        except Exception as error:
+            log.warning("the dump in %s lacks the stage %r: %s", self.folder, stage, error, exc_info=True)
+
+    return cast(Shown, shown)
+
+
 class FolderDump(Dump):
     """Writes each stage to a file in `folder`, which must exist, and links it from index.html there."""
 
@@ -86,6 +103,7 @@ class FolderDump(Dump):
         self.stages: list[_Stage] = []
         self._write_page()
 
+    @_never_raises
     def graph(
         self, stage: str, graph: fx.Graph | fx.GraphModule, note: str = "", inputs: Sequence[str] | None = None
     ) -> None:
@@ -96,6 +114,7 @@ class FolderDump(Dump):
         if result.matches:
             self.graph(f"pass {result.name}", graph, f"{result.matches} rewritten, {seconds(result.seconds)}")
 
+    @_never_raises
     def regions(self, stage: str, graph: fx.Graph, regions: Regions) -> None:
         found = [
             f"{len(regions.attentions)} attention",
@@ -110,6 +129,7 @@ class FolderDump(Dump):
         text = "\n".join([*head, "", graph_text(graph, region_marks(graph, regions))])
         self._add(stage, text, plural(len(graph.nodes), "node"), ", ".join(found))
 
+    @_never_raises
     def code(self, stage: str, path: str | Path) -> None:
         code = Path(path).read_text(encoding="utf-8")
         self._add(stage, f"# copied from {path}\n{code}", plural(code.count("\n"), "line"), f"copied from {path}")
@@ -118,18 +138,11 @@ class FolderDump(Dump):
         return partial(self.code, f"code {step}")
 
     def _add(self, name: str, text: str, size: str, note: str) -> None:
-        """Write a stage. A failure to write, such as a full disk, must not stop the compilation."""
         file = f"{len(self.stages):02}-{re.sub('[^a-zA-Z0-9_+]+', '-', name).strip('-')}.txt"
-        try:
-            (self.folder / file).write_text(text, encoding="utf-8")
-            self.stages.append(_Stage(name, file, size, note))
-            self._write_page()
-        except OSError as error:
-            log.warning(
-                "could not write %s (%s). The dump lacks this stage. Free disk space or choose another folder",
-                self.folder / file,
-                error,
-            )
+        (self.folder / file).write_text(text, encoding="utf-8")
+        self.stages.append(_Stage(name, file, size, note))
+        self._write_page()
+        log.debug("wrote %s", self.folder / file)
 
     def _write_page(self) -> None:
         rows = [

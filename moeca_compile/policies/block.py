@@ -13,7 +13,7 @@ from torch import fx
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
-from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
+from moeca_compile.policies.policy import CACHING, Policy
 from moeca_compile.policies.stack import change_replacement
 
 
@@ -24,7 +24,10 @@ def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
 
 
 def blocks_of(regions: Regions) -> list[tuple[fx.Node, fx.Node]]:
-    """The streams before and after each block. A block's residual branches end with a feed-forward."""
+    """The streams before and after each block. A block's residual branches end with a feed-forward.
+
+    Where attention and feed-forward stand side by side, in one branch, each branch is a block.
+    """
     attentions = {attention.residual for attention in regions.attentions}
     open_blocks: dict[fx.Node, fx.Node] = {}  # latest stream of an unfinished block -> the stream before it
     blocks = []
@@ -34,6 +37,8 @@ def blocks_of(regions: Regions) -> list[tuple[fx.Node, fx.Node]]:
             open_blocks[residual.add] = before
         else:
             blocks.append((before, residual.add))
+    if not blocks:
+        return [(residual.stream, residual.add) for residual in regions.residuals]
     return sorted([*blocks, *((before, after) for after, before in open_blocks.items())])
 
 
@@ -44,5 +49,4 @@ POLICY = Policy(
     declare=declare,
     forecasts=("blocks",),
     needs="more than one block",
-    ignored=replaced_schedule,
 )

@@ -12,7 +12,7 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.cached import Cached
-from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
+from moeca_compile.policies.policy import CACHING, Policy
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
@@ -33,5 +33,4 @@ POLICY = Policy(
     options=CACHING | {"attention_every", "experts_every"},
     declare=declare,
     forecasts=("attention", "experts"),
-    ignored=replaced_schedule,
 )

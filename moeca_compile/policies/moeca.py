@@ -26,7 +26,7 @@ from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.moeca_caches import MoecaCaches
 from moeca_compile.policies.moeca_step import CacheStep
-from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
+from moeca_compile.policies.policy import CACHING, Policy
 
 
 class Moeca:
@@ -99,10 +99,13 @@ def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
 
 def ignored(options: Options) -> Mapping[str, str]:
     """Options that have no effect because of another option's value, each with the reason."""
-    found = dict(replaced_schedule(options)) if options.score != "staleness" else {}
+    found: dict[str, str] = {}
     if options.budget is not None:
         names = ("tau0", "alpha", "beta", "entropy", "statistic", "capacities")
         found |= dict.fromkeys(names, "a budget takes the place of the threshold, so it has no effect")
+    if options.budget == 0:
+        unranked = ("lambda1", "lambda2", "score", "score_weights")
+        found |= dict.fromkeys(unranked, "with a budget of 0 nothing is ranked, so it has no effect")
     if options.score == "drift":
         found |= dict.fromkeys(("lambda1", "lambda2"), "the score is the drift alone, so it has no effect")
     return found

@@ -9,4 +9,5 @@ POLICY = Policy(
     recipes={"none": {}},
     options=ALWAYS,
     declare=lambda options, regions: (),
+    caches=False,
 )

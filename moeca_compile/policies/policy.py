@@ -32,6 +32,7 @@ class Policy:
         forecasts: the groups of caches that can be forecast (allowed values of the option `forecast`).
         needs: what a model must have, in words that a warning shows.
         applies: whether the regions have what the policy needs.
+        caches: whether it caches anything in any model.
         ignored: returns options that have no effect because of another option's value, each with the reason.
     """
 
@@ -42,14 +43,18 @@ class Policy:
     forecasts: tuple[str, ...] = ()
     needs: str = "attention or feed-forwards around a residual stream"
     applies: Callable[[Regions], bool] = lambda regions: True
+    caches: bool = True
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
 
-    @property
-    def declares_nothing(self) -> bool:
-        """Whether it caches nothing in any model."""
-        return "full_every" not in self.options
 
-
-def replaced_schedule(options: Options) -> Mapping[str, str]:
-    """`full_every`, where `full_steps` lists the full steps."""
-    return {"full_every": "full_steps lists the full steps, so it has no effect"} if options.full_steps else {}
+def ignored_by_all(options: Options) -> Mapping[str, str]:
+    """Options without effect because of another option's value, whatever the policy."""
+    found: dict[str, str] = {}
+    if options.full_steps and options.score != "staleness":  # that score counts in steps of full_every
+        found["full_every"] = "full_steps lists the full steps, so it has no effect"
+    if options.attention_every and options.experts_every:
+        reason = "attention_every and experts_every take its place, so it has no effect"
+        found |= {"full_steps": reason} | ({"full_every": reason} if options.score != "staleness" else {})
+    if not options.validate:
+        found["tolerance"] = "nothing is validated, so it has no effect"
+    return found

@@ -17,7 +17,7 @@ from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
-from moeca_compile.policies.policy import CACHING, Policy, replaced_schedule
+from moeca_compile.policies.policy import CACHING, Policy
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
@@ -55,5 +55,4 @@ POLICY = Policy(
     declare=declare,
     forecasts=("stack",),
     needs="a residual stream that runs through all blocks",
-    ignored=replaced_schedule,
 )

@@ -96,7 +96,7 @@ def _regions(compiled: CompiledGraph) -> list[Region]:
 def _why_idle(compiled: CompiledGraph) -> str:
     """Why nothing in this graph is cached."""
     policy, regions = compiled.config.policy, compiled.regions
-    if policy.declares_nothing:
+    if not policy.caches:
         return "the recipe caches nothing"
     if regions.skipped and not policy.applies(regions):
         return f"the recipe needs {policy.needs}, and none is cached"

@@ -235,8 +235,9 @@ class CudaGraphs:
     def _refuse(self, kind: StepKind, reason: str) -> None:
         self.refused.add(kind)
         self.notes.warn(
-            f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so they run op by op, which is slower. "
-            "docs/gpu.md says what can be recorded; cuda_graphs=False turns recording and this warning off"
+            f"{kind.name} steps are not recorded as a CUDA graph ({reason}), so the host launches their kernels one "
+            "by one, which is slower. docs/gpu.md says what can be recorded; cuda_graphs=False turns recording and "
+            "this warning off"
         )
 
     def _recorded(self, kind: StepKind, step: Callable[[], StepResult], buffers: Buffers) -> Recorded | None:

@@ -97,8 +97,8 @@ class Engine:
 
     def _first_weight(self, inputs: Sequence[Any]) -> int:
         """The address of the first weight. It distinguishes models that are passed to one compiled function."""
-        weights = (value for value in self._of_model(inputs, True) if isinstance(value, Tensor))
-        first = next(weights, None)
+        pairs = zip(inputs, self.captured.arguments, strict=True)
+        first = next((value for value, argument in pairs if not argument and isinstance(value, Tensor)), None)
         return first.data_ptr() if first is not None else 0
 
 

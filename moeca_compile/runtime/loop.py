@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_outputs
 from moeca_compile.notes import Notes
@@ -136,5 +137,6 @@ class StepLoop:
         same_outputs("replayed", found, wanted, self.compiled.config, self.notes, dtypes)
 
     def flops(self, kind: StepKind) -> float:
-        """FLOPs of one step of a kind, averaged over those that ran."""
-        return self.tallies.flops(kind, self.steps.get(kind), self.compiled)
+        """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""
+        traced = all(isinstance(step, CompiledStep) for step in self.steps.values())
+        return self.tallies.flops(kind, self.steps.get(kind) if traced else None, self.compiled)

@@ -42,7 +42,8 @@ def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> R
     once.
     """
     if wrapper is None:
-        record = next((r for r in _by_module.get(module, []) if r.config == config), None) if module else None
+        known = _by_module.get(module, []) if module is not None else []
+        record = next((r for r in known if r.config == config), None)
     else:
         record = getattr(wrapper, _ATTRIBUTE, None)
     if record is None:

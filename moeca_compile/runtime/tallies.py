@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeca_compile.lower.compiled import CompiledGraph
@@ -13,6 +14,8 @@ from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.plan import expected_branches
+
+VARIABLE_K = torch.ops.moeca.experts_variable_k.default
 
 
 @dataclass
@@ -66,5 +69,5 @@ def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
     regions, config = compiled.regions, compiled.config
     cached = {replacement.node for replacement in compiled.plan.replacements if not kind.computes(replacement.part)}
     whole = [marker for marker in regions.bodies if marker not in cached]
-    variable = [marker for marker in whole if "variable_k" in str(marker.target)]
+    variable = [marker for marker in whole if marker.target is VARIABLE_K]
     return [float(expected_branches(regions.bodies[m], shape_of(m)[0], config)) for m in variable]

@@ -117,16 +117,17 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     chosen: dict[str, Any] = {"full_every": draw(st.sampled_from([2, 3, 4]))}
     if draw(st.booleans()):
         chosen["budget"] = draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
-    else:  # a budget takes the place of the threshold
+    else:  # a budget takes the place of the threshold, and with 0 nothing is ranked
         chosen["tau0"] = draw(st.sampled_from([0.0, 0.6, 0.8, 1.0]))
         chosen["entropy"] = draw(st.sampled_from(["log", "minmax"]))
         chosen["statistic"] = draw(st.sampled_from(["sample", "batch"]))
+    if chosen.get("budget") != 0:
+        chosen["score"] = draw(st.sampled_from(["paper", "drift", "staleness"]))
+        chosen["score_weights"] = draw(st.sampled_from(["normalized", "raw"]))
     for name, values in {
         "keys_values": ["all", "chosen", "none"],
         "mask_source": ["probe", "previous"],
         "shared": ["any", "always", "never"],
-        "score": ["paper", "drift", "staleness"],
-        "score_weights": ["normalized", "raw"],
         "overwrite": [True, False],
         "forecast": [(), (), ("attention",), ("experts",), ALL],
     }.items():

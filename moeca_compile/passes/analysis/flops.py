@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile._torch_private import fake_mode_of
 from moeca_compile.ops import attention, fixed_k, linear, variable_k  # noqa: F401  (define the ops named below)
 from moeca_compile.ops.body_plan import flops_per_row
+from moeca_compile.passes.analysis.costs import node_flops
 from moeca_compile.passes.analysis.graph import is_pointwise
 
 moeca = torch.ops.moeca
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def step_flops(graph: fx.Graph) -> StepFlops:
             ragged.append(Ragged(_per_branch(node), _RAGGED[node.target]))
         elif node.target is moeca.fixed_k_outputs.default:
             fixed += _per_branch(node) * _value(node.args[1]).numel()
+        elif node.target is SDPA:  # torch's counter sees the kernel that it picks, and does not know them all
+            fixed += node_flops(node)
         else:
             form = node.target, repr(fx.map_arg((node.args, node.kwargs), _form))
             if form not in known:
@@ -89,7 +92,7 @@ def _counted(node: fx.Node) -> int:
     args, kwargs = _values((node.args, node.kwargs))
     counter = FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
     given = map(_value, node.all_input_nodes)
-    with torch.no_grad(), fake_mode_of(given), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.no_grad(), fake_mode_of(given), counter:
         node.target(*args, **kwargs)  # type: ignore[operator]
     return int(counter.get_total_flops())
 
