@@ -20,7 +20,7 @@ def test_expert_rows_is_a_copy():
 
 def test_experts_that_were_not_lowered_say_so():
     x = torch.randn(3, 4)
-    with pytest.raises(NotImplementedError, match="before it was lowered"):
+    with pytest.raises(NotImplementedError, match="only stands for the layer until a pass replaces it"):
         moeca.experts_fixed_k(x, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), x, [x], 1)
 
 

@@ -106,7 +106,7 @@ def test_routed_and_weight_are_what_the_layer_chose():
     def run(gm):
         def up_to_marker(*args):
             interpreter = fx.Interpreter(gm, garbage_collect_values=False)
-            with pytest.raises(Exception, match="before it was lowered"):
+            with pytest.raises(Exception, match="only stands for the layer until a pass replaces it"):
                 interpreter.run(*args)
             (marker,) = nodes_of(gm, PAIRS)
             seen.extend(interpreter.env[node] for node in marker.args[1:3])
