@@ -40,6 +40,8 @@ class MoecaConfig(Options):
 
         Raises ConfigError for an unknown option, with the closest names, and for a value that is not allowed.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise ConfigError("options", options, "allowed is a dict of options by name")
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in (options or {}).items():
             if name not in known:

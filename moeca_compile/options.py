@@ -122,7 +122,10 @@ def text(value: Any) -> str:
 def folder(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise NotAllowedError("the path of a folder")
-    return os.path.abspath(os.fspath(value))
+    path = os.path.abspath(os.path.expanduser(os.fspath(value)))
+    if "\0" in path:
+        raise NotAllowedError("the path of a folder")
+    return path
 
 
 def step_list(value: Any) -> tuple[int, ...]:

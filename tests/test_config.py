@@ -55,6 +55,7 @@ WRONG = [
     ("cuda_graphs", "auto", "True | False"),
     ("lowering", "triton", "'eager'"),
     ("dump", "", "a folder"),
+    ("dump", "a\0b", "a folder"),
 ]
 
 
@@ -123,6 +124,16 @@ def test_an_option_that_has_no_effect_is_an_error_that_says_so(options, ignored,
     with pytest.raises(ConfigError, match=reason) as caught:
         MoecaConfig.from_options(options)
     assert caught.value.field == ignored
+
+
+def test_options_that_are_no_dict_are_an_error():
+    with pytest.raises(ConfigError, match="a dict of options by name"):
+        MoecaConfig.from_options([("recipe", "moeca")])  # type: ignore[arg-type]
+
+
+def test_a_dump_may_lie_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert MoecaConfig(dump="~/graphs").dump == "/home/me/graphs"
 
 
 def test_a_name_of_before_is_taken():

@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from moeca_compile.capture.trust import vouch
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_seen: WeakSet[type] = WeakSet()
+_seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
 _ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wraps
 
 
@@ -51,9 +51,9 @@ def uninstall() -> None:
     """Give every class its own methods back."""
     not_on_compile_start(wrap_new_classes)
     with _lock:
-        for owner in list(_seen):
-            for name, function in list(vars(owner).items()):
-                if isinstance(function, FunctionType) and hasattr(function, _ORIGINAL):
+        for owner in [found for known in _seen.values() if (found := known()) is not None]:
+            for name, function in _methods(owner):
+                if hasattr(function, _ORIGINAL):
                     setattr(owner, name, getattr(function, _ORIGINAL))
         _seen.clear()
 
@@ -62,37 +62,54 @@ def wrap_new_classes(*_: Any) -> None:
     """Wrap the MoE dispatch of the classes that have come since the last time."""
     with _lock:
         for owner in _subclasses(nn.Module):
-            if owner not in _seen:
-                _seen.add(owner)
+            if id(owner) not in _seen:
+                _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
                 _wrap_methods(owner)
+
+
+def _forget(number: int, _: ref[type]) -> None:
+    """A class is gone, and another one may get its number."""
+    _seen.pop(number, None)
 
 
 def _subclasses(root: type) -> Iterator[type]:
     """Every subclass once, torch's own excepted."""
-    met: set[type] = set()
+    met: set[int] = set()
     pending: list[type] = [root]
     while pending:
-        parent = pending.pop()
-        children: list[type] = parent.__subclasses__()
+        children: list[type] = type.__subclasses__(pending.pop())
         for owner in children:
-            if owner not in met:
-                met.add(owner)
+            if id(owner) not in met:
+                met.add(id(owner))
                 pending.append(owner)
-                if not str(owner.__module__).startswith("torch."):
+                if not _module_of(owner).startswith("torch."):
                     yield owner
+
+
+def _module_of(owner: type) -> str:
+    return str(_namespace(owner).get("__module__", ""))
+
+
+def _namespace(owner: type) -> Mapping[str, Any]:
+    """What a class's body defined, whatever its metaclass answers."""
+    namespace: Mapping[str, Any] = type.__dict__["__dict__"].__get__(owner)
+    return namespace
+
+
+def _methods(owner: type) -> list[tuple[str, FunctionType]]:
+    return [(name, value) for name, value in _namespace(owner).items() if isinstance(value, FunctionType)]
 
 
 def _wrap_methods(owner: type) -> None:
     """Wrap a class's MoE dispatch. Every class of the process comes by here: one that cannot be read stays as it
     is, and neither its compilation nor those of others fail for it."""
-    for name, function in list(vars(owner).items()):
+    for name, function in _methods(owner):
         try:
-            if isinstance(function, FunctionType) and not hasattr(function, _ORIGINAL):
-                wrapper = _wrapper(function)
-                if wrapper is not None:
-                    setattr(owner, name, wrapper)
+            wrapper = _wrapper(function) if not hasattr(function, _ORIGINAL) else None
+            if wrapper is not None:
+                setattr(owner, name, wrapper)
         except Exception:
-            _log.debug("%s.%s stays as it is: reading it failed", owner.__qualname__, name, exc_info=True)
+            _log.debug("the method %s of a class stays as it is: reading it failed", name, exc_info=True)
 
 
 def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:

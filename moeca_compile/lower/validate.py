@@ -72,7 +72,10 @@ def _fault(
     tokens, half of them, or none.
     """
     main = regions.main
-    replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
+    try:
+        replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
+    except Exception as error:
+        return first_line(error)
     if main is None or not replacements:
         return None
     specs = [spec for replacement in replacements for spec in replacement.specs]

@@ -161,7 +161,7 @@ def open_dump(folder: str | Path | None) -> Dump:
     """
     if folder is None:
         return Dump()
-    root = Path(folder).expanduser().resolve()
+    root = Path(folder).resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)
         dump = FolderDump(_new_folder(root))

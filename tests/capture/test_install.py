@@ -109,6 +109,30 @@ def test_a_class_that_cannot_be_read_stays_as_it_is_and_others_are_wrapped():
     class Sealed(NumpyEnds, metaclass=Refusing):
         moe_infer = NumpyEnds.moe_infer.__wrapped__
 
+    class Unhashable(type(nn.Module)):
+        def __eq__(cls, other):
+            return cls is other
+
+        __hash__ = None
+
+    class Riddle(nn.Module, metaclass=Unhashable):
+        pass
+
+    class Secretive(type(nn.Module)):
+        @property
+        def __dict__(cls):
+            raise AttributeError("nothing to see")
+
+        @property
+        def __module__(cls):
+            raise AttributeError("from nowhere")
+
+        def __subclasses__(cls):
+            raise TypeError("childless")
+
+    class Hidden(nn.Module, metaclass=Secretive):
+        pass
+
     unwrapped = vars(Sealed)["moe_infer"]
     wrap_new_classes()
     assert vars(Sealed)["moe_infer"] is unwrapped and not hasattr(Unlocal.forward, "__wrapped__")
@@ -118,6 +142,8 @@ def test_a_class_that_cannot_be_read_stays_as_it_is_and_others_are_wrapped():
 
     wrap_new_classes()
     assert hasattr(After.moe_infer, "__wrapped__")
+    assert torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(2)).shape == (2,)
+    assert all(issubclass(each, nn.Module) for each in (Riddle, Hidden))
 
 
 GLOBAL = torch.zeros(4)
