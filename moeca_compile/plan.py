@@ -12,7 +12,15 @@ from torch import fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.analysis.axis import Axis, offset_in
-from moeca_compile.passes.analysis.costs import BATCH, CHOSEN, RECOMPUTED, TOKENS, symbolic_flops, token_count
+from moeca_compile.passes.analysis.costs import (
+    BATCH,
+    CHOSEN,
+    RECOMPUTED,
+    TOKENS,
+    node_flops,
+    symbolic_flops,
+    token_count,
+)
 from moeca_compile.passes.analysis.graph import ancestors, between, shape_of
 from moeca_compile.passes.match.experts import ENTRY, body_nodes
 from moeca_compile.passes.match.regions import Attention, ExpertBody, FeedForward, Regions
@@ -179,7 +187,7 @@ class _Costs:
         span = between(replacement.source, [replacement.node])
         needed = ancestors([*replacement.reads, *self._mixed_inputs(replacement)], since=replacement.source)
         left = span - needed
-        return bool(left & set(self.regions.bodies)) or self._rows(left & self.counted) != 0
+        return not left.isdisjoint(self.regions.bodies) or any(map(node_flops, left & self.counted))
 
     def _run_for_all_tokens(self, reused: Sequence[Replacement]) -> set[fx.Node]:
         replaced = {replacement.node for replacement in reused}
