@@ -83,7 +83,8 @@ def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: Moeca
     if not config.policy.caches:
         return plan
     if not plan.replacements:
-        if not captured.in_parts and not notes.warnings:  # else a graph break or validation explains it already
+        # A graph break is warned of, and the report has the reason for each region that was skipped.
+        if not captured.in_parts and not plan.regions.skipped:
             advice = "" if config.policy.applies(plan.regions) else WITHOUT_EXPERTS
             notes.warn(NOTHING_FOUND.format(config.recipe, config.policy.needs) + advice)
         return plan
