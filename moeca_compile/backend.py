@@ -22,6 +22,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
 from moeca_compile.notes import Notes, first_line
+from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.dump import open_dump
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.match_regions import match_regions
@@ -80,7 +81,7 @@ def compile_captured(
     fallback.note_breaks(record)
     if not fallback.worth_rewriting(gm):
         return fallback.compile_original(gm, inputs, record)
-    arguments = tuple(not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder")
+    arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
     numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
     captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
     return _engine(captured, inputs, record, stages)
@@ -145,8 +146,7 @@ def compile_step(
         inputs, state, coefficients: an example call: inputs of the graph, cached tensors by name, and the forecast
             coefficients (2, 2).
     """
-    with notes.timed("rewrite"):
-        function = compiled.function(kind)
+    function = compiled.function(kind)
     try:
         with notes.timed("rewrite"):
             traced = trace_step(function, inputs, state, coefficients)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -42,13 +43,12 @@ class CapturedGraph:
 
     def argument_nodes(self, graph: fx.Graph) -> set[fx.Node]:
         """The placeholders of `graph` that are arguments of the model; its inputs must be those of `gm`."""
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        return {node for node, user in zip(placeholders, self.arguments, strict=True) if user}
+        return {node for node, user in zip(placeholders(graph), self.arguments, strict=True) if user}
 
     @property
     def names(self) -> list[str]:
         """The names of the inputs in the model's signature, as far as Dynamo keeps them."""
-        return [n.name.removeprefix("l_").rstrip("_") for n in self.gm.graph.nodes if n.op == "placeholder"]
+        return [n.name.removeprefix("l_").rstrip("_") for n in placeholders(self.gm.graph)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CompiledGraph:
 
     @cached_property
     def placeholders(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return placeholders(self.graph)
 
     @cached_property
     def timesteps(self) -> list[int]:

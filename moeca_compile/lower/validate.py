@@ -66,44 +66,46 @@ def sound_regions(
 def _fault(
     graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes | None
 ) -> str | None:
-    """Compare a full step, and cache steps right after it, with the model; returns the first difference, or None.
+    """What is wrong with the rewrite of these regions, None where nothing is."""
+    try:
+        _check_rewrite(graph, regions, config, inputs, notes)
+    except Exception as error:
+        # Whatever a rewrite raises, the model itself still runs; the reason goes to the report.
+        _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
+        return first_line(error)
+    return None
+
+
+def _check_rewrite(
+    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes | None
+) -> None:
+    """Compare a full step, and cache steps right after it, with the model.
 
     The cache steps run on the inputs of the full step. So they must give the same outputs whether they recompute all
-    tokens, half of them, or none.
+    tokens, half of them, or none. Raises ValidationError at the first difference.
     """
     main = regions.main
-    try:
-        replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
-    except Exception as error:
-        return first_line(error)
+    replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
     if main is None or not replacements:
-        return None
+        return
     specs = [spec for replacement in replacements for spec in replacement.specs]
-    device = regions.residuals[0].stream.meta["val"].device
+    device, dtypes = regions.residuals[0].stream.meta["val"].device, regions.token_dtypes
     state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in specs}
 
     def run(used: Sequence[Replacement], kind: StepKind, state: dict[str, Tensor]) -> StepResult:
         with torch.no_grad(), undisturbed(device):
             return step_function(graph, regions, used, kind)(inputs, state, torch.zeros(2, 2, device=device))
 
-    def compare(check: str, found: StepResult) -> None:
-        same_outputs(check, found.outputs, original.outputs, config, notes, regions.token_dtypes)
-
-    try:
-        full, original = run(replacements, StepKind(), state), run((), StepKind(), {})
-        compare("rewritten", full)
-        recomputes = any(replacement.recomputes for replacement in replacements)
-        for capacity in (main.tokens, max(1, main.tokens // 2), 0):
-            copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
-            if capacity == main.tokens and recomputes:
-                _poison(copies, specs)
-            again = run(replacements, StepKind(False, False, capacity, forced=capacity > 0), copies)
-            compare("recomputed" if capacity else "reused", again)
-    except Exception as error:
-        # Whatever a rewrite raises, the model itself still runs; the reason goes to the report.
-        _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
-        return first_line(error)
-    return None
+    full, original = run(replacements, StepKind(), state), run((), StepKind(), {})
+    same_outputs("rewritten", full.outputs, original.outputs, config, notes, dtypes)
+    recomputes = any(replacement.recomputes for replacement in replacements)
+    for capacity in (main.tokens, max(1, main.tokens // 2), 0):
+        copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
+        if capacity == main.tokens and recomputes:
+            _poison(copies, specs)
+        again = run(replacements, StepKind(False, False, capacity, forced=capacity > 0), copies)
+        check = "recomputed" if capacity else "reused"
+        same_outputs(check, again.outputs, original.outputs, config, notes, dtypes)
 
 
 def same_step(

@@ -66,7 +66,8 @@ class Engine:
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
-        key = (*(_signature(v) for v in self._of_model(inputs, False)), self._first_weight(inputs))
+        of_model = zip(inputs, self.captured.arguments, strict=True)
+        key = (*(_signature(value) for value, argument in of_model if argument), self._first_weight(inputs))
         with self._lock:
             if key not in self.loops:
                 _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
@@ -90,10 +91,6 @@ class Engine:
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured
         return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
-
-    def _of_model(self, inputs: Sequence[Any], weights: bool) -> list[Any]:
-        """The inputs that are weights of the model (`weights`), or those that are its arguments."""
-        return [v for v, user in zip(inputs, self.captured.arguments, strict=True) if user is not weights]
 
     def _first_weight(self, inputs: Sequence[Any]) -> int:
         """The address of the first weight. It distinguishes models that are passed to one compiled function."""

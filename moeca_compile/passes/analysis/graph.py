@@ -17,6 +17,11 @@ aten = torch.ops.aten
 _COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
 
 
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Static shape of the node's value, or of its first output where it has several; () for a number."""
     value = node.meta.get("val")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import is_size, tensor_of_number
+from moeca_compile.passes.analysis.graph import placeholders
 
 _ARITHMETIC = {getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "neg", "mod")}
 _FROM_NUMBER = (torch.tensor, tensor_of_number, torch.as_tensor, torch.scalar_tensor)
@@ -28,7 +29,7 @@ def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[
     and an `item()` call, which is removed.
     """
     positions = []
-    for position, node in enumerate(_placeholders(gm.graph)):
+    for position, node in enumerate(placeholders(gm.graph)):
         is_number = isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node)
         if is_number and _only_a_value(node):
             positions.append(position)
@@ -40,10 +41,6 @@ def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[
                 gm.graph.erase_node(user)
     gm.recompile()
     return positions
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _only_a_value(number: fx.Node) -> bool:

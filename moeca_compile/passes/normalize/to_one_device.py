@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moeca_compile._torch_private import fake_mode_of
+from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.analysis.host_ops import values_of
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def to_one_device(
         return gm, ()
     moved = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     moved.meta = dict(gm.meta)
-    positions = tuple(i for i, node in enumerate(_placeholders(moved.graph)) if _on_cpu(node))
+    positions = tuple(i for i, node in enumerate(placeholders(moved.graph)) if _on_cpu(node))
     for node in moved.graph.nodes:
         if _on_cpu(node):
             _move(moved, node, device)
@@ -48,7 +49,7 @@ def to_one_device(
 
 def _may_move(graph: fx.Graph, arguments: Sequence[bool]) -> bool:
     (output,) = (node for node in graph.nodes if node.op == "output")
-    weights = [node for node, user in zip(_placeholders(graph), arguments, strict=True) if not user]
+    weights = [node for node, user in zip(placeholders(graph), arguments, strict=True) if not user]
     fixed = [*output.all_input_nodes, *(node for node in weights if node.users)]
     random = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
     return not any(_on_cpu(node) for node in [*fixed, *random])
@@ -80,10 +81,6 @@ def _propagated(gm: fx.GraphModule, inputs: Sequence[Any], positions: Sequence[i
         return False  # an op that runs only on the CPU: leave the graph as it is
     gm.recompile()
     return not any(_on_cpu(node) for node in gm.graph.nodes)
-
-
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _on_cpu(node: fx.Node) -> bool:

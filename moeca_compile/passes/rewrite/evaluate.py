@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_compile.passes.analysis.graph import ancestors
+from moeca_compile.passes.analysis.graph import ancestors, placeholders
 
 Compute = Callable[[], Any]
 
@@ -30,8 +30,7 @@ class Evaluation:
         replacements: Mapping[fx.Node, Compute],
         boundaries: Container[fx.Node] = (),
     ) -> None:
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        self.values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+        self.values: dict[fx.Node, Any] = dict(zip(placeholders(graph), inputs, strict=True))
         self.graph = graph
         self.replacements, self.boundaries = replacements, boundaries
         self.replacing: set[fx.Node] = set()
