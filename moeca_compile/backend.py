@@ -21,7 +21,7 @@ from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
-from moeca_compile.notes import Notes, first_line
+from moeca_compile.notes import Notes
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.dump import open_dump
 from moeca_compile.passes.export import to_functional_aten
@@ -34,6 +34,7 @@ from moeca_compile.passes.runner import normalize
 from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, record_for
+from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 

@@ -49,8 +49,3 @@ class Notes:
     def worst(self, check: str, error: float) -> None:
         """Record an error of a check; the largest one counts."""
         self.errors[check] = max(error, self.errors.get(check, 0.0))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,4 +1,4 @@
-"""Numbers as text for people, with units."""
+"""Numbers and errors as text for people."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def percent(fraction: float) -> str:
 def count(number: float) -> str:
     """A count, or a mean of counts with one decimal where it is not whole."""
     return f"{number:,.0f}" if number == round(number) else f"{number:,.1f}"
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.notes import Notes, first_line
+from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult, step_function
+from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 

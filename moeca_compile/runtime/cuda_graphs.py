@@ -26,11 +26,12 @@ from moeca_compile._torch_private import copy_all, zero_all
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.validate import ValidationError, undisturbed
-from moeca_compile.notes import Notes, first_line
+from moeca_compile.notes import Notes
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel, runs_experts
 from moeca_compile.passes.rewrite.kinds import Role, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.session import Stream
+from moeca_compile.text import first_line
 
 T = TypeVar("T")
 Compare = Callable[[Sequence[Any], Sequence[Any]], None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import compile_cpp
+from moeca_compile.text import first_line
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
@@ -27,7 +28,7 @@ def library(source: str) -> CDLL | None:
     try:
         return compile_cpp((Path(__file__).parent / f"{source}.cpp").read_text())
     except Exception as error:  # a compiler can be missing or fail in any way
-        _warn(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        _warn(first_line(error))
         return None
 
 
