@@ -20,7 +20,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
 from moeca_compile.runtime import scope
-from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, parts_to_refresh
+from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
 from moeca_compile.runtime.timesteps import Timestep
 
 _MANY_SHORT = 8
@@ -142,7 +142,8 @@ class Sessions:
     def __init__(
         self, config: MoecaConfig, specs: Sequence[CacheSpec], parts: Set[Part], device: torch.device
     ) -> None:
-        self.config, self.specs, self.parts, self.device = config, specs, parts, device
+        self.config, self.specs, self.device = config, specs, device
+        self.schedule = Schedule(config, parts)
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
         self.recycles = config.cuda_graphs and device.type == "cuda"
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
@@ -210,15 +211,7 @@ class Sessions:
         """Which parts the call computes anew."""
         if not position.certain:
             return EVERYTHING
-        attention, experts = (self._since(position, last) for last in position.stream.last_full)
-        return RefreshPlan(any(due.attention for due in attention), any(due.experts for due in experts))
-
-    def _since(self, position: Position, last: int) -> list[RefreshPlan]:
-        """What was due at each step after `last`, including steps at which this stream was not called."""
-        if last < 0:
-            return [EVERYTHING]
-        numbers = range(last + 1, position.number + 1)
-        return [parts_to_refresh(self.config, self.parts, number) for number in numbers]
+        return self.schedule.parts_to_refresh(*position.stream.last_full, position.number)
 
     def warn_if_caches_unused(self, notes: Notes) -> None:
         """Warn if generations are detected, but their caches are hardly ever used."""

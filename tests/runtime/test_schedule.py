@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
-from moeca_compile.runtime.schedule import RefreshPlan, parts_to_refresh
+from moeca_compile.runtime.schedule import RefreshPlan, Schedule
+
+SEVERAL, WHOLE = frozenset({Part.ATTENTION, Part.EXPERTS}), frozenset({Part.WHOLE})
+"""The parts that moeca caches, and those that stack does."""
+
+
+def schedule(**options) -> Schedule:
+    return Schedule(MoecaConfig(**options), WHOLE if options.get("recipe") == "stack" else SEVERAL)
 
 
 def parts(steps: int, **options) -> tuple[list[int], list[int]]:
-    """Steps with fresh attention, and with fresh experts."""
-    config = MoecaConfig(**options)
-    cached = {Part.WHOLE} if config.recipe == "stack" else {Part.ATTENTION, Part.EXPERTS}
-    fresh = [parts_to_refresh(config, cached, number) for number in range(steps)]
+    """Steps with fresh attention, and with fresh experts, where every step is called."""
+    plan = schedule(**options)
+    fresh = [plan.parts_to_refresh(number - 1, number - 1, number) for number in range(steps)]
     return [i for i, f in enumerate(fresh) if f.attention], [i for i, f in enumerate(fresh) if f.experts]
 
 
@@ -35,6 +46,66 @@ def test_steps(options, attention, experts):
     assert parts(10, **options) == (attention, experts)
 
 
-def test_the_first_step_is_full():
-    for options in ({}, {"full_every": 7}, {"attention_every": 3}, {"full_steps": [0]}):
-        assert parts_to_refresh(MoecaConfig(**options), {Part.ATTENTION, Part.EXPERTS}, 0) == RefreshPlan(True, True)
+@pytest.mark.parametrize("options", [{}, {"full_every": 7}, {"attention_every": 3}, {"full_steps": [0]}], ids=str)
+def test_the_first_call_computes_everything(options):
+    """Whatever the number of the step at which it comes."""
+    assert schedule(**options).parts_to_refresh(-1, -1, 0) == RefreshPlan(True, True)
+    assert schedule(**options).parts_to_refresh(-1, -1, 5) == RefreshPlan(True, True)
+
+
+def due(options: dict, interval: str, number: int) -> bool:
+    """Whether a part is due at a step, by the words of the options' documentation."""
+    if options.get(interval):
+        return number % options[interval] == 0
+    return number in options["full_steps"] if "full_steps" in options else number % options.get("full_every", 4) == 0
+
+
+def by_walking(options: dict, attention_at: int, experts_at: int, number: int) -> RefreshPlan:
+    """What step `number` computes anew: a look at each step since."""
+    found = {}
+    for name, last in (("attention_every", attention_at), ("experts_every", experts_at)):
+        names = ("attention_every", "experts_every") if options.get("recipe") == "stack" else (name,)
+        found[name] = any(all(due(options, each, n) for each in names) for n in range(last + 1, number + 1))
+    return RefreshPlan(*found.values())
+
+
+lists = st.lists(st.integers(0, 60), max_size=8).map(lambda steps: {"full_steps": [0, *steps]})
+intervals = st.fixed_dictionaries(
+    {}, optional={name: st.integers(1, 9) for name in ("attention_every", "experts_every")}
+)
+shared = st.one_of(st.just({}), lists, st.integers(1, 9).map(lambda every: {"full_every": every}))
+recipes = st.sampled_from([{}, {"recipe": "stack"}])
+
+
+@settings(max_examples=300, deadline=None)
+@given(recipes, shared, intervals, st.integers(-1, 50), st.integers(-1, 50), st.integers(0, 12))
+def test_what_is_due_is_what_a_walk_over_the_steps_finds(recipe, common, every, attention_at, experts_at, later):
+    options = {**recipe, **common, **every}
+    if len(every) == 2:  # the common steps would have no effect, which is an error
+        options = {**recipe, **every}
+    number = max(attention_at, experts_at, 0) + later
+    expected = by_walking(options, attention_at, experts_at, number)
+    assert schedule(**options).parts_to_refresh(attention_at, experts_at, number) == expected
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many functions are called, Python's and built-in ones."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("options", [{"full_every": 1_000_000}, {"full_steps": [0, 20_000]}], ids=str)
+def test_ten_thousand_steps_since_the_last_are_no_more_work_than_ten(options):
+    plan = schedule(**options)
+    counts = [calls_of(lambda n=number: plan.parts_to_refresh(0, 0, n)) for number in (10, 10_000)]
+    assert counts[0] == counts[1] > 0
