@@ -93,6 +93,12 @@ class CompiledGraph:
         return placeholders(self.graph)
 
     @cached_property
+    def mutated(self) -> tuple[int, ...]:
+        """The positions of the inputs that the model changes in place; their new values are its first outputs."""
+        positions: tuple[int, ...] = self.module.meta["mutated_inputs"]
+        return positions
+
+    @cached_property
     def timesteps(self) -> list[int]:
         """The positions of the inputs that may be the timestep."""
         position = {node: i for i, node in enumerate(self.placeholders)}
@@ -109,10 +115,9 @@ class CompiledGraph:
 
     def write_back(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copy new values into the inputs that the model changes in place; returns the model's outputs."""
-        mutated: tuple[int, ...] = self.module.meta["mutated_inputs"]
-        for position, value in zip(mutated, outputs[: len(mutated)], strict=True):
+        for position, value in zip(self.mutated, outputs, strict=False):
             inputs[position].copy_(value)
-        return outputs[len(mutated) :]
+        return outputs[len(self.mutated) :]
 
 
 def stream_dtype(regions: Regions, inputs: Sequence[Any]) -> torch.dtype:

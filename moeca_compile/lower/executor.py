@@ -39,7 +39,7 @@ class PartitionedExecutor:
         needed = {i for i in self.outputs if i is not None}
         for call in reversed(calls):
             arguments, results = ([index[n] for n in many] for many in (call.arguments, call.results))
-            freed = {*arguments, *results} - needed
+            freed = {*arguments, *results} - needed - set(range(self.inputs))  # the caller holds the inputs
             needed |= set(arguments)
             self.calls.insert(0, _BoundCall(subgraphs[call.subgraph], arguments, results, sorted(freed)))
 

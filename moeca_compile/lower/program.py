@@ -36,6 +36,14 @@ class TracedStep:
     state_names: tuple[str, ...]
     update_names: tuple[str, ...]
     outputs: int
+    constants: frozenset[int] = frozenset()
+    """Positions of the model's inputs that are no tensors: they are in the graph, and not among its inputs."""
+
+    def inputs(self, inputs: Sequence[Any], state: Mapping[str, Tensor], coefficients: Tensor) -> list[Tensor]:
+        """The graph's inputs, from those of the step."""
+        if self.constants:
+            inputs = [value for i, value in enumerate(inputs) if i not in self.constants]
+        return [*inputs, *[state[name] for name in self.state_names], coefficients]
 
     def result(self, values: Sequence[Any]) -> StepResult:
         """The step's result from the graph's outputs."""
@@ -61,8 +69,7 @@ class CompiledStep:
     code: Callable[..., Sequence[Any]]
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
-        flat = flat_inputs(inputs, [state[name] for name in self.traced.state_names], coefficients)
-        return self.traced.result(self.code(*flat))
+        return self.traced.result(self.code(*self.traced.inputs(inputs, state, coefficients)))
 
 
 def trace_step(
@@ -82,13 +89,9 @@ def trace_step(
         return [*result.outputs, *(result.updates[name] for name in found["updates"]), *counts]
 
     with torch.no_grad():
-        graph = trace_to_graph(flat_function, *flat_inputs(inputs, list(state.values()), coefficients))
-    return TracedStep(graph, names, found["updates"], found["outputs"])
-
-
-def flat_inputs(inputs: Sequence[Any], caches: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
-    """A traced step's inputs. Inputs of the model that are no tensors are constants of the graph and left out."""
-    return [*(value for value in inputs if isinstance(value, Tensor)), *caches, coefficients]
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        graph = trace_to_graph(flat_function, *tensors, *state.values(), coefficients)
+    return TracedStep(graph, names, found["updates"], found["outputs"], frozenset(constants))
 
 
 def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> Iterator[Any]:

@@ -53,21 +53,31 @@ class Engine:
     ) -> None:
         self.captured, self.config, self.notes = captured, config, notes
         self.stages, self.most_shapes = stages, most_shapes
-        self.weights = [_signature(v) for v, user in zip(inputs, captured.arguments, strict=True) if not user]
+        given = list(zip(inputs, captured.arguments, strict=True))
+        self.weights = [_signature(value) for value, user in given if not user]
+        self.of_model = [i for i, (_, user) in enumerate(given) if user]
+        """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
+        self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
         self.modes, self.partial = numeric_modes(), captured.partial
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
+        self._last: tuple[tuple[Any, ...], StepLoop] | None = None
+        """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        numbers = self.captured.numbers
-        if numbers:
-            inputs = tuple(torch.tensor(v) if i in numbers else v for i, v in enumerate(inputs))
+        if self.captured.numbers:
+            inputs = self._with_tensors(inputs)
         return self.loop_for(inputs)(inputs)
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
-        of_model = zip(inputs, self.captured.arguments, strict=True)
-        key = (*(_signature(value) for value, argument in of_model if argument), self._first_weight(inputs))
+        # The first weight's address distinguishes models that are passed to one compiled function.
+        weight = inputs[self.first_weight].data_ptr() if self.first_weight is not None else 0
+        key = (weight, *[_signature(inputs[i]) for i in self.of_model])
+        last = self._last
+        return last[1] if last is not None and last[0] == key else self._loop_of(key, inputs)
+
+    def _loop_of(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
         with self._lock:
             if key not in self.loops:
                 _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
@@ -76,6 +86,7 @@ class Engine:
                 if len(self.loops) > self.most_shapes:
                     self.loops.popitem(last=False)
             self.loops.move_to_end(key)
+            self._last = key, self.loops[key]
             return self.loops[key]
 
     def same_graph(self, other: Engine) -> bool:
@@ -92,14 +103,15 @@ class Engine:
         captured = self.captured
         return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
 
-    def _first_weight(self, inputs: Sequence[Any]) -> int:
-        """The address of the first weight. It distinguishes models that are passed to one compiled function."""
-        pairs = zip(inputs, self.captured.arguments, strict=True)
-        first = next((value for value, argument in pairs if not argument and isinstance(value, Tensor)), None)
-        return first.data_ptr() if first is not None else 0
+    def _with_tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs, with numbers that vary as 0-dim tensors."""
+        values = list(inputs)
+        for i in self.captured.numbers:
+            values[i] = torch.tensor(values[i])
+        return tuple(values)
 
 
 def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device, value.stride()
+        return value.shape, value.dtype, value.device, value.stride()
     return value

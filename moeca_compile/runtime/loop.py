@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ from moeca_compile.runtime.tallies import Tallies
 from moeca_compile.runtime.timesteps import TimestepReader
 
 _log = logging.getLogger(__name__)
+
+
+@lru_cache(256)
+def _on_cpu(coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
+    """Coefficients as a tensor that is kept: making one takes 20 us, and generations have the same times.
+
+    On an accelerator none is kept: there a tensor belongs to the CUDA stream, or the recording, that it came from.
+    """
+    with torch.inference_mode(False):  # it serves calls outside inference mode too
+        return torch.tensor(coefficients, dtype=torch.float32)
 
 
 class StepLoop:
@@ -93,13 +104,18 @@ class StepLoop:
         self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
     ) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
-        if kind not in self.steps:
-            self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
-        return self.steps[kind]
+        step = self.steps.get(kind)
+        if step is None:
+            step = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
+            self.steps[kind] = step
+        return step
 
     def coefficients(self, stream: Stream, time: float) -> Tensor:
         """The forecast coefficients of a step at `time` (passes.rewrite.step.Step), on the model's device."""
-        return upload(torch.tensor(stream.coefficients(time), dtype=torch.float32), self.compiled.device)
+        values, device = stream.coefficients(time), self.compiled.device
+        if device.type == "cpu":
+            return _on_cpu(tuple(map(tuple, values)))
+        return upload(torch.tensor(values, dtype=torch.float32), device)
 
     def eager(
         self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
@@ -109,7 +125,8 @@ class StepLoop:
 
     def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
-        _log.debug("%s step at time %g", kind.name, time)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s step at time %g", kind.name, time)
         placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
         step = self.step(kind, placed, stream.state, coefficients)
         if self.graphs is None:

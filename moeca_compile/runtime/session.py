@@ -169,7 +169,6 @@ class Sessions:
                 generation = self.generations[key] = self._renewed(generation)
             self.generations.move_to_end(key)
             stream = self._stream(generation, generation.advance(timestep))
-            self._drop_surplus()
         time = timestep[0] if timestep is not None else float(generation.number)
         return Position(stream, generation.number, time, generation, generation.certain)
 
@@ -177,6 +176,7 @@ class Sessions:
         if name not in generation.streams:
             self.evicting_live_streams |= name in generation.dropped
             generation.streams[name] = self._new_stream(name)
+            self._drop_surplus()
         generation.streams.move_to_end(name)
         return generation.streams[name]
 

@@ -41,7 +41,9 @@ class Tallies:
 
     def add(self, kind: StepKind, counts: Tensor | None) -> None:
         """Count a step, and add its counters (layers, COUNTERS)."""
-        tally = self.by_kind.setdefault(kind, Tally())
+        tally = self.by_kind.get(kind)
+        if tally is None:
+            tally = self.by_kind.setdefault(kind, Tally())
         tally.steps += 1
         if counts is not None:
             tally.counts = counts if tally.counts is None else tally.counts + counts

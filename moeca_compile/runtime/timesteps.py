@@ -58,7 +58,7 @@ class TimestepReader:
 
     def value(self, given: Any) -> Timestep:
         """The numbers of an input. If it is on an accelerator, the host waits for the device."""
-        return tuple(given.detach().flatten().tolist()) if isinstance(given, Tensor) else (float(given),)
+        return tuple(given.reshape(-1).tolist()) if isinstance(given, Tensor) else (float(given),)
 
 
 class TimestepInput:
