@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,22 @@ def outputs(gm: fx.GraphModule) -> list[fx.Node]:
 def ops(gm: fx.GraphModule) -> Counter[str]:
     """How often each op stands in the graph, by its name without namespace and overload."""
     return Counter(_packet(n.target).__name__ for n in gm.graph.nodes if n.op == "call_function")
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many functions are called, Python's and built-in ones."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def eager_step(compiled: CompiledGraph, kind: StepKind, *_: Any) -> StepFunction:

@@ -3,8 +3,8 @@
     moeca::linear(x, weight, bias) -> out         out = x @ weight.T + bias, as torch.nn.functional.linear
 
 PyTorch computes float32 products by MKL, which packs the weights again at each call. With few rows, packing takes
-most of the time. oneDNN is faster at every size, and our own C++ kernel is faster still up to some dozens of rows
-(docs/performance.md). On other devices, and for dtypes that neither supports, PyTorch's product runs.
+most of the time: there oneDNN is faster, and our own C++ kernel is faster still up to some dozens of rows. With many
+rows, on other devices, and for dtypes that neither supports, PyTorch's product runs (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from moeca_compile.ops.cpu import library
 
 _FEW, _FEW_EACH = 64, 320
 """Up to this many rows our own kernel is faster than oneDNN: for a single product, and for each group of several."""
+
+_MANY = 256
+"""Above this many rows PyTorch's product is as fast as oneDNN, which in long runs causes page faults at each call."""
 
 _NARROW = 32
 """With fewer outputs (as in a router) PyTorch's product is the fastest."""
@@ -41,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if len(rows) <= _FEW and library.takes(rows, [weight], biases):
         out = library.grouped_linear(rows, torch.tensor([0, len(rows)]), [weight], biases)
         return out.view(*x.shape[:-1], len(weight))
-    if x.dtype is torch.float32 and onednn_linear is not None:
+    if len(rows) <= _MANY and x.dtype is torch.float32 and onednn_linear is not None:
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +9,7 @@ from hypothesis import strategies as st
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.runtime.schedule import RefreshPlan, Schedule
+from tests.harness import calls_of
 
 SEVERAL, WHOLE = frozenset({Part.ATTENTION, Part.EXPERTS}), frozenset({Part.WHOLE})
 """The parts that moeca caches, and those that stack does."""
@@ -86,22 +84,6 @@ def test_what_is_due_is_what_a_walk_over_the_steps_finds(recipe, common, every, 
     number = max(attention_at, experts_at, 0) + later
     expected = by_walking(options, attention_at, experts_at, number)
     assert schedule(**options).parts_to_refresh(attention_at, experts_at, number) == expected
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    """How many functions are called, Python's and built-in ones."""
-    count = 0
-
-    def note(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 @pytest.mark.parametrize("options", [{"full_every": 1_000_000}, {"full_steps": [0, 20_000]}], ids=str)
