@@ -211,7 +211,8 @@ class Sessions:
         """Which parts the call computes anew."""
         if not position.certain:
             return EVERYTHING
-        return self.schedule.parts_to_refresh(*position.stream.last_full, position.number)
+        attention_at, experts_at = position.stream.last_full
+        return self.schedule.parts_to_refresh(attention_at, experts_at, position.number)
 
     def warn_if_caches_unused(self, notes: Notes) -> None:
         """Warn if generations are detected, but their caches are hardly ever used."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+import moeca_compile.ops.linear as ops_linear
 from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_run import run_by_expert
@@ -36,7 +37,7 @@ def layer(inputs: int, outputs: int, dtype: torch.dtype, bias: bool) -> tuple[Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 8), (4, 1, 8), (63, 50), (64, 33), (65, 17), (2, 100, 16), (0, 8)])
+@pytest.mark.parametrize("shape", [(1, 8), (4, 1, 8), (63, 50), (64, 33), (65, 17), (2, 100, 16), (257, 16), (0, 8)])
 def test_one_layer(shape, bias, dtype):
     torch.manual_seed(sum(shape))
     weight, b = layer(shape[-1], 21, dtype, bias)
@@ -44,6 +45,16 @@ def test_one_layer(shape, bias, dtype):
     found = torch.ops.moeca.linear(x, weight, b)
     assert found.is_contiguous()
     assert_close(found, (x, weight, b))
+
+
+@pytest.mark.parametrize(("rows", "by_onednn"), [(200, True), (256, True), (257, False), (2560, False)])
+def test_products_of_many_rows_are_pytorchs_own(rows, by_onednn, monkeypatch):
+    """oneDNN's took a tenth longer in whole generations, because of page faults."""
+    asked = []
+    monkeypatch.setattr(ops_linear, "onednn_linear", lambda *operands: asked.append(1) or F.linear(*operands))
+    x, (weight, bias) = torch.randn(rows, 16), layer(16, 21, torch.float32, True)
+    assert_close(linear(x, weight, bias), (x, weight, bias))
+    assert bool(asked) is by_onednn
 
 
 def test_rows_that_are_not_contiguous():
