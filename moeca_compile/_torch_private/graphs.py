@@ -99,8 +99,13 @@ def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphMod
 
 def fake_mode_of(values: Iterable[Any]) -> Any:
     """The FakeTensorMode that values are fake in; a new one where none is."""
-    found = (value.fake_mode for value in values if hasattr(value, "fake_mode"))
+    found = (value.fake_mode for value in values if is_fake(value))
     return next(found, None) or _FAKE_MODE.value(allow_non_fake_inputs=True)
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a tensor without memory of its own, as in a trace."""
+    return hasattr(value, "fake_mode")
 
 
 def compile_graph(

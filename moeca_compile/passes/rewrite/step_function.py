@@ -34,10 +34,13 @@ def step_function(
     graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind
 ) -> StepFunction:
     """The step of this kind as an eager function."""
+    reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
+    reads |= {replacement.node: replacement.reads for replacement in replacements}
+    stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
-        step = Step(graph, regions, kind, inputs, state, coefficients, computes)
+        step = Step(graph, regions, kind, inputs, state, coefficients, computes, reads, stored)
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
