@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import numeric_modes
+from moeca_compile._torch_private import is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
@@ -54,6 +54,7 @@ class Engine:
         self.captured, self.config, self.notes = captured, config, notes
         self.stages, self.most_shapes = stages, most_shapes
         self.weights = [_signature(v) for v, user in zip(inputs, captured.arguments, strict=True) if not user]
+        self.weight_bytes = _distinct_bytes(v for v, user in zip(inputs, captured.arguments, strict=True) if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         self._lock = threading.RLock()
@@ -97,6 +98,12 @@ class Engine:
         pairs = zip(inputs, self.captured.arguments, strict=True)
         first = next((value for value, argument in pairs if not argument and isinstance(value, Tensor)), None)
         return first.data_ptr() if first is not None else 0
+
+
+def _distinct_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among these; those in the same memory count once. Fake ones have no address."""
+    sizes = {id(v) if is_fake(v) else v.data_ptr(): v.nbytes for v in values if isinstance(v, Tensor)}
+    return sum(sizes.values())
 
 
 def _signature(value: Any) -> Any:
