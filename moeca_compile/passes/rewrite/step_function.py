@@ -46,15 +46,24 @@ def step_function(
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
             if compute is not None:
                 computes[replacement.node] = partial(compute, step)
-        outputs = step.run()
-        for replacement in replacements:
-            if kind.computes(replacement.part):
-                for cache in replacement.caches:
-                    cache.store(step)
-        counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
-        return StepResult(_apart(outputs, {**state, **step.updates}), step.updates, counts)
+        try:
+            return _result(step, replacements)
+        finally:  # what refers to the step would keep its values alive until Python looks for cycles
+            computes.clear()
+            step.memo.clear()
 
     return run
+
+
+def _result(step: Step, replacements: Sequence[Replacement]) -> StepResult:
+    """Run the step, then fill the caches of the parts that it computes."""
+    outputs = step.run()
+    for replacement in replacements:
+        if step.kind.computes(replacement.part):
+            for cache in replacement.caches:
+                cache.store(step)
+    counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
+    return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates, counts)
 
 
 def _storage(tensor: Tensor) -> int:
