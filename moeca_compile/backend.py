@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from moeca_compile import capture, fallback
 from moeca_compile._torch_private import is_module_state, root_module, traced_wrapper
 from moeca_compile.config import MoecaConfig
+from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
 from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.lower.upload import upload_all
@@ -122,6 +123,7 @@ def compile_graph(
         regions = match_regions(module.graph, captured.argument_nodes(module.graph))
         dtype = stream_dtype(regions, inputs)
         dump.regions("matched", module.graph, regions)
+        config = config_that_fits(module.graph, regions, config, device, notes)
         regions = regions_that_pay(module.graph, regions, config)
     with notes.timed("validate"):
         regions = sound_regions(module.graph, regions, config, inputs, notes)

@@ -145,6 +145,15 @@ def capacity_buckets(value: Any) -> tuple[float, ...]:
     return buckets
 
 
+def cache_bytes(value: Any) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        return int(whole(0)(value))
+    except NotAllowedError as error:
+        raise NotAllowedError(f"None, 'auto' or {error}") from None
+
+
 def activation_dtype(value: Any) -> torch.dtype | None:
     dtype = CACHE_DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
     if dtype not in (None, *CACHE_DTYPES.values()):
@@ -287,6 +296,22 @@ class Options:
         whole(1),
         STATE,
         """How many (generation, stream) caches exist at a time; the least recently used one is evicted first.""",
+    )
+    max_cache_bytes: int | str | None = setting(
+        "auto",
+        cache_bytes,
+        STATE,
+        """The most bytes that all caches of one compiled graph take together; None is no limit. "auto" is half of the
+        memory that is free on the device when the graph is compiled. Streams are evicted to stay within it. Where the
+        caches of a single stream are larger, see coarser_caches.""",
+    )
+    coarser_caches: bool = setting(
+        True,
+        flag,
+        STATE,
+        """Where the caches of one stream are larger than max_cache_bytes, take what fits: first the same caches in
+        bfloat16 (unless cache_dtype is set), then a recipe that caches less; a warning says which. False runs the
+        model uncached then.""",
     )
     cache_dtype: torch.dtype | None = setting(  # noqa: RUF009
         None,

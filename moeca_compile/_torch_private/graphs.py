@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL
 from typing import Any
 
@@ -99,24 +99,34 @@ def trace_to_graph(function: Callable[..., Any], *arguments: Any) -> fx.GraphMod
 
 def fake_mode_of(values: Iterable[Any]) -> Any:
     """The FakeTensorMode that values are fake in; a new one where none is."""
-    found = (value.fake_mode for value in values if hasattr(value, "fake_mode"))
+    found = (value.fake_mode for value in values if is_fake(value))
     return next(found, None) or _FAKE_MODE.value(allow_non_fake_inputs=True)
 
 
+def is_fake(value: Any) -> bool:
+    """Whether a value is a tensor without memory of its own, as in a trace."""
+    return hasattr(value, "fake_mode")
+
+
 def compile_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], on_code: Callable[[str], None] | None = None
+    gm: fx.GraphModule, examples: Sequence[Tensor], on_code: Callable[[str], None] | None = None
 ) -> Callable[..., Any]:
     """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one.
+
+    Of the `examples`, real or fake, only shapes, strides, dtypes and devices are read: Inductor gets fake tensors
+    like them, which take no memory.
 
     `on_code` is given the path of the file that this code is in. Inductor is then asked although AOTAutograd may have
     the compiled graph in its cache, which does not say where its code is.
     """
     inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
-    with torch.no_grad(), _static_shapes():
+    with torch.no_grad(), _static_shapes() as mode:
+        with mode:
+            inputs = [torch.empty_strided(e.size(), e.stride(), dtype=e.dtype, device=e.device) for e in examples]
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):
-            return inductor(gm, list(inputs))
+            return inductor(gm, inputs)
         with _FUNCTORCH.value.patch(enable_autograd_cache=False):
-            return inductor(gm, list(inputs), inner_compile=_reporting_its_code(on_code))
+            return inductor(gm, inputs, inner_compile=_reporting_its_code(on_code))
 
 
 def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
@@ -131,13 +141,16 @@ def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
     return inner
 
 
-def _static_shapes() -> AbstractContextManager[Any]:
-    """Inductor's cache of compiled graphs wants a shape environment, though all sizes are static."""
-    if any(each.value is None for each in (_SHAPES, _CONTEXT, _TRACING, _FAKE_MODE)):
-        return nullcontext()
+@contextmanager
+def _static_shapes() -> Iterator[Any]:
+    """The FakeTensorMode to compile in. Inductor's cache of compiled graphs wants a shape environment in it, though
+    all sizes are static."""
+    if any(each.value is None for each in (_SHAPES, _CONTEXT, _TRACING)):
+        yield _FAKE_MODE.value(allow_non_fake_inputs=True)
+        return
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=_SHAPES.value(), static_shapes=True)
-    manager: AbstractContextManager[Any] = _TRACING.value(_CONTEXT.value(mode))
-    return manager
+    with _TRACING.value(_CONTEXT.value(mode)):
+        yield mode
 
 
 def compile_cpp(source: str) -> CDLL:

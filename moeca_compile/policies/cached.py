@@ -28,6 +28,7 @@ class Cached:
         forecast: whether to extrapolate.
         dtype: dtype of the cached tensors; None for the node's own.
         value: computes what is cached; None for the node's own value.
+        before: a node that `value` reads besides `node`.
     """
 
     name: str
@@ -36,11 +37,15 @@ class Cached:
     forecast: bool
     dtype: torch.dtype | None = None
     value: Callable[[Step], Tensor] | None = None
+    before: fx.Node | None = None
 
     def specs(self) -> list[CacheSpec]:
         roles = {self.name: Role.ACTIVATION} | ({self._slope_name: Role.SLOPE} if self.forecast else {})
         dtype = self.dtype or self._compute_dtype
         return [CacheSpec(name, shape_of(self.node), dtype, role) for name, role in roles.items()]
+
+    def reads(self) -> list[fx.Node]:
+        return [self.node] if self.before is None else [self.node, self.before]
 
     def store(self, step: Step) -> None:
         """Cache this step's value and, with a forecast, its change since the previous full step."""

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.graph import shape_of
@@ -74,6 +74,10 @@ class ExpertCache(ABC):
         if self.options.score == "staleness":
             specs.append(CacheSpec(self.age, by_slot, torch.float32, Role.STATISTIC))
         return specs
+
+    def reads(self) -> list[fx.Node]:
+        """What `store` reads of the graph; the outputs of the branches are in the step's memo."""
+        return [self.layer.choice, self.layer.weight]
 
     # --- full steps ---------------------------------------------------------------------------------------
 

@@ -34,8 +34,11 @@ class KeysValues(NamedTuple):
             for kind, node in (("keys", self.attention.key), ("values", self.attention.value))
         ]
 
+    def reads(self) -> list[fx.Node]:
+        return [self.attention.key, self.attention.value]
+
     def store(self, step: Step) -> None:
-        for spec, node in zip(self.specs(), (self.attention.key, self.attention.value), strict=True):
+        for spec, node in zip(self.specs(), self.reads(), strict=True):
             heads = by_head(step[node], spec.shape[0])
             step.updates[spec.name] = heads.transpose(1, 2).to(spec.dtype).contiguous()
 

@@ -12,7 +12,11 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 
 ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump"})
 """Options that every recipe uses."""
-CACHING = ALWAYS | {"full_every", "full_steps", "forecast", "max_generations", "cache_dtype"}
+CACHING = (
+    ALWAYS
+    | {"full_every", "full_steps", "forecast"}
+    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches"}
+)
 """Options that every recipe with caches uses."""
 
 
@@ -55,6 +59,8 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
     if options.attention_every and options.experts_every:
         reason = "attention_every and experts_every take its place, so it has no effect"
         found |= {"full_steps": reason} | ({"full_every": reason} if options.score != "staleness" else {})
+    if options.max_cache_bytes is None:
+        found["coarser_caches"] = "max_cache_bytes sets no limit, so it has no effect"
     if not options.validate:
         found["tolerance"] = "nothing is validated, so it has no effect"
     return found

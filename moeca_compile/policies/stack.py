@@ -37,7 +37,7 @@ def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: st
     def reuse(step: Step) -> Tensor:
         return _tokens_before(step, first, last) + cached.read(step)
 
-    cached = Cached(name, last, Part.WHOLE, group in options.forecast, options.cache_dtype, change)
+    cached = Cached(name, last, Part.WHOLE, group in options.forecast, options.cache_dtype, change, first)
     return Replacement(last, first, Part.WHOLE, (cached,), reuse, reads=(first,))
 
 

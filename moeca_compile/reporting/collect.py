@@ -11,6 +11,7 @@ from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
@@ -39,6 +40,8 @@ def report(model: Any) -> Report:
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
         regions=tuple(_regions(last)) if last else (),
         cache_bytes=sum(loop.sessions.nbytes for loop in loops),
+        planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
+        **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
         compile_seconds=dict(notes.seconds),
         pass_matches=dict(notes.matches),
         steps=_steps(loops),

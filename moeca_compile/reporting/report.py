@@ -75,6 +75,9 @@ class Report:
         graph_breaks: where Dynamo had to stop.
         regions: all recognized regions, cached and skipped.
         cache_bytes: bytes of all caches that exist now.
+        planned_cache_bytes: bytes of the caches of one stream by plan, summed over graphs.
+        peak_bytes: the most bytes that tensors took at a time, beside the model's weights; None where nobody counts.
+        peak_measured: how that was measured, or why it was not.
         compile_seconds: seconds of each stage of compilation, in order.
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
@@ -93,6 +96,9 @@ class Report:
     graph_breaks: tuple[GraphBreak, ...] = ()
     regions: tuple[Region, ...] = ()
     cache_bytes: int = 0
+    planned_cache_bytes: int = 0
+    peak_bytes: int | None = None
+    peak_measured: str = ""
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -171,7 +177,12 @@ def _kind_order(kind: str) -> tuple[int, str]:
 
 
 def _cache_lines(report: Report) -> list[str]:
-    lines = [f"cache: {binary_bytes(report.cache_bytes)}"] if report.cache_bytes else []
+    lines = []
+    if report.cache_bytes or report.planned_cache_bytes:
+        planned = binary_bytes(report.planned_cache_bytes)
+        lines.append(f"cache: {binary_bytes(report.cache_bytes)} allocated, {planned} a stream planned")
+    if report.peak_bytes is not None:
+        lines.append(f"memory: {binary_bytes(report.peak_bytes)} at the peak beside the weights")
     if report.compile_seconds:
         stages = ", ".join(f"{stage} {seconds(time)}" for stage, time in report.compile_seconds.items())
         lines.append(f"compile time: {seconds(sum(report.compile_seconds.values()))} ({stages})")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import numeric_modes
+from moeca_compile._torch_private import is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
@@ -58,6 +58,7 @@ class Engine:
         self.of_model = [i for i, (_, user) in enumerate(given) if user]
         """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
         self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
+        self.weight_bytes = _distinct_bytes(value for value, user in given if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
@@ -109,6 +110,12 @@ class Engine:
         for i in self.captured.numbers:
             values[i] = torch.tensor(values[i])
         return tuple(values)
+
+
+def _distinct_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among these; those in the same memory count once. Fake ones have no address."""
+    sizes = {id(v) if is_fake(v) else v.data_ptr(): v.nbytes for v in values if isinstance(v, Tensor)}
+    return sum(sizes.values())
 
 
 def _signature(value: Any) -> Any:

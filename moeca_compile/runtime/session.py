@@ -22,6 +22,7 @@ from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
 from moeca_compile.runtime.timesteps import Timestep
+from moeca_compile.text import binary_bytes
 
 _MANY_SHORT = 8
 """After this many very short generations in a row, warn that generations are not being detected."""
@@ -68,6 +69,13 @@ class Stream:
     def invalidate(self) -> None:
         """Mark all caches as invalid, because a step was interrupted while it changed them."""
         self.full_at, self.last_full = [[], []], [-1, -1]
+
+
+def _most_streams(config: MoecaConfig, stream_bytes: int) -> int:
+    """How many streams max_generations and max_cache_bytes allow; one always."""
+    if not isinstance(config.max_cache_bytes, int) or not stream_bytes:
+        return config.max_generations
+    return max(1, min(config.max_generations, config.max_cache_bytes // stream_bytes))
 
 
 def _forecast_distance(full_at: Sequence[float], time: float) -> float:
@@ -145,10 +153,12 @@ class Sessions:
         self.config, self.specs, self.device = config, specs, device
         self.schedule = Schedule(config, parts)
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
+        self.most_streams = _most_streams(config, self.stream_bytes)
+        """How many streams may have caches, spare ones included."""
         self.recycles = config.cuda_graphs and device.type == "cuda"
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
-        """Streams of ended generations with their names, up to `max_generations` together with the live ones."""
+        """Streams of ended generations with their names, up to `most_streams` together with the live ones."""
         self.evicting_live_streams = False
         """Whether a stream was called again after its caches had been dropped for those of others."""
         self.short_generations = 0
@@ -175,6 +185,7 @@ class Sessions:
     def _stream(self, generation: Generation, name: Hashable) -> Stream:
         if name not in generation.streams:
             self.evicting_live_streams |= name in generation.dropped
+            self._make_room()
             generation.streams[name] = self._new_stream(name)
             self._drop_surplus()
         generation.streams.move_to_end(name)
@@ -187,6 +198,7 @@ class Sessions:
             (other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.allocated_by == allocator
         ]
         if not fitting:
+            del self.spare[: max(0, self._live + 1 + len(self.spare) - self.most_streams)]
             return Stream(self._allocate(), allocated_by=allocator)
         same_name, index = max(fitting)
         stream = self.spare.pop(index)[1]
@@ -197,15 +209,17 @@ class Sessions:
         queue = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return torch.is_inference_mode_enabled(), queue
 
-    def _drop_surplus(self) -> None:
-        """Drop streams beyond `max_generations`: spare ones first, then the least recently used."""
-        live = sum(len(g.streams) for g in self.generations.values())
-        del self.spare[: max(0, live + len(self.spare) - self.config.max_generations)]
-        while sum(len(g.streams) for g in self.generations.values()) > self.config.max_generations:
-            key, oldest = next(iter(self.generations.items()))
+    def _make_room(self) -> None:
+        """Drop the least recently used streams until one more may live."""
+        while self._live >= self.most_streams:
+            key, oldest = next((key, each) for key, each in self.generations.items() if each.streams)
             oldest.dropped.add(oldest.streams.popitem(last=False)[0])
-            if not oldest.streams:
+            if not oldest.streams and key != next(reversed(self.generations)):  # the last one is being called
                 del self.generations[key]
+
+    @property
+    def _live(self) -> int:
+        return sum(len(generation.streams) for generation in self.generations.values())
 
     def refresh_plan(self, position: Position) -> RefreshPlan:
         """Which parts the call computes anew."""
@@ -217,10 +231,11 @@ class Sessions:
     def warn_if_caches_unused(self, notes: Notes) -> None:
         """Warn if generations are detected, but their caches are hardly ever used."""
         if self.evicting_live_streams:
+            option = "max_generations" if self.most_streams == self.config.max_generations else "max_cache_bytes"
             notes.warn(
                 "caches were dropped before they were used again, because more streams alternate than "
-                f"max_generations = {self.config.max_generations} allows. So most steps are full steps. Raise "
-                "max_generations; each stream needs memory for its caches"
+                f"{option} = {getattr(self.config, option)} allows. So most steps are full steps. Raise {option}; "
+                f"each stream needs {binary_bytes(self.stream_bytes)} for its caches"
             )
         if self.short_generations >= _MANY_SHORT:
             notes.warn(
@@ -248,6 +263,11 @@ class Sessions:
         with self._lock:
             self.generations.clear()
             self.spare.clear()
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of the caches of one stream."""
+        return sum(spec.nbytes for spec in self.specs)
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
 from examples import families
+from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.models import make_inputs
 
 RECIPES = ("moeca", "moeca-forecast", "fora", "stack-forecast")
@@ -43,6 +44,24 @@ def test_a_smaller_dtype_of_the_caches_halves_them(graph):
     activations = [(a.nbytes, b.nbytes) for a, b in zip(full, half, strict=True) if a.name.endswith("branches")]
     assert activations
     assert all(small * 2 == large for large, small in activations)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe):
+    """Not even until the garbage collector comes."""
+    compiled = graph.loop(recipe=recipe, validate=False).compiled
+    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in compiled.plan.caches}
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+        for kind in (StepKind(), StepKind(False, False, compiled.plan.capacities[-1])):
+            with torch.no_grad():
+                compiled.function(kind)(graph.inputs, state, torch.zeros(2, 2))
+        after = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_nothing_grows_over_a_thousand_steps(graph, model, without_inductor):

@@ -1,4 +1,8 @@
-"""Evaluate the graph with some of its values replaced. Tracing this evaluation gives the rewritten graph."""
+"""Evaluate the graph with some of its values replaced. Tracing this evaluation gives the rewritten graph.
+
+A value is dropped after its last reader, so that an eager evaluation needs no more memory than the model. Fake values
+hold no memory and are never dropped: nothing can appear twice in a traced graph.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,32 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_compile._torch_private import is_fake
 from moeca_compile.passes.analysis.graph import ancestors, placeholders
+from moeca_compile.passes.rewrite.readers import Readers
 
 Compute = Callable[[], Any]
 
 
+class DroppedError(LookupError):
+    """A replacement's value was asked for after its last reader. It cannot be computed again."""
+
+
 class Evaluation:
-    """Values of the graph's nodes, each computed once, on demand.
+    """Values of the graph's nodes, computed on demand.
+
+    `run` drops values that nobody is known to read any more (readers.py). Who asks for such a value after all gets it
+    computed anew: the ops of the graph are pure. A replacement is no op, and may change caches, so it is not called
+    twice: its value stays for whoever can be known to ask.
 
     Args:
         graph: the exported graph.
         inputs: one value per placeholder, in order.
         replacements: functions that give a node's value in place of its op; each is called at most once.
         boundaries: nodes whose values become aliases, where `lower.partition` can cut the traced evaluation.
+        reads: values that a replacement reads, besides those that its node's op is computed from, by node. What the
+            replacement of a node that is not among them gives is never dropped.
+        kept: nodes whose values are read after `run`.
     """
 
     def __init__(
@@ -29,11 +46,17 @@ class Evaluation:
         inputs: Sequence[Any],
         replacements: Mapping[fx.Node, Compute],
         boundaries: Container[fx.Node] = (),
+        reads: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
+        kept: Iterable[fx.Node] = (),
     ) -> None:
         self.values: dict[fx.Node, Any] = dict(zip(placeholders(graph), inputs, strict=True))
         self.graph = graph
         self.replacements, self.boundaries = replacements, boundaries
         self.replacing: set[fx.Node] = set()
+        self.reads, self.kept = reads or {}, tuple(kept)
+        self.readers: Readers | None = None
+        """None where nothing is dropped."""
+        self.dropped: set[fx.Node] = set()
 
     def __getitem__(self, node: fx.Node) -> Any:
         stack = [node]
@@ -46,15 +69,19 @@ class Evaluation:
             stack.pop()
             if current not in self.values:
                 self.values[current] = self._compute(current)
+                self._drop_read_by(current)
         return self.values[node]
 
     def run(self) -> Any:
         """The graph's outputs. Needed nodes, and with them the replacements, are computed in graph order."""
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         needed = self._needed(output.all_input_nodes)
+        if not any(map(is_fake, self.values.values())):
+            kept = (*output.all_input_nodes, *self.kept)
+            self.readers = Readers(needed, self.replacements.keys(), self.reads, kept)
         for node in self.graph.nodes:
-            if node in needed:
-                _ = self[node]
+            if node in needed and node not in self.dropped:
+                self[node]
         return fx.map_arg(output.args[0], lambda node: self.values[node])
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
@@ -67,6 +94,12 @@ class Evaluation:
                 changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return [changed[node] if node in changed else self[node] for node in wanted]
 
+    def _drop_read_by(self, node: fx.Node) -> None:
+        for unread in self.readers.computed(node) if self.readers is not None else ():
+            if unread in self.values:
+                del self.values[unread]
+                self.dropped.add(unread)
+
     def _inputs(self, node: fx.Node) -> Iterable[fx.Node]:
         return () if node in self.values or self._replaced(node) else node.all_input_nodes
 
@@ -75,6 +108,11 @@ class Evaluation:
         return node in self.replacements and node not in self.replacing
 
     def _compute(self, node: fx.Node) -> Any:
+        if node in self.replacements and node in self.dropped:
+            raise DroppedError(
+                f"the value of {node.name}, which a replacement gives, was dropped before its last reader. Declare "
+                "what a replacement and its caches read as docs/extending/policy.md says"
+            )
         if self._replaced(node):
             self.replacing.add(node)
             return self.replacements[node]()

@@ -18,6 +18,9 @@ class Cache(Protocol):
     def specs(self) -> Sequence[CacheSpec]:
         """The tensors, which `step.state` holds by name."""
 
+    def reads(self) -> Sequence[fx.Node]:
+        """The nodes whose values `store` reads. They are kept for it; others may have to be computed again."""
+
     def store(self, step: Step) -> None:
         """Store the values of a step that computed their part, in `step.updates`."""
 
@@ -34,7 +37,8 @@ class Replacement:
         caches: what `reuse` reads.
         reuse: the value at a step that does not compute the part.
         fresh: the value at a step that does; None where it is that of the node's op.
-        reads: values of the graph that `reuse` reads for all tokens.
+        reads: values of the graph that `reuse` reads for all tokens. Any other that it reads must be among those that
+            `node` is computed from in the graph.
         recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
         recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.
     """
@@ -52,6 +56,11 @@ class Replacement:
     @property
     def specs(self) -> tuple[CacheSpec, ...]:
         return tuple(spec for cache in self.caches for spec in cache.specs())
+
+    @property
+    def stored(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values the caches read when they are filled."""
+        return tuple(node for cache in self.caches for node in cache.reads())
 
     @property
     def recomputes(self) -> bool:

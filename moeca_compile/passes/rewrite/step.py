@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -27,6 +27,8 @@ class Step:
             is the distance from the last full step, in units of the interval between the last two. The second is 1
             once a full step has filled the caches, else 0.
         replacements: functions that give a node's value in place of its op.
+        reads: values that these functions read, besides those that the node's op is computed from, by node.
+        kept: nodes whose values are read after the graph's outputs are there.
 
     Attributes:
         updates: new values of the caches, by name.
@@ -43,6 +45,8 @@ class Step:
         state: Mapping[str, Tensor],
         coefficients: Tensor,
         replacements: Mapping[fx.Node, Compute],
+        reads: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
+        kept: Iterable[fx.Node] = (),
     ) -> None:
         self.regions, self.kind, self.state, self.coefficients = regions, kind, state, coefficients
         self.updates: dict[str, Tensor] = {}
@@ -50,7 +54,7 @@ class Step:
         self.memo: dict[Any, Any] = {}
         boundaries = {residual.add for residual in regions.residuals}
         boundaries |= {residual.stream for residual in regions.residuals[:1]}
-        self.values = Evaluation(graph, inputs, replacements, boundaries)
+        self.values = Evaluation(graph, inputs, replacements, boundaries, reads, kept)
 
     def run(self) -> Any:
         """Evaluate the graph's outputs; replacements are called in graph order."""

@@ -34,24 +34,36 @@ def step_function(
     graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind
 ) -> StepFunction:
     """The step of this kind as an eager function."""
+    reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
+    reads |= {replacement.node: replacement.reads for replacement in replacements}
+    stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
-        step = Step(graph, regions, kind, inputs, state, coefficients, computes)
+        step = Step(graph, regions, kind, inputs, state, coefficients, computes, reads, stored)
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
             if compute is not None:
                 computes[replacement.node] = partial(compute, step)
-        outputs = step.run()
-        for replacement in replacements:
-            if kind.computes(replacement.part):
-                for cache in replacement.caches:
-                    cache.store(step)
-        counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
-        return StepResult(_apart(outputs, {**state, **step.updates}), step.updates, counts)
+        try:
+            return _result(step, replacements)
+        finally:  # what refers to the step would keep its values alive until Python looks for cycles
+            computes.clear()
+            step.memo.clear()
 
     return run
+
+
+def _result(step: Step, replacements: Sequence[Replacement]) -> StepResult:
+    """Run the step, then fill the caches of the parts that it computes."""
+    outputs = step.run()
+    for replacement in replacements:
+        if step.kind.computes(replacement.part):
+            for cache in replacement.caches:
+                cache.store(step)
+    counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
+    return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates, counts)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
+import pytest
 import torch
 from torch import Tensor
 
-from moeca_compile.passes.rewrite.evaluate import Evaluation
+from moeca_compile._torch_private import trace_to_graph
+from moeca_compile.passes.rewrite.evaluate import DroppedError, Evaluation
 from tests.harness import exported, nodes_of, outputs
 
 aten = torch.ops.aten
@@ -123,3 +128,104 @@ def test_instead_with_several_known_values_looks_past_none_of_them():
     assert torch.equal(evaluation.evaluate_with(known, [relu])[0], (X + 1 + X).relu())
     (last_value,) = evaluation.evaluate_with({**known, relu: X}, [last])
     assert torch.equal(last_value, X * 3)
+
+
+def chain(x: Tensor) -> tuple[Tensor]:
+    for _ in range(6):
+        x = (x + 1).relu()
+    return (x,)
+
+
+def live_values(evaluation: Evaluation, watched) -> list[int]:
+    """How many values the evaluation holds whenever a watched node is computed."""
+    counts = []
+    evaluation.replacements = {
+        node: lambda node=node: counts.append(len(evaluation.values)) or evaluation[node] for node in watched
+    }
+    evaluation.reads = dict.fromkeys(watched, ())
+    evaluation.run()
+    return counts
+
+
+def test_a_value_is_dropped_after_its_last_reader():
+    gm = exported(chain, X)
+    evaluation = Evaluation(gm.graph, [X], {})
+    assert max(live_values(evaluation, nodes_of(gm, aten.relu))) <= 3  # the input, a sum and a rectified one
+    assert set(evaluation.values) == {nodes_of(gm, aten.relu)[-1], *gm.graph.find_nodes(op="placeholder")}
+
+
+def test_a_dropped_tensor_is_freed():
+    gm = exported(chain, X)
+    references = []
+    first, *_ = nodes_of(gm, aten.add)
+    evaluation = Evaluation(gm.graph, [X], {}, reads={})
+
+    def spy() -> Tensor:
+        value = evaluation[first]
+        references.append(weakref.ref(value))
+        return value
+
+    evaluation.replacements, evaluation.reads = {first: spy}, {first: ()}
+    evaluation.run()
+    gc.collect()
+    assert references[0]() is None
+
+
+def test_fake_values_are_never_dropped_so_that_a_trace_has_nothing_twice():
+    gm = exported(chain, X)
+    held = []
+
+    def traced(x: Tensor) -> list[Tensor]:
+        evaluation = Evaluation(gm.graph, [x], {})
+        out = evaluation.run()
+        held.append(len(evaluation.values))
+        assert evaluation[nodes_of(gm, aten.add)[0]] is not None
+        return list(out)
+
+    graph = trace_to_graph(traced, X)
+    assert held == [13]
+    assert len(graph.graph.find_nodes(op="call_function", target=aten.add.Tensor)) == 6
+
+
+def test_a_dropped_value_is_computed_anew_for_whom_it_is_asked_by():
+    gm = exported(chain, X)
+    evaluation = Evaluation(gm.graph, [X], {})
+    evaluation.run()
+    node = nodes_of(gm, aten.add)[3]
+    assert node in evaluation.dropped
+    assert torch.equal(evaluation[node], X.add(1).relu().add(1).relu().add(1).relu().add(1))
+
+
+def test_what_is_read_afterwards_is_kept():
+    gm = exported(chain, X)
+    node = nodes_of(gm, aten.add)[3]
+    evaluation = Evaluation(gm.graph, [X], {}, kept=[node])
+    evaluation.run()
+    assert node in evaluation.values
+
+
+def test_a_random_value_is_kept_since_it_would_be_another_one_the_second_time():
+    gm = exported(lambda x: ((torch.rand_like(x) + x).relu(),), X)
+    evaluation = Evaluation(gm.graph, [X], {})
+    (out,) = evaluation.run()
+    assert torch.equal(evaluation[nodes_of(gm, aten.add)[0]].relu(), out)
+
+
+def test_a_replacement_may_read_what_its_node_is_computed_from_until_it_is_called():
+    gm = exported(chain, X)
+    early, late = nodes_of(gm, aten.relu)[1], nodes_of(gm, aten.relu)[4]
+    evaluation = Evaluation(gm.graph, [X], {}, reads={late: ()})
+    evaluation.replacements = {late: lambda: evaluation[early] * 2}
+    (out,) = evaluation.run()
+    assert torch.equal(out, (X.add(1).relu().add(1).relu() * 2 + 1).relu())
+    assert early not in evaluation.values
+
+
+def test_what_a_declared_replacement_gave_is_dropped_and_not_computed_twice():
+    gm = exported(chain, X)
+    node, calls = nodes_of(gm, aten.relu)[1], []
+    evaluation = Evaluation(gm.graph, [X], {node: lambda: calls.append(1) or X}, reads={node: ()})
+    evaluation.run()
+    with pytest.raises(DroppedError, match="Declare"):
+        evaluation[node]
+    assert calls == [1]

@@ -1,0 +1,39 @@
+"""How much memory is free on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process could still allocate; None where nobody says.
+
+    On CUDA, what the device has free and what PyTorch's allocator holds without using it. Else what Linux calls
+    available, within the limit of the container.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    known = [free for free in (_available(), _left_in_container()) if free is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_in_container() -> int | None:
+    """What a limit of control groups (version 2) leaves; None without one."""
+    try:
+        most, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return max(0, int(most) - int(used))
+    except (OSError, ValueError):  # no such file, or no limit: "max"
+        return None
