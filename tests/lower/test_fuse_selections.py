@@ -1,4 +1,4 @@
-"""Top-k and scatter of routers as ops that Inductor fuses: values by a loop, what is rewritten, kernels of a router."""
+"""Top-k and scatter of routers as ops that Inductor fuses: values by hand, what is rewritten, kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, asynchronous loads."""
+"""Every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, loads."""
 
 from __future__ import annotations
 
