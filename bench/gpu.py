@@ -48,7 +48,7 @@ ALONE: dict[str, Callable[[Bench], Iterator[None]]] = {"ops": ops.run, "kernels"
 SECTIONS = (*ALONE, "generation", "speed")
 MODELS = (MODEL, "DSMoE-L-E48", "DiT-MoE-XL", "DSMoE-S-E48", "DSMoE-S-E16")
 BATCHES = (BATCH,)
-READY, READY_TINY = 240.0, 120.0
+READY = 240.0
 """Most seconds until the ways of a model are ready."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -122,10 +122,9 @@ def run(settings: Settings, sections: Sequence[str], budget: Budget, emit: Calla
     for name in (name for name in ALONE if name in sections):
         if budget.allows(name, 10):
             run_alone(Job(name, name, "", ALONE[name], settings), budget, emit)
-    ready_in = READY_TINY if settings.small else READY
     for what, jobs in tables(settings, sections):
         if budget.allows(what, 10 if settings.small else 60):
-            run_side_by_side(jobs, budget, emit, ready_in)
+            run_side_by_side(jobs, budget, emit, READY)
 
 
 def tables(settings: Settings, sections: Sequence[str]) -> Iterator[tuple[str, list[Job]]]:

@@ -45,18 +45,24 @@ def fuse_selections(graph: fx.Graph) -> int:
 
 
 def _short_topk(node: fx.Node) -> bool:
-    shape = shape_of(node.args[0])
+    x, k = argument(node, 0, "self"), argument(node, 1, "k")
     dim, largest = argument(node, 2, "dim", -1), argument(node, 3, "largest", True)
-    few = bool(shape) and shape[-1] <= _WIDEST and 1 <= node.args[1] <= _MOST
-    return few and dim % len(shape) == len(shape) - 1 and largest and _on_cuda_float(node.args[0])
+    unpacked = all(user.target is operator.getitem for user in node.users)
+    return unpacked and bool(largest) and 1 <= k <= _MOST and _short(x, dim)
 
 
 def _marks(node: fx.Node) -> bool:
-    base, dim, index, value = node.args
-    shape, chosen = shape_of(base), shape_of(index)
-    last = bool(shape) and dim % len(shape) == len(shape) - 1
-    few = last and shape[-1] <= _WIDEST and 1 <= chosen[-1] <= _MOST
-    return few and shape[:-1] == chosen[:-1] and isinstance(value, (int, float)) and _on_cuda_float(base)
+    base, dim, index, value = (argument(node, i, name) for i, name in enumerate(("self", "dim", "index", "value")))
+    if not isinstance(value, (int, float)) or not _short(base, dim):
+        return False
+    *rows, count = shape_of(index) or (0,)
+    return 1 <= count <= _MOST and rows == list(shape_of(base)[:-1])
+
+
+def _short(node: fx.Node, dim: int) -> bool:
+    """Whether `dim` is the last one of floats on CUDA, with few columns."""
+    shape = shape_of(node)
+    return bool(shape) and dim in (-1, len(shape) - 1) and shape[-1] <= _WIDEST and _on_cuda_float(node)
 
 
 def _on_cuda_float(node: Any) -> bool:
@@ -70,13 +76,12 @@ def _inlined(graph: fx.Graph, before: fx.Node, function: Callable[..., Any], *ar
     inputs = traced.find_nodes(op="placeholder")
     known = dict(zip(inputs, args, strict=True))
     with graph.inserting_before(before):
-        results: Any = graph.graph_copy(traced, known)  # type: ignore[arg-type]
+        results: Any = graph.graph_copy(traced, known)
     return results if isinstance(results, tuple) else (results,)
 
 
 def _replace_results(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
     for user in list(node.users):
-        assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)
     node.graph.erase_node(node)
