@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from signal import ITIMER_REAL, SIGALRM, setitimer, signal
@@ -78,18 +78,37 @@ class Budget:
             signal(SIGALRM, before)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What every process of the benchmark is told."""
+
+    device: torch.device
+    dtype: torch.dtype
+    models: tuple[str, ...] = (TINY,)
+    batches: tuple[int, ...] = (2,)
+    small: bool = False
+    """Sizes of a test, and steps that run without Inductor: it tries the benchmark and measures nothing."""
+
+
 @dataclass
 class Bench:
     """Where a section runs, what it may take, and where its rows go."""
 
-    device: torch.device
-    dtype: torch.dtype
+    settings: Settings
     budget: Budget
     emit: Callable[[Row], None]
-    models: tuple[str, ...] = (TINY,)
-    batches: tuple[int, ...] = (2,)
-    small: bool = False
-    """Sizes of a test, not of a measurement."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.settings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.settings.dtype
+
+    @property
+    def small(self) -> bool:
+        return self.settings.small
 
     def attempt(self, section: str, what: str, seconds: float, function: Callable[[], Any]) -> None:
         """Do one item of a section if there is time for it; if it fails, that is its row, and the next one comes."""
@@ -156,6 +175,11 @@ def build(name: str, bench: Bench) -> DiffusionTransformer:
         model = family.model(sizes or family.reduced)
     _randomize(model)
     return model.to(bench.dtype).eval().requires_grad_(False)
+
+
+def options_of(bench: Bench, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options. A trial on a CPU leaves out Inductor, which takes minutes."""
+    return {**options, **({"lowering": "eager"} if bench.small else {})}
 
 
 def _randomize(model: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
-from bench.gpu_sections.common import WRONG, Bench, Row, build, synchronize, worst
+from bench.gpu_sections.common import WRONG, Bench, Row, Settings, build, options_of, synchronize, worst
+from bench.gpu_sections.processes import Job
 from examples import families
 from examples.machine import private_copy
 from moeca_compile.lower.validate import TOLERANCE, relative_error
@@ -30,7 +31,7 @@ class Generation:
 
     def steps(self, count: int = STEPS) -> Iterator[Tensor]:
         """Euler steps; the timestep lies on the device, and the host knows it too."""
-        x, t, y = families.inputs_for(self.model._orig_mod, batch=self.bench.batches[0])
+        x, t, y = families.inputs_for(self.model._orig_mod, batch=self.bench.settings.batches[0])
         x = x.to(self.bench.dtype)
         with torch.no_grad(), moeca_compile.generation():
             for number in range(count):
@@ -41,22 +42,26 @@ class Generation:
                 yield x
 
 
-def run(bench: Bench) -> None:
-    model = build(bench.models[0], bench)
-    for options in RECIPES:
-        what = f"{options['recipe']}, {bench.models[0]}"
-        bench.attempt(
-            "generation", what, 60, partial(compared, bench, model, what, {**options, "full_every": PERIOD})
-        )
+def jobs(settings: Settings) -> list[Job]:
+    """One for each recipe, on the last model. Nothing here is timed, so all is done while others compile."""
+    name = settings.models[-1]
+    return [
+        Job("generation", f"{options['recipe']}, {name}", "", partial(run, name=name, options=options), settings)
+        for options in RECIPES
+    ]
+
+
+def run(bench: Bench, name: str, options: dict[str, object]) -> Iterator[None]:
+    compared(bench, build(name, bench), f"{options['recipe']}, {name}", {**options, "full_every": PERIOD})
+    yield
 
 
 def compared(bench: Bench, model: nn.Module, name: str, options: dict[str, object]) -> None:
     """One generation with recorded steps, one without; then the host's part in a cache step of each."""
     found = {}
     for graphs in (True, False):
-        own = torch.compile(
-            private_copy(model), backend=moeca_compile.moeca_backend, options={**options, "cuda_graphs": graphs}
-        )
+        chosen = options_of(bench, {**options, "cuda_graphs": graphs})
+        own = torch.compile(private_copy(model), backend=moeca_compile.moeca_backend, options=chosen)
         generation = Generation(own, bench)
         list(generation.steps())  # compiles, records, compares
         found[graphs] = list(generation.steps())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.gpu_sections import ops
 from bench.gpu_sections.common import Bench, Row, milliseconds
+from moeca_compile.ops.triton import fallback_refused
 
 ROWS = (8192, 32768, 131072)
 """Rows of a grouped product: what a full step of 32, 64 and 512 pictures of 256 tokens has at top-1."""
@@ -22,12 +23,21 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def run(bench: Bench) -> None:
+grouped_mm: Any = getattr(F, "grouped_mm", getattr(torch, "_grouped_mm", None))
+"""torch's grouped product: public from 2.10 on."""
+
+TORCH_SORTED = "torch grouped_mm, rows sorted before"
+TORCH_WHOLE = "torch grouped_mm, with sort, gather and scatter"
+"""The second does what the op of ours does, on weights that are packed already."""
+
+
+def run(bench: Bench) -> Iterator[None]:
+    yield
     for rows in (64,) if bench.small else ROWS:
         for width, hidden, experts in ((8, 16, 4),) if bench.small else ((384, 768, 16), (1024, 2048, 16)):
             what = f"{rows} rows, {width}x{hidden}, {experts} experts"
             bench.attempt("kernels", what, 8, partial(products, bench, what, rows, width, hidden, experts))
-    for batch in (2,) if bench.small else (8, 128):
+    for batch in (2,) if bench.small else (32, 128):
         bench.attempt("kernels", f"row work, batch {batch}", 8, partial(row_work, bench, batch))
 
 
@@ -39,17 +49,33 @@ def products(bench: Bench, what: str, rows: int, width: int, hidden: int, expert
     key = ops.registered(linear, 1)
     dense = milliseconds(lambda: x @ weights[0].t(), bench.device)
     flops = 2 * rows * width * hidden
-    ways: dict[str, Callable[[], Any]] = {
-        "moeca": lambda: torch.ops.moeca.fixed_k_outputs([x], index, weights, experts, key, hidden)
-    }
-    if bench.dtype is torch.bfloat16 and hasattr(torch, "_grouped_mm"):
-        order = index.flatten().sort()
-        ends = torch.searchsorted(order.values, torch.arange(experts, device=x.device), right=True).to(torch.int32)
-        x_sorted, packed = x[order.indices], torch.stack(weights).transpose(1, 2)
-        ways["torch._grouped_mm, rows sorted before"] = lambda: torch._grouped_mm(x_sorted, packed, offs=ends)
+    op = ops.kernel("fixed_k_outputs", bench.device)
+    found: dict[str, Callable[[], Any]] = {"moeca": lambda: op([x], index, weights, experts, key, hidden)}
+    if bench.dtype is torch.bfloat16 and grouped_mm is not None:
+        found |= of_torch(bench, x, index, torch.stack(weights))
     bench.emit(_product("dense product", what, dense, flops, dense))
-    for name, function in ways.items():
-        bench.emit(_product(name, what, milliseconds(function, bench.device), flops, dense))
+    for name, function in found.items():
+        with fallback_refused():
+            bench.emit(_product(name, what, milliseconds(function, bench.device), flops, dense))
+
+
+def of_torch(bench: Bench, x: Tensor, index: Tensor, packed: Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's grouped product of packed weights (E, hidden, width): alone, and with the sort and the gather."""
+    weight = packed.transpose(1, 2)
+    order = index.flatten().sort(stable=True)
+    ends = torch.searchsorted(order.values, torch.arange(len(packed), device=x.device), right=True).to(torch.int32)
+    x_sorted = x[order.indices]
+    found: dict[str, Callable[[], Any]] = {TORCH_SORTED: lambda: grouped_mm(x_sorted, weight, offs=ends)}
+    if bench.device.type == "cuda":  # on a CPU the sort is a kernel in the interpreter, which says nothing
+        from moeca_compile.ops.triton.compaction import sort_by_expert
+        from moeca_compile.ops.triton.rows import by_place
+
+        def whole() -> Tensor:
+            branches = sort_by_expert(index, None, len(packed), 1)
+            return by_place(grouped_mm(x.index_select(0, branches.rows()), weight, offs=branches.ends), branches)
+
+        found[TORCH_WHOLE] = whole
+    return found
 
 
 def _product(name: str, what: str, time: float, flops: int, dense: float) -> Row:
@@ -61,20 +87,22 @@ def row_work(bench: Bench, batch: int) -> None:
     """What a cache step does besides products, in bytes that must be moved, against a copy of as many."""
     base = ops.TINY if bench.small else ops.Sizes(width=1024, hidden=64)
     make = ops.Make(replace(base, samples=batch), bench.device, bench.dtype)
+    combine, attend = (ops.kernel(name, bench.device) for name in ("refresh_fixed_k", "attend_rows"))
     for name, forecast in (("combine", False), ("combine with forecast", True)):
         arguments = make.refresh_fixed_k(share=0.0, forecast=forecast)
         cache = arguments[0]
         moved = cache.nbytes * (1 + forecast) + cache.nbytes // cache.shape[2]
-        _against_copy(bench, f"{name}, batch {batch}", lambda a=arguments: torch.ops.moeca.refresh_fixed_k(*a), moved)
+        _against_copy(bench, f"{name}, batch {batch}", lambda a=arguments: combine(*a), moved)
     arguments = make.attend_rows()
     moved = sum(value.nbytes for value in arguments[:5]) + arguments[2].nbytes  # reads all, writes the output
-    _against_copy(bench, f"attend, batch {batch}", lambda: torch.ops.moeca.attend_rows(*arguments), moved)
+    _against_copy(bench, f"attend, batch {batch}", lambda: attend(*arguments), moved)
 
 
 def _against_copy(bench: Bench, what: str, function: Callable[[], Any], moved: int) -> None:
     source = torch.empty(moved // 2, dtype=torch.uint8, device=bench.device)  # read once and written once
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source), bench.device)
-    time = milliseconds(function, bench.device)
+    with fallback_refused():
+        time = milliseconds(function, bench.device)
     note = f"{moved / time / 1e6:.0f} GB/s"
     bench.emit(Row("kernels", what, time, "ms", ratio=copy / time, against="copy of as many bytes", note=note))

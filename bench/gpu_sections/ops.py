@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ from torch import Tensor, fx
 
 import moeca_compile  # noqa: F401  (registers the ops)
 from bench.gpu_sections.common import WRONG, Bench, Row, worst
-from moeca_compile._torch_private import trace_to_graph
+from moeca_compile._torch_private import has_kernel_for, trace_to_graph
 from moeca_compile.lower.validate import TOLERANCE, relative_error
-from moeca_compile.ops import attention, bodies, fixed_k, variable_k
+from moeca_compile.ops import attention, bodies, fixed_k, selection, variable_k
+from moeca_compile.ops.triton import fallback_refused
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,48 @@ OPS: dict[str, Callable[..., Any]] = {
 """Each op's reference, plain ATen."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: Bench) -> Iterator[None]:
+    yield
     sizes = TINY if bench.small else Sizes()
     for dtype in dict.fromkeys((torch.float32, bench.dtype)):
         make = Make(sizes, bench.device, dtype)
         for name, reference in OPS.items():
             check = partial(compared, bench, name, reference, make)
             bench.attempt("ops", f"{name}, {str(dtype).removeprefix('torch.')}", 5, check)
+    for rows in (64,) if bench.small else (8192,):
+        bench.attempt("ops", f"top-k of {rows} rows", 5, partial(selections, bench, rows))
+
+
+class NoKernelError(RuntimeError):
+    """The reference would be compared with itself."""
+
+
+def kernel(name: str, device: torch.device) -> Callable[..., Any]:
+    """What runs an op on the device: its kernel, and never the reference. Raises NoKernelError without one.
+
+    On a CPU it is the same kernel in Triton's interpreter.
+    """
+    if device.type == "cuda":
+        op = getattr(torch.ops.moeca, name)
+        if not has_kernel_for(op.default, device):
+            raise NoKernelError(f"moeca::{name} has no kernel for CUDA: torch for CUDA and Triton are needed")
+        return op
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise NoKernelError("on a CPU, kernels run with TRITON_INTERPRET=1 alone")
+    from moeca_compile.ops.triton import attention, fixed_k, variable_k
+
+    return next(getattr(module, name) for module in (attention, fixed_k, variable_k) if hasattr(module, name))
 
 
 def compared(bench: Bench, name: str, reference: Callable[..., Any], make: Make) -> None:
-    """Greatest error of the op over its results and the tensors that it writes to; whether two runs are equal."""
-    op, arguments = getattr(torch.ops.moeca, name), getattr(make, name)()
-    found, again, wanted = (outcome(function, arguments) for function in (op, op, reference))
+    """Greatest error of the op over its results and the tensors that it writes to; whether two runs are equal.
+
+    Raises where the op refuses its arguments, since the reference would run in its place.
+    """
+    op, arguments = kernel(name, bench.device), getattr(make, name)()
+    with fallback_refused():
+        found, again = (outcome(op, arguments) for _ in range(2))
+    wanted = outcome(reference, arguments)
     both = list(zip(found, wanted, strict=True))
     error = worst(relative_error(one, other) for one, other in both if one.is_floating_point())
     right = error <= TOLERANCE[make.dtype] and all(
@@ -163,6 +194,16 @@ def compared(bench: Bench, name: str, reference: Callable[..., Any], make: Make)
     note += "same bits twice" if all(map(torch.equal, found, again)) else f"{WRONG}: other bits at the second run"
     what = f"{name}, {str(make.dtype).removeprefix('torch.')}"
     bench.emit(Row("ops", what, error, "relative error", note=note))
+
+
+def selections(bench: Bench, rows: int) -> None:
+    """The top-k that routers are compiled to, by Inductor on CUDA, against the same on a CPU: bit by bit."""
+    scores = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # with ties
+    run = selection.topk if bench.small else torch.compile(selection.topk, dynamic=False)
+    found, wanted = run(scores.to(bench.device), 2), selection.topk(scores, 2)
+    right = all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
+    note = "" if right else WRONG
+    bench.emit(Row("ops", f"top-k of {rows} rows", 1.0 - right, "relative error", note=note))
 
 
 def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:

@@ -1,15 +1,14 @@
-"""Time of a step on the published models: ours against torch.compile, with and without CUDA graphs, and eager.
+"""One way of running a published model: time of its steps, of the host alone, until it is ready, and its memory.
 
-A way of running a model is compiled, warmed up, measured and dropped before the next one begins. A period is one full
-step and three cache steps, its time that of all four with one wait at its end; `full` and `cache` steps are then
-measured one by one.
+A period is one full step and three cache steps, its time that of all four with one wait at its end; `full` and
+`cache` steps are then measured one by one. The host's time is that until a call returns, when nothing is
+queued before it.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -19,86 +18,113 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from bench.gpu_sections.common import Bench, Row, build, synchronize
+from bench.gpu_sections.common import WRONG, Bench, Row, Settings, build, options_of, synchronize
+from bench.gpu_sections.processes import Job
 from examples import families
 from examples.machine import private_copy
+from moeca_compile.lower.validate import relative_error
 
-PERIOD, WARM, TURNS = 4, 4, 8
+PERIOD, WARM, REPEATS = 4, 4, 8
 BASE, EAGER, GRAPHED = "torch.compile", "eager", "torch.compile reduce-overhead"
+NONE, FORECAST, SIXTEENTH, STACK = "none", "moeca-forecast", "moeca 1/16", "stack-forecast"
 OURS = {
-    "moeca-forecast": {"recipe": "moeca-forecast", "full_every": PERIOD},
-    "moeca": {"recipe": "moeca", "full_every": PERIOD},
-    "none": {"recipe": "none"},
+    NONE: {"recipe": "none"},
+    FORECAST: {"recipe": "moeca-forecast", "full_every": PERIOD},
+    SIXTEENTH: {"recipe": "moeca", "full_every": PERIOD, "budget": 1 / 16},
+    STACK: {"recipe": "stack-forecast", "full_every": PERIOD},
 }
-ORDER = (BASE, "moeca-forecast", "moeca", EAGER, GRAPHED, "none")
-"""The most important ways first, and what they are compared with before all."""
+CACHING = (FORECAST, SIXTEENTH, STACK)
+ORDER = (NONE, FORECAST, SIXTEENTH, BASE, STACK, EAGER, GRAPHED)
+"""The most important ways first."""
 
-FIRST_GUESS = 45.0
-"""Seconds that a way is thought to take before one was seen."""
+FAR = 0.25
+"""Relative error of a full step to the eager model from which it is wrong. In 16 bits it rounds to some 0.05 in
+another order of operations; another function is off by about 1."""
 
-
-@dataclass
-class Times:
-    """Milliseconds of a step: in a period as a whole, and alone."""
-
-    period: float
-    full: float
-    cache: float
-    seconds: float
-    """What it took to compile and warm up."""
+MIB = 2**20
 
 
-def compiled(way: str, model: nn.Module) -> nn.Module:
+def jobs(settings: Settings, name: str, batch: int) -> list[Job]:
+    """All ways of one model at one batch."""
+    return [
+        Job("speed", f"{name}, {way}", batch, partial(measured, name=name, batch=batch, way=way), settings)
+        for way in ORDER
+    ]
+
+
+def compiled(way: str, model: nn.Module, bench: Bench) -> nn.Module:
     own = private_copy(model)
     if way == EAGER:
         return own
     if way in OURS:
         backend = moeca_compile.moeca_backend
-        return torch.compile(own, backend=backend, options=OURS[way])  # type: ignore[return-value]
+        return torch.compile(own, backend=backend, options=options_of(bench, OURS[way]))  # type: ignore[return-value]
+    if bench.small:
+        return torch.compile(own, backend="eager", dynamic=False)  # type: ignore[return-value]
     mode = "reduce-overhead" if way == GRAPHED else "default"
     return torch.compile(own, mode=mode, dynamic=False)  # type: ignore[return-value]
 
 
-def run(bench: Bench) -> None:
-    progress = Progress()
-    for batch in bench.batches:
-        for name in bench.models:
-            what = f"{name}, batch {batch}"
-            bench.attempt("speed", what, 2 * progress.longest, partial(ways, bench, name, batch, progress))
-
-
-@dataclass
-class Progress:
-    """How long one way took, at most, and the time of a step by torch.compile."""
-
-    longest: float = FIRST_GUESS
-    base: float | None = None
-
-
-def ways(bench: Bench, name: str, batch: int, progress: Progress) -> None:
-    """Measure all ways of running one model at one batch."""
-    model, progress.base = build(name, bench), None
-    for way in ORDER:
-        one = partial(measured, bench, model, name, batch, way, progress)
-        bench.attempt("speed", f"{name}, batch {batch}, {way}", progress.longest, one)
-        dropped()
-
-
-def measured(bench: Bench, model: nn.Module, name: str, batch: int, way: str, progress: Progress) -> None:
+def measured(bench: Bench, name: str, batch: int, way: str) -> Iterator[None]:
+    """Compile and warm up, wait to be called, measure. Rows come as they are found."""
+    emit = _Emit(bench, f"{name}, {way}", batch)
+    model = build(name, bench)
+    arguments = inputs(bench, model, batch)
+    expected = eager(model, arguments)
+    calls = Steps(compiled(way, model, bench), *arguments)
+    del model
+    memory = Memory(bench.device)
     start = time.monotonic()
-    times = measure(bench, lambda: compiled(way, model), inputs(bench, model, batch))
-    progress.longest = time.monotonic() - start
-    if way == BASE:
-        progress.base = times.period
-    report(bench, f"{name}, {way}", batch, times, progress.base, cached=way in OURS and way != "none")
+    emit("first call", timed(calls.call, bench.device), "ms")
+    emit("peak of the first call", memory.peak() / MIB, "MiB", note="beside weights")
+    for _ in range(WARM):  # three of them until a full step is recorded and compared
+        calls.period(bench.device)
+    emit("ready", time.monotonic() - start, "s")
+    yield
+    memory.restart()
+    times(bench, calls, emit, cached=way in CACHING)
+    emit("peak of later calls", memory.peak() / MIB, "MiB", note="beside weights")
+    emit("allocated", memory.held() / MIB, "MiB", note="beside weights")
+    checked(bench, calls, expected, emit)
+    if way in OURS:
+        told(calls, emit)
 
 
-def report(bench: Bench, what: str, batch: int, times: Times, base: float | None, cached: bool) -> None:
-    steps = {"mean": times.period, **({"full": times.full, "cache": times.cache} if cached else {})}
-    for step, value in steps.items():
-        ratio = round(base / value, 3) if base else ""
-        note = f"ready in {times.seconds:.0f} s" if step == "mean" else ""
-        bench.emit(Row("speed", what, value, "ms", batch, step, ratio, BASE if base else "", note))
+class _Emit:
+    """Emits a row of one way."""
+
+    def __init__(self, bench: Bench, what: str, batch: int) -> None:
+        self.bench, self.what, self.batch = bench, what, batch
+
+    def __call__(self, step: str, value: float, unit: str, note: str = "") -> None:
+        self.bench.emit(Row("speed", self.what, value, unit, self.batch, step, note=note))
+
+
+def times(bench: Bench, calls: Steps, emit: _Emit, cached: bool) -> None:
+    repeats = 1 if bench.small else REPEATS
+    emit("mean", median(calls.period(bench.device) / PERIOD for _ in range(repeats)), "ms")
+    apart = [[timed(calls.call, bench.device) for _ in range(PERIOD)] for _ in range(repeats)]
+    if cached:
+        emit("full", median(period[0] for period in apart), "ms")
+        emit("cache", median(each for period in apart for each in period[1:]), "ms")
+    alone = [[returned(calls.call, bench.device) for _ in range(PERIOD)] for _ in range(repeats)]
+    emit("host", median(each for period in alone for each in period[1:]), "ms")
+
+
+def checked(bench: Bench, calls: Steps, expected: Tensor, emit: _Emit) -> None:
+    """A full step, by now recorded and replayed, against the eager model."""
+    calls.time = 900.0
+    with moeca_compile.generation():
+        error = relative_error(calls.call(), expected)
+    emit("full", error, "relative error", "" if error <= FAR else f"{WRONG}: to the eager model")
+
+
+def told(calls: Steps, emit: _Emit) -> None:
+    """What the report says: the bytes of its caches, and warnings: each means that something ran more slowly."""
+    report = moeca_compile.report(calls.model)
+    emit("caches", report.cache_bytes / MIB, "MiB")
+    for text in report.warnings:
+        emit("", 1, "warning", f"{WRONG}: {text}"[:200])
 
 
 def inputs(bench: Bench, model: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,22 +132,16 @@ def inputs(bench: Bench, model: nn.Module, batch: int) -> tuple[Tensor, Tensor, 
     return x.to(bench.dtype), t, y
 
 
-def measure(bench: Bench, make: Callable[[], nn.Module], arguments: tuple[Tensor, Tensor, Tensor]) -> Times:
-    """Compile and warm up one way, then time it."""
-    turns = 1 if bench.small else TURNS
-    start = time.monotonic()
-    call = Steps(make(), *arguments)
-    for _ in range(WARM):  # three of them until a full step is recorded and compared
-        call.period(bench.device)
-    seconds = time.monotonic() - start
-    together = median(call.period(bench.device) / PERIOD for _ in range(turns))
-    apart = [[call.step(bench.device) for _ in range(PERIOD)] for _ in range(turns)]
-    full, cache = median(turn[0] for turn in apart), median(each for turn in apart for each in turn[1:])
-    return Times(together, full, cache, seconds)
+def eager(model: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
+    """The model's output at the time of a generation's first step."""
+    x, t, y = arguments
+    return private_copy(model)(x, torch.full_like(t, 900.0 - Steps.STRIDE), y)
 
 
 class Steps:
     """Calls of a model at falling timesteps."""
+
+    STRIDE = 0.5
 
     def __init__(self, model: Any, x: Tensor, t: Tensor, y: Tensor) -> None:
         self.model, self.x, self.t, self.y = model, x, t, y
@@ -131,17 +151,38 @@ class Steps:
         """Milliseconds of one full step and the cache steps after it, with one wait at their end."""
         return timed(lambda: [self.call() for _ in range(PERIOD)], device)
 
-    def step(self, device: torch.device) -> float:
-        return timed(self.call, device)
-
-    def call(self) -> None:
-        self.time -= 0.5
+    def call(self) -> Tensor:
+        self.time -= self.STRIDE
         torch.compiler.cudagraph_mark_step_begin()
         with moeca_compile.step(self.time):
-            self.model(self.x, self.t.fill_(self.time), self.y)
+            out: Tensor = self.model(self.x, self.t.fill_(self.time), self.y)
+        return out
+
+
+@dataclass
+class Memory:
+    """Bytes that the allocator gave out beyond what it held at first; 0 on a CPU."""
+
+    device: torch.device
+    before: int = 0
+
+    def __post_init__(self) -> None:
+        self.before = self.held()
+        self.restart()
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.before if self.device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.before if self.device.type == "cuda" else 0
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call with a wait at its end."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -149,9 +190,9 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def dropped() -> None:
-    """Free what the last way held."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def returned(function: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds until a call returns; the device may still be at work."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
 from moeca_compile.lower.executor import PartitionedExecutor
+from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.partition import partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
@@ -114,6 +115,7 @@ def lower_step(
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
     use_fast_linears(traced.graph.graph)
+    fuse_selections(traced.graph.graph)
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))

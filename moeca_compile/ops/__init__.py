@@ -4,6 +4,7 @@ and torch is built for CUDA.
 markers                          stand for a MoE layer, from capture until it is lowered
 fixed_k, variable_k, attention   the ops of a step, each a plain function of ATen ops
 linear                           linear layers, single and grouped
+selection                        top-k over few columns in ops that Inductor fuses; no op of its own
 bodies, body_plan, body_run      what an expert computes: registered, planned, run for all experts at once
 cpu/, triton/                    kernels for CPU and CUDA
 aten                             named groups of ATen ops

@@ -21,6 +21,7 @@ Without Triton, or with a torch built without CUDA, nothing of this package is i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["available", "register", "why_not"]
+__all__ = ["available", "fallback_refused", "register", "why_not"]
 
 
 def available() -> bool:
@@ -76,3 +77,10 @@ def why_not(
     from moeca_compile.ops.triton import fallback
 
     return fallback.why_not(body, rows, parameters, experts)
+
+
+def fallback_refused() -> AbstractContextManager[None]:
+    """Inside, an op that the kernels cannot run raises UnsupportedError: for checks that must see a kernel run."""
+    from moeca_compile.ops.triton import fallback
+
+    return fallback.refused()

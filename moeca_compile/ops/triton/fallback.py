@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ from moeca_compile.ops.unsupported import UnsupportedError
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _warned: set[str] = set()
+_refused = False
 
 
 def or_by_aten(
@@ -33,6 +35,8 @@ def or_by_aten(
             try:
                 return op(*args, **kwargs)
             except UnsupportedError as reason:
+                if _refused:
+                    raise
                 _warn(
                     f"moeca: {op.__name__} runs without kernels ({reason}). It waits for the device at every step, "
                     "which is slower. docs/limits.md says which experts the kernels can run"
@@ -42,6 +46,17 @@ def or_by_aten(
         return run
 
     return decorate
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Inside, an op that the kernels cannot run raises UnsupportedError: the ATen function does not run instead."""
+    global _refused
+    before, _refused = _refused, True
+    try:
+        yield
+    finally:
+        _refused = before
 
 
 def _warn(text: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -36,6 +37,9 @@ from moeca_compile.ops.triton.compaction import sort_by_expert
 from moeca_compile.ops.triton.operands import operand
 from moeca_compile.ops.triton.rows import by_place
 from tests.ops.triton.cases import body_of, gelu_mlp, swiglu
+
+ARCHITECTURES = (80, 90, *((100,) if (Path(nvidia.__file__).parent / "bin" / "ptxas-blackwell").exists() else ()))
+"""sm_100 has an assembler of its own, which Triton brings from 3.3 on."""
 
 WIDTH, HIDDEN, EXPERTS, K, BATCH, TOKENS, HEADS = 384, 768, 16, 2, 8, 256, 6
 """DSMoE-S-E16 at batch 8."""
@@ -137,7 +141,7 @@ def compiled(launch: Launch, dtype: torch.dtype, arch: int) -> Compiled:
         result.metadata.num_warps,
         copies.count("0x10"),
         len(copies) - copies.count("0x10"),
-        len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
+        len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
     )
 
 
@@ -226,7 +230,7 @@ def all_ops(dtype: torch.dtype) -> None:
 
 
 def main(every: bool) -> None:
-    """What DSMoE-S-E16 launches, with `every` all block sizes; both architectures and all dtypes in either case."""
+    """What DSMoE-S-E16 launches, with `every` all block sizes; all architectures and dtypes in either case."""
     found: dict[str, tuple[Launch, torch.dtype]] = {}
     for dtype in TYPES:
         with recorded() as launches:
@@ -234,7 +238,7 @@ def main(every: bool) -> None:
             if every:
                 sweep(dtype)
         found = {key: (launch, dtype) for key, launch in launches.items()} | found
-    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in (80, 90)]
+    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in ARCHITECTURES]
     json.dump([asdict(result) for result in results], sys.stdout)
 
 

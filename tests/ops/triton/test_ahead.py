@@ -1,4 +1,4 @@
-"""Every kernel, compiled for sm_80 and sm_90 without a GPU: registers, spills, shared memory, asynchronous loads."""
+"""Every kernel, compiled for sm_80, sm_90 and sm_100 without a GPU: registers, spills, shared memory, loads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton b
 
 ROOT = Path(__file__).parents[3]
 
-SHARED = {80: 164 * 1024, 90: 228 * 1024}
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 """Bytes of shared memory that a multiprocessor has."""
+
+STACK = {80: 16, 90: 16, 100: 40}
+"""Bytes a thread that ptxas may put aside where it saves registers: some values, no spill of an accumulator."""
 
 KERNELS = {
     "sort_kernel",
@@ -44,8 +47,7 @@ def compile_ahead(*arguments: str) -> list[dict[str, Any]]:
 def check(results: list[dict[str, Any]]) -> None:
     """No kernel spills, and all leave room for enough warps."""
     for found in results:
-        # ptxas may put a value or two aside where it saves registers; that is no spill of an accumulator.
-        assert found["local"] == 0 and found["stack"] <= 16, found
+        assert found["local"] == 0 and found["stack"] <= STACK[found["arch"]], found
         # A multiprocessor has four schedulers: with two warps each, one computes while the other waits.
         assert blocks_at_a_time(found) * found["warps"] >= 8, found
         # Weights and rows are what a product waits for: they come 16 bytes at a time, past the registers.
@@ -58,7 +60,9 @@ def check(results: list[dict[str, Any]]) -> None:
 def test_what_a_published_model_launches():
     results = compile_ahead()
     check(results)
-    for arch in (80, 90):
+    architectures = {found["arch"] for found in results}
+    assert architectures in ({80, 90}, {80, 90, 100})  # the last where Triton has its assembler
+    for arch in architectures:
         compiled = {(found["kernel"], found["dtype"]) for found in results if found["arch"] == arch}
         # What sorts branches knows nothing of the rows' dtype, so it is compiled once.
         assert compiled - {("sort_kernel", "bf16")} == {
@@ -79,4 +83,4 @@ def test_every_block_size_dtype_and_layout():
     check(results)
     blocks = {(found["dtype"], found["blocks"]) for found in results if found["kernel"] == "product_kernel"}
     assert len(blocks) >= 4 + 4 + 3
-    assert {found["arch"] for found in results} == {80, 90}
+    assert {80, 90} <= {found["arch"] for found in results}
