@@ -52,13 +52,22 @@ def sound_regions(
     while faults := _faults(graph, left, config, inputs, notes):
         if None in faults or not left.parts:
             return _nothing_cached(regions, faults, notes)
-        left = left.without(faults)  # type: ignore[arg-type]
+        left = left.without(_first(faults))
     for skipped in left.skipped[len(regions.skipped) :]:
         notes.warn(
             f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached "
             "and runs at every step. docs/debugging.md helps find the cause"
         )
     return left
+
+
+def _first(faults: Faults) -> dict[Region, str]:
+    """The faults that do not follow from others: a router is probed on the cached output of an attention."""
+    return {
+        region: reason
+        for region, reason in faults.items()
+        if region is not None and not (isinstance(region, Experts) and region.probe in faults)
+    }
 
 
 def _nothing_cached(regions: Regions, faults: Faults, notes: Notes) -> Regions:
