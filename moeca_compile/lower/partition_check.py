@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
+from moeca_compile.lower.executor import Compiled
 from moeca_compile.lower.interpret import interpret
 from moeca_compile.lower.partition import Call
 from moeca_compile.lower.program import CompiledStep
@@ -25,28 +26,42 @@ class Compare(Protocol):
 def checked_outputs(step: CompiledStep, flat: Sequence[Any], compare: Compare) -> list[Any]:
     """The model's outputs, by the step's partitions in eager mode; `compare` is given those of the compiled ones.
 
-    Values are dropped after their last use, and caches are copied only where a partition writes to them, as long as
-    that runs. So the check needs little more memory than the step.
-
     Args:
         step: the compiled step.
         flat: the inputs of its graph; they do not change.
     """
+
+    def checked(partition: _Partition, code: Compiled) -> list[Any]:
+        results = partition.eagerly()
+        compare(partition.compiled(code), results, partition.noisy)
+        return results
+
+    return _outputs(step, flat, checked)
+
+
+def noisy_outputs(step: CompiledStep, flat: Sequence[Any], generator: torch.Generator) -> list[Any]:
+    """The model's outputs in eager mode, where every value rounds differently."""
+    return _outputs(step, flat, lambda partition, code: partition.noisy(generator))
+
+
+def _outputs(step: CompiledStep, flat: Sequence[Any], run: Callable[[_Partition, Compiled], list[Any]]) -> list[Any]:
+    """The model's outputs, where `run` runs each partition.
+
+    Values are dropped after their last use, and caches are copied only where a partition writes to them, as long as
+    that runs. So this needs little more memory than the step.
+    """
     graph, traced = step.traced.graph.graph, step.traced
     inputs, outputs = placeholders(graph), traced.output_nodes
     own = set(inputs[len(inputs) - 1 - len(traced.state_names) : -1])
-    values = {**dict(zip(inputs, flat, strict=True)), **traced.constants}
     if not step.partitions:  # nothing was compiled
         written = _written(graph.nodes, own)
-        return list(traced.graph(*(v.clone() if n in written else v for n, v in zip(inputs, flat, strict=True))))[
-            : traced.outputs
-        ]
+        copies = (v.clone() if n in written else v for n, v in zip(inputs, flat, strict=True))
+        return list(traced.graph(*copies))[: traced.outputs]
+    values = {**dict(zip(inputs, flat, strict=True)), **traced.constants}
     last = _last_calls(step.partitions, outputs)
     for number, (call, code) in enumerate(step.partitions):
-        one = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
-        results = one.eagerly()
-        compare(one.compiled(code), results, one.noisy)
-        values |= dict(zip(call.results, results, strict=False))
+        partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
+        values |= dict(zip(call.results, run(partition, code), strict=False))
         for node in last.get(number, ()):
             values.pop(node, None)
     return [values[node] if isinstance(node, fx.Node) else node for node in outputs]
@@ -64,7 +79,7 @@ class _Partition:
         copies = self._copies()
         return interpret(self.call.nodes, self.values | copies, self.call.results, change) + list(copies.values())
 
-    def compiled(self, code: Any) -> list[Any]:
+    def compiled(self, code: Compiled) -> list[Any]:
         """The same by compiled code."""
         copies = self._copies()
         values = self.values | copies

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.caches import Caches
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.lower.partition_check import checked_outputs
+from moeca_compile.lower.partition_check import checked_outputs, noisy_outputs
 from moeca_compile.lower.program import CompiledStep, flat_inputs
 from moeca_compile.lower.rounding import Trial, ValidationError, allowed_error, compare
 from moeca_compile.lower.teacher import Teacher
@@ -196,14 +197,14 @@ def same_step(
     dtypes = {*compiled.regions.token_dtypes, *(spec.dtype for spec in compiled.plan.caches)}
     flat = flat_inputs(inputs, list(state.values()), coefficients)
 
-    def same(found: Sequence[Any], wanted: Sequence[Any], trial: Trial | None) -> None:
+    def same(found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None:
         same_values(check, found, wanted, dtypes, config, notes, trial)
 
     with torch.no_grad(), undisturbed(compiled.device):
         try:
             outputs = checked_outputs(step, flat, same)
             eager = compiled.function(kind)(inputs, Caches(state), coefficients)
-            same(outputs, eager.outputs, None)
+            same(eager.outputs, outputs, partial(noisy_outputs, step, flat))
         except ValidationError as error:
             notes.warn(
                 f"Inductor's code for {kind.name} steps gives other values than eager mode ({error}), so they run op "
