@@ -333,7 +333,8 @@ class Options:
         None,
         optional(real(0, open_low=True)),
         COMPILATION,
-        "Largest error that validation accepts, relative to the output's scale; None chooses it by dtype.",
+        """The largest error of a row that validation accepts, relative to the row; None decides by dtype and by what
+        rounding does to the model.""",
     )
     lowering: str = setting(
         "inductor",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
-from moeca_compile.lower.executor import PartitionedExecutor
+from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_selections import fuse_selections
-from moeca_compile.lower.partition import partition_graph, whole_graph
+from moeca_compile.lower.partition import Call, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
@@ -52,6 +52,17 @@ class TracedStep:
         updates = dict(zip(self.update_names, values[self.outputs : end], strict=True))
         return StepResult(tuple(values[: self.outputs]), updates, values[end] if len(values) > end else None)
 
+    @property
+    def output_nodes(self) -> list[Any]:
+        """What gives the model's outputs."""
+        *_, returned = self.graph.graph.nodes
+        return list(returned.args[0][: self.outputs])
+
+    @property
+    def lifted(self) -> dict[fx.Node, Any]:
+        """The values of the tensors that tracing lifted into the graph."""
+        return {n: getattr(self.graph, str(n.target)) for n in self.graph.graph.nodes if n.op == "get_attr"}
+
     @cached_property
     def flops(self) -> StepFlops:
         """The floating-point operations of the step, counted on its graph."""
@@ -68,6 +79,8 @@ class CompiledStep:
 
     traced: TracedStep
     code: Callable[..., Sequence[Any]]
+    partitions: tuple[tuple[Call, Compiled], ...] = ()
+    """The calls that `code` makes, with the compiled code of each."""
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
         return self.traced.result(self.code(*self.traced.inputs(inputs, state, coefficients)))
@@ -120,4 +133,5 @@ def lower_step(
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     compiled = {each: compile_graph(each.module(), each.examples(), on_code) for each in distinct}
-    return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled))
+    partitions = tuple((call, compiled[call.subgraph]) for call in calls)
+    return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)

@@ -1,148 +1,217 @@
-"""Validation on the first real inputs: no rewritten graph is used before it has been compared with the original.
+"""Validation on the first real inputs: nothing is used before it has been compared with the original.
 
-`sound_regions` checks the rewrite before anything is compiled, and skips regions that fail. `same_step` checks
-Inductor's code when a step is first used.
+`sound_regions` checks the rewrite before anything is compiled, and leaves out the regions that fail. `same_step`
+checks Inductor's code when a kind of step is first used.
+
+Both look at one part at a time, on exact inputs: the value that replaces a region's output is computed from the
+model's own values, and a partition of a step gets the inputs that it has in eager mode. So errors do not pile up over
+the blocks, a fault is found where it begins, and what rounding may do is known part by part (lower.rounding).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.lower.caches import Caches
 from moeca_compile.lower.compiled import CompiledGraph
+from moeca_compile.lower.partition_check import checked_outputs, noisy_outputs
+from moeca_compile.lower.program import CompiledStep
+from moeca_compile.lower.rounding import Trial, ValidationError, allowed_error, compare
+from moeca_compile.lower.teacher import Teacher
 from moeca_compile.notes import Notes
-from moeca_compile.passes.match.regions import Regions
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Role, StepKind
+from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
+from moeca_compile.passes.rewrite.kinds import Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
-from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult, step_function
+from moeca_compile.passes.rewrite.step import Step
+from moeca_compile.passes.rewrite.step_function import StepResult, step_function
+from moeca_compile.plan import replacements_of
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest relative error that passes, by dtype (see `relative_error`). The dtype is the least precise one that
-tokens are computed in: a model in float64 may have a router in float32."""
-
-
-class ValidationError(RuntimeError):
-    """A rewritten or compiled step differs from the original."""
+Region = Attention | Experts | FeedForward
+Faults = dict[Region | None, str]
+"""What is wrong, by region; under None what belongs to no region alone."""
 
 
 def sound_regions(
     graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes
 ) -> Regions:
-    """Validate the rewrite on these inputs; regions whose rewrite is wrong move to `skipped`, with the reason.
-
-    All regions are checked together first. Only if that fails, each is checked alone.
-    """
+    """Validate the rewrite on these inputs; regions whose rewrite is wrong move to `skipped`, with the reason."""
     if not config.validate:
         return regions
-    reason = _fault(graph, regions, config, inputs, notes)
-    if reason is None:
-        return regions
-    each = {part: _fault(graph, regions.only([part]), config, inputs, None) for part in regions.parts}
-    rest = regions.without({part: why for part, why in each.items() if why is not None})
-    left = _fault(graph, rest, config, inputs, notes)
-    if left is not None:
-        notes.warn(
-            f"the rewritten step differs from the model ({left}). Nothing is cached, and the model runs as under "
-            "plain torch.compile. docs/debugging.md helps find the cause"
-        )
-        return replace(rest.without(dict.fromkeys(rest.parts, left)), residuals=())
-    for skipped in rest.skipped[len(regions.skipped) :]:
+    left = regions
+    while faults := _faults(graph, left, config, inputs, notes):
+        if None in faults or not left.parts:
+            return _nothing_cached(regions, faults, notes)
+        left = left.without(_first(faults))
+    for skipped in left.skipped[len(regions.skipped) :]:
         notes.warn(
             f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached "
             "and runs at every step. docs/debugging.md helps find the cause"
         )
-    return rest
+    return left
 
 
-def _fault(
-    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes | None
-) -> str | None:
-    """What is wrong with the rewrite of these regions, None where nothing is."""
-    try:
-        _check_rewrite(graph, regions, config, inputs, notes)
-    except Exception as error:
-        # Whatever a rewrite raises, the model itself still runs; the reason goes to the report.
-        _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
-        return first_line(error)
-    return None
+def _first(faults: Faults) -> dict[Region, str]:
+    """The faults that do not follow from others: a router is probed on the cached output of an attention."""
+    return {
+        region: reason
+        for region, reason in faults.items()
+        if region is not None and not (isinstance(region, Experts) and region.probe in faults)
+    }
 
 
-def _check_rewrite(
-    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes | None
-) -> None:
-    """Compare a full step, and cache steps right after it, with the model.
+def _nothing_cached(regions: Regions, faults: Faults, notes: Notes) -> Regions:
+    reason = faults.get(None) or next(iter(faults.values()))
+    notes.warn(
+        f"the rewritten step differs from the model ({reason}). Nothing is cached, and the model runs as under "
+        "plain torch.compile. docs/debugging.md helps find the cause"
+    )
+    return replace(regions.without(dict.fromkeys(regions.parts, reason)), residuals=())
 
-    The cache steps run on the inputs of the full step. So they must give the same outputs whether they recompute all
-    tokens, half of them, or none. Raises ValidationError at the first difference.
+
+# --- the rewrite ---------------------------------------------------------------------------------------------------
+
+
+def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes) -> Faults:
+    """Compare the rewritten steps with the model: a full step, and cache steps right after it on its inputs.
+
+    Such cache steps must give the model's values whether they recompute all tokens, half of them, or none.
     """
-    main = regions.main
-    replacements = tuple(config.policy.declare(config, regions)) if main is not None else ()
-    if main is None or not replacements:
-        return
-    specs = [spec for replacement in replacements for spec in replacement.specs]
-    device, dtypes = regions.residuals[0].stream.meta["val"].device, regions.token_dtypes
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in specs}
+    replacements = replacements_of(config, regions)
+    if regions.main is None or not replacements:
+        return {}
+    device = regions.residuals[0].stream.meta["val"].device
+    with torch.no_grad(), undisturbed(device):
+        try:
+            caches = Caches.empty([spec for each in replacements for spec in each.specs], device)
+            coefficients = torch.zeros(2, 2, device=device)
+            full = step_function(graph, regions, replacements, StepKind())(inputs, caches, coefficients)
+            check = _Check(regions, config, notes, {**caches, **full.updates})
+            teacher = Teacher(graph, regions, replacements, inputs, coefficients, check)
+            return check.faults(teacher, full.outputs)
+        except Exception as error:
+            _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
+            reason = first_line(error)
+    return _faults_alone(graph, regions, config, inputs, notes) or {None: reason}
 
-    def run(used: Sequence[Replacement], kind: StepKind, state: dict[str, Tensor]) -> StepResult:
-        with torch.no_grad(), undisturbed(device):
-            return step_function(graph, regions, used, kind)(inputs, state, torch.zeros(2, 2, device=device))
 
-    full, original = run(replacements, StepKind(), state), run((), StepKind(), {})
-    same_outputs("rewritten", full.outputs, original.outputs, config, notes, dtypes)
-    recomputes = any(replacement.recomputes for replacement in replacements)
-    for capacity in (main.tokens, max(1, main.tokens // 2), 0):
-        copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
-        if capacity == main.tokens and recomputes:
-            _poison(copies, specs)
-        again = run(replacements, StepKind(False, False, capacity, forced=capacity > 0), copies)
-        check = "recomputed" if capacity else "reused"
-        same_outputs(check, again.outputs, original.outputs, config, notes, dtypes)
+def _faults_alone(
+    graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes
+) -> Faults:
+    """The faults of regions that cannot be cached even where no other region is."""
+    if len(regions.parts) < 2:
+        return {}
+    alone = {part: _faults(graph, regions.only([part]), config, inputs, notes) for part in regions.parts}
+    return {part: next(iter(faults.values())) for part, faults in alone.items() if faults}
+
+
+class _Check:
+    """Compares what replaces values of the model with these values, one by one."""
+
+    def __init__(self, regions: Regions, config: MoecaConfig, notes: Notes, caches: Mapping[str, Tensor]) -> None:
+        self.regions, self.config, self.notes, self.caches = regions, config, notes, caches
+        self.region_of, self.found = _region_of(regions), Faults()
+        self.steps: list[tuple[str, Step]] = []
+
+    def faults(self, teacher: Teacher, full: Sequence[Any]) -> Faults:
+        """What is wrong with the replaced values, or with the outputs of the `full` step."""
+        self.steps = self._cache_steps(teacher)
+        wanted = teacher.outputs()
+        if not self.found:
+            self._compare("rewritten", full, wanted, (), teacher.noisy_outputs)
+        return self.found
+
+    def __call__(self, teacher: Teacher, replacement: Replacement, wanted: Any) -> None:
+        """Compare what replaces a value, by each cache step."""
+        dtypes = [spec.dtype for spec in replacement.specs]
+        try:
+            for name, step in self.steps:
+                self._compare(name, [replacement.reuse(step)], [wanted], dtypes, teacher.noisy(replacement))
+        except Exception as error:  # whatever a rewrite raises, the model itself still runs
+            _log.debug("the rewrite of %s failed", replacement.node, exc_info=True)
+            self.found[self.region_of.get(replacement.node)] = first_line(error)
+
+    def _cache_steps(self, teacher: Teacher) -> list[tuple[str, Step]]:
+        """Cache steps on the inputs of the full step, with the name of the check."""
+        copies, tokens = Caches(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
+        found = [("reused", teacher.taught(StepKind(False, False), copies))]
+        if any(replacement.recomputes for replacement in teacher.replacements.values()):
+            specs = [spec for replacement in teacher.replacements.values() for spec in replacement.specs]
+            # A step that recomputes everything must not read what was cached.
+            states = {tokens: copies.poisoned({s.name for s in specs if s.role is Role.ACTIVATION})}
+            for capacity, state in (states | {max(1, tokens // 2): copies}).items():
+                kind = StepKind(False, False, capacity, forced=True)
+                found.append(("recomputed", teacher.taught(kind, state)))
+        return found
+
+    def _compare(
+        self, check: str, found: Sequence[Any], wanted: Sequence[Any], dtypes: Iterable[torch.dtype], trial: Trial
+    ) -> None:
+        used = {*dtypes, *self.regions.token_dtypes}
+        same_values(check, found, wanted, used, self.config, self.notes, trial)
+
+
+def _region_of(regions: Regions) -> dict[fx.Node, Region]:
+    """The region that each replaced node belongs to; shared experts belong to their layer."""
+    found: dict[fx.Node, Region] = {attention.residual.output: attention for attention in regions.attentions}
+    found |= {feedforward.output: feedforward for feedforward in regions.feedforwards}
+    found |= {node: e for e in regions.experts for node in (e.marker, *(shared.output for shared in e.shared))}
+    return found
+
+
+# --- compiled steps ------------------------------------------------------------------------------------------------
 
 
 def same_step(
     compiled: CompiledGraph,
     kind: StepKind,
-    step: StepFunction,
+    step: CompiledStep,
     inputs: Sequence[Any],
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     coefficients: Tensor,
     notes: Notes,
 ) -> bool:
-    """Whether a compiled step equals the same step in eager mode, both on copies of the caches."""
+    """Whether a compiled step equals the same step in eager mode. The caches do not change."""
     if not compiled.config.validate:
         return True
-    eager = run_eagerly(compiled, kind, inputs, state, coefficients)
-    with undisturbed(compiled.device):
-        lowered = step(inputs, {name: tensor.clone() for name, tensor in state.items()}, coefficients)
-    try:
-        check = "full" if kind.full else "cache"
-        same_outputs(check, lowered.outputs, eager.outputs, compiled.config, notes, compiled.regions.token_dtypes)
-    except ValidationError as error:
-        notes.warn(
-            f"Inductor's code for {kind.name} steps gives other values than eager mode ({error}), so they run op by "
-            "op, which is slower. Try another version of torch, and please report it"
-        )
-        return False
+    check, config = "full" if kind.full else "cache", compiled.config
+    dtypes = {*compiled.regions.token_dtypes, *(spec.dtype for spec in compiled.plan.caches)}
+    flat = step.traced.inputs(inputs, state, coefficients)
+
+    def same(found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None:
+        same_values(check, found, wanted, dtypes, config, notes, trial)
+
+    with torch.no_grad(), undisturbed(compiled.device):
+        try:
+            outputs = checked_outputs(step, flat, same)
+            eager = compiled.function(kind)(inputs, Caches(state), coefficients)
+            same(eager.outputs, outputs, partial(noisy_outputs, step, flat))
+        except ValidationError as error:
+            notes.warn(
+                f"Inductor's code for {kind.name} steps gives other values than eager mode ({error}), so they run op "
+                "by op, which is slower. Try another version of torch, and please report it"
+            )
+            return False
     return True
 
 
 def run_eagerly(
-    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
+    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Mapping[str, Tensor], coefficients: Tensor
 ) -> StepResult:
-    """Run a step in eager mode on copies of the caches."""
+    """Run a step in eager mode. The caches do not change."""
     with torch.no_grad(), undisturbed(compiled.device):
-        copies = {name: tensor.clone() for name, tensor in state.items()}
-        return compiled.function(kind)(inputs, copies, coefficients)
+        return compiled.function(kind)(inputs, Caches(state), coefficients)
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
@@ -151,43 +220,37 @@ def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
     return context
 
 
-def _poison(state: dict[str, Tensor], specs: Sequence[CacheSpec]) -> None:
-    """Fill cached activations with NaN, so that a step that should recompute all of them fails if it reads one."""
-    for spec in specs:
-        if spec.role is Role.ACTIVATION:
-            state[spec.name].fill_(float("nan"))
-
-
-def same_outputs(
+def same_values(
     check: str,
     found: Sequence[Any],
     wanted: Sequence[Any],
+    dtypes: Iterable[torch.dtype],
     config: MoecaConfig,
-    notes: Notes | None,
-    inside: Iterable[torch.dtype] = (),
+    notes: Notes,
+    trial: Trial | None = None,
 ) -> None:
-    """Compare outputs, and note the error under the name of the `check`.
+    """Compare values, and note the error under the name of the `check`.
 
-    `inside` are dtypes that the outputs were computed in, besides their own. Raises ValidationError where the error
-    exceeds the tolerance.
+    Args:
+        dtypes: what the values were computed in, besides their own dtypes.
+        trial: computes `wanted` with noise (rounding.compare). The option `tolerance` takes its place.
+
+    Raises ValidationError where they differ by more than rounding, or than the option `tolerance`.
     """
-    for one, other in zip(found, wanted, strict=True):
-        if isinstance(one, Tensor) and one.is_floating_point():
-            error = relative_error(one, other)
-            allowed = config.tolerance or max(TOLERANCE.get(dtype, 1e-4) for dtype in (one.dtype, *inside))
-            if notes is not None:
-                notes.worst(check, error)
-            if not error <= allowed:
-                raise ValidationError(f"{check} step: error {error:.2e} exceeds {allowed:.0e}")
+    tensors = [value for value in wanted if isinstance(value, Tensor)]
+    if not tensors:
+        return
+    own = {tensor.dtype for tensor in tensors}
+    allowed = config.tolerance or allowed_error({*own, *dtypes}, tensors[0].device)
+    result = compare(found, wanted, allowed, None if config.tolerance else trial)
+    notes.worst(check, result.error)
+    if result.unstable:
+        notes.warn(
+            f"rounding alone moves values of this model by {result.noise:.0%} ({check} steps, "
+            f"{_names(own | {*dtypes})}), so validation could not tell a fault from it there. Compare the images "
+            'with those of recipe="none", or run the model in float32 once'
+        )
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Error of `found` relative to the scale of `wanted`.
-
-    In float32 and float64: the largest difference over the largest magnitude. In lower precision rounding flips a few
-    routings, so there it is the root mean square of the difference over that of `wanted`.
-    """
-    difference, scale = (found - wanted).double(), wanted.double()
-    if found.dtype in (torch.float32, torch.float64):
-        return float(difference.abs().max() / scale.abs().max().clamp_min(1e-30))
-    return float(difference.square().mean().sqrt() / scale.square().mean().sqrt().clamp_min(1e-30))
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

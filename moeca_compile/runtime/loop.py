@@ -14,7 +14,7 @@ from torch import Tensor
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
-from moeca_compile.lower.validate import run_eagerly, same_outputs
+from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
@@ -151,7 +151,7 @@ class StepLoop:
     def same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
         """Raise ValidationError where the replay of a recorded step differs from the step itself."""
         dtypes = self.compiled.regions.token_dtypes
-        same_outputs("replayed", found, wanted, self.compiled.config, self.notes, dtypes)
+        same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes)
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

@@ -187,7 +187,6 @@ class Sessions:
             self.evicting_live_streams |= name in generation.dropped
             self._make_room()
             generation.streams[name] = self._new_stream(name)
-            self._drop_surplus()
         generation.streams.move_to_end(name)
         return generation.streams[name]
 

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from moeca_compile.lower import program
-from moeca_compile.lower.validate import relative_error
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite import rows as rows_module
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -57,7 +56,8 @@ def test_a_right_rewrite_passes(graph, recipe):
     engine, loop, warned = prepared(graph, recipe=recipe)
     assert warned == []
     assert loop.compiled.regions.skipped == ()
-    assert set(engine.notes.errors) == {"rewritten", "recomputed", "reused"}
+    recomputes = {"recomputed"} if loop.compiled.plan.recomputes else set()
+    assert set(engine.notes.errors) == {"rewritten", "reused"} | recomputes
     assert all(error < 1e-5 for error in engine.notes.errors.values())
 
 
@@ -161,13 +161,3 @@ def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     for arguments in calls(model, 2):
         (right,) = expected(*graph.arguments(**arguments))
     torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
-
-
-def test_relative_errors():
-    wanted = torch.tensor([1.0, -2.0, 0.5])
-    assert relative_error(wanted, wanted) == 0
-    assert relative_error(wanted + torch.tensor([0.0, 0.0, 0.1]), wanted) == pytest.approx(0.05)
-    assert relative_error(torch.tensor([float("nan")]), torch.tensor([1.0])) != pytest.approx(0)
-    low = wanted.bfloat16()
-    off = low + torch.tensor([0.0, 0.0, 0.5]).bfloat16()
-    assert relative_error(off, low) == pytest.approx((0.25 / 5.25) ** 0.5, rel=1e-2)

@@ -1,0 +1,111 @@
+"""Check a compiled step partition by partition: each on the inputs that it has in eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from moeca_compile.lower.executor import Compiled
+from moeca_compile.lower.interpret import interpret
+from moeca_compile.lower.partition import Call
+from moeca_compile.lower.program import CompiledStep
+from moeca_compile.lower.rounding import Trial, with_noise
+from moeca_compile.passes.analysis.graph import placeholders
+
+
+class Compare(Protocol):
+    """Raises ValidationError where found and wanted values differ by more than rounding."""
+
+    def __call__(self, found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None: ...
+
+
+def checked_outputs(step: CompiledStep, flat: Sequence[Any], compare: Compare) -> list[Any]:
+    """The model's outputs, by the step's partitions in eager mode; `compare` is given those of the compiled ones.
+
+    Args:
+        step: the compiled step.
+        flat: the inputs of its graph; they do not change.
+    """
+
+    def checked(partition: _Partition, code: Compiled) -> list[Any]:
+        results = partition.eagerly()
+        compare(partition.compiled(code), results, partition.noisy)
+        return results
+
+    return _outputs(step, flat, checked)
+
+
+def noisy_outputs(step: CompiledStep, flat: Sequence[Any], generator: torch.Generator) -> list[Any]:
+    """The model's outputs in eager mode, where every value rounds differently."""
+    return _outputs(step, flat, lambda partition, code: partition.noisy(generator))
+
+
+def _outputs(step: CompiledStep, flat: Sequence[Any], run: Callable[[_Partition, Compiled], list[Any]]) -> list[Any]:
+    """The model's outputs, where `run` runs each partition.
+
+    Values are dropped after their last use, and caches are copied only where a partition writes to them, as long as
+    that runs. So this needs little more memory than the step.
+    """
+    graph, traced = step.traced.graph.graph, step.traced
+    inputs, outputs = placeholders(graph), traced.output_nodes
+    own = set(inputs[len(inputs) - 1 - len(traced.state_names) : -1])
+    if not step.partitions:  # nothing was compiled
+        written = _written(graph.nodes, own)
+        copies = (v.clone() if n in written else v for n, v in zip(inputs, flat, strict=True))
+        return list(traced.graph(*copies))[: traced.outputs]
+    values = {**dict(zip(inputs, flat, strict=True)), **traced.lifted}
+    last = _last_calls(step.partitions, outputs)
+    for number, (call, code) in enumerate(step.partitions):
+        partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
+        values |= dict(zip(call.results, run(partition, code), strict=False))
+        for node in last.get(number, ()):
+            values.pop(node, None)
+    return [values[node] if isinstance(node, fx.Node) else node for node in outputs]
+
+
+class _Partition:
+    """One partition with the values of its inputs. `written` are inputs that it writes to: each run has copies."""
+
+    def __init__(self, call: Call, values: Mapping[fx.Node, Any], written: AbstractSet[fx.Node]) -> None:
+        self.call, self.written = call, [node for node in call.arguments if node in written]
+        self.values = {node: values[node] for node in call.arguments}
+
+    def eagerly(self, change: Any = None) -> list[Any]:
+        """Its results, and the inputs that it wrote to."""
+        copies = self._copies()
+        return interpret(self.call.nodes, self.values | copies, self.call.results, change) + list(copies.values())
+
+    def compiled(self, code: Compiled) -> list[Any]:
+        """The same by compiled code."""
+        copies = self._copies()
+        values = self.values | copies
+        return [*code(*(values[node] for node in self.call.arguments)), *copies.values()]
+
+    def noisy(self, generator: torch.Generator) -> list[Any]:
+        """The same in eager mode, where every value rounds differently."""
+        return self.eagerly(lambda node, value, arguments: with_noise(node, value, arguments, generator))
+
+    def _copies(self) -> dict[fx.Node, Any]:
+        return {node: self.values[node].clone() for node in self.written}
+
+
+def _written(nodes: Iterable[fx.Node], own: AbstractSet[fx.Node]) -> set[fx.Node]:
+    """Which of the nodes `own` some op may write to. The model's inputs are none of them: it is functional."""
+    return {
+        arg for node in nodes if node.op == "call_function" and node.is_impure() for arg in node.all_input_nodes
+    } & own
+
+
+def _last_calls(partitions: Sequence[tuple[Call, Any]], kept: Iterable[Any]) -> dict[int, list[fx.Node]]:
+    """For each partition, the values that no later one reads."""
+    last: dict[fx.Node, int] = {}
+    for number, (call, _) in enumerate(partitions):
+        last |= dict.fromkeys([*call.arguments, *call.results], number)
+    found: dict[int, list[fx.Node]] = {}
+    for node in last.keys() - set(kept):
+        found.setdefault(last[node], []).append(node)
+    return found

@@ -1,0 +1,217 @@
+"""Tell rounding from a fault: errors by row, held against what rounding does to the same computation.
+
+In 16 bits no fixed bound separates the two. Rounding alone moves a value by a percent or more, and where two experts
+score almost the same it sends a token to the other one. So, where errors exceed what a few roundings can explain, the
+computation is repeated with a random relative error added to each value that it rounds (stochastic arithmetic:
+Vignes, "Discrete stochastic arithmetic for validating numerical software", 2004). Rows that this moves as much are
+noise. A fault moves rows that it does not.
+
+A row is the last dim of a tensor: the features of a token, of a branch or of a head. A wrong expert for one token
+is a wrong row, which an error over the whole tensor would hide.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.ops.aten import CASTS, VIEWS
+
+aten = torch.ops.aten
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""The relative error of a row that passes without a look at the noise. In other dtypes: a few roundings."""
+_ROUNDINGS = 4
+"""In dtypes of 16 bits, this many units of rounding pass without a look at the noise."""
+_AMPLITUDE = 1.5
+"""The noise that is added to each rounded value, in units of rounding: somewhat more than rounding itself."""
+_TRIALS = (3, 24)
+"""The fewest trials with noise, and the most: they go on while rows are unexplained. A token between two experts goes
+to the other one in some of them."""
+_UNSTABLE = 0.25
+"""If noise moves half of the rows by this much, a fault could not be told from it."""
+_MANY = 64
+"""Tensors with fewer rows (counters, the chosen tokens of each sample) say nothing about the noise of most values."""
+_CHUNK = 1 << 20
+"""So many elements are compared at a time, since errors are computed in float64."""
+
+_MOVES = VIEWS | {
+    aten.cat.default,
+    aten.stack.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.embedding.default,
+    aten.where.self,
+    aten.scatter.src,
+    aten.constant_pad_nd.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.masked_fill.Scalar,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.amax.default,
+    aten.relu.default,
+}
+"""Ops whose results are among the values of their arguments: they round nothing."""
+
+
+class ValidationError(RuntimeError):
+    """A rewritten or compiled step differs from the original by more than rounding."""
+
+
+Trial = Callable[[torch.Generator], Sequence[Any]]
+"""The values under comparison, computed with noise from a generator."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two lists of values that agree up to rounding.
+
+    Attributes:
+        error: the largest relative error of a row.
+        noise: the error that noise commonly causes in a row (the largest median of a tensor's rows); 0 where it was
+            not measured.
+    """
+
+    error: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def unstable(self) -> bool:
+        """Whether the noise is so large that a fault could hide in it."""
+        return self.noise > _UNSTABLE
+
+
+def allowed_error(dtypes: Iterable[torch.dtype], device: torch.device) -> float:
+    """The relative error of a row that passes at once, where values were computed in these dtypes."""
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((TOLERANCE.get(d, 0.0) or _ROUNDINGS * unit(d, device) for d in floating), default=0.0)
+
+
+def unit(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit of rounding: half the distance from 1 to the next number.
+
+    On a GPU, products of float32 may be taken in TF32, which has 10 bits.
+    """
+    tf32 = dtype is torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return 2.0**-11 if tf32 else torch.finfo(dtype).eps / 2
+
+
+def compare(found: Sequence[Any], wanted: Sequence[Any], allowed: float, trial: Trial | None = None) -> Comparison:
+    """Compare values row by row.
+
+    Args:
+        found, wanted: values in the same order; what is no tensor is skipped.
+        allowed: the relative error of a row that passes at once.
+        trial: computes `wanted` with noise; None if `allowed` is the last word.
+
+    Raises ValidationError where rows differ that noise does not move.
+    """
+    pairs = [(one, other) for one, other in zip(found, wanted, strict=True) if isinstance(other, Tensor)]
+    errors = [row_errors(one, other) for one, other in pairs]
+    worst = max((float(error.max()) for error in errors if error.numel()), default=0.0)
+    if worst <= allowed:
+        return Comparison(worst)
+    if trial is None:
+        raise ValidationError(f"error {worst:.2e} exceeds {allowed:.0e}")
+    wanted_tensors = [other for _, other in pairs]
+    noise = [torch.zeros_like(error) for error in errors]
+    for seed in range(_TRIALS[1]):
+        moved = _moved(wanted_tensors, trial, seed)
+        noise = [torch.maximum(old, new) for old, new in zip(noise, moved, strict=True)]
+        if seed + 1 >= _TRIALS[0] and not any(
+            _unexplained(*each, allowed).any() for each in zip(errors, noise, strict=True)
+        ):
+            return Comparison(worst, max((float(own.median()) for own in noise if len(own) >= _MANY), default=0.0))
+    raise ValidationError(
+        next(filter(None, (_wrong_rows(*each, allowed) for each in zip(errors, noise, strict=True))))
+    )
+
+
+def _unexplained(error: Tensor, noise: Tensor, allowed: float) -> Tensor:
+    """Which rows differ by more than noise explains: than it commonly does, and than twice what it does to them."""
+    return (error > _limit(noise, allowed)) & (error > 2 * noise)
+
+
+def _limit(noise: Tensor, allowed: float) -> float:
+    return max(allowed, 1.5 * float(noise.median())) if len(noise) else allowed
+
+
+def _wrong_rows(error: Tensor, noise: Tensor, allowed: float) -> str | None:
+    wrong = _unexplained(error, noise, allowed)
+    if not wrong.any():
+        return None
+    share = f"{int(wrong.sum())} of {len(error)} rows"
+    return f"error {float(error[wrong].max()):.2e} exceeds {_limit(noise, allowed):.0e} in {share}"
+
+
+def _moved(wanted: Sequence[Tensor], trial: Trial, seed: int) -> list[Tensor]:
+    """How far one trial's noise moves each row."""
+    generator = torch.Generator(wanted[0].device).manual_seed(seed)
+    noisy = [value for value in trial(generator) if isinstance(value, Tensor)]
+    return [row_errors(one, other) for one, other in zip(noisy, wanted, strict=True)]
+
+
+def row_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """The relative error of each row (the last dim): (rows,) float64 on the CPU.
+
+    The root mean square of the difference, over that of the wanted row or a tenth of that of the whole tensor,
+    whichever is larger. A row of integers has error 0 if it is equal, else 1.
+    """
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        raise ValidationError(f"{tuple(found.shape)} {found.dtype} in place of {tuple(wanted.shape)} {wanted.dtype}")
+    if not wanted.numel():
+        return torch.zeros(0, dtype=torch.float64)
+    width = wanted.shape[-1] if wanted.ndim else 1
+    rows = zip(*(_chunks(value, width) for value in (found, wanted)), strict=True)
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return torch.cat([(one != other).any(-1).cpu().double() for one, other in rows])
+    moved, scale = (torch.cat(parts) for parts in zip(*(_squares(*pair) for pair in rows), strict=True))
+    least = 0.01 * scale.mean()
+    error = (moved / scale.maximum(least).clamp_min(1e-60)).sqrt().cpu()
+    return error.nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def _chunks(value: Tensor, width: int) -> Iterable[Tensor]:
+    return value.detach().reshape(-1, width).split(max(1, _CHUNK // width))
+
+
+def _squares(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares of the difference and of the wanted values, by row. Equal infinities and NaNs do not differ."""
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    kind = torch.complex128 if wanted.is_complex() else torch.float64
+    difference = torch.where(same, 0, found.to(kind) - wanted.to(kind))
+    return difference.abs().square().mean(-1), wanted.to(kind).nan_to_num(0, 0, 0).abs().square().mean(-1)
+
+
+def with_noise(node: fx.Node, value: Any, arguments: Sequence[Any], generator: torch.Generator) -> Any:
+    """A node's value with noise, if the node rounds it.
+
+    Args:
+        node: a node of an ATen graph; value: its value.
+        arguments: the values of its input nodes.
+        generator: on the value's device.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not _rounds(node, value, arguments):
+        return value
+    wide = torch.promote_types(value.dtype, torch.float32)
+    random = torch.rand(value.shape, dtype=wide, device=value.device, generator=generator)
+    return (value * (1 + _AMPLITUDE * unit(value.dtype, value.device) * (2 * random - 1))).to(value.dtype)
+
+
+def _rounds(node: fx.Node, value: Tensor, arguments: Sequence[Any]) -> bool:
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if source.target in _MOVES or not (tensors or source is not node):
+        return False
+    if node.target in CASTS:
+        return tensors[0].dtype.itemsize > value.dtype.itemsize
+    memory = value.untyped_storage().data_ptr()
+    return all(tensor.untyped_storage().data_ptr() != memory for tensor in tensors)

@@ -1,0 +1,117 @@
+"""The model's own values on some inputs, which every check of a rewrite starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.lower.rounding import with_noise
+from moeca_compile.passes.analysis.graph import ancestors, between
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.evaluate import Compute
+from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.layers import layer_output
+from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.passes.rewrite.step import Step
+
+
+class Teacher:
+    """Values of the unchanged graph, and at each value that a recipe replaces, a call of `check`.
+
+    Args:
+        graph, regions: the normalized graph and what was matched in it.
+        replacements: what is checked.
+        inputs: one value for each placeholder.
+        coefficients: the forecast coefficients of steps right after a full step.
+        check: called with this, a replacement and the model's value of its node, in graph order. All that the value
+            was computed from is there then; later most of it is dropped.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        regions: Regions,
+        replacements: Sequence[Replacement],
+        inputs: Sequence[Any],
+        coefficients: Tensor,
+        check: Callable[[Teacher, Replacement, Any], None],
+    ) -> None:
+        self.graph, self.regions, self.inputs, self.coefficients = graph, regions, inputs, coefficients
+        self.replacements = {replacement.node: replacement for replacement in replacements}
+        self.check = check
+        self.computes: dict[fx.Node, Compute] = {}
+        reads = {replacement.node: replacement.reads for replacement in replacements}
+        self.step = self._step(StepKind(), {}, self.computes, {**dict.fromkeys(regions.bodies, ()), **reads})
+        self.output = next(iter(reversed(graph.nodes)))
+
+    def outputs(self) -> tuple[Any, ...]:
+        """The model's outputs. The checks are made on the way."""
+        self.computes |= {node: partial(self._value, node) for node in {**self.regions.bodies, **self.replacements}}
+        try:
+            return tuple(self.step.run())
+        finally:  # what refers to the step would keep its values alive until Python looks for cycles
+            self.computes.clear()
+
+    def _value(self, node: fx.Node) -> Any:
+        value = self._run(self.step, node)
+        if node in self.replacements:
+            self.check(self, self.replacements[node], value)
+        return value
+
+    def taught(self, kind: StepKind, state: Mapping[str, Tensor]) -> Step:
+        """A step of this kind in which every value of the graph is the model's own."""
+        step = self._step(kind, state, {})
+        step.values = self.step.values
+        return step
+
+    def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:
+        """The value of a replaced node, with noise in all that it is computed from its source by."""
+        span = between(replacement.source, [replacement.node])
+        return lambda generator: self._with_noise(span, [replacement.node], generator)
+
+    def noisy_outputs(self, generator: torch.Generator) -> tuple[Any, ...]:
+        """The model's outputs, with noise in every value."""
+        returned = self.output.all_input_nodes
+        values = self._with_noise(ancestors(returned), returned, generator)
+        known = dict(zip(returned, values, strict=True))
+        return tuple(fx.map_arg(self.output.args[0], known.__getitem__))
+
+    def _with_noise(self, nodes: set[fx.Node], wanted: Sequence[fx.Node], generator: torch.Generator) -> list[Any]:
+        """Values of `wanted`, where all `nodes` round differently and all others are the model's own."""
+        noisy: dict[fx.Node, Any] = {}
+        step = self._step(StepKind(), {}, {})
+        step.values = _Overlaid(self.step, noisy)  # type: ignore[assignment]
+        for node in sorted(nodes):
+            if node.op == "call_function":
+                value = self._run(step, node)
+                noisy[node] = with_noise(node, value, [step[arg] for arg in node.all_input_nodes], generator)
+        return [step[node] for node in wanted]
+
+    def _run(self, step: Step, node: fx.Node) -> Any:
+        if node in self.regions.bodies:
+            return layer_output(step, node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), step.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _step(
+        self,
+        kind: StepKind,
+        state: Mapping[str, Tensor],
+        computes: Mapping[fx.Node, Compute],
+        reads: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+    ) -> Step:
+        return Step(self.graph, self.regions, kind, self.inputs, state, self.coefficients, computes, reads)
+
+
+class _Overlaid:
+    """Values of a step, some of them replaced."""
+
+    def __init__(self, step: Step, replaced: Mapping[fx.Node, Any]) -> None:
+        self.step, self.replaced = step, replaced
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self.replaced[node] if node in self.replaced else self.step[node]
