@@ -19,9 +19,11 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult, step_function
+from moeca_compile.policies.forecast import weights_after_one
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -91,17 +93,18 @@ def _check_rewrite(
         return
     specs = [spec for replacement in replacements for spec in replacement.specs]
     device, dtypes = regions.residuals[0].stream.meta["val"].device, regions.token_dtypes
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=device) for s in specs}
+    state, weights = Caches(specs, device), weights_after_one(device)
 
     def run(used: Sequence[Replacement], kind: StepKind, state: dict[str, Tensor]) -> StepResult:
         with torch.no_grad(), undisturbed(device):
-            return step_function(graph, regions, used, kind)(inputs, state, torch.zeros(2, 2, device=device))
+            return step_function(graph, regions, used, kind)(inputs, state, weights)
 
     full, original = run(replacements, StepKind(), state), run((), StepKind(), {})
+    state.store(full.updates)
     same_outputs("rewritten", full.outputs, original.outputs, config, notes, dtypes)
     recomputes = any(replacement.recomputes for replacement in replacements)
     for capacity in (main.tokens, max(1, main.tokens // 2), 0):
-        copies = {name: tensor.clone() for name, tensor in {**state, **full.updates}.items()}
+        copies = state.cloned()
         if capacity == main.tokens and recomputes:
             _poison(copies, specs)
         again = run(replacements, StepKind(False, False, capacity, forced=capacity > 0), copies)
@@ -114,16 +117,16 @@ def same_step(
     kind: StepKind,
     step: StepFunction,
     inputs: Sequence[Any],
-    state: dict[str, Tensor],
-    coefficients: Tensor,
+    state: Caches,
+    weights: Tensor,
     notes: Notes,
 ) -> bool:
     """Whether a compiled step equals the same step in eager mode, both on copies of the caches."""
     if not compiled.config.validate:
         return True
-    eager = run_eagerly(compiled, kind, inputs, state, coefficients)
+    eager = run_eagerly(compiled, kind, inputs, state, weights)
     with undisturbed(compiled.device):
-        lowered = step(inputs, {name: tensor.clone() for name, tensor in state.items()}, coefficients)
+        lowered = step(inputs, state.cloned(), weights)
     try:
         check = "full" if kind.full else "cache"
         same_outputs(check, lowered.outputs, eager.outputs, compiled.config, notes, compiled.regions.token_dtypes)
@@ -137,12 +140,11 @@ def same_step(
 
 
 def run_eagerly(
-    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
+    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor
 ) -> StepResult:
     """Run a step in eager mode on copies of the caches."""
     with torch.no_grad(), undisturbed(compiled.device):
-        copies = {name: tensor.clone() for name, tensor in state.items()}
-        return compiled.function(kind)(inputs, copies, coefficients)
+        return compiled.function(kind)(inputs, state.cloned(), weights)
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from moeca_compile.ops.ring import by_history, weighted_sum
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.regions import Experts, Regions
@@ -36,26 +36,28 @@ class FixedKCache(ExpertCache):
         super().__init__(name, layer, regions, options, k, (layout.samples, layout.tokens, k))
 
     def run_all(self, step: Step) -> Tensor:
-        step.memo[self.outputs] = run_fixed_k(step, self.layer.marker)
-        return combine(step.memo[self.outputs], step[self.layer.weight])
+        routing = self._by_slot(step)
+        outputs = run_fixed_k(step, self.layer.marker, routing.index.flatten(0, 1))
+        step.memo[self.outputs] = self.by_token(outputs), routing
+        return combine(outputs, routing.weight.flatten(0, 1))
+
+    def _by_slot(self, step: Step) -> Routing:
+        """The branches of a full step. With a forecast, those that are cached stay in their slots."""
+        index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
+        if not self.forecast:
+            return Routing(index, weight, torch.zeros_like(index, dtype=torch.bool))
+        cached = torch.where(step.state[self.history] > 0, step.state[self.lookup], -1)
+        return decide.match(index, weight, cached)
 
     def store(self, step: Step) -> None:
-        branches = self.by_token(step.memo[self.outputs])
-        index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
-        self.update_activation(step, self._routed(index))
-        if self.forecast:
-            self.store_slope(step, branches, *self._before(step, index, branches.dtype))
-        self.store_outputs(step, branches)
-        step.updates[self.lookup] = index.to(torch.int32)
-        step.updates[self.weight] = self.for_score(weight)
+        branches, routing = step.memo[self.outputs]
+        self.update_activation(step, self._routed(routing.index))
+        step.updates[self.lookup] = routing.index.to(torch.int32)
+        step.updates[self.weight] = self.for_score(routing.weight)
         step.updates[self.norms] = branches.norm(dim=-1).to(torch.float32)
-
-    def _before(self, step: Step, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """For each branch, the cached output of the same token and expert, and whether there is one."""
-        same = index[..., :, None] == step.state[self.lookup][..., None, :]  # (B, N, k new, k old)
-        cached = step.state[self.outputs].to(dtype)
-        each = (torch.where(same[..., q, None], cached[..., q : q + 1, :], 0.0) for q in range(self.slots))
-        return reduce(torch.add, each), same.any(-1, keepdim=True)
+        self.store_outputs(step, branches)
+        if self.forecast:
+            self.store_history(step, routing.matched)
 
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> SlotDecision:
         index = self.by_token(choice)
@@ -82,12 +84,12 @@ class FixedKCache(ExpertCache):
         return result.reshape(shape_of(self.layer.marker)).to(self.dtype)
 
     def _combine_cached(self, step: Step, weight: Tensor) -> Tensor:
-        """Combine cached outputs alone. Plain ops may read the cache, since no op of this graph writes to it."""
-        branches = step.state[self.outputs].to(self.dtype)
-        if self.forecast:
-            distance = step.forecast_distance(Part.EXPERTS).to(self.dtype)
-            branches = branches + distance * step.state[self.slope].to(self.dtype)
-        return combine(branches, weight)
+        """Combine cached outputs alone. Plain ops may read the caches, since no op of this graph writes to them."""
+        ring = self.ring(step)
+        if not self.forecast:
+            return combine(ring[0].to(self.dtype), weight)
+        weights = by_history(step.forecast_weights(Part.EXPERTS), step.state[self.history])
+        return combine(weighted_sum(ring, weights[..., None, :]), weight)
 
     def _refresh(self, step: Step, decision: SlotDecision) -> Tensor:
         chosen, valid, body = decision.chosen, decision.valid, self.layer.body
@@ -99,25 +101,32 @@ class FixedKCache(ExpertCache):
         )
         mask = (~routing.matched | _take(decision.recompute, chosen)) & valid[..., None]
         weight = _put(decision.routing.weight, chosen, routing.weight, valid[..., None])
-        cache, slope = self.caches_to_change(step)
+        history = self._history(step, chosen, mask & ~routing.matched)
         result, norms = torch.ops.moeca.refresh_fixed_k(
-            cache,
+            self.ring_to_change(step),
             [rows.aligned(node, self.layer.marker.args[0]) for node in body.rows],  # type: ignore[arg-type]
             routing.index,
             mask,
-            routing.matched,
             chosen,
             weight,
-            slope,
-            step.forecast_distance(Part.EXPERTS),
+            *self.history_and_weights(step, history),
             [step[node] for node in body.parameters],
             body.experts,
             body.key,
         )
         if self.options.overwrite:
             self._store_rows(step, chosen, mask, routing, norms)
+            if history is not None:
+                step.updates[self.history] = history
         self.count(step, decision, None, decision.routing.matched, mask)
         return result
+
+    def _history(self, step: Step, chosen: Tensor, new: Tensor) -> Tensor | None:
+        """(B, N, k) the history of each slot; of the slots `new` (B, C, k), which other branches take, only this step."""
+        if not self.forecast:
+            return None
+        history = step.state[self.history]
+        return _put(history, chosen, torch.ones_like(new, dtype=history.dtype), new)
 
     def _store_rows(self, step: Step, chosen: Tensor, mask: Tensor, routing: Routing, norms: Tensor) -> None:
         fresh = {

@@ -15,6 +15,7 @@ from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_outputs
 from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.capacities import Capacities
@@ -44,8 +45,8 @@ class StepLoop:
         self.capacities = Capacities(plan, device)
         self.steps: dict[StepKind, StepFunction] = {}
         self.tallies = Tallies()
-        self.graphs = self._cuda_graphs() if config.cuda_graphs and device.type == "cuda" else None
-        self.stateless = Stream({})
+        self.graphs = self._cuda_graphs() if compiled.recorded else None
+        self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
         self._lock = threading.RLock()
 
@@ -84,39 +85,36 @@ class StepLoop:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            coefficients = self.coefficients(position.stream, position.time)
-            return self.eager(trial, self._placed(inputs), position.stream.state, coefficients).counts
+            weights = self.weights(position.stream, position.time)
+            return self.eager(trial, self._placed(inputs), position.stream.state, weights).counts
 
         return self.capacities.kind(refresh, position.stream, counts)
 
-    def step(
-        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
-    ) -> StepFunction:
+    def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
         if kind not in self.steps:
-            self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
+            self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
         return self.steps[kind]
 
-    def coefficients(self, stream: Stream, time: float) -> Tensor:
-        """The forecast coefficients of a step at `time` (passes.rewrite.step.Step), on the model's device."""
-        return upload(torch.tensor(stream.coefficients(time), dtype=torch.float32), self.compiled.device)
+    def weights(self, stream: Stream, time: float) -> Tensor:
+        """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
+        return upload(torch.tensor(stream.weights(time), dtype=torch.float32), self.compiled.device)
 
-    def eager(
-        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
-    ) -> StepResult:
+    def eager(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepResult:
         """Run a step without compilation on copies of the state."""
-        return run_eagerly(self.compiled, kind, inputs, state, coefficients)
+        return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         _log.debug("%s step at time %g", kind.name, time)
-        placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
-        step = self.step(kind, placed, stream.state, coefficients)
+        placed, weights = self._placed(inputs), self.weights(stream, time)
+        step = self.step(kind, placed, stream.state, weights)
         if self.graphs is None:
-            result = step(placed, stream.state, coefficients)
+            stream.state.release(kind)
+            result = step(placed, stream.state, weights)
+            stream.state.store(result.updates)
         else:
-            result = self.graphs.run(kind, stream, step, placed, coefficients)
-        stream.state.update(result.updates)
+            result = self.graphs.run(kind, stream, step, placed, weights)
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         return self.compiled.write_back(inputs, result.outputs)
