@@ -8,8 +8,8 @@
 
 A step that is recorded as a CUDA graph cannot hand over new tensors, since the next step reads caches at the
 addresses that it was recorded with. Copied after the step, each value is written, read and written again. Written by
-the step itself, Inductor lets the kernel that computes a value write it, and our ops write to the memory that they are
-given.
+the step itself, Inductor lets the kernel that computes a value write it, and our ops write to the memory that they
+are given.
 
 A cache that the step reads too is left to the caller: other parts of the graph may read it after the write.
 """
@@ -88,11 +88,12 @@ def _without_views(node: fx.Node) -> fx.Node:
 def _same_memory(source: fx.Node, target: fx.Node) -> bool:
     """Whether the values of `source` lie in memory like those of `target`, but for the shape."""
     value, into = source.meta["val"], target.meta["val"]
-    return value.dtype == into.dtype and value.is_contiguous() and value.numel() == into.numel()
+    return bool(value.dtype == into.dtype and value.is_contiguous() and value.numel() == into.numel())
 
 
 def _is_pool(source: fx.Node) -> bool:
-    return source.args[0].target is moeca.variable_k_outputs.default and source.args[1] == 1  # type: ignore[union-attr]
+    outputs, number = source.args
+    return isinstance(outputs, fx.Node) and outputs.target is moeca.variable_k_outputs.default and bool(number == 1)
 
 
 def _write_fixed_k(outputs: fx.Node, target: fx.Node) -> None:

@@ -71,10 +71,8 @@ class CompiledStep:
     code: Callable[..., Sequence[Any]]
 
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
-        caches, written = (
-            [state[name] for name in names] for names in (self.traced.state_names, self.traced.written_names)
-        )
-        return self.traced.result(self.code(*flat_inputs(inputs, caches, weights), *written))
+        flat = flat_inputs(inputs, [state[name] for name in self.traced.state_names], weights)
+        return self.traced.result(self.code(*flat, *(state[name] for name in self.traced.written_names)))
 
 
 def trace_step(function: StepFunction, inputs: Sequence[Any], state: Caches, weights: Tensor) -> TracedStep:

@@ -116,7 +116,7 @@ def refresh_fixed_k(
 ) -> tuple[Tensor, Tensor]:
     """Recompute the branches of `mask` into the cache, then combine the branches of all tokens (paper, eq. 8).
 
-    A recomputed branch moves in all slots of the ring by the same amount, so that its forecast gives the fresh output.
+    A recomputed branch moves by the same amount in all slots of the ring, so that its forecast is the fresh output.
 
     Args:
         ring: K tensors (B, N, k, width), the last K outputs of the branches, written in place.
@@ -125,7 +125,7 @@ def refresh_fixed_k(
         mask: (B, C, k) bool, which branches to recompute.
         chosen: (B, C) token indices, distinct within a sample.
         weight: (B, N, k) current weights of all tokens.
-        history: (B, N, k) of how many of the ring's slots the branch has outputs, 1 where it is new; None where K is 1.
+        history: (B, N, k) how many of the ring's outputs are the branch's own, 1 where it is new; None where K is 1.
         forecast: (K, K) the weights of the slots, by history; None where K is 1.
         parameters, experts, body: as in `fixed_k_outputs`.
 
@@ -141,7 +141,8 @@ def refresh_fixed_k(
         cached = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
         order, outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)
         norms.view(-1).index_copy_(0, places[order], outputs.norm(dim=-1).to(torch.float32))
-        write_branches(ring, cached[order], outputs, weights)
+        at = cached[order]
+        write_branches(ring, at, outputs, None if weights is None else weights.flatten(0, 2)[at])
     return _combine(ring, weight, weights), norms
 
 
@@ -151,11 +152,11 @@ def slot_weights(history: Tensor | None, forecast: Tensor | None) -> Tensor | No
 
 
 def write_branches(ring: list[Tensor], at: Tensor, outputs: Tensor, weights: Tensor | None) -> None:
-    """Write outputs (M, width) so that the branches at the rows `at` (M,) of the ring's tensors give them when read."""
+    """Write outputs (M, width) into the rows `at` (M,) of the ring's tensors, so that weights (M, K) give them."""
     width, moved = outputs.shape[1], [outputs]
     if weights is not None:
         before = [slot.view(-1, width).index_select(0, at) for slot in ring]
-        moved = moved_to(outputs, before, weights.view(-1, len(ring))[at, None])
+        moved = moved_to(outputs, before, weights[:, None])
     for slot, value in zip(ring, moved, strict=True):
         slot.view(-1, width).index_copy_(0, at, value.to(slot.dtype))
 
@@ -169,10 +170,8 @@ def _combine(ring: list[Tensor], weight: Tensor, weights: Tensor | None) -> Tens
     combined = library.combine(ring, factors)
     if combined is not None:
         return combined
-    branches = (
-        weighted_sum([slot[:, :, j] for slot in ring], factors[:, :, j, None]) for j in range(weight.shape[2])
-    )
-    return reduce(torch.add, branches).to(ring[0].dtype)
+    each = (weighted_sum([slot[:, :, j] for slot in ring], factors[:, :, j, None]) for j in range(weight.shape[2]))
+    return reduce(torch.add, each).to(ring[0].dtype)
 
 
 _library.impl("fixed_k_outputs", fixed_k_outputs, "CompositeExplicitAutograd")

@@ -20,8 +20,8 @@ def weighted_sum(slots: Sequence[Tensor], weights: Tensor) -> Tensor:
 def moved_to(fresh: Tensor, slots: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """New values of the slots, of which the weighted sum is `fresh`, while the differences between slots stay.
 
-    Slot k becomes fresh + (slot k - weighted sum). As weights sum to 1, this is fresh + the sum over the other slots j
-    of weights[..., j] * (slot k - slot j), which for a single slot is `fresh` to the last bit.
+    Slot k becomes fresh + (slot k - weighted sum). As weights sum to 1, this is fresh + the sum over the other slots
+    j of weights[..., j] * (slot k - slot j), which for a single slot is `fresh` to the last bit.
     """
     wide = [_wide(slot) for slot in slots]
     return [

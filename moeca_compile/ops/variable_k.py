@@ -5,18 +5,20 @@
         pool[pool_row[t, e] - 1] = expert_e(rows[t])                       for the first `slots` with routed[t, e]
         combined[t] = sum_e routed[t, e] * weight[t, e] * expert_e(rows[t])
 
-    refresh_variable_k(ring, rows, pool_row, routed, mask, weight, history, forecast, ...) -> combined, pool_row, norms
+    refresh_variable_k(ring, rows, pool_row, routed, mask, weight, history, forecast, ...)
+        -> combined, pool_row, norms
 
         value[t, e] = sum_r forecast[history[t, e] - 1, r] * ring[r][p]            with p = pool_row[t, e] - 1
         ring[r][p] += expert_e(rows[t]) - value[t, e]                              where mask[t, e]
         combined[t] = sum_e routed[t, e] * weight[t, e] * value[t, e]              of the new values
 
 The cached outputs of branches are rows of a pool. `pool_row` (T, E) has each branch's row, counted from 1; 0 means
-that it is not cached. If the pool is full, further branches are computed but not cached. A pool for each of the last K
-full steps is a ring (`ops.ring`); a branch has the same row in all of them. `variable_k_outputs_into` is
-`variable_k_outputs` that writes into a given pool.
+that it is not cached. If the pool is full, further branches are computed but not cached. A ring (`ops.ring`) has a
+pool for each of the last K full steps, and a branch has the same row in all of them.
 
-As in `ops.fixed_k`, each op is a plain function of ATen ops, and the reference for its CUDA kernels. The *place* of a branch is its flat index in (T, E).
+As in `ops.fixed_k`, each op is a plain function of ATen ops, and the reference for its CUDA kernels;
+`variable_k_outputs_into` is `variable_k_outputs` that writes into a given pool. The *place* of a branch is its flat
+index in (T, E).
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ from moeca_compile.ops.ring import weighted_sum
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
-    "variable_k_outputs(Tensor[] rows, Tensor routed, Tensor weight, Tensor? pool_row, Tensor[] parameters, str body, "
-    "int width, int slots) -> (Tensor, Tensor, Tensor, Tensor)"
+    "variable_k_outputs(Tensor[] rows, Tensor routed, Tensor weight, Tensor? pool_row, Tensor[] parameters, "
+    "str body, int width, int slots) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "variable_k_outputs_into(Tensor(a!) pool, Tensor[] rows, Tensor routed, Tensor weight, Tensor? pool_row, "
     "Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "refresh_variable_k(Tensor(a!)[] ring, Tensor[] rows, Tensor pool_row, Tensor routed, Tensor mask, Tensor weight, "
-    "Tensor? history, Tensor? forecast, Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
+    "refresh_variable_k(Tensor(a!)[] ring, Tensor[] rows, Tensor pool_row, Tensor routed, Tensor mask, "
+    "Tensor weight, Tensor? history, Tensor? forecast, Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -58,7 +60,7 @@ def variable_k_outputs(
         rows: inputs of the experts, each (T, ...).
         routed: (T, E) bool, which pairs are branches.
         weight: (T, E) their weights.
-        pool_row: (T, E) int32 rows of the branches so far; those that stay branches keep them. None if there are none.
+        pool_row: (T, E) int32 rows of the branches so far, which those that stay branches keep; None for none.
         parameters: expert-major, E * P tensors.
         body: key of the expert body (ops.bodies).
         width: width of an expert's output.
@@ -138,7 +140,7 @@ def refresh_variable_k(
     pool_row = _assign_rows(pool_row, routed, branches[pool_row.view(-1)[branches] == 0], slots)
     row = pool_row.view(-1)[branches].long() - 1
     cached, weights = row >= 0, slot_weights(history, forecast)
-    own = None if weights is None else weights.view(-1, len(ring))[branches[cached]]
+    own = None if weights is None else weights.flatten(0, 1)[branches[cached]]
     write_branches(ring, row[cached], fresh[cached], own)
     out = _combined(ring, pool_row, routed, weight, weights) + _add_up(fresh[~cached], branches[~cached], weight)
     return out.to(fresh.dtype), pool_row, norms
@@ -166,7 +168,7 @@ def _combined(ring: list[Tensor], pool_row: Tensor, routed: Tensor, weight: Tens
     branches = (routed & (pool_row > 0)).flatten().nonzero().squeeze(1)
     row = pool_row.view(-1)[branches].long() - 1
     outputs = [pool[row] for pool in ring]
-    value = outputs[0] if weights is None else weighted_sum(outputs, weights.view(-1, len(ring))[branches, None])
+    value = outputs[0] if weights is None else weighted_sum(outputs, weights.flatten(0, 1)[branches, None])
     return _add_up(value, branches, weight)
 
 

@@ -29,8 +29,8 @@ class ExpertCache(ABC):
     """The caches of one layer.
 
     With a forecast of experts, outputs are cached in a ring. A branch keeps its place from one full step to the next,
-    so that its outputs have the same place in all slots of the ring. `history` counts for how many full steps in a row
-    it has been cached, at most as many as the ring has slots. Only so many of its outputs are its own, so it is read
+    so that its outputs have the same place in all slots of the ring. `history` counts the full steps in a row that
+    have computed it, up to the number of slots. Only so many of the outputs at its place are its own, so it is read
     with the weights of a value with that history.
 
     Args:
@@ -60,29 +60,32 @@ class ExpertCache(ABC):
     outputs_name: str
     """Name of the cached outputs."""
 
+    @property
+    def lookup_is_read(self) -> bool:
+        """Whether a full step reads the lookup that it replaces."""
+        return False
+
     def specs(self) -> list[CacheSpec]:
         """The layer's cached tensors."""
         by_expert = (self.samples, self.tokens, self.layer.body.experts)
         dtype = self.options.cache_dtype or self.dtype
         specs = [
-            self._by_branch(self.lookup, torch.int32, Role.ROUTING, read=self.forecast),
-            self._by_branch(self.weight, torch.float32, Role.ROUTING),
-            self._by_branch(self.norms, torch.float32, Role.STATISTIC),
+            self.by_branch(self.lookup, torch.int32, Role.ROUTING, read=self.lookup_is_read),
+            self.by_branch(self.weight, torch.float32, Role.ROUTING),
+            self.by_branch(self.norms, torch.float32, Role.STATISTIC),
             CacheSpec(self.activation, by_expert, torch.float32, Role.STATISTIC),
             *ring_specs(self.outputs, slots_of(self.forecast), self.shape, dtype, Part.EXPERTS),
         ]
         if self.forecast:
-            specs.append(self._by_branch(self.history, torch.int32, Role.ROUTING, read=True))
+            specs.append(self.by_branch(self.history, torch.int32, Role.ROUTING, read=True))
         if self.options.score == "staleness":
-            specs.append(self._by_branch(self.age, torch.float32, Role.STATISTIC))
+            specs.append(self.by_branch(self.age, torch.float32, Role.STATISTIC))
         return specs
 
-    def _by_branch(self, name: str, dtype: torch.dtype, role: Role, read: bool = False) -> CacheSpec:
+    def by_branch(self, name: str, dtype: torch.dtype, role: Role, read: bool = False) -> CacheSpec:
         """A tensor (B, N, slots); `read` says whether a step that replaces it reads it."""
-        shape = (self.samples, self.tokens, self.slots)
-        return (
-            CacheSpec(name, shape, dtype, role) if read else ring_specs(name, 1, shape, dtype, Part.EXPERTS, role)[0]
-        )
+        part = None if read else Part.EXPERTS
+        return CacheSpec(name, (self.samples, self.tokens, self.slots), dtype, role, part, name)
 
     # --- full steps ---------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ class Rule:
 
     Attributes:
         slots: K, how many full steps a forecast reads at most.
-        weights: (times of up to K full steps, the newest first; time of this step) -> a weight for each of them, whose
-            sum is 1.
+        weights: (times of up to K full steps, the newest first; time of this step) -> a weight for each of them. They
+            sum to 1.
     """
 
     slots: int

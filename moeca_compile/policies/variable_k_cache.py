@@ -28,6 +28,10 @@ class VariableKCache(ExpertCache):
         self.pool_rows = body.branches or round(options.branches_per_token * layout.samples * layout.tokens)
         super().__init__(name, layer, regions, options, body.experts, (self.pool_rows,))
 
+    @property
+    def lookup_is_read(self) -> bool:
+        return self.forecast  # branches keep their rows
+
     def run_all(self, step: Step) -> Tensor:
         out, *cached = torch.ops.moeca.variable_k_outputs(
             [step[node] for node in self.layer.body.rows],

@@ -23,8 +23,8 @@ class Step:
         kind: what this step computes.
         inputs: one value per placeholder.
         state: cached tensors by name, as the last step left them.
-        weights: (2, K, K) float32, the forecast weights of attention and experts (policies.forecast). Row h - 1 is for
-            a value that the last h full steps computed: the weight of each of its K slots.
+        weights: (2, K, K) float32, the forecast weights of attention and experts (policies.forecast). Row h - 1 is
+            for a value that the last h full steps computed: the weight of each of its K slots.
         replacements: functions that give a node's value in place of its op.
 
     Attributes:

@@ -19,7 +19,7 @@ from moeca_compile.passes.rewrite.step import Step
 
 
 class StepResult(NamedTuple):
-    """The model's outputs, new values of caches (as in `Step.updates`), and the counters (layers, COUNTERS) or None."""
+    """The model's outputs, new values of caches (as `Step.updates`), and the counters (layers, COUNTERS) or None."""
 
     outputs: tuple[Any, ...]
     updates: dict[str, Tensor]
