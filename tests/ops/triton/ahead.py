@@ -184,7 +184,7 @@ def sweep(dtype: torch.dtype) -> None:
 
 def all_ops(dtype: torch.dtype) -> None:
     """Every op once, with a forecast; an MLP with biases, whose outputs go to their places."""
-    chosen, distance = BATCH * TOKENS // 16, torch.tensor(0.5)
+    chosen, forecast = BATCH * TOKENS // 16, torch.ones(2, 2)
     shapes = [(HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
     gated = (body_of(swiglu, shapes, WIDTH, dtype), experts(shapes, dtype))
     shapes = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
@@ -192,30 +192,30 @@ def all_ops(dtype: torch.dtype) -> None:
     rows = torch.empty(BATCH * TOKENS, WIDTH, dtype=dtype)
     index = torch.zeros(BATCH * TOKENS, K, dtype=torch.int64)
     fixed_k_ops.fixed_k_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
-    cache = torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype)
+    ring = [torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype) for _ in range(2)]
+    history = torch.ones(BATCH, TOKENS, K, dtype=torch.int32)
     some = (BATCH, chosen // BATCH)
     mask = torch.zeros(*some, K, dtype=torch.bool)
     tokens, weight = torch.zeros(some, dtype=torch.int64), torch.empty(BATCH, TOKENS, K, dtype=dtype)
     fixed_k_ops.refresh_fixed_k(
-        cache,
+        ring,
         [rows[:chosen]],
         mask.long(),
         mask,
-        mask,
         tokens,
         weight,
-        cache.clone(),
-        distance,
+        history,
+        forecast,
         gated[1],
         EXPERTS,
         gated[0],
     )
     by_place(rows, sort_by_expert(index[:, :1], None, EXPERTS, 1))
     routed, pool_row = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
-    pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
-    variable_k_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
+    ring, weight = [slot.flatten(0, 2) for slot in ring], torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
+    variable_k_ops.variable_k_outputs([rows], routed, weight, None, *reversed(plain), WIDTH, len(ring[0]))
     variable_k_ops.refresh_variable_k(
-        pool, pool.clone(), [rows], pool_row, routed, routed, weight, distance, *reversed(gated)
+        ring, [rows], pool_row, routed, routed, weight, pool_row, forecast, *reversed(gated)
     )
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))
