@@ -186,7 +186,7 @@ class Sessions:
             (other == name, i) for i, (other, stream) in enumerate(self.spare) if stream.allocated_by == allocator
         ]
         if not fitting:
-            return Stream(self._allocate(), allocated_by=allocator)
+            return Stream(self.new_caches(), allocated_by=allocator)
         same_name, index = max(fitting)
         stream = self.spare.pop(index)[1]
         return stream.emptied(stream.capacity if same_name else None)
@@ -262,7 +262,8 @@ class Sessions:
         streams += [stream for _, stream in self.spare]
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
 
-    def _allocate(self) -> Caches:
+    def new_caches(self) -> Caches:
+        """Caches for one stream, which are allocated when they are first used."""
         return Caches(self.specs, self.device)
 
     def _renewed(self, old: Generation | None) -> Generation:
@@ -272,5 +273,5 @@ class Sessions:
             if self.recycles:
                 fresh.streams[name] = stream.emptied(stream.capacity)
             else:
-                fresh.streams[name] = Stream(self._allocate(), capacity=stream.capacity)
+                fresh.streams[name] = Stream(self.new_caches(), capacity=stream.capacity)
         return fresh

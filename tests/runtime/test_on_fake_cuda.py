@@ -23,8 +23,10 @@ RECIPES = ("moeca", "moeca-forecast", "stack-forecast", "fora")
 EVERY_RECIPE = ("DSMoE", "EC-DiT")  # what forecasts is more than what does not, so the others do with that
 OPAQUE = {
     "moeca.fixed_k_outputs.default",
+    "moeca.fixed_k_outputs_into.default",
     "moeca.refresh_fixed_k.default",
     "moeca.variable_k_outputs.default",
+    "moeca.variable_k_outputs_into.default",
     "moeca.refresh_variable_k.default",
     "moeca.attend_rows.default",
 }
@@ -126,7 +128,7 @@ def two_blocks() -> OnFakeCuda:
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        (StepKind(), {"fixed_k_outputs": 1}),
+        (StepKind(), {"fixed_k_outputs_into": 1}),
         (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_fixed_k": 1}),
         (StepKind(False, False), {}),
     ],

@@ -49,9 +49,9 @@ class Launch:
     """A kernel with what it is compiled for."""
 
     kernel: JITFunction[Any]
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
-    attributes: dict[tuple[int], list[list[Any]]]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
 
     @property
@@ -88,6 +88,10 @@ def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
         name, value = parameter.name, values[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, tuple):
+            signature[name] = tuple(f"*{POINTERS[each.dtype]}" for each in value)
+            attributes |= {(number, place): [["tt.divisibility", 16]] for place in range(len(value))}
             continue
         signature[name] = f"*{POINTERS[value.dtype]}" if isinstance(value, Tensor) else "i32"
         if isinstance(value, Tensor) or value % 16 == 0:
