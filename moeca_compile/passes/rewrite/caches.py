@@ -64,7 +64,9 @@ class Caches(dict[str, Tensor]):
         """Allocate all tensors, and set those to 0 that the first step of a generation may read."""
         for name in self.specs:
             _ = self[name]
-        zero_all([self[name] for name, spec in self.specs.items() if spec.part is None])
+        read = [self[name] for name, spec in self.specs.items() if spec.part is None]
+        if read:
+            zero_all(read)
 
     def cloned(self) -> Caches:
         """Copies of the tensors, for a step that nothing shall remain of."""
