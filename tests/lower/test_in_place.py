@@ -135,6 +135,7 @@ def test_an_input_and_one_value_twice_are_written_too():
     assert [state[name].tolist() for name in "abc"] == [[0, 1, 2], [0, 2, 4], [0, 2, 4]]
 
 
+@pytest.mark.slow
 def test_inductor_writes_what_it_would_return(graph, model):
     """The form that CUDA graphs are recorded from, with the copies fused and our ops functionalized."""
     plain, written, state, weights = traced_pair(graph, FULL, recipe="moeca-forecast")
