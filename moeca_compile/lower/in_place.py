@@ -25,7 +25,7 @@ from torch import fx
 
 from moeca_compile._torch_private import fake_mode_of
 from moeca_compile.lower.program import TracedStep
-from moeca_compile.ops.aten import VIEWS
+from moeca_compile.ops.aten import CASTS, VIEWS
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.rewrite.caches import Caches
 
@@ -68,7 +68,7 @@ def _target(graph: fx.Graph, state: Caches, name: str) -> fx.Node:
 
 
 def _write(value: fx.Node, target: fx.Node) -> None:
-    source = _without_views(value)
+    source = _origin(value)
     if source.op == "call_function" and _same_memory(source, target):
         if source.target is moeca.fixed_k_outputs.default:
             return _write_fixed_k(source, target)
@@ -79,9 +79,14 @@ def _write(value: fx.Node, target: fx.Node) -> None:
     return None
 
 
-def _without_views(node: fx.Node) -> fx.Node:
-    while node.target in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+def _origin(node: fx.Node) -> fx.Node:
+    """The node that computes these values, in this order and dtype; views and copies of them lie between."""
+    while node.target in VIEWS | CASTS:
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        if before.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = before
     return node
 
 

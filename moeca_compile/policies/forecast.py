@@ -68,5 +68,5 @@ def slot_weights(times: Sequence[float], filled: int, time: float) -> list[list[
 def weights_after_one(device: torch.device) -> Tensor:
     """(2, K, K) weights after one full step, which filled the first slot of each ring."""
     weights = torch.zeros(2, RULE.slots, RULE.slots, device=device)
-    weights[..., 0] = 1.0
+    weights.select(-1, 0).fill_(1.0)
     return weights
