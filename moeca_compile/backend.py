@@ -18,6 +18,7 @@ from moeca_compile._torch_private import is_module_state, root_module, traced_wr
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
+from moeca_compile.lower.in_place import write_in_place
 from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
@@ -29,6 +30,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.normalize.scalar_inputs_to_tensors import scalar_inputs_to_tensors
 from moeca_compile.passes.normalize.to_one_device import to_one_device
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
@@ -139,29 +141,31 @@ def compile_step(
     compiled: CompiledGraph,
     kind: StepKind,
     inputs: Sequence[Any],
-    state: dict[str, Tensor],
-    coefficients: Tensor,
+    state: Caches,
+    weights: Tensor,
     notes: Notes,
 ) -> StepFunction:
     """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where any of it fails.
 
     Args:
-        inputs, state, coefficients: an example call: inputs of the graph, cached tensors by name, and the forecast
-            coefficients (2, 2).
+        inputs, state, weights: an example call: inputs of the graph, cached tensors by name, and the forecast weights
+            (2, K, K).
     """
     function = compiled.function(kind)
     try:
         with notes.timed("rewrite"):
-            traced = trace_step(function, inputs, state, coefficients)
+            traced = trace_step(function, inputs, state, weights)
             compiled.dump.graph(
                 f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
             )
         with notes.timed("lower"):
+            if compiled.recorded:
+                traced = write_in_place(traced, state)
             # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
             whole = not (kind.attention or kind.experts or kind.capacity)
             step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
         with notes.timed("validate"):
-            sound = same_step(compiled, kind, step, inputs, state, coefficients, notes)
+            sound = same_step(compiled, kind, step, inputs, state, weights, notes)
     except Exception as error:
         _log.debug("compiling %s steps failed", kind.name, exc_info=True)
         notes.warn(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from moeca_compile._torch_private import is_module_state
 from moeca_compile.backend import backend_with, compile_graph, compile_step
@@ -17,8 +17,10 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.policies.forecast import weights_after_one
 from moeca_compile.runtime.engine import MOST_SHAPES, Engine, Stages
 from moeca_compile.runtime.loop import StepLoop
 
@@ -88,6 +90,12 @@ class Captured:
         names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
         given = {f"l_{name}_": value for name, value in values.items()}
         return [given.get(name, old) for name, old in zip(names, self.inputs, strict=True)]
+
+
+def caches_of(loop: StepLoop) -> tuple[Caches, Tensor]:
+    """Caches for steps of this loop, and the forecast weights of the steps after the first full one."""
+    compiled = loop.compiled
+    return Caches(compiled.plan.caches, compiled.device), weights_after_one(compiled.device)
 
 
 def captured(model: nn.Module, *arguments: Any) -> Captured:

@@ -521,7 +521,7 @@ def test_a_dump_shows_every_stage(model, tmp_path):
     page = (tmp_path / "graph-1" / "index.html").read_text()
     assert all(f'-{name}"' in page for name in names)
     step = next((tmp_path / "graph-1").glob("*step-full.txt")).read_text()
-    assert "attention.0" in step and "coefficients" in step
+    assert "attention.0" in step and "forecast_weights" in step
 
 
 def test_a_dump_that_cannot_be_written_is_an_error_before_anything_is_compiled(model, tmp_path):

@@ -90,8 +90,8 @@ def row_work(bench: Bench, batch: int) -> None:
     combine, attend = (ops.kernel(name, bench.device) for name in ("refresh_fixed_k", "attend_rows"))
     for name, forecast in (("combine", False), ("combine with forecast", True)):
         arguments = make.refresh_fixed_k(share=0.0, forecast=forecast)
-        cache = arguments[0]
-        moved = cache.nbytes * (1 + forecast) + cache.nbytes // cache.shape[2]
+        ring = arguments[0]
+        moved = sum(slot.nbytes for slot in ring) + ring[0].nbytes // ring[0].shape[2]
         _against_copy(bench, f"{name}, batch {batch}", lambda a=arguments: combine(*a), moved)
     arguments = make.attend_rows()
     moved = sum(value.nbytes for value in arguments[:5]) + arguments[2].nbytes  # reads all, writes the output

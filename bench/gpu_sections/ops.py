@@ -73,6 +73,11 @@ class Make:
         shapes = ((s.hidden, s.width), (s.hidden, s.width), (s.width, s.hidden))
         return [self.normal(*shape, scale=shape[1] ** -0.5) for _ in range(s.experts) for shape in shapes]
 
+    def forecast(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Histories of branches, and the weights of two slots: nine in ten branches have been cached before."""
+        history = 1 + self.flags(0.9, *shape).int()
+        return history, torch.tensor([[0.0, 1.0], [-0.5, 1.5]], device=self.device)
+
     def fixed_k_outputs(self) -> tuple[Any, ...]:
         s = self.sizes
         rows = self.normal(s.samples * s.tokens, s.width)
@@ -83,15 +88,13 @@ class Make:
         s = self.sizes
         slots, by_slot = (s.samples, s.tokens, s.k), (s.samples, s.chosen, s.k)
         return (
-            self.normal(*slots, s.width),
+            [self.normal(*slots, s.width) for _ in range(1 + forecast)],
             [self.normal(s.samples * s.chosen, s.width)],
             self.distinct(s.k, s.experts, s.samples, s.chosen),
             self.flags(share, *by_slot),
-            self.flags(0.5, *by_slot),
             self.distinct(s.chosen, s.tokens, s.samples),
             self.normal(*slots),
-            self.normal(*slots, s.width) if forecast else None,
-            torch.tensor(0.5, device=self.device),
+            *(self.forecast(*slots) if forecast else (None, None)),
             self.parameters(),
             s.experts,
             body(),
@@ -101,7 +104,7 @@ class Make:
         s = self.sizes
         count = s.samples * s.tokens
         routed, weight = self.flags(s.k / s.experts, count, s.experts), self.normal(count, s.experts)
-        return [self.normal(count, s.width)], routed, weight, self.parameters(), body(), s.width, s.k * count
+        return [self.normal(count, s.width)], routed, weight, None, self.parameters(), body(), s.width, s.k * count
 
     def refresh_variable_k(self) -> tuple[Any, ...]:
         s = self.sizes
@@ -112,14 +115,13 @@ class Make:
         routed = self.flags(s.k / s.experts, count, s.experts) | (held & self.flags(0.5, count, s.experts))
         mask = routed & ((place == 0) | self.flags(0.2, count, s.experts))
         return (
-            self.normal(slots, s.width),
-            self.normal(slots, s.width),
+            [self.normal(slots, s.width) for _ in range(2)],
             [self.normal(count, s.width)],
             place,
             routed,
             mask,
             self.normal(count, s.experts),
-            torch.tensor(0.5, device=self.device),
+            *self.forecast(count, s.experts),
             self.parameters(),
             body(),
         )
@@ -208,14 +210,20 @@ def selections(bench: Bench, rows: int) -> None:
 
 def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
     """What a call gives, and its tensor arguments after it; the arguments themselves stay as they are."""
-    given = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+    given = [_copied(value) for value in arguments]
     results = function(*given)
     return [*_tensors([results]), *_tensors(given)]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, tuple):
+        elif isinstance(value, (tuple, list)):
             yield from _tensors(value)

@@ -81,6 +81,11 @@ class CompiledGraph:
         return bool(self.plan.replacements)
 
     @property
+    def recorded(self) -> bool:
+        """Whether steps are recorded as CUDA graphs, which know caches by their addresses."""
+        return self.config.cuda_graphs and self.device.type == "cuda"
+
+    @property
     def graph(self) -> fx.Graph:
         return self.module.graph
 
@@ -105,9 +110,9 @@ class CompiledGraph:
         return [position[node] for node in self.regions.timesteps]
 
     def input_names(self, state_names: Sequence[str], inputs: Sequence[Any]) -> list[str]:
-        """Names of a traced step's inputs: tensor inputs of the model, caches, coefficients."""
+        """Names of a traced step's inputs: tensor inputs of the model, caches, forecast weights."""
         names = [name for name, value in zip(self.captured.names, inputs, strict=True) if isinstance(value, Tensor)]
-        return [*names, *state_names, "coefficients"]
+        return [*names, *state_names, "forecast_weights"]
 
     def function(self, kind: StepKind) -> StepFunction:
         """The step of this kind as an eager function, which may write to some of the caches."""

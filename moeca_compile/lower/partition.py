@@ -106,16 +106,17 @@ def _partitions(graph: fx.Graph) -> list[Partition]:
             next(nodes for nodes in found if node.args[0] in nodes).append(node)
         elif node.op == "call_function":
             found[-1].append(node)
-    written = _changed_in_place(graph)
-    _hoist_shared(found, written | streams)
+    writers = {arg: node for node in graph.nodes for arg in written_by(node)}
+    _hoist_shared(found, streams | set(writers))
     tail = found.pop()
     found.append([])
     owner = {node: i for i, nodes in enumerate(found) for node in nodes}
     for node in tail:
         inputs = node.all_input_nodes
         ready = [owner[arg] + (arg in streams) for arg in inputs if arg in owner]
-        if written & set(inputs) or len(set(ready)) > 2:
+        if len(set(ready)) > 2:
             ready.append(len(found) - 1)
+        ready += [owner.get(writers[arg], len(found) - 1) for arg in inputs if arg in writers]
         if ready:
             _assign(node, max(ready), owner, found)
     for node in tail:
@@ -155,11 +156,18 @@ def _assign(node: fx.Node, number: int, owner: dict[fx.Node, int], found: list[P
         found[number].append(node)
 
 
-def _changed_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """The values that some op of the graph writes to. Ops that read them must not move past that op."""
-    return {
-        arg for node in graph.nodes if node.op == "call_function" and node.is_impure() for arg in node.all_input_nodes
-    }
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The values that an op changes in place. Ops that read them must not move past it."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    given = [*zip(schema.arguments, node.args, strict=False)]
+    given += [(argument, node.kwargs[argument.name]) for argument in schema.arguments if argument.name in node.kwargs]
+    found: list[fx.Node] = []
+    for argument, value in given:
+        if argument.is_write:
+            fx.map_arg(value, found.append)
+    return found
 
 
 def _joined(partitions: list[Partition]) -> list[Partition]:

@@ -52,7 +52,7 @@ def _outputs(step: CompiledStep, flat: Sequence[Any], run: Callable[[_Partition,
     """
     graph, traced = step.traced.graph.graph, step.traced
     inputs, outputs = placeholders(graph), traced.output_nodes
-    own = set(inputs[len(inputs) - 1 - len(traced.state_names) : -1])
+    own = traced.cache_nodes
     if not step.partitions:  # nothing was compiled
         written = _written(graph.nodes, own)
         copies = (v.clone() if n in written else v for n, v in zip(inputs, flat, strict=True))

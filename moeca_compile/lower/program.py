@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import compile_graph, trace_to_graph
+from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.partition import Call, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
+from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 
 _log = logging.getLogger(__name__)
@@ -24,27 +26,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step as a graph of (tensor inputs..., caches..., coefficients) -> [outputs..., updates..., counts].
+    """A step as a graph of (tensor inputs..., caches..., weights, written...) -> [outputs..., updates..., counts].
 
     Attributes:
         graph: its inputs and outputs are flat lists of tensors.
-        state_names: names of the caches, in the order of the graph's inputs.
+        state_names: names of the caches that the graph reads or changes, in the order of its inputs.
         update_names: names of the caches that the graph returns new, in the order of its outputs.
         outputs: number of the model's outputs.
+        written_names: names of the caches whose new values it writes into tensors that it is given (lower.in_place).
     """
 
     graph: fx.GraphModule
     state_names: tuple[str, ...]
     update_names: tuple[str, ...]
     outputs: int
+    written_names: tuple[str, ...] = ()
     constants: frozenset[int] = frozenset()
     """Positions of the model's inputs that are no tensors: they are in the graph, and not among its inputs."""
 
-    def inputs(self, inputs: Sequence[Any], state: Mapping[str, Tensor], coefficients: Tensor) -> list[Tensor]:
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The caches that get new values, whoever writes them."""
+        return (*self.update_names, *self.written_names)
+
+    def inputs(self, inputs: Sequence[Any], state: Mapping[str, Tensor], weights: Tensor) -> list[Tensor]:
         """The graph's inputs, from those of the step."""
         if self.constants:
             inputs = [value for i, value in enumerate(inputs) if i not in self.constants]
-        return [*inputs, *[state[name] for name in self.state_names], coefficients]
+        read = [state[name] for name in self.state_names]
+        return [*inputs, *read, weights, *[state[name] for name in self.written_names]]
+
+    @property
+    def cache_nodes(self) -> set[fx.Node]:
+        """The graph's inputs for caches, those that it reads and those that it writes."""
+        found = placeholders(self.graph.graph)
+        weights = len(found) - 1 - len(self.written_names)
+        return {*found[weights - len(self.state_names) : weights], *found[weights + 1 :]}
 
     def result(self, values: Sequence[Any]) -> StepResult:
         """The step's result from the graph's outputs."""
@@ -73,8 +90,9 @@ class TracedStep:
 class CompiledStep:
     """A compiled step.
 
-    Some caches are changed in place by ops. The others are returned as new tensors in the result's `updates`; the
-    caller then uses these in place of the old ones, without a copy.
+    Some caches are changed in place by ops. The others are returned as new tensors in the result's `updates`, and the
+    caller uses these in place of the old ones, without a copy. A step that is recorded as a CUDA graph writes what it
+    can into the caches at hand instead, and returns the rest.
     """
 
     traced: TracedStep
@@ -82,30 +100,49 @@ class CompiledStep:
     partitions: tuple[tuple[Call, Compiled], ...] = ()
     """The calls that `code` makes, with the compiled code of each."""
 
-    def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
-        return self.traced.result(self.code(*self.traced.inputs(inputs, state, coefficients)))
+    def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
+        return self.traced.result(self.code(*self.traced.inputs(inputs, state, weights)))
 
 
-def trace_step(
-    function: StepFunction, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
-) -> TracedStep:
-    """Trace a step to one graph, for inputs of these shapes."""
-    names, constants = tuple(state), {i: v for i, v in enumerate(inputs) if not isinstance(v, Tensor)}
+def trace_step(function: StepFunction, inputs: Sequence[Any], state: Caches, weights: Tensor) -> TracedStep:
+    """Trace a step to one graph, for inputs of these shapes. Caches that are not allocated yet stay so."""
+    names, constants = tuple(state.specs), {i: v for i, v in enumerate(inputs) if not isinstance(v, Tensor)}
     found: dict[str, Any] = {}
 
     def flat_function(*arguments: Tensor) -> list[Tensor]:
-        *tensors, coefficients = arguments
+        *tensors, weights = arguments
         given = tensors[: len(tensors) - len(names)]
         cached = dict(zip(names, tensors[len(given) :], strict=True))
-        result = function(list(_with_constants(given, constants)), cached, coefficients)
+        result = function(list(_with_constants(given, constants)), cached, weights)
         found["updates"], found["outputs"] = tuple(sorted(result.updates)), len(result.outputs)
         counts = [] if result.counts is None else [result.counts]
         return [*result.outputs, *(result.updates[name] for name in found["updates"]), *counts]
 
     with torch.no_grad():
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        graph = trace_to_graph(flat_function, *tensors, *state.values(), coefficients)
-    return TracedStep(graph, names, found["updates"], found["outputs"], frozenset(constants))
+        graph = trace_to_graph(flat_function, *tensors, *_examples(state, inputs), weights)
+    read = _without_unread_caches(graph, names)
+    return TracedStep(graph, read, found["updates"], found["outputs"], constants=frozenset(constants))
+
+
+def _examples(state: Caches, inputs: Sequence[Any]) -> list[Tensor]:
+    """A tensor for each cache; one that is not allocated yet is fake."""
+    with fake_mode_of([*inputs, *state.values()]):
+        return [
+            torch.empty(spec.shape, dtype=spec.dtype, device=state.device) if name not in state else state[name]
+            for name, spec in state.specs.items()
+        ]
+
+
+def _without_unread_caches(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, ...]:
+    """Remove the inputs for caches that the graph does not read; returns the names of the others."""
+    caches = placeholders(gm.graph)[-1 - len(names) : -1]
+    for node in caches:
+        if not node.users:
+            gm.graph.erase_node(node)
+    gm.recompile()
+    left = set(gm.graph.nodes)
+    return tuple(name for name, node in zip(names, caches, strict=True) if node in left)
 
 
 def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> Iterator[Any]:

@@ -26,7 +26,7 @@ class Teacher:
         graph, regions: the normalized graph and what was matched in it.
         replacements: what is checked.
         inputs: one value for each placeholder.
-        coefficients: the forecast coefficients of steps right after a full step.
+        weights: the forecast weights of steps right after a full step.
         check: called with this, a replacement and the model's value of its node, in graph order. All that the value
             was computed from is there then; later most of it is dropped.
     """
@@ -37,10 +37,10 @@ class Teacher:
         regions: Regions,
         replacements: Sequence[Replacement],
         inputs: Sequence[Any],
-        coefficients: Tensor,
+        weights: Tensor,
         check: Callable[[Teacher, Replacement, Any], None],
     ) -> None:
-        self.graph, self.regions, self.inputs, self.coefficients = graph, regions, inputs, coefficients
+        self.graph, self.regions, self.inputs, self.weights = graph, regions, inputs, weights
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
         self.computes: dict[fx.Node, Compute] = {}
@@ -104,7 +104,7 @@ class Teacher:
         computes: Mapping[fx.Node, Compute],
         reads: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> Step:
-        return Step(self.graph, self.regions, kind, self.inputs, state, self.coefficients, computes, reads)
+        return Step(self.graph, self.regions, kind, self.inputs, state, self.weights, computes, reads)
 
 
 class _Overlaid:

@@ -11,7 +11,7 @@ the blocks, a fault is found where it begins, and what rounding may do is known 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.lower.caches import Caches
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.partition_check import checked_outputs, noisy_outputs
 from moeca_compile.lower.program import CompiledStep
@@ -29,11 +28,13 @@ from moeca_compile.lower.rounding import Trial, ValidationError, allowed_error, 
 from moeca_compile.lower.teacher import Teacher
 from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
+from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.passes.rewrite.step_function import StepResult, step_function
 from moeca_compile.plan import replacements_of
+from moeca_compile.policies.forecast import weights_after_one
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -94,11 +95,14 @@ def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequ
     device = regions.residuals[0].stream.meta["val"].device
     with torch.no_grad(), undisturbed(device):
         try:
-            caches = Caches.empty([spec for each in replacements for spec in each.specs], device)
-            coefficients = torch.zeros(2, 2, device=device)
-            full = step_function(graph, regions, replacements, StepKind())(inputs, caches, coefficients)
-            check = _Check(regions, config, notes, {**caches, **full.updates})
-            teacher = Teacher(graph, regions, replacements, inputs, coefficients, check)
+            caches, weights = (
+                Caches([s for each in replacements for s in each.specs], device),
+                weights_after_one(device),
+            )
+            full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
+            caches.store(full.updates)
+            check = _Check(regions, config, notes, caches)
+            teacher = Teacher(graph, regions, replacements, inputs, weights, check)
             return check.faults(teacher, full.outputs)
         except Exception as error:
             _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
@@ -119,7 +123,7 @@ def _faults_alone(
 class _Check:
     """Compares what replaces values of the model with these values, one by one."""
 
-    def __init__(self, regions: Regions, config: MoecaConfig, notes: Notes, caches: Mapping[str, Tensor]) -> None:
+    def __init__(self, regions: Regions, config: MoecaConfig, notes: Notes, caches: Caches) -> None:
         self.regions, self.config, self.notes, self.caches = regions, config, notes, caches
         self.region_of, self.found = _region_of(regions), Faults()
         self.steps: list[tuple[str, Step]] = []
@@ -144,12 +148,12 @@ class _Check:
 
     def _cache_steps(self, teacher: Teacher) -> list[tuple[str, Step]]:
         """Cache steps on the inputs of the full step, with the name of the check."""
-        copies, tokens = Caches(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
+        copies, tokens = Untouched(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
         found = [("reused", teacher.taught(StepKind(False, False), copies))]
         if any(replacement.recomputes for replacement in teacher.replacements.values()):
             specs = [spec for replacement in teacher.replacements.values() for spec in replacement.specs]
             # A step that recomputes everything must not read what was cached.
-            states = {tokens: copies.poisoned({s.name for s in specs if s.role is Role.ACTIVATION})}
+            states = {tokens: Untouched(self.caches, {s.name for s in specs if s.role is Role.ACTIVATION})}
             for capacity, state in (states | {max(1, tokens // 2): copies}).items():
                 kind = StepKind(False, False, capacity, forced=True)
                 found.append(("recomputed", teacher.taught(kind, state)))
@@ -178,8 +182,8 @@ def same_step(
     kind: StepKind,
     step: CompiledStep,
     inputs: Sequence[Any],
-    state: Mapping[str, Tensor],
-    coefficients: Tensor,
+    state: Caches,
+    weights: Tensor,
     notes: Notes,
 ) -> bool:
     """Whether a compiled step equals the same step in eager mode. The caches do not change."""
@@ -187,7 +191,7 @@ def same_step(
         return True
     check, config = "full" if kind.full else "cache", compiled.config
     dtypes = {*compiled.regions.token_dtypes, *(spec.dtype for spec in compiled.plan.caches)}
-    flat = step.traced.inputs(inputs, state, coefficients)
+    flat = step.traced.inputs(inputs, state, weights)
 
     def same(found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None:
         same_values(check, found, wanted, dtypes, config, notes, trial)
@@ -195,7 +199,7 @@ def same_step(
     with torch.no_grad(), undisturbed(compiled.device):
         try:
             outputs = checked_outputs(step, flat, same)
-            eager = compiled.function(kind)(inputs, Caches(state), coefficients)
+            eager = compiled.function(kind)(inputs, Untouched(state), weights)
             same(eager.outputs, outputs, partial(noisy_outputs, step, flat))
         except ValidationError as error:
             notes.warn(
@@ -207,11 +211,11 @@ def same_step(
 
 
 def run_eagerly(
-    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Mapping[str, Tensor], coefficients: Tensor
+    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor
 ) -> StepResult:
     """Run a step in eager mode. The caches do not change."""
     with torch.no_grad(), undisturbed(compiled.device):
-        return compiled.function(kind)(inputs, Caches(state), coefficients)
+        return compiled.function(kind)(inputs, Untouched(state), weights)
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[Any]:

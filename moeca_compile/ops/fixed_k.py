@@ -4,13 +4,15 @@
 
         out[t, j] = expert_index[t, j](rows[t])
 
-    refresh_fixed_k(cache, slope, rows, index, mask, chosen, weight, distance, ...) -> combined, norms
+    refresh_fixed_k(ring, rows, index, mask, chosen, weight, history, forecast, ...) -> combined, norms
 
-        cache[n, j] = expert_index[c, j](rows[c]) - distance * slope[n, j]    where mask[c, j], with n = chosen[c]
-        combined[n] = sum_j weight[n, j] * (cache[n, j] + distance * slope[n, j])
+        value[n, j] = sum_r forecast[history[n, j] - 1, r] * ring[r][n, j]
+        ring[r][n, j] += expert_index[c, j](rows[c]) - value[n, j]             where mask[c, j], with n = chosen[c]
+        combined[n] = sum_j weight[n, j] * value[n, j]                         of the new values
 
-A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has k slots for each
-token, one for each of its branches. Of all ops, only `refresh_fixed_k` writes to it.
+A branch is a (token, expert) pair; its output is the expert's row before weighting. The cache has k places for each
+token, one for each of its branches, in each of the K tensors of its ring (`ops.ring`). Without a forecast K is 1, and
+a value is what its only slot holds. `fixed_k_outputs_into` is `fixed_k_outputs` that writes into a given tensor.
 
 Each op is one plain function of ATen ops that runs on any device. It is the reference for the kernels in
 `ops.triton.fixed_k`, which run instead on CUDA. The functions read the number of branches on the host, so tracing
@@ -22,21 +24,27 @@ flat index in (T, k).
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
+from moeca_compile.ops.ring import by_history, moved_to, weighted_sum
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
     "fixed_k_outputs(Tensor[] rows, Tensor index, Tensor[] parameters, int experts, str body, int width) -> Tensor"
 )
 _library.define(
-    "refresh_fixed_k(Tensor(a!) cache, Tensor[] rows, Tensor index, Tensor mask, Tensor matched, Tensor chosen, "
-    "Tensor weight, Tensor(b!)? slope, Tensor distance, Tensor[] parameters, int experts, str body) "
-    "-> (Tensor, Tensor)"
+    "fixed_k_outputs_into(Tensor(a!) out, Tensor[] rows, Tensor index, Tensor[] parameters, int experts, str body) "
+    "-> ()"
+)
+_library.define(
+    "refresh_fixed_k(Tensor(a!)[] ring, Tensor[] rows, Tensor index, Tensor mask, Tensor chosen, Tensor weight, "
+    "Tensor? history, Tensor? forecast, Tensor[] parameters, int experts, str body) -> (Tensor, Tensor)"
 )
 
 
@@ -56,11 +64,19 @@ def fixed_k_outputs(
     Returns:
         (T, k, width).
     """
+    result = rows[0].new_empty(*index.shape, width)
+    fixed_k_outputs_into(result, rows, index, parameters, experts, body)
+    return result
+
+
+def fixed_k_outputs_into(
+    out: Tensor, rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str
+) -> None:
+    """Write what `fixed_k_outputs` returns into `out`: contiguous, T * k rows of the outputs' width and dtype."""
     flat = index.flatten()
     places = torch.arange(flat.numel(), device=flat.device)
     order, outputs = expert_outputs(rows, flat, places, index.shape[1], parameters, experts, body)
-    result = rows[0].new_empty(flat.numel(), width)
-    return result.index_copy_(0, order, outputs.to(result.dtype)).view(*index.shape, width)
+    out.view(flat.numel(), -1).index_copy_(0, order, outputs.to(out.dtype))
 
 
 def expert_outputs(
@@ -86,68 +102,80 @@ def expert_outputs(
 
 
 def refresh_fixed_k(
-    cache: Tensor,
+    ring: list[Tensor],
     rows: list[Tensor],
     index: Tensor,
     mask: Tensor,
-    matched: Tensor,
     chosen: Tensor,
     weight: Tensor,
-    slope: Tensor | None,
-    distance: Tensor,
+    history: Tensor | None,
+    forecast: Tensor | None,
     parameters: list[Tensor],
     experts: int,
     body: str,
 ) -> tuple[Tensor, Tensor]:
     """Recompute the branches of `mask` into the cache, then combine the branches of all tokens (paper, eq. 8).
 
+    A recomputed branch moves by the same amount in all slots of the ring, so that its forecast is the fresh output.
+
     Args:
-        cache: (B, N, k, width) branch outputs by slot, written in place.
+        ring: K tensors (B, N, k, width), the last K outputs of the branches, written in place.
         rows: inputs of the experts for the chosen tokens, each (B * C, ...).
-        index: (B, C, k) expert ids by slot of the chosen tokens.
+        index: (B, C, k) expert ids of the chosen tokens' branches.
         mask: (B, C, k) bool, which branches to recompute.
-        matched: (B, C, k) bool, whether the slot already holds this branch; if not, its slope becomes 0.
         chosen: (B, C) token indices, distinct within a sample.
-        weight: (B, N, k) current weights of all tokens by slot.
-        slope: (B, N, k, width) change of each branch between full steps, written in place; None without a forecast.
-        distance: scalar, the forecast distance: time since the last full step, in intervals between full steps.
+        weight: (B, N, k) current weights of all tokens.
+        history: (B, N, k) how many of the ring's outputs are the branch's own, 1 where it is new; None where K is 1.
+        forecast: (K, K) the weights of the slots, by history; None where K is 1.
         parameters, experts, body: as in `fixed_k_outputs`.
 
     Returns:
         (B, N, width) combined output; (B, C, k) norms of the recomputed branches, 0 elsewhere.
     """
-    samples, tokens, k, width = cache.shape
+    samples, tokens, k, _ = ring[0].shape
     norms = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    weights = slot_weights(history, forecast)
     places = mask.flatten().nonzero().squeeze(1)
     if places.numel():
         first = torch.arange(samples, device=chosen.device)[:, None] * tokens
-        slots = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
-        if slope is not None:
-            slope.view(-1, width).index_fill_(0, slots[~matched.flatten()[places]], 0.0)
+        cached = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
         order, outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)
-        slots = slots[order]
         norms.view(-1).index_copy_(0, places[order], outputs.norm(dim=-1).to(torch.float32))
-        if slope is not None:
-            outputs = outputs - distance * slope.view(-1, width).index_select(0, slots)
-        cache.view(-1, width).index_copy_(0, slots, outputs.to(cache.dtype))
-    return _combine(cache, slope, distance, weight), norms
+        at = cached[order]
+        write_branches(ring, at, outputs, None if weights is None else weights.flatten(0, 2)[at])
+    return _combine(ring, weight, weights), norms
 
 
-def _combine(cache: Tensor, slope: Tensor | None, distance: Tensor, weight: Tensor) -> Tensor:
-    """Sum over slots of weight * (cached output + distance * slope): (B, N, width)."""
-    combined = library.combine(cache, slope, distance, weight)
+def slot_weights(history: Tensor | None, forecast: Tensor | None) -> Tensor | None:
+    """(..., K) the weights of each branch's slots; None where there is one slot."""
+    return None if history is None or forecast is None else by_history(forecast, history)
+
+
+def write_branches(ring: list[Tensor], at: Tensor, outputs: Tensor, weights: Tensor | None) -> None:
+    """Write outputs (M, width) into the rows `at` (M,) of the ring's tensors, so that weights (M, K) give them."""
+    width, moved = outputs.shape[1], [outputs]
+    if weights is not None:
+        before = [slot.view(-1, width).index_select(0, at) for slot in ring]
+        moved = moved_to(outputs, before, weights[:, None])
+    for slot, value in zip(ring, moved, strict=True):
+        slot.view(-1, width).index_copy_(0, at, value.to(slot.dtype))
+
+
+def _combine(ring: list[Tensor], weight: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of weight * value over a token's branches: (B, N, width)."""
+    dtype = torch.promote_types(ring[0].dtype, torch.float32)
+    factors = weight[..., None].to(dtype)
+    if weights is not None:
+        factors = factors * weights.to(dtype)
+    combined = library.combine(ring, factors)
     if combined is not None:
         return combined
-    result = torch.zeros_like(cache[:, :, 0])
-    for slot in range(cache.shape[2]):
-        w = weight[:, :, slot, None].to(cache.dtype)
-        result.addcmul_(cache[:, :, slot], w)
-        if slope is not None:
-            result.addcmul_(slope[:, :, slot], w * distance)
-    return result
+    each = (weighted_sum([slot[:, :, j] for slot in ring], factors[:, :, j, None]) for j in range(weight.shape[2]))
+    return reduce(torch.add, each).to(ring[0].dtype)
 
 
 _library.impl("fixed_k_outputs", fixed_k_outputs, "CompositeExplicitAutograd")
+_library.impl("fixed_k_outputs_into", fixed_k_outputs_into, "CompositeExplicitAutograd")
 _library.impl("refresh_fixed_k", refresh_fixed_k, "CompositeExplicitAutograd")
 
 
@@ -156,6 +184,11 @@ def _(rows, index, parameters, experts, body, width):  # type: ignore[no-untyped
     return rows[0].new_empty(*index.shape, width)
 
 
+@torch.library.register_fake("moeca::fixed_k_outputs_into", lib=_library)
+def _(out, rows, index, parameters, experts, body):  # type: ignore[no-untyped-def]
+    return None
+
+
 @torch.library.register_fake("moeca::refresh_fixed_k", lib=_library)
-def _(cache, rows, index, mask, matched, chosen, weight, slope, distance, parameters, experts, body):  # type: ignore[no-untyped-def]
-    return torch.empty_like(cache[:, :, 0]), mask.new_empty(mask.shape, dtype=torch.float32)
+def _(ring, rows, index, mask, chosen, weight, history, forecast, parameters, experts, body):  # type: ignore[no-untyped-def]
+    return torch.empty_like(ring[0][:, :, 0]), mask.new_empty(mask.shape, dtype=torch.float32)

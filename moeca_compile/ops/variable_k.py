@@ -1,20 +1,24 @@
 """Expert outputs where a token has any number of experts (expert choice, dynamic capacity).
 
-    variable_k_outputs(rows, routed, weight, slots, ...) -> combined, pool, pool_row, norms
+    variable_k_outputs(rows, routed, weight, pool_row, slots, ...) -> combined, pool, pool_row, norms
 
         pool[pool_row[t, e] - 1] = expert_e(rows[t])                       for the first `slots` with routed[t, e]
         combined[t] = sum_e routed[t, e] * weight[t, e] * expert_e(rows[t])
 
-    refresh_variable_k(pool, slope, rows, pool_row, routed, mask, weight, distance, ...) -> combined, pool_row, norms
+    refresh_variable_k(ring, rows, pool_row, routed, mask, weight, history, forecast, ...)
+        -> combined, pool_row, norms
 
-        pool[p] = expert_e(rows[t]) - distance * slope[p]          where mask[t, e], with p = pool_row[t, e] - 1
-        combined[t] = sum_e routed[t, e] * weight[t, e] * (pool[p] + distance * slope[p])
+        value[t, e] = sum_r forecast[history[t, e] - 1, r] * ring[r][p]            with p = pool_row[t, e] - 1
+        ring[r][p] += expert_e(rows[t]) - value[t, e]                              where mask[t, e]
+        combined[t] = sum_e routed[t, e] * weight[t, e] * value[t, e]              of the new values
 
 The cached outputs of branches are rows of a pool. `pool_row` (T, E) has each branch's row, counted from 1; 0 means
-that it is not cached. If the pool is full, further branches are computed but not cached.
+that it is not cached. If the pool is full, further branches are computed but not cached. A ring (`ops.ring`) has a
+pool for each of the last K full steps, and a branch has the same row in all of them.
 
-As in `ops.fixed_k`, each op is a plain function of ATen ops, and the reference for its CUDA kernels. Only
-`refresh_variable_k` writes to the pool. The *place* of a branch is its flat index in (T, E).
+As in `ops.fixed_k`, each op is a plain function of ATen ops, and the reference for its CUDA kernels;
+`variable_k_outputs_into` is `variable_k_outputs` that writes into a given pool. The *place* of a branch is its flat
+index in (T, E).
 """
 
 from __future__ import annotations
@@ -22,21 +26,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeca_compile.ops.fixed_k import expert_outputs
+from moeca_compile.ops.fixed_k import expert_outputs, slot_weights, write_branches
+from moeca_compile.ops.ring import weighted_sum
 
 _library = torch.library.Library("moeca", "FRAGMENT")
 _library.define(
-    "variable_k_outputs(Tensor[] rows, Tensor routed, Tensor weight, Tensor[] parameters, str body, int width, "
-    "int slots) -> (Tensor, Tensor, Tensor, Tensor)"
+    "variable_k_outputs(Tensor[] rows, Tensor routed, Tensor weight, Tensor? pool_row, Tensor[] parameters, "
+    "str body, int width, int slots) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "refresh_variable_k(Tensor(a!) pool, Tensor(b!)? slope, Tensor[] rows, Tensor pool_row, Tensor routed, "
-    "Tensor mask, Tensor weight, Tensor distance, Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
+    "variable_k_outputs_into(Tensor(a!) pool, Tensor[] rows, Tensor routed, Tensor weight, Tensor? pool_row, "
+    "Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "refresh_variable_k(Tensor(a!)[] ring, Tensor[] rows, Tensor pool_row, Tensor routed, Tensor mask, "
+    "Tensor weight, Tensor? history, Tensor? forecast, Tensor[] parameters, str body) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def variable_k_outputs(
-    rows: list[Tensor], routed: Tensor, weight: Tensor, parameters: list[Tensor], body: str, width: int, slots: int
+    rows: list[Tensor],
+    routed: Tensor,
+    weight: Tensor,
+    pool_row: Tensor | None,
+    parameters: list[Tensor],
+    body: str,
+    width: int,
+    slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run and combine all routed branches, and cache the first `slots` of them.
 
@@ -44,6 +60,7 @@ def variable_k_outputs(
         rows: inputs of the experts, each (T, ...).
         routed: (T, E) bool, which pairs are branches.
         weight: (T, E) their weights.
+        pool_row: (T, E) int32 rows of the branches so far, which those that stay branches keep; None for none.
         parameters: expert-major, E * P tensors.
         body: key of the expert body (ops.bodies).
         width: width of an expert's output.
@@ -53,61 +70,79 @@ def variable_k_outputs(
         (T, width) combined output; (slots, width) pool; (T, E) int32 rows in the pool, counted from 1, or 0 for none;
         (T, E) norms of the cached outputs, 0 elsewhere.
     """
-    branches, fresh = _run(rows, routed, parameters, body, width)
-    out = _add_up(fresh, branches, weight).to(fresh.dtype)
-    count = min(slots, len(branches))
-    pool = fresh.new_zeros(slots, width)
-    pool[:count] = fresh[:count]
-    pool_row, norms = torch.zeros_like(routed, dtype=torch.int32), torch.zeros_like(routed, dtype=torch.float32)
-    pool_row.view(-1)[branches[:count]] = torch.arange(1, count + 1, dtype=torch.int32, device=pool_row.device)
-    norms.view(-1)[branches[:count]] = fresh[:count].norm(dim=-1).to(torch.float32)
+    pool = rows[0].new_zeros(slots, width)
+    out, pool_row, norms = variable_k_outputs_into(pool, rows, routed, weight, pool_row, parameters, body)
     return out, pool, pool_row, norms
 
 
-def refresh_variable_k(
+def variable_k_outputs_into(
     pool: Tensor,
-    slope: Tensor | None,
+    rows: list[Tensor],
+    routed: Tensor,
+    weight: Tensor,
+    pool_row: Tensor | None,
+    parameters: list[Tensor],
+    body: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`variable_k_outputs` into `pool` (slots, width); its rows that no branch has keep what they hold."""
+    branches, fresh = _run(rows, routed, parameters, body, pool.shape[1])
+    out = _add_up(fresh, branches, weight).to(fresh.dtype)
+    count = min(len(pool), len(branches))
+    cached, values = branches[:count], fresh[:count]
+    pool_row = _rows_of(cached, routed, pool_row, len(pool))
+    pool.index_copy_(0, pool_row.view(-1)[cached].long() - 1, values.to(pool.dtype))
+    norms = torch.zeros_like(routed, dtype=torch.float32)
+    norms.view(-1)[cached] = values.norm(dim=-1).to(torch.float32)
+    return out, pool_row, norms
+
+
+def _rows_of(cached: Tensor, routed: Tensor, before: Tensor | None, slots: int) -> Tensor:
+    """Rows in the pool (T, E) for the branches at the places `cached`: those that they had, or free ones in order."""
+    keeps = torch.zeros_like(routed)
+    keeps.view(-1)[cached] = True
+    before = torch.zeros_like(routed, dtype=torch.int32) if before is None else torch.where(keeps, before, 0)
+    return _assign_rows(before, keeps, cached[before.view(-1)[cached] == 0], slots)
+
+
+def refresh_variable_k(
+    ring: list[Tensor],
     rows: list[Tensor],
     pool_row: Tensor,
     routed: Tensor,
     mask: Tensor,
     weight: Tensor,
-    distance: Tensor,
+    history: Tensor | None,
+    forecast: Tensor | None,
     parameters: list[Tensor],
     body: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute the branches of `mask` into the pool, then combine all routed ones (paper, eq. 8).
+    """Recompute the branches of `mask` into the pools, then combine all routed ones (paper, eq. 8).
 
-    A recomputed branch without a row takes one that no routed branch has, and its slope becomes 0.
+    A recomputed branch without a row takes one that no routed branch has.
 
     Args:
-        pool: (slots, width) outputs of the branches, written in place.
-        slope: (slots, width) change of each branch between full steps, written in place; None without a forecast.
+        ring: K pools (slots, width), the last K outputs of the branches, written in place.
         rows, weight, parameters, body: as in `variable_k_outputs`.
-        pool_row: (T, E) int32 rows in the pool, counted from 1, or 0 for none.
+        pool_row: (T, E) int32 rows in the pools, counted from 1, or 0 for none.
         routed: (T, E) bool, which pairs are branches.
         mask: (T, E) bool, which branches to recompute.
-        distance: scalar, the forecast distance (as in `ops.fixed_k`).
+        history: (T, E) of how many pools the branch has outputs in, 1 where it is new; None where K is 1.
+        forecast: (K, K) the weights of the pools, by history; None where K is 1.
 
     Returns:
-        (T, width) combined output; (T, E) int32 rows in the pool as they are now; (T, E) norms of the recomputed
+        (T, width) combined output; (T, E) int32 rows in the pools as they are now; (T, E) norms of the recomputed
         branches, 0 elsewhere.
     """
-    branches, fresh = _run(rows, mask, parameters, body, pool.shape[1])
+    slots, width = ring[0].shape
+    branches, fresh = _run(rows, mask, parameters, body, width)
     norms = torch.zeros_like(routed, dtype=torch.float32)
     norms.view(-1)[branches] = fresh.norm(dim=-1).to(torch.float32)
-    had_row = pool_row.view(-1)[branches] > 0
-    pool_row = _assign_rows(pool_row, routed, branches[~had_row], len(pool))
+    pool_row = _assign_rows(pool_row, routed, branches[pool_row.view(-1)[branches] == 0], slots)
     row = pool_row.view(-1)[branches].long() - 1
-    cached = row >= 0
-    values = fresh[cached]
-    if slope is not None:
-        slope.index_fill_(0, row[cached & ~had_row], 0.0)
-        values = values - distance * slope[row[cached]]
-    pool.index_copy_(0, row[cached], values.to(pool.dtype))
-    out = _combined(pool, slope, pool_row, routed, weight, distance) + _add_up(
-        fresh[~cached], branches[~cached], weight
-    )
+    cached, weights = row >= 0, slot_weights(history, forecast)
+    own = None if weights is None else weights.flatten(0, 1)[branches[cached]]
+    write_branches(ring, row[cached], fresh[cached], own)
+    out = _combined(ring, pool_row, routed, weight, weights) + _add_up(fresh[~cached], branches[~cached], weight)
     return out.to(fresh.dtype), pool_row, norms
 
 
@@ -128,16 +163,13 @@ def _add_up(outputs: Tensor, branches: Tensor, weight: Tensor) -> Tensor:
     return out.index_add_(0, branches // weight.shape[1], weighted)
 
 
-def _combined(
-    pool: Tensor, slope: Tensor | None, pool_row: Tensor, routed: Tensor, weight: Tensor, distance: Tensor
-) -> Tensor:
-    """Sum of weight * (cached output + distance * slope) over each token's cached branches: (T, width)."""
+def _combined(ring: list[Tensor], pool_row: Tensor, routed: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of weight * value over each token's cached branches: (T, width)."""
     branches = (routed & (pool_row > 0)).flatten().nonzero().squeeze(1)
     row = pool_row.view(-1)[branches].long() - 1
-    outputs = pool[row]
-    if slope is not None:
-        outputs = outputs + distance * slope[row]
-    return _add_up(outputs, branches, weight)
+    outputs = [pool[row] for pool in ring]
+    value = outputs[0] if weights is None else weighted_sum(outputs, weights.flatten(0, 1)[branches, None])
+    return _add_up(value, branches, weight)
 
 
 def _assign_rows(pool_row: Tensor, routed: Tensor, branches: Tensor, slots: int) -> Tensor:
@@ -155,16 +187,25 @@ def _assign_rows(pool_row: Tensor, routed: Tensor, branches: Tensor, slots: int)
 
 
 _library.impl("variable_k_outputs", variable_k_outputs, "CompositeExplicitAutograd")
+_library.impl("variable_k_outputs_into", variable_k_outputs_into, "CompositeExplicitAutograd")
 _library.impl("refresh_variable_k", refresh_variable_k, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moeca::variable_k_outputs", lib=_library)
-def _(rows, routed, weight, parameters, body, width, slots):  # type: ignore[no-untyped-def]
+def _(rows, routed, weight, pool_row, parameters, body, width, slots):  # type: ignore[no-untyped-def]
     out, pool = (rows[0].new_empty(count, width) for count in (len(routed), slots))
-    return out, pool, torch.empty_like(routed, dtype=torch.int32), torch.empty_like(routed, dtype=torch.float32)
+    return out, pool, *_rows_and_norms(routed)
+
+
+@torch.library.register_fake("moeca::variable_k_outputs_into", lib=_library)
+def _(pool, rows, routed, weight, pool_row, parameters, body):  # type: ignore[no-untyped-def]
+    return rows[0].new_empty(len(routed), pool.shape[1]), *_rows_and_norms(routed)
 
 
 @torch.library.register_fake("moeca::refresh_variable_k", lib=_library)
-def _(pool, slope, rows, pool_row, routed, mask, weight, distance, parameters, body):  # type: ignore[no-untyped-def]
-    out = rows[0].new_empty(len(routed), pool.shape[1])
-    return out, torch.empty_like(pool_row), torch.empty_like(routed, dtype=torch.float32)
+def _(ring, rows, pool_row, routed, mask, weight, history, forecast, parameters, body):  # type: ignore[no-untyped-def]
+    return rows[0].new_empty(len(routed), ring[0].shape[1]), *_rows_and_norms(routed)
+
+
+def _rows_and_norms(routed: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(routed, dtype=torch.int32), torch.empty_like(routed, dtype=torch.float32)

@@ -18,17 +18,20 @@ from torch import Tensor, fx
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.regions import Experts, Regions
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, Role
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, Role, ring_specs, slot_names
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.decision import Decision
+from moeca_compile.policies.forecast import slots_of
 
 
 class ExpertCache(ABC):
     """The caches of one layer.
 
-    With a forecast of experts, every cached output has a slope: its change between the last two full steps, or 0
-    where the branch was not cached before.
+    With a forecast of experts, outputs are cached in a ring. A branch keeps its place from one full step to the next,
+    so that its outputs have the same place in all slots of the ring. `history` counts the full steps in a row that
+    have computed it, up to the number of slots. Only so many of the outputs at its place are its own, so it is read
+    with the weights of a value with that history.
 
     Args:
         name: prefix of the cached tensors' names.
@@ -49,7 +52,7 @@ class ExpertCache(ABC):
         self.shape = (*outputs, self.width)
         self.dtype: torch.dtype = layer.marker.meta["val"].dtype
         self.lookup, self.weight, self.norms = f"{name}.{self.lookup_name}", f"{name}.weight", f"{name}.norms"
-        self.outputs, self.slope = f"{name}.{self.outputs_name}", f"{name}.{self.outputs_name}.slope"
+        self.outputs, self.history = f"{name}.{self.outputs_name}", f"{name}.history"
         self.activation, self.age = f"{name}.activation", f"{name}.age"
 
     lookup_name: str
@@ -57,27 +60,36 @@ class ExpertCache(ABC):
     outputs_name: str
     """Name of the cached outputs."""
 
+    @property
+    def lookup_is_read(self) -> bool:
+        """Whether a full step reads the lookup that it replaces."""
+        return False
+
     def specs(self) -> list[CacheSpec]:
         """The layer's cached tensors."""
-        by_slot = (self.samples, self.tokens, self.slots)
         by_expert = (self.samples, self.tokens, self.layer.body.experts)
         dtype = self.options.cache_dtype or self.dtype
         specs = [
-            CacheSpec(self.lookup, by_slot, torch.int32, Role.ROUTING),
-            CacheSpec(self.weight, by_slot, torch.float32, Role.ROUTING),
-            CacheSpec(self.norms, by_slot, torch.float32, Role.STATISTIC),
+            self.by_branch(self.lookup, torch.int32, Role.ROUTING, read=self.lookup_is_read),
+            self.by_branch(self.weight, torch.float32, Role.ROUTING),
+            self.by_branch(self.norms, torch.float32, Role.STATISTIC),
             CacheSpec(self.activation, by_expert, torch.float32, Role.STATISTIC),
-            CacheSpec(self.outputs, self.shape, dtype, Role.ACTIVATION),
+            *ring_specs(self.outputs, slots_of(self.forecast), self.shape, dtype, Part.EXPERTS),
         ]
         if self.forecast:
-            specs.append(CacheSpec(self.slope, self.shape, dtype, Role.SLOPE))
+            specs.append(self.by_branch(self.history, torch.int32, Role.ROUTING, read=True))
         if self.options.score == "staleness":
-            specs.append(CacheSpec(self.age, by_slot, torch.float32, Role.STATISTIC))
+            specs.append(self.by_branch(self.age, torch.float32, Role.STATISTIC))
         return specs
 
     def reads(self) -> list[fx.Node]:
         """What `store` reads of the graph; the outputs of the branches are in the step's memo."""
         return [self.layer.choice, self.layer.weight]
+
+    def by_branch(self, name: str, dtype: torch.dtype, role: Role, read: bool = False) -> CacheSpec:
+        """A tensor (B, N, slots); `read` says whether a step that replaces it reads it."""
+        part = None if read else Part.EXPERTS
+        return CacheSpec(name, (self.samples, self.tokens, self.slots), dtype, role, part, name)
 
     # --- full steps ---------------------------------------------------------------------------------------
 
@@ -89,15 +101,15 @@ class ExpertCache(ABC):
     def store(self, step: Step) -> None:
         """Cache what `run_all` computed."""
 
-    def store_slope(self, step: Step, outputs: Tensor, before: Tensor, known: Tensor) -> None:
-        """Cache the change from the outputs of the full step `before`; 0 where these are not `known`."""
-        change = torch.where(known, outputs - before, 0.0) * step.had_full_step(Part.EXPERTS).to(outputs.dtype)
-        step.updates[self.slope] = change.to(self.options.cache_dtype or outputs.dtype)
-
     def store_outputs(self, step: Step, outputs: Tensor) -> None:
         step.updates[self.outputs] = outputs.to(self.options.cache_dtype or outputs.dtype)
         if self.options.score == "staleness":
-            step.updates[self.age] = torch.zeros_like(step.state[self.age])
+            step.updates[self.age] = torch.zeros_like(step.updates[self.weight])
+
+    def store_history(self, step: Step, cached_before: Tensor) -> None:
+        """Count this full step for every branch; one that was not cached before has no earlier output."""
+        counted = torch.where(cached_before, step.state[self.history] + 1, 1)
+        step.updates[self.history] = counted.clamp_max(slots_of(self.forecast))
 
     # --- cache steps --------------------------------------------------------------------------------------
 
@@ -135,12 +147,18 @@ class ExpertCache(ABC):
     def select(self, step: Step, recompute: Tensor, matched: Tensor, scores: Tensor) -> Decision:
         return decide.select(recompute, matched, scores, step.capacity_for(self.tokens), step.kind.forced)
 
-    def caches_to_change(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Cached outputs and slopes for an op that writes to them; copies where the option `overwrite` is off."""
-        cache, slope = step.state[self.outputs], step.state[self.slope] if self.forecast else None
-        if self.options.overwrite:
-            return cache, slope
-        return cache.clone(), slope.clone() if slope is not None else None
+    def ring(self, step: Step) -> list[Tensor]:
+        """The cached outputs, a tensor for each slot of the ring."""
+        return [step.state[name] for name in slot_names(self.outputs, slots_of(self.forecast))]
+
+    def ring_to_change(self, step: Step) -> list[Tensor]:
+        """The same for an op that writes to them; copies where the option `overwrite` is off."""
+        ring = self.ring(step)
+        return ring if self.options.overwrite else [slot.clone() for slot in ring]
+
+    def history_and_weights(self, step: Step, history: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What an op needs to read the ring; None without a forecast, where it has one slot."""
+        return (history, step.forecast_weights(Part.EXPERTS)) if self.forecast else (None, None)
 
     def count(self, step: Step, decision: Decision, routed: Tensor | None, matched: Tensor, mask: Tensor) -> None:
         """Add this layer's COUNTERS to the step. `routed` says which slots are branches; None for all."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from moeca_compile.ops.ring import by_history, weighted_sum
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.regions import Experts, Regions
-from moeca_compile.passes.rewrite.kinds import Part
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, Role
 from moeca_compile.passes.rewrite.layers import combine, run_fixed_k
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
@@ -26,36 +26,61 @@ class SlotDecision(Decision):
     routing: Routing
 
 
+class Places:
+    """Where the branches in slots (..., k), given by their expert ids, lie among places (..., k)."""
+
+    def __init__(self, slots: Tensor, places: Tensor) -> None:
+        self.same = slots[..., :, None] == places[..., None, :]  # (..., slot, place), one true in each row and column
+
+    def of_slots(self, value: Tensor) -> Tensor:
+        """Values by slot (..., k) -> by place."""
+        return torch.where(self.same, value[..., :, None], 0).sum(-2).to(value.dtype)
+
+    def to_slots(self, value: Tensor) -> Tensor:
+        """Values by place (..., k) -> by slot."""
+        return torch.where(self.same, value[..., None, :], 0).sum(-1).to(value.dtype)
+
+
 class FixedKCache(ExpertCache):
-    """The caches of one layer, each (B, N, k, ...). `index` holds the expert id of the branch in each slot."""
+    """The caches of one layer, each (B, N, k, ...). `index` holds the expert id of the branch in each slot.
+
+    With a forecast, outputs lie in *places*, which a branch keeps over full steps, while slots are in the router's
+    order at the last one. `held` has the expert id of the branch at each place, and `history` is by place.
+    """
 
     lookup_name, outputs_name = "index", "branches"
 
     def __init__(self, name: str, layer: Experts, regions: Regions, options: Options) -> None:
         layout, k = regions.layouts[layer.marker], shape_of(layer.choice)[-1]
         super().__init__(name, layer, regions, options, k, (layout.samples, layout.tokens, k))
+        self.held = f"{name}.held"
+
+    def specs(self) -> list[CacheSpec]:
+        held = [self.by_branch(self.held, torch.int32, Role.ROUTING, read=True)] if self.forecast else []
+        return [*super().specs(), *held]
 
     def run_all(self, step: Step) -> Tensor:
-        step.memo[self.outputs] = run_fixed_k(step, self.layer.marker)
-        return combine(step.memo[self.outputs], step[self.layer.weight])
+        index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
+        placed = Routing(index, weight, index >= 0)
+        if self.forecast:  # branches that are cached stay in their places, others take the places that are left
+            held = torch.where(step.state[self.history] > 0, step.state[self.held], -1)
+            placed = decide.match(index, weight, held)
+        outputs = run_fixed_k(step, self.layer.marker, placed.index.flatten(0, 1))
+        step.memo[self.outputs] = self.by_token(outputs), placed
+        return combine(outputs, placed.weight.flatten(0, 1))
 
     def store(self, step: Step) -> None:
-        branches = self.by_token(step.memo[self.outputs])
+        branches, placed = step.memo[self.outputs]
         index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
+        norms = branches.norm(dim=-1).to(torch.float32)
         self.update_activation(step, self._routed(index))
-        if self.forecast:
-            self.store_slope(step, branches, *self._before(step, index, branches.dtype))
-        self.store_outputs(step, branches)
         step.updates[self.lookup] = index.to(torch.int32)
         step.updates[self.weight] = self.for_score(weight)
-        step.updates[self.norms] = branches.norm(dim=-1).to(torch.float32)
-
-    def _before(self, step: Step, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """For each branch, the cached output of the same token and expert, and whether there is one."""
-        same = index[..., :, None] == step.state[self.lookup][..., None, :]  # (B, N, k new, k old)
-        cached = step.state[self.outputs].to(dtype)
-        each = (torch.where(same[..., q, None], cached[..., q : q + 1, :], 0.0) for q in range(self.slots))
-        return reduce(torch.add, each), same.any(-1, keepdim=True)
+        step.updates[self.norms] = Places(index, placed.index).to_slots(norms) if self.forecast else norms
+        self.store_outputs(step, branches)
+        if self.forecast:
+            self.store_history(step, placed.matched)
+            step.updates[self.held] = placed.index.to(torch.int32)
 
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> SlotDecision:
         index = self.by_token(choice)
@@ -82,12 +107,13 @@ class FixedKCache(ExpertCache):
         return result.reshape(shape_of(self.layer.marker)).to(self.dtype)
 
     def _combine_cached(self, step: Step, weight: Tensor) -> Tensor:
-        """Combine cached outputs alone. Plain ops may read the cache, since no op of this graph writes to it."""
-        branches = step.state[self.outputs].to(self.dtype)
-        if self.forecast:
-            distance = step.forecast_distance(Part.EXPERTS).to(self.dtype)
-            branches = branches + distance * step.state[self.slope].to(self.dtype)
-        return combine(branches, weight)
+        """Combine cached outputs alone. Plain ops may read the caches, since no op of this graph writes to them."""
+        ring = self.ring(step)
+        if not self.forecast:
+            return combine(ring[0].to(self.dtype), weight)
+        places = Places(step.state[self.lookup], step.state[self.held])
+        weights = by_history(step.forecast_weights(Part.EXPERTS), step.state[self.history])
+        return combine(weighted_sum(ring, weights[..., None, :]), places.of_slots(weight))
 
     def _refresh(self, step: Step, decision: SlotDecision) -> Tensor:
         chosen, valid, body = decision.chosen, decision.valid, self.layer.body
@@ -99,25 +125,52 @@ class FixedKCache(ExpertCache):
         )
         mask = (~routing.matched | _take(decision.recompute, chosen)) & valid[..., None]
         weight = _put(decision.routing.weight, chosen, routing.weight, valid[..., None])
-        cache, slope = self.caches_to_change(step)
-        result, norms = torch.ops.moeca.refresh_fixed_k(
-            cache,
-            [rows.aligned(node, self.layer.marker.args[0]) for node in body.rows],  # type: ignore[arg-type]
-            routing.index,
-            mask,
-            routing.matched,
-            chosen,
-            weight,
-            slope,
-            step.forecast_distance(Part.EXPERTS),
-            [step[node] for node in body.parameters],
-            body.experts,
-            body.key,
-        )
+        inputs = [rows.aligned(node, self.layer.marker.args[0]) for node in body.rows]  # type: ignore[arg-type]
+        parameters = [step[node] for node in body.parameters], body.experts, body.key
+        ring = self.ring_to_change(step)
+        if self.forecast:
+            run = self._refresh_places(step, ring, inputs, routing, mask, chosen, weight, parameters)
+        else:
+            run = torch.ops.moeca.refresh_fixed_k(
+                ring, inputs, routing.index, mask, chosen, weight, None, None, *parameters
+            )
+        result, norms = run
         if self.options.overwrite:
             self._store_rows(step, chosen, mask, routing, norms)
         self.count(step, decision, None, decision.routing.matched, mask)
         return result
+
+    def _refresh_places(
+        self,
+        step: Step,
+        ring: list[Tensor],
+        inputs: list[Tensor],
+        routing: Routing,
+        mask: Tensor,
+        chosen: Tensor,
+        weight: Tensor,
+        parameters: tuple[list[Tensor], int, str],
+    ) -> tuple[Tensor, Tensor]:
+        """Refresh the outputs at the places of the slots of `mask`; a branch that is new there has no history."""
+        lookup, held, history = (step.state[name] for name in (self.lookup, self.held, self.history))
+        places = Places(_take(lookup, chosen), _take(held, chosen))
+        index, new = places.of_slots(routing.index), places.of_slots(mask & ~routing.matched)
+        history = _put(history, chosen, torch.ones_like(index), new)
+        if self.options.overwrite:
+            step.updates[self.held] = _put(held, chosen, index, new)
+            step.updates[self.history] = history
+        result, norms = torch.ops.moeca.refresh_fixed_k(
+            ring,
+            inputs,
+            index,
+            places.of_slots(mask),
+            chosen,
+            Places(lookup, held).of_slots(weight),
+            history,
+            step.forecast_weights(Part.EXPERTS),
+            *parameters,
+        )
+        return result, places.to_slots(norms)
 
     def _store_rows(self, step: Step, chosen: Tensor, mask: Tensor, routing: Routing, norms: Tensor) -> None:
         fresh = {

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, ring_specs
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.expert_cache import ExpertCache
@@ -30,8 +30,15 @@ class KeysValues(NamedTuple):
     def specs(self) -> list[CacheSpec]:
         """Keys and values, each (B, N, H, d): the heads of a token are contiguous, so writing a token is one copy."""
         return [
-            CacheSpec(f"{self.name}.{kind}", _cache_shape(node, self.samples), self.dtype or node.meta["val"].dtype)
+            spec
             for kind, node in (("keys", self.attention.key), ("values", self.attention.value))
+            for spec in ring_specs(
+                f"{self.name}.{kind}",
+                1,
+                _cache_shape(node, self.samples),
+                self.dtype or node.meta["val"].dtype,
+                Part.ATTENTION,
+            )
         ]
 
     def reads(self) -> list[fx.Node]:

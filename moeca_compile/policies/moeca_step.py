@@ -139,7 +139,7 @@ class CacheStep:
 
     def _keys_values_at(self, key: fx.Node, value: fx.Node, tokens: list[int]) -> tuple[Tensor, ...]:
         """Freshly computed keys and values of tokens that belong to no stream, such as pooled ones."""
-        at = torch.tensor(tokens, device=self.step.coefficients.device)
+        at = torch.tensor(tokens, device=self.step.weights.device)
         chosen = at.expand(self.step.layout(key).samples, -1)
         keys, values = (by_head(self.step[node], len(chosen))[:, :, at] for node in (key, value))
         return keys, values, chosen, torch.ones_like(chosen, dtype=torch.bool)
@@ -190,6 +190,4 @@ def _joined_masks(parts: list[TokenStream]) -> Tensor | None:
 
 def _forced_tokens(step: Step, output: fx.Node) -> Tokens:
     layout = step.layout(output)
-    return decide.forced_tokens(
-        layout.samples, layout.tokens, step.capacity_for(layout.tokens), step.coefficients.device
-    )
+    return decide.forced_tokens(layout.samples, layout.tokens, step.capacity_for(layout.tokens), step.weights.device)

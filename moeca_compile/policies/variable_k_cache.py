@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Experts, Regions
-from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.decision import Decision
@@ -29,11 +28,16 @@ class VariableKCache(ExpertCache):
         self.pool_rows = body.branches or round(options.branches_per_token * layout.samples * layout.tokens)
         super().__init__(name, layer, regions, options, body.experts, (self.pool_rows,))
 
+    @property
+    def lookup_is_read(self) -> bool:
+        return self.forecast  # branches keep their rows
+
     def run_all(self, step: Step) -> Tensor:
         out, *cached = torch.ops.moeca.variable_k_outputs(
             [step[node] for node in self.layer.body.rows],
             step[self.layer.choice],
             step[self.layer.weight],
+            step.state[self.lookup].flatten(0, 1) if self.forecast else None,
             [step[node] for node in self.layer.body.parameters],
             self.layer.body.key,
             self.width,
@@ -47,22 +51,12 @@ class VariableKCache(ExpertCache):
         pool, pool_row, norms = step.memo[self.outputs]
         pool_row = self.by_token(pool_row)
         self.update_activation(step, routed)
-        if self.forecast:
-            self.store_slope(step, pool, *self._before(step, pool_row, pool.dtype))
-        self.store_outputs(step, pool)
         step.updates[self.lookup] = pool_row
         step.updates[self.weight] = self._routed_weight(routed, weight) * (pool_row > 0)
         step.updates[self.norms] = self.by_token(norms)
-
-    def _before(self, step: Step, pool_row: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """For each row of the new pool, the cached output of the same branch, and whether there is one."""
-        before = step.state[self.lookup].flatten()
-        row_before = torch.zeros(self.pool_rows + 1, dtype=before.dtype, device=before.device)
-        row_before = row_before.scatter(0, pool_row.flatten().long(), before)[
-            1:, None
-        ]  # old row of each new row's branch
-        cached = step.state[self.outputs].to(dtype)[(row_before[:, 0].long() - 1).clamp_min(0)]
-        return cached, row_before > 0
+        self.store_outputs(step, pool)
+        if self.forecast:
+            self.store_history(step, (pool_row > 0) & (step.state[self.lookup] > 0))
 
     def decide(self, step: Step, choice: Tensor, weight: Tensor) -> Decision:
         routed = self.by_token(choice)
@@ -86,11 +80,12 @@ class VariableKCache(ExpertCache):
         matched = routed & (state[self.lookup] > 0)
         chosen = torch.zeros_like(routed[..., 0]).scatter(1, decision.chosen, decision.valid)
         mask = routed & (~matched | (decision.recompute & chosen[..., None]))
+        history = torch.where(mask & ~matched, 1, state[self.history]) if self.forecast else None
         result, pool_row, norms = torch.ops.moeca.refresh_variable_k(
-            *self.caches_to_change(step),
+            self.ring_to_change(step),
             [step[node] for node in self.layer.body.rows],
             *(each.flatten(0, 1) for each in (state[self.lookup], routed, mask, weight)),
-            step.forecast_distance(Part.EXPERTS),
+            *self.history_and_weights(step, history.flatten(0, 1) if history is not None else None),
             [step[node] for node in self.layer.body.parameters],
             self.layer.body.key,
         )
@@ -100,6 +95,8 @@ class VariableKCache(ExpertCache):
             self._store(
                 step, mask, self.by_token(pool_row), self._routed_weight(routed, weight), self.by_token(norms)
             )
+            if history is not None:
+                step.updates[self.history] = history
         self.count(step, decision, routed, matched, mask)
         return result.to(self.dtype)
 

@@ -1,8 +1,9 @@
 """Steps as CUDA graphs: each kind of step is recorded once over a stream's caches, then replayed as one launch.
 
 A replay reads and writes the addresses that the step was recorded with. Therefore:
-- Arguments of the model and forecast coefficients are copied into *buffers* before a replay.
-- A stream's caches keep their memory. Their new values are copied into them, as a part of the recording.
+- Arguments of the model and forecast weights are copied into *buffers* before a replay.
+- A stream's caches keep their memory. A step writes new values into them (lower.in_place), and those that it returns
+  are copied, as a part of the recording. A step that fills the slots of rings is recorded once for each slot.
 - Outputs are copied before they are returned, since the next replay overwrites them.
 - Weights are read at their own addresses. If one has moved, the step is recorded again.
 Recordings belong to the stream whose caches they use (`Stream.graphs`).
@@ -14,7 +15,7 @@ is replayed and compared with the step run op by op. A kind that cannot be recor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,14 +23,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import copy_all, zero_all
+from moeca_compile._torch_private import copy_all
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.rounding import ValidationError
 from moeca_compile.lower.validate import undisturbed
 from moeca_compile.notes import Notes
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel, runs_experts
-from moeca_compile.passes.rewrite.kinds import Role, StepKind
+from moeca_compile.passes.rewrite.caches import Caches
+from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.session import Stream
 from moeca_compile.text import first_line
@@ -130,27 +132,27 @@ class Buffers:
     Args:
         inputs: one value for each input of the graph.
         arguments: which inputs are arguments of the model; the others are its weights.
-        coefficients: (2, 2) forecast coefficients of a step (passes.rewrite.step.Step).
+        weights: (2, K, K) forecast weights of a step (passes.rewrite.step.Step).
     """
 
-    def __init__(self, inputs: Sequence[Any], arguments: Sequence[bool], coefficients: Tensor) -> None:
+    def __init__(self, inputs: Sequence[Any], arguments: Sequence[bool], weights: Tensor) -> None:
         self.copied = [i for i, (v, a) in enumerate(zip(inputs, arguments, strict=True)) if a and _is_tensor(v)]
         self.fixed = [i for i, v in enumerate(inputs) if i not in set(self.copied) and _is_tensor(v)]
         self.addresses = self._addresses(inputs)
         with torch.inference_mode(False):  # inference tensors could not be written to outside inference mode
             own = {i: _empty_like(inputs[i]) for i in self.copied}
-            self.coefficients = _empty_like(coefficients)
+            self.weights = _empty_like(weights)
         self.inputs = [own.get(i, value) for i, value in enumerate(inputs)]
 
     def fit(self, inputs: Sequence[Any]) -> bool:
         """Whether all weights are still at the same addresses."""
         return self._addresses(inputs) == self.addresses
 
-    def fill(self, inputs: Sequence[Any], coefficients: Tensor) -> None:
-        """Copy the arguments and coefficients of this call into the buffers."""
+    def fill(self, inputs: Sequence[Any], weights: Tensor) -> None:
+        """Copy the arguments and weights of this call into the buffers."""
         for i in self.copied:
             _distinct(self.inputs[i]).copy_(_distinct(inputs[i]))
-        self.coefficients.copy_(coefficients)
+        self.weights.copy_(weights)
 
     def _addresses(self, inputs: Sequence[Any]) -> list[int]:
         return [inputs[i].data_ptr() for i in self.fixed]
@@ -169,49 +171,50 @@ class CudaGraphs:
     def __init__(self, compiled: CompiledGraph, recorder: Recorder, notes: Notes, compare: Compare | None) -> None:
         self.arguments, self.device = list(compiled.captured.arguments), compiled.device
         self.recorder, self.notes, self.compare, self.waits = recorder, notes, compare, compiled.waits
-        self.slopes = {spec.name for spec in compiled.plan.caches if spec.role is Role.SLOPE}
         self.buffers: Buffers | None = None
         self.rehearsed: set[StepKind] = set()
-        self.compared: set[StepKind] = set()
+        self.compared: set[Hashable] = set()
         self.refused: set[StepKind] = set()
         self._lock = threading.RLock()
 
     def run(
-        self, kind: StepKind, stream: Stream, program: StepFunction, inputs: Sequence[Any], coefficients: Tensor
+        self, kind: StepKind, stream: Stream, program: StepFunction, inputs: Sequence[Any], weights: Tensor
     ) -> StepResult:
         """Run a step and write its updates to the stream's caches; the result's `updates` are empty."""
         if self.recorder.busy():
             _clear(stream)
-            return _in_place(program, inputs, stream, coefficients)
+            return _in_place(program, inputs, stream.state, weights)
         with self._lock, self.recorder.ordered_on_stream():
             _clear(stream)
             if kind in self.refused or self._refuses(kind, program, inputs):
-                return _in_place(program, inputs, stream, coefficients)
-            return self._run(kind, stream, program, self._filled(inputs, coefficients))
+                return _in_place(program, inputs, stream.state, weights)
+            return self._run(kind, stream, program, self._filled(inputs, weights))
 
     def _run(self, kind: StepKind, stream: Stream, program: StepFunction, buffers: Buffers) -> StepResult:
         def step() -> StepResult:
-            return _in_place(program, buffers.inputs, stream, buffers.coefficients)
+            return _in_place(program, buffers.inputs, stream.state, buffers.weights)
 
         if kind not in self.rehearsed:
             self.rehearsed.add(kind)
             return _copied_out(self.recorder.rehearse(step))
-        recorded = stream.graphs.get(kind)
+        key = kind, stream.state.slots_filled_by(kind)
+        recorded = stream.graphs.get(key)
         if recorded is None or recorded.buffers is not buffers:
             recorded = self._recorded(kind, step, buffers)
             if recorded is None:
                 return step()
-            stream.graphs[kind] = recorded
-        elif self.compare is not None and kind not in self.compared:
+            stream.graphs[key] = recorded
+        elif self.compare is not None and key not in self.compared:
+            self.compared.add(key)
             return self._compared(kind, stream, program, recorded)
         return _copied_out(recorded.replay())
 
-    def _filled(self, inputs: Sequence[Any], coefficients: Tensor) -> Buffers:
+    def _filled(self, inputs: Sequence[Any], weights: Tensor) -> Buffers:
         """The buffers with this call's values. If a weight has moved, they are new, and steps are recorded again."""
         if self.buffers is None or not self.buffers.fit(inputs):
-            self.buffers = Buffers(inputs, self.arguments, coefficients)
+            self.buffers = Buffers(inputs, self.arguments, weights)
             self.rehearsed.clear()  # kernels may cache the addresses of weights
-        self.buffers.fill(inputs, coefficients)
+        self.buffers.fill(inputs, weights)
         return self.buffers
 
     def _refuses(self, kind: StepKind, program: StepFunction, inputs: Sequence[Any]) -> bool:
@@ -253,46 +256,43 @@ class CudaGraphs:
     def _compared(self, kind: StepKind, stream: Stream, program: StepFunction, recorded: Recorded) -> StepResult:
         """Replay with new arguments, and compare with the step run op by op."""
         assert self.compare is not None
-        state = {name: tensor.clone() for name, tensor in stream.state.items()}
+        expected_state = stream.state.cloned()
         with undisturbed(self.device):
-            expected = program(recorded.buffers.inputs, state, recorded.buffers.coefficients)
+            expected = _in_place(program, recorded.buffers.inputs, expected_state, recorded.buffers.weights)
         found = _copied_out(recorded.replay())
-        # Slopes are differences: their scale says nothing about the error of the values, so they are left out.
-        names = [name for name in expected.updates if name not in self.slopes]
+        names = program.traced.changed if isinstance(program, CompiledStep) else ()
         try:
             self.compare(
                 [*found.outputs, *(stream.state[name] for name in names)],
-                [*expected.outputs, *(expected.updates[name] for name in names)],
+                [*expected.outputs, *(expected_state[name] for name in names)],
             )
         except ValidationError as error:
             self._refuse(kind, f"its replay is wrong: {error}")
-            del stream.graphs[kind]
-            write_into(stream.state, {**state, **expected.updates})
-            return StepResult(expected.outputs, {}, expected.counts)
-        self.compared.add(kind)
+            copy_all(list(stream.state.values()), [expected_state[name] for name in stream.state])
+            return expected
         return found
 
 
-def write_into(state: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
+def write_into(state: Caches, updates: Mapping[str, Tensor]) -> None:
     """Copy a step's updates into the caches, which keep their addresses."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    changed = {name: value for name, value in updates.items() if value is not state[name]}
+    changed = [(state[name], value) for name, value in updates.items() if value is not state[name]]
     # An update that is a view of some cache must be read before any cache is written.
-    fresh = [v.clone() if v.untyped_storage().data_ptr() in storages else v for v in changed.values()]
+    fresh = [v.clone() if v.untyped_storage().data_ptr() in storages else v for _, v in changed]
     if fresh:
-        copy_all([state[name] for name in changed], fresh)
+        copy_all([cache for cache, _ in changed], fresh)
 
 
 def _clear(stream: Stream) -> None:
-    """Set caches without valid values to 0: they may still hold those of an ended generation."""
-    if stream.empty and stream.state:
-        zero_all(list(stream.state.values()))
+    """Prepare caches without valid values: they may still hold those of an ended generation."""
+    if stream.empty:
+        stream.state.prepare()
 
 
-def _in_place(program: StepFunction, inputs: Sequence[Any], stream: Stream, coefficients: Tensor) -> StepResult:
-    """Run a step op by op, and copy its updates into the caches."""
-    result = program(inputs, stream.state, coefficients)
-    write_into(stream.state, result.updates)
+def _in_place(program: StepFunction, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepResult:
+    """Run a step op by op, with all new values in the memory of the caches."""
+    result = program(inputs, state, weights)
+    write_into(state, result.updates)
     return StepResult(result.outputs, {}, result.counts)
 
 

@@ -16,6 +16,7 @@ from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.capacities import Capacities
@@ -29,13 +30,13 @@ _log = logging.getLogger(__name__)
 
 
 @lru_cache(256)
-def _on_cpu(coefficients: tuple[tuple[float, ...], ...]) -> Tensor:
-    """Coefficients as a tensor that is kept: making one takes 20 us, and generations have the same times.
+def _on_cpu(weights: tuple[tuple[tuple[float, ...], ...], ...]) -> Tensor:
+    """Forecast weights as a tensor that is kept: making one takes 20 us, and generations have the same times.
 
     On an accelerator none is kept: there a tensor belongs to the CUDA stream, or the recording, that it came from.
     """
     with torch.inference_mode(False):  # it serves calls outside inference mode too
-        return torch.tensor(coefficients, dtype=torch.float32)
+        return torch.tensor(weights, dtype=torch.float32)
 
 
 class StepLoop:
@@ -55,8 +56,8 @@ class StepLoop:
         self.capacities = Capacities(plan, device)
         self.steps: dict[StepKind, StepFunction] = {}
         self.tallies = Tallies()
-        self.graphs = self._cuda_graphs() if config.cuda_graphs and device.type == "cuda" else None
-        self.stateless = Stream({})
+        self.graphs = self._cuda_graphs() if compiled.recorded else None
+        self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
         self._lock = threading.RLock()
 
@@ -95,45 +96,42 @@ class StepLoop:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            coefficients = self.coefficients(position.stream, position.time)
-            return self.eager(trial, self._placed(inputs), position.stream.state, coefficients).counts
+            weights = self.weights(position.stream, position.time)
+            return self.eager(trial, self._placed(inputs), position.stream.state, weights).counts
 
         return self.capacities.kind(refresh, position.stream, counts)
 
-    def step(
-        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
-    ) -> StepFunction:
+    def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
         step = self.steps.get(kind)
         if step is None:
-            step = self.compile_step(self.compiled, kind, inputs, state, coefficients, self.notes)
+            step = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
             self.steps[kind] = step
         return step
 
-    def coefficients(self, stream: Stream, time: float) -> Tensor:
-        """The forecast coefficients of a step at `time` (passes.rewrite.step.Step), on the model's device."""
-        values, device = stream.coefficients(time), self.compiled.device
+    def weights(self, stream: Stream, time: float) -> Tensor:
+        """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
+        values, device = stream.weights(time), self.compiled.device
         if device.type == "cpu":
-            return _on_cpu(tuple(map(tuple, values)))
+            return _on_cpu(tuple(tuple(map(tuple, part)) for part in values))
         return upload(torch.tensor(values, dtype=torch.float32), device)
 
-    def eager(
-        self, kind: StepKind, inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor
-    ) -> StepResult:
+    def eager(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepResult:
         """Run a step without compilation on copies of the state."""
-        return run_eagerly(self.compiled, kind, inputs, state, coefficients)
+        return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s step at time %g", kind.name, time)
-        placed, coefficients = self._placed(inputs), self.coefficients(stream, time)
-        step = self.step(kind, placed, stream.state, coefficients)
+        placed, weights = self._placed(inputs), self.weights(stream, time)
+        step = self.step(kind, placed, stream.state, weights)
         if self.graphs is None:
-            result = step(placed, stream.state, coefficients)
+            stream.state.release(kind)
+            result = step(placed, stream.state, weights)
+            stream.state.store(result.updates)
         else:
-            result = self.graphs.run(kind, stream, step, placed, coefficients)
-        stream.state.update(result.updates)
+            result = self.graphs.run(kind, stream, step, placed, weights)
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         return self.compiled.write_back(inputs, result.outputs)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
+from moeca_compile.passes.rewrite.caches import Caches
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.policies import forecast
+from moeca_compile.policies.forecast import slot_weights
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
 from moeca_compile.runtime.timesteps import Timestep
@@ -33,15 +35,16 @@ _FAR = 10.0
 
 @dataclass
 class Stream:
-    """The caches of one stream, with the times of the last two full steps of each part of the model."""
+    """The caches of one stream, with the times of the last full steps of each part of the model."""
 
-    state: dict[str, Tensor]
+    state: Caches
     full_at: list[list[float]] = field(default_factory=lambda: [[], []])
+    """For each part, the times of its last full steps, the newest first: as many as a forecast reads."""
     last_full: list[int] = field(default_factory=lambda: [-1, -1])
     """For each part, the number of the last step that computed it anew; -1 where none has."""
     capacity: int | None = None
     """The capacity bucket of its cache steps; None before the first."""
-    graphs: dict[StepKind, Any] = field(default_factory=dict)
+    graphs: dict[Any, Any] = field(default_factory=dict)
     """CUDA graphs that were recorded over these caches (runtime.cuda_graphs); dropped together with them."""
     allocated_by: Hashable = None
     """Inference mode and CUDA stream under which the caches were allocated; they are only recycled under the same."""
@@ -53,22 +56,25 @@ class Stream:
 
     def emptied(self, capacity: int | None) -> Stream:
         """A new stream without valid values in the memory of this one. Recorded steps remain usable."""
+        self.state.filled = [0, 0]
         return Stream(self.state, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
 
-    def coefficients(self, time: float) -> list[list[float]]:
-        """The forecast coefficients (2, 2): for each part, its distance, and 1 if it had a full step."""
-        return [[_forecast_distance(at, time), float(len(at) >= 1)] for at in self.full_at]
+    def weights(self, time: float) -> list[list[list[float]]]:
+        """The forecast weights (2, K, K) of a step at `time`, for attention and experts (policies.forecast)."""
+        return [slot_weights(at, filled, time) for at, filled in zip(self.full_at, self.state.filled, strict=True)]
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
         """Record that step `number` at `time` computed these parts anew."""
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
-                self.full_at[part.row] = [*self.full_at[part.row][-1:], time]
+                self.full_at[part.row] = [time, *self.full_at[part.row]][: forecast.RULE.slots]
                 self.last_full[part.row] = number
+                self.state.filled[part.row] += 1
 
     def invalidate(self) -> None:
         """Mark all caches as invalid, because a step was interrupted while it changed them."""
         self.full_at, self.last_full = [[], []], [-1, -1]
+        self.state.filled = [0, 0]
 
 
 def _most_streams(config: MoecaConfig, stream_bytes: int) -> int:
@@ -76,12 +82,6 @@ def _most_streams(config: MoecaConfig, stream_bytes: int) -> int:
     if not isinstance(config.max_cache_bytes, int) or not stream_bytes:
         return config.max_generations
     return max(1, min(config.max_generations, config.max_cache_bytes // stream_bytes))
-
-
-def _forecast_distance(full_at: Sequence[float], time: float) -> float:
-    if len(full_at) < 2 or full_at[1] == full_at[0]:
-        return 0.0
-    return (time - full_at[1]) / (full_at[1] - full_at[0])
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Sessions:
         ]
         if not fitting:
             del self.spare[: max(0, self._live + 1 + len(self.spare) - self.most_streams)]
-            return Stream(self._allocate(), allocated_by=allocator)
+            return Stream(self.new_caches(), allocated_by=allocator)
         same_name, index = max(fitting)
         stream = self.spare.pop(index)[1]
         return stream.emptied(stream.capacity if same_name else None)
@@ -275,8 +275,9 @@ class Sessions:
         streams += [stream for _, stream in self.spare]
         return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
 
-    def _allocate(self) -> dict[str, Tensor]:
-        return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self.specs}
+    def new_caches(self) -> Caches:
+        """Caches for one stream, which are allocated when they are first used."""
+        return Caches(self.specs, self.device)
 
     def _renewed(self, old: Generation | None) -> Generation:
         """A new generation with the streams of the old one, their capacities, and no valid values."""
@@ -285,5 +286,5 @@ class Sessions:
             if self.recycles:
                 fresh.streams[name] = stream.emptied(stream.capacity)
             else:
-                fresh.streams[name] = Stream(self._allocate(), capacity=stream.capacity)
+                fresh.streams[name] = Stream(self.new_caches(), capacity=stream.capacity)
         return fresh

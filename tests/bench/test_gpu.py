@@ -228,7 +228,7 @@ def test_a_wrong_selection_is_wrong(one_op, monkeypatch):
 
 def test_the_arguments_of_refresh_pairs_keep_its_contract():
     """Places are distinct, and what is computed anew is routed."""
-    _, _, _, place, routed, mask, *_ = ops.Make(ops.TINY, CPU, torch.float32).refresh_variable_k()
+    _, _, place, routed, mask, *_ = ops.Make(ops.TINY, CPU, torch.float32).refresh_variable_k()
     held = place[place > 0]
     assert len(held.unique()) == len(held) > 0
     assert bool((routed | ~mask).all()) and bool(mask.any())

@@ -19,10 +19,13 @@ from moeca_compile.lower.program import CompiledStep, trace_step
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.policies.forecast import weights_after_one
 from tests.harness import Captured, captured
 
-BATCH = 16
+BATCH, CPU = 16, torch.device("cpu")
+WEIGHTS = weights_after_one(CPU)
 Code = Callable[..., list[Any]]
 Stand = Callable[[Call], Code]
 """Makes what stands in for the compiled code of a partition."""
@@ -67,21 +70,20 @@ class LowPrecision:
         capacity = main.tokens // 4 if plan.recomputes and self.compiled.config.budget != 0 else 0
         return [StepKind(), StepKind(False, False, capacity)]
 
-    def call(self, kind: StepKind, seed: int) -> tuple[list[Any], dict[str, Tensor]]:
+    def call(self, kind: StepKind, seed: int) -> tuple[list[Any], Caches]:
         """Inputs and caches of a step: at a cache step, those of a full step on inputs a little different."""
-        inputs = self.inputs(seed)
-        state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in self.compiled.plan.caches}
+        inputs, state = self.inputs(seed), Caches(self.compiled.plan.caches, CPU)
         if kind.full:
             return inputs, state
         with torch.no_grad():
-            full = self.compiled.function(StepKind())(inputs, state, torch.zeros(2, 2))
-        moved = [v + 0.1 * torch.randn_like(v) if _is_image(v) else v for v in inputs]
-        return moved, {**state, **full.updates}
+            full = self.compiled.function(StepKind())(inputs, state, WEIGHTS)
+        state.store(full.updates)
+        return [v + 0.1 * torch.randn_like(v) if _is_image(v) else v for v in inputs], state
 
     def step(self, kind: StepKind, stand: Stand) -> CompiledStep:
         """The traced step with something in place of Inductor's code."""
         inputs, state = self.call(kind, 0)
-        traced = trace_step(self.compiled.function(kind), inputs, state, torch.zeros(2, 2))
+        traced = trace_step(self.compiled.function(kind), inputs, state, WEIGHTS)
         whole = not (kind.attention or kind.experts or kind.capacity)
         calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
         return CompiledStep(traced, traced.graph, tuple((call, stand(call)) for call in calls))
@@ -94,7 +96,7 @@ class LowPrecision:
     def same(self, kind: StepKind, step: CompiledStep, seed: int) -> tuple[bool, Notes]:
         """What validation says of the step's code."""
         notes, (inputs, state) = Notes(), self.call(kind, seed)
-        return same_step(self.compiled, kind, step, inputs, state, torch.zeros(2, 2), notes), notes
+        return same_step(self.compiled, kind, step, inputs, state, WEIGHTS, notes), notes
 
 
 def _is_image(value: Any) -> bool:

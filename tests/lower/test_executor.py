@@ -12,6 +12,7 @@ from moeca_compile.lower.executor import PartitionedExecutor
 from moeca_compile.lower.partition import partition_graph
 from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.rewrite.kinds import StepKind
+from tests.harness import caches_of
 
 alias = torch.ops.aten.alias
 
@@ -49,8 +50,7 @@ def test_intermediate_values_do_not_outlive_their_last_use():
 def test_the_blocks_of_a_model_share_their_subgraphs(graph, eager_steps):
     """Four blocks, two of them with experts: attention and MoE are each one subgraph, whatever is kept of them."""
     loop = graph.loop(recipe="moeca-forecast", validate=False)
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.compiled.plan.caches}
-    traced = trace_step(loop.compiled.function(StepKind()), graph.inputs, state, torch.zeros(2, 2))
+    traced = trace_step(loop.compiled.function(StepKind()), graph.inputs, *caches_of(loop))
     calls = partition_graph(traced.graph)
     count = {call.subgraph: sum(other.subgraph is call.subgraph for other in calls) for call in calls}
     # embedding with the conditioning of all blocks, head; dense, MoE; attentions

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from moeca_compile.ops import bodies
 
-fixed_k_outputs, refresh_fixed_k = torch.ops.moeca.fixed_k_outputs, torch.ops.moeca.refresh_fixed_k
+moeca = torch.ops.moeca
+fixed_k_outputs, refresh_fixed_k = moeca.fixed_k_outputs, moeca.refresh_fixed_k
 WIDTH, HIDDEN = 6, 10
 
 
@@ -32,15 +33,14 @@ SWIGLU, SCALED = (bodies.register(fx.symbolic_trace(body)) for body in (swiglu, 
 class Case:
     """Arguments of refresh_fixed_k, in its order."""
 
-    cache: Tensor
+    ring: list[Tensor]
     rows: list[Tensor]
     index: Tensor
     mask: Tensor
-    matched: Tensor
     chosen: Tensor
     weight: Tensor
-    slope: Tensor | None
-    distance: Tensor
+    history: Tensor | None
+    forecast: Tensor | None
     parameters: list[Tensor]
     experts: int
     body: str = SWIGLU
@@ -49,8 +49,22 @@ class Case:
         return tuple(vars(self).values())
 
     def copy(self) -> Case:
-        slope = None if self.slope is None else self.slope.clone()
-        return replace(self, cache=self.cache.clone(), slope=slope)
+        return replace(self, ring=[slot.clone() for slot in self.ring])
+
+    def weights(self, place: tuple[int, int, int]) -> Tensor:
+        """The weights of the slots of one branch."""
+        if self.history is None or self.forecast is None:
+            return torch.ones(1)
+        return self.forecast[int(self.history[place]) - 1]
+
+
+def forecast_of(slots: int) -> Tensor:
+    """Weights that sum to 1 for each history: the newest slot is the last one."""
+    rows = torch.zeros(slots, slots)
+    for known in range(1, slots + 1):
+        rows[known - 1, slots - known :] = torch.randn(known)
+        rows[known - 1, -1] += 1 - rows[known - 1].sum()
+    return rows
 
 
 def swiglu_parameters(experts: int) -> list[Tensor]:
@@ -64,20 +78,19 @@ def make_case(
     chosen: int = 3,
     k: int = 2,
     experts: int = 5,
-    slope: bool = False,
+    slots: int = 1,
     seed: int = 0,
 ) -> Case:
     torch.manual_seed(seed)
     return Case(
-        cache=torch.randn(batch, tokens, k, WIDTH),
+        ring=[torch.randn(batch, tokens, k, WIDTH) for _ in range(slots)],
         rows=[torch.randn(batch * chosen, WIDTH)],
         index=torch.rand(batch, chosen, experts).argsort(-1)[..., :k],
         mask=torch.rand(batch, chosen, k) < 0.5,
-        matched=torch.rand(batch, chosen, k) < 0.5,
         chosen=torch.rand(batch, tokens).argsort(-1)[:, :chosen],
         weight=torch.rand(batch, tokens, k),
-        slope=torch.randn(batch, tokens, k, WIDTH) if slope else None,
-        distance=torch.tensor(0.75 if slope else 0.0),
+        history=torch.randint(1, slots + 1, (batch, tokens, k), dtype=torch.int32) if slots > 1 else None,
+        forecast=forecast_of(slots) if slots > 1 else None,
         parameters=swiglu_parameters(experts),
         experts=experts,
     )
@@ -89,52 +102,53 @@ def expert(case: Case, number: int, rows: list[Tensor]) -> Tensor:
     return body(*rows, *case.parameters[number * each : (number + 1) * each])
 
 
-def loop(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(output, norms, cache, slope) afterwards, one branch at a time."""
-    cache = case.cache.clone()
-    slope = torch.zeros_like(cache) if case.slope is None else case.slope.clone()
+def loop(case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(output, norms, ring) afterwards, one branch at a time."""
+    ring = [slot.clone() for slot in case.ring]
+
+    def value(place: tuple[int, int, int]) -> Tensor:
+        terms = zip(case.weights(place), ring, strict=True)
+        return sum((w * slot[place] for w, slot in terms if w != 0), torch.zeros(WIDTH))
+
     norms = torch.zeros(case.mask.shape)
     for b, c, q in case.mask.nonzero().tolist():
         row = b * case.mask.shape[1] + c
         place = (b, int(case.chosen[b, c]), q)
         fresh = expert(case, int(case.index[b, c, q]), [value[row] for value in case.rows])
-        if not case.matched[b, c, q]:
-            slope[place] = 0
         norms[b, c, q] = fresh.norm()
-        cache[place] = fresh - case.distance * slope[place]
-    used = cache + case.distance * slope
-    output = torch.zeros_like(cache[:, :, 0])
-    for b, n, q in torch.ones(cache.shape[:3]).nonzero().tolist():
-        output[b, n] += case.weight[b, n, q] * used[b, n, q]
-    return output, norms, cache, None if case.slope is None else slope
+        moved = fresh - value(place)
+        for slot in ring:
+            slot[place] += moved
+    output = torch.zeros_like(ring[0][:, :, 0])
+    for b, n, q in torch.ones(ring[0].shape[:3]).nonzero().tolist():
+        output[b, n] += case.weight[b, n, q] * value((b, n, q))
+    return output, norms, ring
 
 
 def assert_as_the_loop(case: Case) -> None:
-    output, norms, cache, slope = loop(case)
+    output, norms, ring = loop(case)
     case = case.copy()
     found, found_norms = refresh_fixed_k(*case.arguments())
-    for one, other in ((found, output), (found_norms, norms), (case.cache, cache)):
+    for one, other in ((found, output), (found_norms, norms), *zip(case.ring, ring, strict=True)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    if slope is not None:
-        torch.testing.assert_close(case.slope, slope, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize(("batch", "tokens", "chosen"), [(1, 1, 1), (2, 7, 3), (3, 13, 13)])
-def test_refresh_at_odd_sizes(batch, tokens, chosen, k, slope):
-    assert_as_the_loop(make_case(batch, tokens, chosen, k, slope=slope))
+def test_refresh_at_odd_sizes(batch, tokens, chosen, k, slots):
+    assert_as_the_loop(make_case(batch, tokens, chosen, k, slots=slots))
 
 
-@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("every", [False, True])
-def test_refresh_of_no_branch_and_of_all(every, slope):
-    case = make_case(slope=slope)
+def test_refresh_of_no_branch_and_of_all(every, slots):
+    case = make_case(slots=slots)
     case = replace(case, mask=torch.full_like(case.mask, every))
     assert_as_the_loop(case)
     after = case.copy()
     _, norms = refresh_fixed_k(*after.arguments())
-    assert torch.equal(after.cache, case.cache) is not every
+    assert torch.equal(after.ring[0], case.ring[0]) is not every
     assert bool(norms.any()) is every
 
 
@@ -144,27 +158,37 @@ def test_refresh_with_one_expert_taking_all_and_the_others_empty():
         assert_as_the_loop(replace(case, index=torch.full_like(case.index, number), mask=torch.ones_like(case.mask)))
 
 
-def test_refresh_touches_the_recomputed_slots_only():
-    case = make_case(slope=True)
+def test_refresh_touches_the_recomputed_branches_only():
+    case = make_case(slots=2)
     after = case.copy()
     refresh_fixed_k(*after.arguments())
-    touched = torch.zeros(case.cache.shape[:3], dtype=torch.bool)
+    touched = torch.zeros(case.ring[0].shape[:3], dtype=torch.bool)
     for b, c, q in case.mask.nonzero().tolist():
         touched[b, case.chosen[b, c], q] = True
-    assert torch.equal((after.cache != case.cache).any(-1), touched)
-    assert torch.equal(after.cache[~touched], case.cache[~touched])
-    assert torch.equal(after.slope[~touched], case.slope[~touched])
+    for now, before in zip(after.ring, case.ring, strict=True):
+        assert torch.equal((now != before).any(-1), touched)
+        assert torch.equal(now[~touched], before[~touched])
 
 
-def test_an_unmatched_slot_loses_its_slope_and_a_matched_one_keeps_it():
-    case = make_case(slope=True)
+def test_a_recomputed_branch_keeps_the_differences_between_its_slots():
+    case = make_case(slots=3)
     case = replace(case, mask=torch.ones_like(case.mask))
     after = case.copy()
     refresh_fixed_k(*after.arguments())
-    places = case.chosen[..., None, None].expand(-1, -1, *case.slope.shape[2:])
-    slope, before = after.slope.gather(1, places), case.slope.gather(1, places)
-    assert (slope[~case.matched] == 0).all()
-    assert torch.equal(slope[case.matched], before[case.matched])
+    for one, other in ((0, 1), (1, 2)):
+        differences = [each.ring[one] - each.ring[other] for each in (after, case)]
+        torch.testing.assert_close(*differences, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])  # C++ for all but the second
+def test_what_never_counts_may_hold_anything(dtype):
+    """Of a new branch, and after a single full step, only the newest slot counts."""
+    case, outputs = make_case(slots=2), []
+    for value in (0.0, float("nan")):
+        ring = [torch.full_like(case.ring[0], value).to(dtype), case.ring[1].to(dtype)]
+        outputs.append(refresh_fixed_k(*replace(case, ring=ring, history=torch.ones_like(case.history)).arguments()))
+    assert outputs[1][0].isfinite().all()
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
 
 
 def test_a_body_that_takes_two_values_a_row():
@@ -174,12 +198,28 @@ def test_a_body_that_takes_two_values_a_row():
     assert_as_the_loop(replace(case, rows=rows, parameters=parameters, body=SCALED))
 
 
-def test_a_cache_of_lower_precision_is_rounded_once():
-    case = make_case()
-    half = replace(case.copy(), cache=case.cache.bfloat16())
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_cache_of_lower_precision_is_rounded_once(slots):
+    case = make_case(slots=slots)
+    low = [slot.bfloat16() for slot in case.ring]
+    half = replace(case, ring=[slot.clone() for slot in low])
     refresh_fixed_k(*half.arguments())
-    _, _, cache, _ = loop(replace(case, cache=case.cache.bfloat16().float()))
-    torch.testing.assert_close(half.cache, cache.bfloat16(), atol=0, rtol=1e-2)
+    _, _, ring = loop(replace(case, ring=[slot.float() for slot in low]))
+    for found, wanted in zip(half.ring, ring, strict=True):
+        torch.testing.assert_close(found, wanted.bfloat16(), atol=0, rtol=1e-2)
+
+
+def test_sums_over_slots_in_low_precision_are_taken_in_float32():
+    """Two slots that nearly cancel out: a sum in bfloat16 would be off by a hundredth."""
+    case = make_case(slots=2, k=1)
+    forecast = torch.tensor([[0.0, 1.0], [-30.0, 31.0]])
+    ring = [slot.bfloat16() for slot in case.ring]
+    half = replace(case, ring=ring, mask=torch.zeros_like(case.mask), forecast=forecast)
+    half.history.fill_(2)
+    found, _ = refresh_fixed_k(*half.arguments())
+    exact = 31 * ring[1].double() - 30 * ring[0].double()
+    wanted = exact[:, :, 0] * case.weight.double()
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -194,6 +234,15 @@ def test_outputs_of_all_branches(tokens, k):
         for q in range(k):
             e = 3 * int(index[t, q])
             torch.testing.assert_close(found[t, q], swiglu(rows[t], *parameters[e : e + 3]), atol=1e-5, rtol=1e-5)
+
+
+def test_outputs_written_into_a_tensor_of_another_shape():
+    torch.manual_seed(0)
+    rows, parameters = torch.randn(9, WIDTH), swiglu_parameters(5)
+    arguments = ([rows], torch.rand(9, 5).argsort(-1)[:, :2], parameters, 5, SWIGLU)
+    out = torch.full((3, 3, 2, WIDTH), float("nan"))
+    assert moeca.fixed_k_outputs_into(out, *arguments) is None
+    assert torch.equal(out.view(9, 2, WIDTH), fixed_k_outputs(*arguments, WIDTH))
 
 
 @pytest.mark.parametrize("number", [0, 4])
@@ -214,9 +263,9 @@ def test_int32_ids_are_taken_too():
     assert torch.equal(fixed_k_outputs([rows], index.int(), *arguments), fixed_k_outputs([rows], index, *arguments))
 
 
-@pytest.mark.parametrize("slope", [False, True])
-def test_schema_and_fake_of_refresh(slope):
-    torch.library.opcheck(refresh_fixed_k, make_case(slope=slope).arguments(), test_utils=CHECKS)
+@pytest.mark.parametrize("slots", [1, 2])
+def test_schema_and_fake_of_refresh(slots):
+    torch.library.opcheck(refresh_fixed_k, make_case(slots=slots).arguments(), test_utils=CHECKS)
 
 
 def test_schema_and_fake_of_outputs():
@@ -224,6 +273,8 @@ def test_schema_and_fake_of_outputs():
     rows, index = case.rows, case.index.flatten(0, 1)
     arguments = (rows, index, case.parameters, case.experts, SWIGLU, WIDTH)
     torch.library.opcheck(fixed_k_outputs, arguments, test_utils=CHECKS)
+    out = torch.empty(*index.shape, WIDTH)
+    torch.library.opcheck(moeca.fixed_k_outputs_into, (out, *arguments[:-1]), test_utils=CHECKS)
 
 
 CHECKS = ("test_schema", "test_faketensor")

@@ -15,6 +15,7 @@ from moeca_compile.ops import bodies
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.linear import grouped_linear, linear
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepResult
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
@@ -167,14 +168,15 @@ def test_bodies_by_expert(per_expert_scale):
 def test_a_compiled_step_takes_all_but_narrow_linear_layers_so(outputs, target):
     weight, x = torch.randn(outputs, 4), torch.randn(3, 4)
 
-    def step(inputs, state, coefficients):
+    def step(inputs, state, weights):
         return StepResult((F.linear(inputs[0], inputs[1]).relu(),), {}, None)
 
-    traced = trace_step(step, [x, weight], {}, torch.zeros(2, 2))
+    traced = trace_step(step, [x, weight], Caches((), x.device), torch.zeros(2, 2, 2))
     with torch.no_grad():
         lowered = lower_step(traced, "inductor", whole=True)
         assert [str(n.target) for n in traced.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
-        torch.testing.assert_close(lowered([x, weight], {}, torch.zeros(2, 2)).outputs[0], F.linear(x, weight).relu())
+        (found,) = lowered([x, weight], {}, torch.zeros(2, 2, 2)).outputs
+        torch.testing.assert_close(found, F.linear(x, weight).relu())
 
 
 @pytest.mark.parametrize("bias", [False, True])

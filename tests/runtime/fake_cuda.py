@@ -15,10 +15,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from moeca_compile.backend import compile_graph
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.in_place import write_in_place
 from moeca_compile.lower.program import trace_step
 from moeca_compile.lower.upload import upload_all
 from moeca_compile.notes import Notes
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.policies.forecast import weights_after_one
 from tests.harness import captured
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -59,11 +62,12 @@ class OnFakeCuda:
             return compile_graph(CapturedGraph(self.gm, tuple(self.user_inputs)), self.inputs, config, Notes())
 
     def step(self, compiled: CompiledGraph, kind: StepKind) -> fx.Graph:
-        """The traced graph of a step."""
+        """The graph of a step as it is lowered for recording."""
         with self.mode, without_guards():
-            state = {s.name: torch.zeros(s.shape, dtype=s.dtype, device=CUDA) for s in compiled.plan.caches}
+            state, weights = Caches(compiled.plan.caches, CUDA), weights_after_one(CUDA)
             placed = upload_all(self.inputs, compiled.uploaded, CUDA)
-            return trace_step(compiled.function(kind), placed, state, torch.zeros(2, 2, device=CUDA)).graph.graph
+            traced = trace_step(compiled.function(kind), placed, state, weights)
+            return write_in_place(traced, state).graph.graph
 
 
 @contextmanager

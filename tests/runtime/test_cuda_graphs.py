@@ -15,7 +15,8 @@ from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.lower.program import CompiledStep, trace_step
 from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Regions
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.caches import Caches
+from moeca_compile.passes.rewrite.kinds import CacheSpec, StepKind
 from moeca_compile.passes.rewrite.step_function import StepResult
 from moeca_compile.plan import Plan
 from moeca_compile.runtime import cuda_graphs
@@ -30,6 +31,7 @@ from tests.runtime.tape import TapeRecorder
 
 CPU = torch.device("cpu")
 FULL, CACHE = StepKind(), StepKind(False, False)
+WEIGHTS = torch.zeros(2, 2, 2)
 
 
 # --- whole generations ---------------------------------------------------------------------------------------
@@ -39,11 +41,14 @@ FULL, CACHE = StepKind(), StepKind(False, False)
 def on_tape(without_inductor, monkeypatch, graph: Captured):
     """Makes an engine whose steps are recorded on a tape; the ops of the package count as the device's own."""
     monkeypatch.setattr(cuda_graphs, "ops_without_kernel", lambda graph, device: [])
+    taped: set[int] = set()
+    monkeypatch.setattr(CompiledGraph, "recorded", property(lambda compiled: id(compiled) in taped))
 
     def make(**options) -> tuple[Engine, TapeRecorder]:
         engine, recorder = graph.engine(**options), TapeRecorder()
         loop = engine.loop_for(graph.inputs)
         compare = loop.same_replay if engine.config.validate else None
+        taped.add(id(loop.compiled))
         loop.graphs = CudaGraphs(loop.compiled, recorder, engine.notes, compare)
         loop.sessions.recycles = True
         return engine, recorder
@@ -81,9 +86,12 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
     for seed in (1, 2, 1):
         found, expected = (generate(each, graph, model, seed) for each in (engine, plain))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    kinds = len(engine.loops[next(iter(engine.loops))].tallies.by_kind)
+    (loop,) = engine.loops.values()
+    kinds = len(loop.tallies.by_kind)
+    slots = max((len(ring) for ring in loop.sessions.new_caches().rings.values()), default=1)
     assert not engine.notes.warnings
-    assert recorder.events.count("rehearse") == recorder.events.count("record") == kinds
+    assert recorder.events.count("rehearse") == kinds
+    assert recorder.events.count("record") == kinds + slots - 1  # full steps once for each slot that they fill
     assert recorder.events.count("replay") == 3 * 13 - kinds
     assert engine.notes.errors["replayed"] == 0.0
 
@@ -109,7 +117,7 @@ def test_streams_have_recordings_of_their_own(on_tape, graph, model):
                 with stream(name):
                     (found,) = engine(*arguments)
                 assert torch.equal(found, alone[name](*arguments)[0])
-    assert recorder.events.count("record") == 4  # two kinds over two streams
+    assert recorder.events.count("record") == 6  # over two streams: cache steps, and full steps for each of two slots
     assert recorder.events.count("rehearse") == 2  # kernels are built once
 
 
@@ -182,16 +190,23 @@ def test_an_interrupted_step_leaves_a_stream_that_starts_anew(on_tape, graph, mo
 class Stub(CompiledStep):
     """A compiled step that runs another function than was traced."""
 
-    def __call__(self, inputs, state, coefficients) -> StepResult:
-        return self.code(inputs, state, coefficients)
+    def __call__(self, inputs, state, weights) -> StepResult:
+        return self.code(inputs, state, weights)
+
+
+def caches(**tensors: Tensor) -> Caches:
+    """Caches of which nothing is known but what they hold."""
+    state = Caches([CacheSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()], CPU)
+    state.update(tensors)
+    return state
 
 
 def stub(function, inputs, state) -> Stub:
-    """A step that runs the function of (inputs, state, coefficients) that was traced."""
-    return Stub(trace_step(function, inputs, state, torch.zeros(2, 2)), function)
+    """A step that runs the function of (inputs, state, weights) that was traced."""
+    return Stub(trace_step(function, inputs, state, WEIGHTS), function)
 
 
-def counted(inputs, state, coefficients) -> StepResult:
+def counted(inputs, state, weights) -> StepResult:
     """Adds the input to the cache, and gives the sum."""
     total = state["sum"] + inputs[0]
     return StepResult((total,), {"sum": total}, None)
@@ -207,9 +222,9 @@ def graphs(recorder: TapeRecorder | None = None, compare=None, waits: str | None
 
 def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
     """The sums after adding 1, 2, ... one after the other."""
-    place, found = Stream({"sum": torch.zeros(3)}), []
+    place, found = Stream(caches(sum=torch.zeros(3))), []
     for number in range(1, steps + 1):
-        result = steps_of.run(CACHE, place, program, [torch.full((3,), float(number))], torch.zeros(2, 2))
+        result = steps_of.run(CACHE, place, program, [torch.full((3,), float(number))], WEIGHTS)
         place.note_refreshed(EVERYTHING, number, 0.0)
         assert not result.updates
         found.append(float(result.outputs[0][0]))
@@ -219,12 +234,12 @@ def sums(steps_of: CudaGraphs, program, steps: int) -> list[float]:
 def test_a_stub_of_a_step_adds_up():
     recorder = TapeRecorder()
     example = [torch.zeros(3)]
-    assert sums(graphs(recorder), stub(counted, example, {"sum": torch.zeros(3)}), 5) == [1, 3, 6, 10, 15]
+    assert sums(graphs(recorder), stub(counted, example, caches(sum=torch.zeros(3))), 5) == [1, 3, 6, 10, 15]
     assert recorder.events == ["rehearse", "record", "replay", "replay", "replay", "replay"]
 
 
 def test_an_op_that_needs_the_host_is_refused_with_its_name():
-    program = stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    program = stub(counted, [torch.zeros(3)], caches(sum=torch.zeros(3)))
     node = next(node for node in program.traced.graph.graph.nodes if node.op == "call_function")
     node.target = torch.ops.aten.masked_select.default
     recorder = TapeRecorder()
@@ -234,11 +249,11 @@ def test_an_op_that_needs_the_host_is_refused_with_its_name():
 
 
 def test_a_recording_that_fails_is_warned_of_and_the_step_runs_as_it_is():
-    def reads(inputs, state, coefficients) -> StepResult:
+    def reads(inputs, state, weights) -> StepResult:
         total = state["sum"] + float(inputs[0].sum()) / 3
         return StepResult((total,), {"sum": total}, None)
 
-    program = replace(stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), code=reads)
+    program = replace(stub(counted, [torch.zeros(3)], caches(sum=torch.zeros(3))), code=reads)
     each = graphs()
     with pytest.warns(UserWarning, match="RuntimeError: aten._local_scalar_dense.default while a graph is recorded"):
         assert sums(each, program, 4) == [1, 3, 6, 10]
@@ -249,12 +264,12 @@ def test_a_wrong_replay_is_found_on_its_second_run_and_made_good():
     """A step that keeps a value of the host: the first replay is right, the next ones would not be."""
     calls = []
 
-    def remembers(inputs, state, coefficients) -> StepResult:
+    def remembers(inputs, state, weights) -> StepResult:
         calls.append(1)
         total = state["sum"] + len(calls) * torch.ones(3)
         return StepResult((total,), {"sum": total}, None)
 
-    program = replace(stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), code=remembers)
+    program = replace(stub(counted, [torch.zeros(3)], caches(sum=torch.zeros(3))), code=remembers)
 
     def compare(found, wanted):
         if not all(map(torch.equal, found, wanted)):
@@ -267,7 +282,7 @@ def test_a_wrong_replay_is_found_on_its_second_run_and_made_good():
 
 def test_a_step_without_a_traced_graph_is_refused():
     with pytest.warns(UserWarning, match="full steps are not recorded .* run op by op"):
-        graphs().run(FULL, Stream({"sum": torch.zeros(3)}), counted, [torch.zeros(3)], torch.zeros(2, 2))
+        graphs().run(FULL, Stream(caches(sum=torch.zeros(3))), counted, [torch.zeros(3)], WEIGHTS)
 
 
 def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor):
@@ -286,7 +301,7 @@ def test_ops_without_a_kernel_of_the_device_are_refused(graph, without_inductor)
 def test_experts_that_wait_for_the_device_are_refused_where_they_run():
     waits = "the experts of blocks.0 wait for the device at every step: float64"
     each = graphs(waits=waits)
-    without = stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)})
+    without = stub(counted, [torch.zeros(3)], caches(sum=torch.zeros(3)))
     assert sums(each, without, 3) == [1, 3, 6]
     assert not each.refused
     node = next(node for node in without.traced.graph.graph.nodes if node.op == "call_function")
@@ -299,18 +314,18 @@ def test_experts_that_wait_for_the_device_are_refused_where_they_run():
 def test_an_argument_that_overlaps_with_itself_is_refused():
     windows = torch.arange(4.0).unfold(0, 2, 1)
 
-    def step(inputs, state, coefficients) -> StepResult:
+    def step(inputs, state, weights) -> StepResult:
         return StepResult((inputs[0] * 2,), {}, None)
 
     with pytest.warns(UserWarning, match="overlaps with itself"):
-        result = graphs().run(FULL, Stream({}), stub(step, [windows], {}), [windows], torch.zeros(2, 2))
+        result = graphs().run(FULL, Stream(caches()), stub(step, [windows], caches()), [windows], WEIGHTS)
     assert torch.equal(result.outputs[0], windows * 2)
 
 
 def test_within_a_recording_of_the_caller_a_step_is_a_part_of_that():
     recorder = TapeRecorder()
     recorder.outer = True
-    assert sums(graphs(recorder), stub(counted, [torch.zeros(3)], {"sum": torch.zeros(3)}), 3) == [1, 3, 6]
+    assert sums(graphs(recorder), stub(counted, [torch.zeros(3)], caches(sum=torch.zeros(3))), 3) == [1, 3, 6]
     assert recorder.events == []
 
 
@@ -329,27 +344,27 @@ def test_within_a_recording_of_the_caller_a_step_is_a_part_of_that():
 )
 def test_buffers_hold_arguments_as_they_are_laid_out(value):
     weight = torch.ones(2)
-    buffers = Buffers([value, weight, 5], [True, False, True], torch.zeros(2, 2))
-    buffers.fill([value, weight, 5], torch.ones(2, 2))
+    buffers = Buffers([value, weight, 5], [True, False, True], WEIGHTS)
+    buffers.fill([value, weight, 5], torch.ones_like(WEIGHTS))
     held, same_weight, number = buffers.inputs
     assert torch.equal(held, value) and held.stride() == value.stride() and held.data_ptr() != value.data_ptr()
     assert same_weight is weight and number == 5
-    assert torch.equal(buffers.coefficients, torch.ones(2, 2))
+    assert torch.equal(buffers.weights, torch.ones_like(WEIGHTS))
     assert buffers.fit([value, weight, 5]) and not buffers.fit([value, weight.clone(), 5])
 
 
 def test_buffers_made_in_inference_mode_serve_outside():
     with torch.inference_mode():
         value = torch.ones(2)
-        buffers = Buffers([value], [True], torch.zeros(2, 2))
-        buffers.fill([value], torch.zeros(2, 2))
-    buffers.fill([torch.full((2,), 2.0)], torch.zeros(2, 2))
+        buffers = Buffers([value], [True], WEIGHTS)
+        buffers.fill([value], WEIGHTS)
+    buffers.fill([torch.full((2,), 2.0)], WEIGHTS)
     assert buffers.inputs[0].tolist() == [2, 2]
 
 
 def test_caches_are_read_before_any_is_written():
     """An update may be a view of another cache."""
-    state = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.full((2,), 5.0)}
+    state = caches(a=torch.zeros(2), b=torch.ones(2), c=torch.full((2,), 5.0))
     places = {name: tensor.data_ptr() for name, tensor in state.items()}
     write_into(state, {"a": state["b"].view(2), "b": state["a"].flip(0), "c": state["c"]})
     assert state["a"].tolist() == [1, 1] and state["b"].tolist() == [0, 0] and state["c"].tolist() == [5, 5]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moeca_compile
 from moeca_compile.passes.rewrite.kinds import StepKind
-from tests.harness import captured
+from tests.harness import caches_of, captured
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
 BATCH, SIDE, STEPS = 2, 4, 6
@@ -103,10 +103,10 @@ def test_forced_recomputation_is_the_model(eager_steps):
     def inputs(seed: int, time: float) -> list[Any]:
         return graph.arguments(**{f"args_{i}": value for i, value in enumerate(arguments(seed, time))})
 
-    coefficients = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
-    full = loop.eager(StepKind(), inputs(1, 900.0), state, coefficients)
+    state, weights = caches_of(loop)
+    full = loop.eager(StepKind(), inputs(1, 900.0), state, weights)
+    state.store(full.updates)
     torch.testing.assert_close(full.outputs[0], model(*arguments(1, 900.0))[0], atol=1e-5, rtol=0)
     forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
-    again = loop.eager(forced, inputs(7, 300.0), {**state, **full.updates}, coefficients)
+    again = loop.eager(forced, inputs(7, 300.0), state, weights)
     torch.testing.assert_close(again.outputs[0], model(*arguments(7, 300.0))[0], atol=1e-5, rtol=0)

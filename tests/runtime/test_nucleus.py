@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeca_compile.passes.rewrite.kinds import StepKind
-from tests.harness import captured
+from tests.harness import caches_of, captured
 
 nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
 BATCH, SIDE, TEXT = 2, 4, 5
@@ -66,10 +66,10 @@ def test_all_of_it_is_cached_and_forced_recomputation_is_the_model(padded):
         picture, _, text, _, t, *_ = arguments(seed, time)
         return graph.arguments(hidden_states=picture, encoder_hidden_states=text, timestep=t)
 
-    coefficients = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
-    full = loop.eager(StepKind(), inputs(1, 0.9), state, coefficients)
+    state, weights = caches_of(loop)
+    full = loop.eager(StepKind(), inputs(1, 0.9), state, weights)
+    state.store(full.updates)
     torch.testing.assert_close(full.outputs[0], model(*arguments(1, 0.9))[0], atol=1e-5, rtol=0)
     forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
-    again = loop.eager(forced, inputs(7, 0.3), {**state, **full.updates}, coefficients)
+    again = loop.eager(forced, inputs(7, 0.3), state, weights)
     torch.testing.assert_close(again.outputs[0], model(*arguments(7, 0.3))[0], atol=1e-5, rtol=0)

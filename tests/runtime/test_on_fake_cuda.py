@@ -23,8 +23,10 @@ RECIPES = ("moeca", "moeca-forecast", "stack-forecast", "fora")
 EVERY_RECIPE = ("DSMoE", "EC-DiT")  # what forecasts is more than what does not, so the others do with that
 OPAQUE = {
     "moeca.fixed_k_outputs.default",
+    "moeca.fixed_k_outputs_into.default",
     "moeca.refresh_fixed_k.default",
     "moeca.variable_k_outputs.default",
+    "moeca.variable_k_outputs_into.default",
     "moeca.refresh_variable_k.default",
     "moeca.attend_rows.default",
 }
@@ -126,7 +128,7 @@ def two_blocks() -> OnFakeCuda:
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        (StepKind(), {"fixed_k_outputs": 1}),
+        (StepKind(), {"fixed_k_outputs_into": 1}),
         (StepKind(False, False, capacity=4), {"attend_rows": 1, "refresh_fixed_k": 1}),
         (StepKind(False, False), {}),
     ],
@@ -140,7 +142,7 @@ def test_the_code_for_cuda_needs_no_host(two_blocks, kind, own):
     compiled = two_blocks.compiled(recipe="moeca-forecast", budget=0.25)
     code = cuda_code(two_blocks.step(compiled, kind).owning_module, two_blocks.mode)
     called = code[code.rindex("def call(") :]
-    ops = Counter(re.findall(r"= torch\.ops\.(\w+\.\w+)", called))
+    ops = Counter(re.findall(r"torch\.ops\.(\w+\.\w+)\.\w+\(", called))
     assert {name.removeprefix("moeca."): count for name, count in ops.items() if name.startswith("moeca.")} == own
     assert {name for name in ops if not name.startswith("moeca.")} <= {"aten.convolution", "aten.topk", "aten.sort"}
     assert called.count(".run(") > 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.policies import forecast
 from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
 from moeca_compile.runtime.session import Position, Sessions
@@ -24,6 +26,7 @@ def make_sessions(**options) -> Sessions:
 def call(sessions: Sessions, *timestep: float) -> Position:
     """A call at a timestep that is then run, as the engine does."""
     position = sessions.enter(timestep or None)
+    assert all(position.stream.state[spec.name] is not None for spec in SPECS), "read, and so allocated"
     position.stream.note_refreshed(sessions.refresh_plan(position), position.number, position.time)
     return position
 
@@ -231,20 +234,43 @@ def test_without_a_timestep_every_call_is_a_step():
     assert [position.time for position in positions] == [0.0, 1.0, 2.0]
 
 
-# The coefficients: how far a forecast reaches, in units of the interval between the last two full steps.
+# The weights of a forecast: a row for each history, a column for each slot; slots are filled in turn.
 
 
-def test_the_clock_of_even_and_uneven_timesteps():
+def test_the_weights_at_even_and_uneven_timesteps():
     stream_ = make_sessions().enter((1.0,)).stream
     both, attention = RefreshPlan(True, True), RefreshPlan(True, False)
-    assert stream_.coefficients(1.0) == [[0.0, 0.0], [0.0, 0.0]]
     stream_.note_refreshed(both, 0, 1.0)
-    assert stream_.coefficients(0.9) == [[0.0, 1.0], [0.0, 1.0]]  # one full step: nothing to extrapolate from yet
+    assert stream_.weights(0.9) == [[[1.0, 0.0]] * 2] * 2  # one full step: nothing to extrapolate from yet
     stream_.note_refreshed(both, 4, 0.6)
-    assert stream_.coefficients(0.5) == [[pytest.approx(0.25), 1.0], [pytest.approx(0.25), 1.0]]
-    assert stream_.coefficients(0.1) == [[pytest.approx(1.25), 1.0], [pytest.approx(1.25), 1.0]]
-    stream_.note_refreshed(attention, 6, 0.4)
-    assert stream_.coefficients(0.3) == [[pytest.approx(0.5), 1.0], [pytest.approx(0.75), 1.0]]
+    for time, ahead in ((0.5, 0.25), (0.1, 1.25)):
+        assert stream_.weights(time) == [[[0.0, 1.0], pytest.approx([-ahead, 1 + ahead])]] * 2
+    stream_.note_refreshed(attention, 6, 0.4)  # in the slot of the first
+    assert stream_.weights(0.3) == [
+        [[1.0, 0.0], pytest.approx([1.5, -0.5])],
+        [[0.0, 1.0], pytest.approx([-0.75, 1.75])],
+    ]
+
+
+def test_two_full_steps_at_one_time_give_no_line():
+    stream_ = make_sessions().enter((1.0,)).stream
+    for number in range(2):
+        stream_.note_refreshed(RefreshPlan(True, True), number, 1.0)
+    assert stream_.weights(0.9) == [[[0.0, 1.0]] * 2] * 2
+
+
+def test_weights_sum_to_one_whatever_the_history_and_the_rule(monkeypatch):
+    def quadratic(times, time):
+        return [math.prod((time - b) / (a - b) for b in times if b != a) for a in times]
+
+    monkeypatch.setattr(forecast, "RULE", forecast.Rule(3, quadratic))
+    stream_ = make_sessions().enter((1.0,)).stream
+    for number, time in enumerate((1.0, 0.7, 0.5, 0.1)):
+        stream_.note_refreshed(RefreshPlan(True, True), number, time)
+        (rows, _), known = stream_.weights(0.0), min(number + 1, 3)
+        assert [sum(row) for row in rows] == pytest.approx([1.0] * 3)
+        assert [sum(weight != 0 for weight in row) for row in rows] == [min(h + 1, known) for h in range(3)]
+        assert rows[0][number % 3] == 1.0
 
 
 def test_what_was_never_computed_is_due():

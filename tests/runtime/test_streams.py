@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import Captured, captured
+from tests.harness import Captured, caches_of, captured
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
     SIZES,
@@ -85,13 +85,13 @@ def test_forced_recomputation_is_the_model(kind, keys_values):
     model, graph, loop = prepared(kind, keys_values=keys_values, shared="any")
     assert all(error < 1e-5 for error in loop.notes.errors.values())
     (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
-    coefficients = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
-    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y, text=make_text()), state, coefficients)
+    state, weights = caches_of(loop)
+    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y, text=make_text()), state, weights)
+    state.store(full.updates)
     torch.testing.assert_close(full.outputs[0], model(x, torch.ones(2), y, make_text()), atol=1e-5, rtol=0)
     forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
     t, text = torch.full((2,), 0.7), make_text(seed=4)
-    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y, text=text), {**state, **full.updates}, coefficients)
+    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y, text=text), state, weights)
     torch.testing.assert_close(again.outputs[0], model(other, t, y, text), atol=1e-5, rtol=0)
 
 
@@ -131,11 +131,10 @@ def test_a_cached_generation_stays_close(kind, recipe):
 def test_costs_are_those_of_the_operations_that_run(kind, options):
     """So a cache step evaluates nothing whose value comes from the caches: no joint attention, above all."""
     model, graph, loop = prepared(kind, validate=False, **options)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
-    cache, coefficients = StepKind(False, False), torch.zeros(2, 2)
+    (state, weights), cache = caches_of(loop), StepKind(False, False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(*make_inputs(model)[:1], torch.ones(2), make_inputs(model)[1], make_text())
     assert loop.compiled.plan.flops(StepKind()) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        loop.eager(cache, graph.inputs, state, coefficients)
+        loop.eager(cache, graph.inputs, state, weights)
     assert loop.compiled.plan.flops(cache) == counter.get_total_flops()

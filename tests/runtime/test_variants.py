@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from examples.dit import Block, modulate
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import captured
+from tests.harness import caches_of, captured
 from tests.models import MoE, Sizes, TinyDiTMoE, make_inputs
 
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
@@ -220,13 +220,13 @@ def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
 def assert_forced_is_the_model(model: Variant, graph: Any, loop: StepLoop) -> None:
     """A cache step on another picture with everything recomputed."""
     (x, y), (other, _) = make_inputs(model), make_inputs(model, seed=2)
-    coefficients = torch.zeros(2, 2)
-    state = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in loop.compiled.plan.caches}
-    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y), state, coefficients)
+    state, weights = caches_of(loop)
+    full = loop.eager(StepKind(), graph.arguments(x=x, t=torch.ones(2), y=y), state, weights)
+    state.store(full.updates)
     torch.testing.assert_close(full.outputs[0], model(x, torch.ones(2), y), atol=1e-5, rtol=0)
     forced = StepKind(False, False, loop.compiled.plan.sizes[1], forced=True)
     t = torch.full((2,), 0.7)
-    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y), {**state, **full.updates}, coefficients)
+    again = loop.eager(forced, graph.arguments(x=other, t=t, y=y), state, weights)
     torch.testing.assert_close(again.outputs[0], model(other, t, y), atol=1e-5, rtol=0)
 
 

@@ -17,7 +17,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.reporting.collect import _record
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import eager_backend
+from tests.harness import caches_of, eager_backend
 from tests.variants.blocks import Modelling, make_inputs, make_model, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
@@ -25,7 +25,7 @@ from tests.variants.simulation import Simulation
 STEPS = 6
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there. In
-float64 models, some routers and rotary tables are in float32, and so are the coefficients of a forecast."""
+float64 models, some routers and rotary tables are in float32, and so are the weights of a forecast."""
 
 COARSE = {torch.bfloat16: 0.15, torch.float16: 0.1}
 """Where rounding adds up: what a generation may differ by, of root mean squares."""
@@ -95,13 +95,12 @@ def assert_exact(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None,
         x, t = noise.flip(-1), timestep(compiled.how, 1, STEPS)
         want = compiled.model(x, t, *inputs)
         arguments = arguments_of(compiled, x, t, inputs)
-        state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.sessions.specs}
-        coefficients = torch.zeros(2, 2)
-        full = loop.eager(StepKind(), arguments, state, coefficients)
+        state, weights = caches_of(loop)
+        full = loop.eager(StepKind(), arguments, state, weights)
         assert_close(full.outputs[-1], want, "full")
-        state.update(full.updates)
+        state.store(full.updates)
         forced = StepKind(False, False, compiled.how.tokens, forced=True)
-        assert_close(loop.eager(forced, arguments, state, coefficients).outputs[-1], want, "recomputed")
+        assert_close(loop.eager(forced, arguments, state, weights).outputs[-1], want, "recomputed")
 
 
 def assert_uncached(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> Outcome:

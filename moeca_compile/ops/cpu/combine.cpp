@@ -1,5 +1,5 @@
-// out[t] = sum over slots j of weight[t, j] * (cache[t, j] + distance * slope[t, j]), for rows of `width` values.
-// Cache and slope are read once. Sums are in float32 and rounded once.
+// out[t] = sum over branches j and slots r of factors[t, j, r] * ring[r][t, j], for rows of `width` values.
+// Each slot is read once, and not at all where its factor is 0. Sums are in float32 and rounded once.
 #include <cstdint>
 #include <cstring>
 
@@ -34,38 +34,36 @@ struct BFloat16 {
 };
 
 template <class T>
-static inline void piece(const typename T::value* cache, const typename T::value* slope, const float* weight,
-                         float distance, int64_t slots, int64_t width, int64_t count, typename T::value* out) {
+static inline void piece(const typename T::value* const* ring, const float* factors, int64_t branches, int64_t slots,
+                         int64_t start, int64_t width, int64_t count, typename T::value* out) {
   Vector sum = {};
-  for (int64_t j = 0; j < slots; ++j) {
-    Vector x = T::load(cache + j * width, count);
-    if (slope) x += distance * T::load(slope + j * width, count);
-    sum += weight[j] * x;
-  }
+  for (int64_t j = 0; j < branches; ++j)
+    for (int64_t r = 0; r < slots; ++r) {
+      const float factor = factors[j * slots + r];
+      if (factor != 0) sum += factor * T::load(ring[r] + start + j * width, count);
+    }
   T::store(out, sum, count);
 }
 
 template <class T>
-static void combine(const typename T::value* cache, const typename T::value* slope, const float* weight,
-                    float distance, int64_t tokens, int64_t slots, int64_t width, typename T::value* out, int threads) {
+static void combine(const typename T::value* const* ring, const float* factors, int64_t tokens, int64_t branches,
+                    int64_t slots, int64_t width, typename T::value* out, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t start = t * slots * width;
+    const float* own = factors + t * branches * slots;
+    const int64_t start = t * branches * width;
     int64_t d = 0;
     for (; d + LANES <= width; d += LANES)
-      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, distance, slots, width,
-               LANES, out + t * width + d);
-    if (d < width)
-      piece<T>(cache + start + d, slope ? slope + start + d : nullptr, weight + t * slots, distance, slots, width,
-               width - d, out + t * width + d);
+      piece<T>(ring, own, branches, slots, start + d, width, LANES, out + t * width + d);
+    if (d < width) piece<T>(ring, own, branches, slots, start + d, width, width - d, out + t * width + d);
   }
 }
 
-#define ENTRY(NAME, T)                                                                                                 \
-  extern "C" void NAME(const void* cache, const void* slope, const void* weight, float distance, int64_t tokens,       \
-                       int64_t slots, int64_t width, void* out, int threads) {                                         \
-    combine<T>((const T::value*)cache, (const T::value*)slope, (const float*)weight, distance, tokens, slots, width,   \
-               (T::value*)out, threads);                                                                               \
+#define ENTRY(NAME, T)                                                                                            \
+  extern "C" void NAME(const void* const* ring, const void* factors, int64_t tokens, int64_t branches,            \
+                       int64_t slots, int64_t width, void* out, int threads) {                                    \
+    combine<T>((const T::value* const*)ring, (const float*)factors, tokens, branches, slots, width,               \
+               (T::value*)out, threads);                                                                          \
   }
 
 ENTRY(combine_float32, Float32)

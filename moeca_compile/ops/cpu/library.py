@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moeca_compile.text import first_line
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
     "grouped_linear": [c_void_p] * 4 + [c_int64] * 3 + [c_void_p] * 2 + [c_int],
-    "combine": [c_void_p] * 3 + [c_float] + [c_int64] * 3 + [c_void_p, c_int],
+    "combine": [c_void_p] * 2 + [c_int64] * 4 + [c_void_p, c_int],
 }
 
 
@@ -98,32 +98,32 @@ def _pointers(tensors: Sequence[Tensor]) -> object:
     return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def combine(cache: Tensor, slope: Tensor | None, distance: Tensor, weight: Tensor) -> Tensor | None:
-    """Sum over slots of weight * (cached output + distance * slope), in float32 and rounded once (paper, eq. 8).
+def combine(ring: Sequence[Tensor], factors: Tensor) -> Tensor | None:
+    """Sum over branches and slots of factor * cached output, in float32 and rounded once (paper, eq. 8).
 
     Args:
-        cache, slope: (..., k, width), of one dtype; distance: a scalar; weight: (..., k).
+        ring: K tensors (..., k, width) of one dtype.
+        factors: (..., k, K) what each slot of each branch counts; where it is 0, the slot is not read.
 
     Returns:
-        (..., width) in the dtype of the cache; None where the kernel cannot run: tensors that are not contiguous, not
+        (..., width) in the dtype of the ring; None where the kernel cannot run: tensors that are not contiguous, not
         on CPU, of other dtypes, or of shapes that do not match.
     """
-    read = [value for value in (cache, slope) if value is not None]
-    known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is cache.dtype for v in read)
-    fits = all(v.shape == cache.shape for v in read) and weight.shape == cache.shape[:-1]
-    run = _kernel("combine", cache.dtype) if known and fits else None
+    first = ring[0]
+    known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is first.dtype for v in ring)
+    fits = all(v.shape == first.shape for v in ring) and factors.shape == (*first.shape[:-1], len(ring))
+    run = _kernel("combine", first.dtype) if known and fits else None
     if run is None:
         return None
-    weight = weight.to(torch.float32).contiguous()
-    *outer, slots, width = cache.shape
-    out = cache.new_empty(*outer, width)
+    factors = factors.to(torch.float32).contiguous()
+    *outer, branches, width = first.shape
+    out = first.new_empty(*outer, width)
     run(
-        cache.data_ptr(),
-        slope.data_ptr() if slope is not None else None,
-        weight.data_ptr(),
-        float(distance),
-        weight.numel() // slots,
-        slots,
+        _pointers(ring),
+        factors.data_ptr(),
+        first.shape[:-2].numel(),
+        branches,
+        len(ring),
         width,
         out.data_ptr(),
         torch.get_num_threads(),

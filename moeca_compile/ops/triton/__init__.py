@@ -43,9 +43,11 @@ def register(library: torch.library.Library) -> None:
 
     for op in (
         fixed_k.fixed_k_outputs,
+        fixed_k.fixed_k_outputs_into,
         fixed_k.refresh_fixed_k,
         attention.attend_rows,
         variable_k.variable_k_outputs,
+        variable_k.variable_k_outputs_into,
         variable_k.refresh_variable_k,
     ):
         library.impl(op.__name__, _on_its_device(op), "CUDA")
@@ -56,7 +58,7 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(op)
     def run(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]  # some take a list of tensors first
         with torch.cuda.device_of(first):
             return op(*args)
 

@@ -21,26 +21,32 @@ aten = torch.ops.aten
 
 
 def run_body(
-    plan: BodyPlan, rows: Sequence[Tensor], branches: SortedBranches, parameters: Sequence[Tensor], scatter: bool
+    plan: BodyPlan,
+    rows: Sequence[Tensor],
+    branches: SortedBranches,
+    parameters: Sequence[Tensor],
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Outputs (M, width) of all branches, by place if `scatter`, else by position (ops.triton.compaction).
+    """Outputs (M, width) of all branches by position, or those written to `into` by place (ops.triton.compaction).
 
     Args:
         plan: the body's plan for these shapes (ops.triton.body_plan).
         rows: inputs of the experts, each (T, ...).
         branches: which of them run.
         parameters: expert-major, E * P tensors.
-        scatter: whether to write outputs by place.
+        into: (M, width) contiguous, written by place; None for a new tensor by position.
 
-    Rows of places and positions that do not run are undefined. Raises UnsupportedError, before anything runs, if the
+    Rows of positions that do not run are undefined. Raises UnsupportedError, before anything runs, if the
     experts' parameters differ in shape, strides or dtype.
     """
     values = _ByPosition(dict(zip(plan.rows, rows, strict=True)), branches)
     weights = weights_of(plan, parameters, branches.experts)
-    out = run_steps(plan, values, _Kernels(plan, branches, parameters, weights, values.given, scatter))
-    if scatter and not (plan.steps and isinstance(plan.steps[-1], GroupedProduct)):
-        return by_place(out, branches)
-    return out.contiguous()
+    out = run_steps(plan, values, _Kernels(plan, branches, parameters, weights, values.given, into))
+    if into is None:
+        return out.contiguous()
+    if not (plan.steps and isinstance(plan.steps[-1], GroupedProduct)):
+        by_place(out, branches, into)
+    return into
 
 
 def weights_of(plan: BodyPlan, parameters: Sequence[Tensor], experts: int) -> dict[LinearSlice, Weight]:
@@ -86,7 +92,7 @@ class _Kernels:
     parameters: Sequence[Tensor]
     weights: dict[LinearSlice, Weight]
     given: dict[fx.Node, Tensor]
-    scatter: bool
+    into: Tensor | None
     of_experts: dict[fx.Node, list[Tensor]] | None = None
 
     def product(self, step: GroupedProduct, values: Values) -> Tensor:
@@ -97,7 +103,7 @@ class _Kernels:
             tuple(self.weights[each] for each in step.slices),
             step.activation,
             gather,
-            self.scatter and step.node is self.plan.output,
+            self.into if step.node is self.plan.output else None,
         )
         return out.view(-1, *self.plan.inner[step.node])
 

@@ -1,6 +1,8 @@
-"""Weighted sums over a token's branches, which read cached outputs and slopes once."""
+"""Weighted sums over a token's branches, which read each slot of their ring once."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,55 +14,80 @@ _WIDEST = 512
 
 
 @triton.jit
+def ring_value(
+    ring: tl.tuple,
+    history: tl.tensor,
+    forecast: tl.tensor,
+    branch: tl.tensor,
+    place: tl.tensor,
+    at: tl.tensor,
+    end: tl.tensor,
+    SLOTS: tl.constexpr,
+) -> tl.tensor:
+    """The values `place` of a branch, whose columns are `at`, those before `end`: the slots summed by their weights.
+
+    A slot whose weight is 0 is not read.
+    """
+    if SLOTS > 1:
+        weights = forecast + tl.maximum(tl.load(history + branch) - 1, 0) * SLOTS
+    value = tl.zeros(at.shape, tl.float32)
+    for r in tl.static_range(SLOTS):
+        factor = tl.load(weights + r) if SLOTS > 1 else 1.0
+        some = at < tl.where(factor == 0, 0, end)
+        value += factor * tl.load(ring[r] + place, mask=some, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def fixed_k_kernel(
-    cache: tl.tensor,  # (T, k, D)
-    slope: tl.tensor,  # (T, k, D) or None
+    ring: tl.tuple,  # K tensors (T * k, D)
     weight: tl.tensor,  # (T, k)
-    distance: tl.tensor,
+    history: tl.tensor,  # (T, k), or None where K is 1
+    forecast: tl.tensor,  # (K, K), or None where K is 1
     out: tl.tensor,  # (T, D)
     width: tl.tensor,
     k: tl.tensor,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program sums one token's k branches over BLOCK columns."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
     total = tl.zeros([BLOCK], tl.float32)
-    forecast = tl.load(distance).to(tl.float32) if slope is not None else 0.0
-    for slot in range(0, k):
-        branch = (token * k + slot) * width + at
-        value = tl.load(cache + branch, mask=inside, other=0.0).to(tl.float32)
-        if slope is not None:
-            value += forecast * tl.load(slope + branch, mask=inside, other=0.0).to(tl.float32)
-        total += tl.load(weight + token * k + slot).to(tl.float32) * value
-    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
+    for number in range(0, k):
+        branch = token * k + number
+        value = ring_value(ring, history, forecast, branch, branch * width + at, at, width, SLOTS)
+        total += tl.load(weight + branch).to(tl.float32) * value
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=at < width)
 
 
-def combine_fixed_k(cache: Tensor, slope: Tensor | None, distance: Tensor, weight: Tensor) -> Tensor:
-    """Sum over slots of weight * (cached output + distance * slope) (paper, eq. 8).
+def combine_fixed_k(
+    ring: Sequence[Tensor], weight: Tensor, history: Tensor | None = None, forecast: Tensor | None = None
+) -> Tensor:
+    """Sum of weight * value over a token's branches (paper, eq. 8).
 
     Args:
-        cache, slope: (B, N, k, D); slope may be None.
-        distance: scalar, the forecast distance; not read without a slope.
+        ring: K tensors (B, N, k, D).
         weight: (B, N, k).
+        history, forecast: as in `ops.fixed_k.refresh_fixed_k`.
 
     Returns:
-        (B, N, D) in the cache's dtype.
+        (B, N, D) in the dtype of the ring.
     """
-    samples, tokens, k, width = cache.shape
-    out = cache.new_empty(samples, tokens, width)
+    samples, tokens, k, width = ring[0].shape
+    out = ring[0].new_empty(samples, tokens, width)
     if out.numel() == 0:
         return out
     block = min(_WIDEST, triton.next_power_of_2(width))
     fixed_k_kernel[(samples * tokens, triton.cdiv(width, block))](
-        cache.view(-1, width),
-        None if slope is None else slope.view(-1, width),
+        tuple(slot.view(-1, width) for slot in ring),
         weight.contiguous(),
-        distance,
+        None if history is None else history.contiguous(),
+        None if forecast is None else forecast.contiguous(),
         out,
         width,
         k,
+        SLOTS=len(ring),
         BLOCK=block,
     )
     return out
@@ -68,43 +95,40 @@ def combine_fixed_k(cache: Tensor, slope: Tensor | None, distance: Tensor, weigh
 
 @triton.jit
 def variable_k_kernel(
-    pool: tl.tensor,  # (slots, D) or None
-    slope: tl.tensor,
+    ring: tl.tuple,  # K pools (rows, D), or none
     fresh: tl.tensor,  # (M, D) by position
-    pool_row: tl.tensor,  # (T, E) rows of the pool, counted from 1, or None
+    pool_row: tl.tensor,  # (T, E) rows of the pools, counted from 1, or None
     position: tl.tensor,  # (T * E,) position in `fresh`, -1 for branches that were not computed now
     routed: tl.tensor,
     weight: tl.tensor,
-    distance: tl.tensor,
+    history: tl.tensor,  # (T, E), or None where K is 1
+    forecast: tl.tensor,  # (K, K), or None where K is 1
     out: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program sums one token's routed branches over BLOCK columns; those in the pool are read there."""
+    """One program sums one token's routed branches over BLOCK columns; those in the pools are read there."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
     total = tl.zeros([BLOCK], tl.float32)
-    forecast = tl.load(distance).to(tl.float32) if slope is not None else 0.0
     for expert in range(0, experts):
         branch = token * experts + expert
         if tl.load(routed + branch) != 0:
             w = tl.load(weight + branch).to(tl.float32)
             source = tl.load(position + branch).to(tl.int64)
             if pool_row is None:
-                value = tl.load(fresh + source * width + at, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(fresh + source * width + at, mask=at < width, other=0.0).to(tl.float32)
             else:
                 row = tl.load(pool_row + branch).to(tl.int64) - 1
-                # Columns to read from the pool and from `fresh`: all of the one and none of the other.
-                cached = at < tl.where(row < 0, 0, width)
-                uncached = at < tl.where(row < 0, tl.where(source < 0, 0, width), 0)
-                value = tl.load(pool + row * width + at, mask=cached, other=0.0).to(tl.float32)
-                if slope is not None:
-                    value += forecast * tl.load(slope + row * width + at, mask=cached, other=0.0).to(tl.float32)
-                value += tl.load(fresh + source * width + at, mask=uncached, other=0.0).to(tl.float32)
+                # Columns to read from the pools and from `fresh`: all of the one and none of the other.
+                cached = tl.where(row < 0, 0, width)
+                uncached = tl.where(row < 0, tl.where(source < 0, 0, width), 0)
+                value = ring_value(ring, history, forecast, branch, row * width + at, at, cached, SLOTS)
+                value += tl.load(fresh + source * width + at, mask=at < uncached, other=0.0).to(tl.float32)
             total += w * value
-    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=at < width)
 
 
 def combine_variable_k(
@@ -112,42 +136,43 @@ def combine_variable_k(
     position: Tensor,
     routed: Tensor,
     weight: Tensor,
-    pool: Tensor | None = None,
-    slope: Tensor | None = None,
+    ring: Sequence[Tensor] = (),
     pool_row: Tensor | None = None,
-    distance: Tensor | None = None,
+    history: Tensor | None = None,
+    forecast: Tensor | None = None,
 ) -> Tensor:
-    """Sum of weight * (cached output + distance * slope) over each token's routed branches (paper, eq. 8).
+    """Sum of weight * value over each token's routed branches (paper, eq. 8).
 
     Args:
         fresh: (M, D) outputs by position.
         position: (T * E,) position of each place, -1 for none.
         routed, weight: (T, E).
-        pool, slope: (slots, D), already updated. Branches without a row are read from `fresh`.
-        pool_row: (T, E) int32 rows in the pool, counted from 1, or 0 for none; None to read all from `fresh`.
-        distance: scalar, the forecast distance; not read without a slope.
+        ring: K pools (rows, D), already updated. Branches without a row are read from `fresh`.
+        pool_row: (T, E) int32 rows in the pools, counted from 1, or 0 for none; None to read all from `fresh`.
+        history, forecast: as in `ops.variable_k.refresh_variable_k`.
 
     Returns:
         (T, D) in the dtype of `fresh`.
     """
-    rows, experts = routed.shape
+    tokens, experts = routed.shape
     width = fresh.shape[1]
-    out = fresh.new_empty(rows, width)
+    out = fresh.new_empty(tokens, width)
     if out.numel() == 0:
         return out
     block = min(_WIDEST, triton.next_power_of_2(width))
-    variable_k_kernel[(rows, triton.cdiv(width, block))](
-        pool,
-        slope,
+    variable_k_kernel[(tokens, triton.cdiv(width, block))](
+        tuple(ring),
         fresh,
         None if pool_row is None else pool_row.contiguous(),
         position,
         routed.contiguous().view(torch.uint8),
         weight.contiguous(),
-        distance,
+        None if history is None else history.contiguous(),
+        None if forecast is None else forecast.contiguous(),
         out,
         width,
         experts,
+        SLOTS=len(ring),
         BLOCK=block,
     )
     return out

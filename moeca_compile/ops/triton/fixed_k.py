@@ -18,23 +18,37 @@ def fixed_k_outputs(
     rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str, width: int
 ) -> Tensor:
     """As `ops.fixed_k.fixed_k_outputs`. The last product writes each output to its place."""
+    out = rows[0].new_empty(*index.shape, width)
+    _write_outputs(out, rows, index, parameters, experts, body)
+    return out
+
+
+@or_by_aten(reference.fixed_k_outputs_into)
+def fixed_k_outputs_into(
+    out: Tensor, rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str
+) -> None:
+    """As `ops.fixed_k.fixed_k_outputs_into`."""
+    _write_outputs(out, rows, index, parameters, experts, body)
+
+
+def _write_outputs(
+    out: Tensor, rows: list[Tensor], index: Tensor, parameters: list[Tensor], experts: int, body: str
+) -> None:
     plan = kernel_plan(body, rows, parameters, experts)
     branches = sort_by_expert(index, None, experts, index.shape[1])
-    outputs = run_body(plan, rows, branches, parameters, scatter=True)
-    return outputs.to(rows[0].dtype).view(*index.shape, width)
+    run_body(plan, rows, branches, parameters, out.view(branches.capacity, -1))
 
 
 @or_by_aten(reference.refresh_fixed_k)
 def refresh_fixed_k(
-    cache: Tensor,
+    ring: list[Tensor],
     rows: list[Tensor],
     index: Tensor,
     mask: Tensor,
-    matched: Tensor,
     chosen: Tensor,
     weight: Tensor,
-    slope: Tensor | None,
-    distance: Tensor,
+    history: Tensor | None,
+    forecast: Tensor | None,
     parameters: list[Tensor],
     experts: int,
     body: str,
@@ -42,11 +56,11 @@ def refresh_fixed_k(
     """As `ops.fixed_k.refresh_fixed_k`.
 
     The last product writes to a buffer by position. Another kernel then computes norms, subtracts the forecast and
-    writes to the cache. Doing this in the product would save no launch: a program has only a part of a row, so a
+    writes to the ring. Doing this in the product would save no launch: a program has only a part of a row, so a
     second kernel would have to add up the norms. The buffer has the chosen rows only and stays in the L2 cache.
     """
     plan = kernel_plan(body, rows, parameters, experts)
     branches = sort_by_expert(index, mask, experts, index.shape[2])
-    fresh = run_body(plan, rows, branches, parameters, scatter=False)
-    norms = write_outputs(fresh, branches, cache, slope, distance, matched, chosen=chosen)
-    return combine_fixed_k(cache, slope, distance, weight), norms.view(mask.shape)
+    fresh = run_body(plan, rows, branches, parameters)
+    norms = write_outputs(fresh, branches, ring, history, forecast, chosen=chosen)
+    return combine_fixed_k(ring, weight, history, forecast), norms.view(mask.shape)

@@ -174,7 +174,7 @@ def grouped_product(
     weights: tuple[Weight, ...],
     activation: str = NONE,
     gather: bool = False,
-    scatter: bool = False,
+    into: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """The product of every position's row with its expert's weight.
@@ -185,11 +185,11 @@ def grouped_product(
         weights: one; or two of equal shapes and strides for a gated product, the one with the activation first.
         activation: its name in `ops.triton.activations`.
         gather: whether `x` has the rows of the layer.
-        scatter: whether outputs are written by place instead of by position.
+        into: (M, N) contiguous, where outputs are written by place; None for a new tensor by position.
         blocks: block sizes; None for those of the table.
 
     Returns:
-        (M, N) in the dtype of x. Rows of places and positions that do not run are undefined.
+        `into`, or (M, N) in the dtype of x. Rows of places and positions that do not run are not written.
     """
     first, gate = weights[0], weights[-1]
     depth, columns = x.shape[1], first.outputs
@@ -197,7 +197,7 @@ def grouped_product(
     blocks = blocks or blocks_for(x.dtype, branches.capacity, branches.experts)
     if not aligned:
         blocks = blocks.narrowed()
-    out = x.new_empty(branches.capacity, columns)
+    out = x.new_empty(branches.capacity, columns) if into is None else into
     product_kernel[_grid(branches, columns, blocks)](
         x,
         *x.stride(),
@@ -217,7 +217,7 @@ def grouped_product(
         BIAS=first.bias is not None,
         KIND=activation,
         GATHER=gather,
-        SCATTER=scatter,
+        SCATTER=into is not None,
         ALIGNED=aligned,
         EVEN=depth % blocks.depth == 0,
         PRECISION=precision(x.dtype),

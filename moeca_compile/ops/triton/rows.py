@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -70,73 +72,85 @@ def output_kernel(
     fresh: tl.tensor,  # (M, D) by position
     order: tl.tensor,
     ends: tl.tensor,
-    cache: tl.tensor,  # (slots, D)
-    slope: tl.tensor,  # (slots, D) or None
-    distance: tl.tensor,
-    slots: tl.tensor,  # (M,) slot by place, -1 for none; None if it follows from `chosen`
+    ring: tl.tuple,  # K tensors (rows, D)
+    history: tl.tensor,  # by branch of the layer, or None where K is 1
+    forecast: tl.tensor,  # (K, K), or None where K is 1
+    rows: tl.tensor,  # (M,) row of the ring by place, -1 for none; None if it follows from `chosen`
     chosen: tl.tensor,  # (B * C,) tokens
-    matched: tl.tensor,  # (M,) by place
     norms: tl.tensor,  # (M,) by place
     width: tl.tensor,
     experts: tl.tensor,
     k: tl.tensor,
     count: tl.tensor,
     tokens: tl.tensor,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program writes the norm, slope and cached output of one recomputed branch.
+    """One program writes the norm and the cached outputs of one recomputed branch.
 
-    The slope of an unmatched branch becomes 0. The cache gets output - distance * slope, so that a forecast at this
-    step gives the output.
+    Slot r of the ring gets output + (slot r - forecast), so that a forecast at this step gives the output.
     """
     position = tl.program_id(0)
     if position >= tl.load(ends + experts - 1):
         return
     place = tl.load(order + position)
-    if slots is None:
-        row = place // k
-        slot = (row // count * tokens + tl.load(chosen + row).to(tl.int32)) * k + place % k
+    if rows is None:
+        token = place // k
+        row = (token // count * tokens + tl.load(chosen + token).to(tl.int32)) * k + place % k
+        branch = row
     else:
-        slot = tl.load(slots + place)
-    slot = slot.to(tl.int64)
-    end = tl.where(slot < 0, 0, width)  # number of columns to cache: all or none
-    has_slope = tl.load(matched + place) if slope is not None else 1
-    forecast = tl.load(distance).to(tl.float32) if slope is not None else 0.0
+        row = tl.load(rows + place)
+        branch = place
+    row = row.to(tl.int64)
+    end = tl.where(row < 0, 0, width)  # number of columns to cache: all or none
+    weights = 0
+    most = 0.0
+    if SLOTS > 1:
+        weights = tl.maximum(tl.load(history + branch) - 1, 0) * SLOTS
+        for r in tl.static_range(SLOTS):
+            most += tl.abs(tl.load(forecast + weights + r))
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(fresh + position.to(tl.int64) * width + at, mask=at < width, other=0.0).to(tl.float32)
         squares += value * value
-        if slope is not None:
-            keep = at < tl.where(has_slope == 0, 0, end)
-            clear = at < tl.where(has_slope == 0, end, 0)
-            value -= forecast * tl.load(slope + slot * width + at, mask=keep, other=0.0).to(tl.float32)
-            tl.store(slope + slot * width + at, tl.zeros([BLOCK], slope.dtype.element_ty), mask=clear)
-        tl.store(cache + slot * width + at, value.to(cache.dtype.element_ty), mask=at < end)
+        if SLOTS > 1:
+            read = tl.zeros([BLOCK], tl.float32)
+            for r in tl.static_range(SLOTS):
+                factor = tl.load(forecast + weights + r)
+                some = at < tl.where(factor == 0, 0, end)
+                read += factor * tl.load(ring[r] + row * width + at, mask=some, other=0.0).to(tl.float32)
+            for r in tl.static_range(SLOTS):
+                # Where the forecast is this slot alone, the slot gets the output itself and is not read.
+                alone = most == tl.abs(tl.load(forecast + weights + r))
+                some = at < tl.where(alone, 0, end)
+                old = tl.load(ring[r] + row * width + at, mask=some, other=0.0).to(tl.float32)
+                moved = value + tl.where(some, old - read, 0.0)
+                tl.store(ring[r] + row * width + at, moved.to(ring[r].dtype.element_ty), mask=at < end)
+        else:
+            tl.store(ring[0] + row * width + at, value.to(ring[0].dtype.element_ty), mask=at < end)
     tl.store(norms + place, tl.sqrt(tl.sum(squares, 0)))
 
 
 def write_outputs(
     fresh: Tensor,
     branches: SortedBranches,
-    cache: Tensor,
-    slope: Tensor | None = None,
-    distance: Tensor | None = None,
-    matched: Tensor | None = None,
+    ring: Sequence[Tensor],
+    history: Tensor | None = None,
+    forecast: Tensor | None = None,
     chosen: Tensor | None = None,
-    slots: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Write recomputed branches into the cache, update their slopes, and return their norms.
+    """Write recomputed branches into the ring, and return their norms.
 
     Args:
         fresh: (M, D) outputs by position.
         branches: the recomputed branches.
-        cache: (B, N, k, D) with `chosen`, (slots, D) with `slots`; written in place.
-        slope: like the cache, written in place; None without a forecast, then `distance` and `matched` are not read.
-        distance: scalar, the forecast distance.
-        matched: (M,) bool by place, whether the branch is cached; if not, its slope becomes 0.
-        chosen: (B, C) tokens of the rows (fixed k).
-        slots: (M,) int32 by place, row in the pool or -1 for branches that are not cached (variable k).
+        ring: K tensors, each (B, N, k, D) with `chosen`, (rows, D) with `rows`; written in place.
+        history: (B, N, k) or (T, E), how many of the ring's outputs are a branch's own; None where K is 1.
+        forecast: (K, K) the weights of the slots, by history; None where K is 1.
+        chosen: (B, C) tokens of the branches (fixed k).
+        rows: (M,) int32 by place, row in the pools or -1 for branches that are not cached (variable k).
 
     Returns:
         (M,) float32 norms by place, 0 where nothing was recomputed.
@@ -145,23 +159,23 @@ def write_outputs(
     if fresh.numel() == 0:
         return norms
     width = fresh.shape[1]
-    count, tokens = (chosen.shape[1], cache.shape[1]) if chosen is not None else (1, 1)
+    count, tokens = (chosen.shape[1], ring[0].shape[1]) if chosen is not None else (1, 1)
     output_kernel[(branches.capacity,)](
         fresh,
         branches.order,
         branches.ends,
-        cache.view(-1, width),
-        None if slope is None else slope.view(-1, width),
-        distance,
-        slots,
+        tuple(slot.view(-1, width) for slot in ring),
+        None if history is None else history.contiguous(),
+        None if forecast is None else forecast.contiguous(),
+        rows,
         None if chosen is None else chosen.contiguous(),
-        None if matched is None else matched.reshape(-1).view(torch.uint8),
         norms,
         width,
         branches.experts,
         branches.k,
         count,
         tokens,
+        SLOTS=len(ring),
         BLOCK=_block(width),
     )
     return norms
@@ -185,12 +199,12 @@ def place_kernel(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(values + position.to(tl.int64) * width + at, mask=at < width, other=0.0)
-        tl.store(out + place * width + at, value, mask=at < width)
+        tl.store(out + place * width + at, value.to(out.dtype.element_ty), mask=at < width)
 
 
-def by_place(values: Tensor, branches: SortedBranches) -> Tensor:
-    """Reorder rows (M, D) from positions to places. Rows of places that do not run are undefined."""
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+def by_place(values: Tensor, branches: SortedBranches, into: Tensor | None = None) -> Tensor:
+    """Reorder rows (M, D) from positions to places, into a tensor if it is given. Rows that do not run stay as is."""
+    out = torch.empty_like(values, memory_format=torch.contiguous_format) if into is None else into
     if values.numel():
         width = values.shape[1]
         place_kernel[(branches.capacity,)](

@@ -21,37 +21,78 @@ from moeca_compile.ops.triton.rows import write_outputs
 
 @or_by_aten(reference.variable_k_outputs)
 def variable_k_outputs(
-    rows: list[Tensor], routed: Tensor, weight: Tensor, parameters: list[Tensor], body: str, width: int, slots: int
+    rows: list[Tensor],
+    routed: Tensor,
+    weight: Tensor,
+    pool_row: Tensor | None,
+    parameters: list[Tensor],
+    body: str,
+    width: int,
+    slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.variable_k.variable_k_outputs`."""
+    pool = rows[0].new_zeros(slots, width)
+    out, pool_row, norms = _outputs_into(pool, rows, routed, weight, pool_row, parameters, body)
+    return out, pool, pool_row, norms
+
+
+@or_by_aten(reference.variable_k_outputs_into)
+def variable_k_outputs_into(
+    pool: Tensor,
+    rows: list[Tensor],
+    routed: Tensor,
+    weight: Tensor,
+    pool_row: Tensor | None,
+    parameters: list[Tensor],
+    body: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.variable_k.variable_k_outputs_into`."""
+    return _outputs_into(pool, rows, routed, weight, pool_row, parameters, body)
+
+
+def _outputs_into(
+    pool: Tensor,
+    rows: list[Tensor],
+    routed: Tensor,
+    weight: Tensor,
+    pool_row: Tensor | None,
+    parameters: list[Tensor],
+    body: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     branches, fresh = _run(rows, routed, parameters, body)
-    number = routed.flatten().cumsum(0).view(routed.shape)
-    pool_row = torch.where(routed & (number <= slots), number, 0).to(torch.int32)
-    pool = fresh.new_zeros(slots, width)
-    norms = write_outputs(fresh, branches, pool, slots=pool_row.flatten() - 1)
+    cached = routed & (routed.flatten().cumsum(0).view(routed.shape) <= len(pool))
+    pool_row = _rows_of(cached, pool_row, len(pool))
+    norms = write_outputs(fresh, branches, [pool], rows=pool_row.flatten() - 1)
     norms = torch.where(pool_row > 0, norms.view(routed.shape), 0.0)
-    return combine_variable_k(fresh, branches.position, routed, weight), pool, pool_row, norms
+    return combine_variable_k(fresh, branches.position, routed, weight), pool_row, norms
+
+
+def _rows_of(cached: Tensor, before: Tensor | None, slots: int) -> Tensor:
+    """Rows in the pool (T, E) for the branches `cached`: those that they had, or free ones in order."""
+    if before is None:
+        return torch.where(cached, cached.flatten().cumsum(0).view(cached.shape), 0).to(torch.int32)
+    before = torch.where(cached, before, 0)
+    return assign_rows(before, cached, cached & (before == 0), slots)
 
 
 @or_by_aten(reference.refresh_variable_k)
 def refresh_variable_k(
-    pool: Tensor,
-    slope: Tensor | None,
+    ring: list[Tensor],
     rows: list[Tensor],
     pool_row: Tensor,
     routed: Tensor,
     mask: Tensor,
     weight: Tensor,
-    distance: Tensor,
+    history: Tensor | None,
+    forecast: Tensor | None,
     parameters: list[Tensor],
     body: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.variable_k.refresh_variable_k`."""
     branches, fresh = _run(rows, mask, parameters, body)
-    had_row = pool_row > 0
-    pool_row = assign_rows(pool_row, routed, mask & ~had_row, len(pool))
-    norms = write_outputs(fresh, branches, pool, slope, distance, had_row, slots=pool_row.flatten() - 1)
-    out = combine_variable_k(fresh, branches.position, routed, weight, pool, slope, pool_row, distance)
+    pool_row = assign_rows(pool_row, routed, mask & (pool_row == 0), len(ring[0]))
+    norms = write_outputs(fresh, branches, ring, history, forecast, rows=pool_row.flatten() - 1)
+    out = combine_variable_k(fresh, branches.position, routed, weight, ring, pool_row, history, forecast)
     return out, pool_row, norms.view(routed.shape)
 
 
@@ -60,7 +101,7 @@ def _run(rows: list[Tensor], mask: Tensor, parameters: list[Tensor], body: str) 
     experts = mask.shape[1]
     plan = kernel_plan(body, rows, parameters, experts)
     branches = sort_by_expert(None, mask, experts, experts)
-    return branches, run_body(plan, rows, branches, parameters, scatter=False).to(rows[0].dtype)
+    return branches, run_body(plan, rows, branches, parameters).to(rows[0].dtype)
 
 
 def assign_rows(pool_row: Tensor, routed: Tensor, new: Tensor, slots: int) -> Tensor:

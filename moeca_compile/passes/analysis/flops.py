@@ -54,8 +54,8 @@ def step_flops(graph: fx.Graph) -> StepFlops:
             continue
         if node.target in _RAGGED:
             ragged.append(Ragged(_per_branch(node), _RAGGED[node.target]))
-        elif node.target is moeca.fixed_k_outputs.default:
-            fixed += _per_branch(node) * _value(node.args[1]).numel()
+        elif node.target in _FIXED_K:
+            fixed += _per_branch(node) * _value(_given(node)["index"]).numel()
         elif node.target is SDPA:  # torch's counter sees the kernel that it picks, and does not know them all
             fixed += node_flops(node)
         else:
@@ -66,8 +66,10 @@ def step_flops(graph: fx.Graph) -> StepFlops:
     return StepFlops(fixed, tuple(ragged))
 
 
+_FIXED_K = (moeca.fixed_k_outputs.default, moeca.fixed_k_outputs_into.default)
 _RAGGED = {
     moeca.variable_k_outputs.default: False,
+    moeca.variable_k_outputs_into.default: False,
     moeca.refresh_fixed_k.default: True,
     moeca.refresh_variable_k.default: True,
 }
@@ -99,12 +101,18 @@ def _counted(node: fx.Node) -> int:
 
 def _per_branch(node: fx.Node) -> int:
     """FLOPs of one row through the expert body that an op runs."""
-    normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
-    assert normalized is not None, "an op of ours has one schema"
-    given = _values(normalized.kwargs)
+    given = _values(_given(node))
     rows, parameters = given["rows"], given["parameters"]
     experts = given["experts"] if "experts" in given else given["routed"].shape[-1]
     return flops_per_row(given["body"], rows, parameters[: len(parameters) // experts])
+
+
+def _given(node: fx.Node) -> Mapping[str, Any]:
+    """The arguments of an op of ours, by name."""
+    normalized = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
+    assert normalized is not None, "an op of ours has one schema"
+    given: Mapping[str, Any] = normalized.kwargs
+    return given
 
 
 def _values(arguments: Any) -> Any:

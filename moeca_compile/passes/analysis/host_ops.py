@@ -38,7 +38,8 @@ _TAGS = {
 
 _EXPERTS = tuple(
     getattr(torch.ops.moeca, name).default
-    for name in ("fixed_k_outputs", "refresh_fixed_k", "variable_k_outputs", "refresh_variable_k")
+    for layout in ("fixed_k", "variable_k")
+    for name in (f"{layout}_outputs", f"{layout}_outputs_into", f"refresh_{layout}")
 )
 
 _INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default)

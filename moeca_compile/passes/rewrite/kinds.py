@@ -17,7 +17,7 @@ class Part(Enum):
 
     @property
     def row(self) -> int:
-        """Its row among the forecast coefficients; WHOLE is refreshed together with attention."""
+        """Its row among the forecast weights; WHOLE is refreshed together with attention."""
         return 1 if self is Part.EXPERTS else 0
 
 
@@ -26,26 +26,46 @@ class Role(Enum):
 
     ACTIVATION = "activation"
     """Values of the model that a cache step uses in place of computing them."""
-    SLOPE = "slope"
-    """How an activation changed between the last two full steps."""
     ROUTING = "routing"
-    """Expert ids, weights and pool positions: which branches the activations belong to."""
+    """Expert ids, weights, pool positions and histories: which branches the activations belong to."""
     STATISTIC = "statistic"
     """Statistics that choose branches: norms, activation counts, ages."""
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One cached tensor: its name, shape, dtype and role. Its bytes are known before anything runs."""
+    """One cached tensor. Its bytes are known before anything runs.
+
+    Attributes:
+        name, shape, dtype, role: what it is and holds.
+        part: the part of the schedule whose steps replace it without reading it; None where the new value depends on
+            the old one, or where nothing is known of it.
+        ring: the name under which such a step stores its new value. Several tensors with one ring are its slots, and
+            the value goes to the oldest of them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: Role = Role.ACTIVATION
+    part: Part | None = None
+    ring: str = ""
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def slot_names(ring: str, slots: int) -> tuple[str, ...]:
+    """The names of a ring's tensors; a ring of one slot has its own name."""
+    return (ring,) if slots == 1 else tuple(f"{ring}.{number}" for number in range(slots))
+
+
+def ring_specs(
+    ring: str, slots: int, shape: tuple[int, ...], dtype: torch.dtype, part: Part, role: Role = Role.ACTIVATION
+) -> list[CacheSpec]:
+    """The tensors that hold the values of the last `slots` steps that computed `part`."""
+    return [CacheSpec(name, shape, dtype, role, part, ring) for name in slot_names(ring, slots)]
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,20 @@ def layer_output(step: Step, marker: fx.Node) -> Tensor:
     choice, weight = marker.args[1:3]
     assert isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
     if marker.target is torch.ops.moeca.experts_fixed_k.default:
-        return combine(run_fixed_k(step, marker), step[weight])
+        return combine(run_fixed_k(step, marker, step[choice]), step[weight])
     body = step.regions.bodies[marker]
     rows, parameters = ([step[node] for node in nodes] for nodes in (body.rows, body.parameters))
     routing, width = (step[choice], step[weight]), shape_of(marker)[-1]
-    out: Tensor = torch.ops.moeca.variable_k_outputs(rows, *routing, parameters, body.key, width, 0)[0]
+    out: Tensor = torch.ops.moeca.variable_k_outputs(rows, *routing, None, parameters, body.key, width, 0)[0]
     return out
 
 
-def run_fixed_k(step: Step, marker: fx.Node) -> Tensor:
-    """All branches of a layer whose tokens have k experts each: (T, k, width), before weighting."""
+def run_fixed_k(step: Step, marker: fx.Node, index: Tensor) -> Tensor:
+    """The branches of a layer whose tokens have these experts (T, k): (T, k, width), before weighting."""
     body = step.regions.bodies[marker]
     out: Tensor = torch.ops.moeca.fixed_k_outputs(
         [step[node] for node in body.rows],
-        step[marker.args[1]],  # type: ignore[index]
+        index,
         [step[node] for node in body.parameters],
         body.experts,
         body.key,

@@ -23,15 +23,14 @@ class Step:
         kind: what this step computes.
         inputs: one value per placeholder.
         state: cached tensors by name, as the last step left them.
-        coefficients: (2, 2) float, the forecast coefficients; a row each for attention and experts. The first column
-            is the distance from the last full step, in units of the interval between the last two. The second is 1
-            once a full step has filled the caches, else 0.
+        weights: (2, K, K) float32, the forecast weights of attention and experts (policies.forecast). Row h - 1 is
+            for a value that the last h full steps computed: the weight of each of its K slots.
         replacements: functions that give a node's value in place of its op.
         reads: values that these functions read, besides those that the node's op is computed from, by node.
         kept: nodes whose values are read after the graph's outputs are there.
 
     Attributes:
-        updates: new values of the caches, by name.
+        updates: new values of the caches, by name; by that of a ring, the value that goes to its oldest slot.
         counts: what each MoE layer counted (COUNTERS).
         memo: values that the replacements of one step share.
     """
@@ -43,12 +42,12 @@ class Step:
         kind: StepKind,
         inputs: Sequence[Any],
         state: Mapping[str, Tensor],
-        coefficients: Tensor,
+        weights: Tensor,
         replacements: Mapping[fx.Node, Compute],
         reads: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
         kept: Iterable[fx.Node] = (),
     ) -> None:
-        self.regions, self.kind, self.state, self.coefficients = regions, kind, state, coefficients
+        self.regions, self.kind, self.state, self.weights = regions, kind, state, weights
         self.updates: dict[str, Tensor] = {}
         self.counts: list[Tensor] = []
         self.memo: dict[Any, Any] = {}
@@ -69,15 +68,11 @@ class Step:
 
     def current(self, name: str) -> Tensor:
         """A cached tensor, as this step has updated it so far."""
-        return self.updates.get(name, self.state[name])
+        return self.updates[name] if name in self.updates else self.state[name]
 
-    def forecast_distance(self, part: Part) -> Tensor:
-        """() the distance of a forecast of the part's caches, in intervals between the last two full steps."""
-        return self.coefficients[part.row, 0]
-
-    def had_full_step(self, part: Part) -> Tensor:
-        """() 1 where the part's caches hold values of a full step, else 0."""
-        return self.coefficients[part.row, 1]
+    def forecast_weights(self, part: Part) -> Tensor:
+        """(K, K) the weights of the part's slots, by the number of full steps that computed a value."""
+        return self.weights[part.row]
 
     def layout(self, node: fx.Node) -> Layout:
         return self.regions.layouts[node]

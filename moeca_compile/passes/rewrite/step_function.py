@@ -19,7 +19,7 @@ from moeca_compile.passes.rewrite.step import Step
 
 
 class StepResult(NamedTuple):
-    """The model's outputs, the updated caches by name, and the counters (layers, COUNTERS) or None."""
+    """The model's outputs, new values of caches (as `Step.updates`), and the counters (layers, COUNTERS) or None."""
 
     outputs: tuple[Any, ...]
     updates: dict[str, Tensor]
@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
 
 
 StepFunction = Callable[[Sequence[Any], dict[str, Tensor], Tensor], StepResult]
-"""(inputs, state, forecast coefficients (2, 2)) -> result. Some ops update state in place."""
+"""(inputs, state, forecast weights (2, K, K)) -> result. Some ops update state in place."""
 
 
 def step_function(
@@ -38,9 +38,9 @@ def step_function(
     reads |= {replacement.node: replacement.reads for replacement in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
 
-    def run(inputs: Sequence[Any], state: dict[str, Tensor], coefficients: Tensor) -> StepResult:
+    def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
-        step = Step(graph, regions, kind, inputs, state, coefficients, computes, reads, stored)
+        step = Step(graph, regions, kind, inputs, state, weights, computes, reads, stored)
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse

@@ -53,9 +53,9 @@ class Launch:
     """A kernel with what it is compiled for."""
 
     kernel: JITFunction[Any]
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
-    attributes: dict[tuple[int], list[list[Any]]]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
 
     @property
@@ -92,6 +92,10 @@ def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
         name, value = parameter.name, values[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, tuple):
+            signature[name] = tuple(f"*{POINTERS[each.dtype]}" for each in value)
+            attributes |= {(number, place): [["tt.divisibility", 16]] for place in range(len(value))}
             continue
         signature[name] = f"*{POINTERS[value.dtype]}" if isinstance(value, Tensor) else "i32"
         if isinstance(value, Tensor) or value % 16 == 0:
@@ -188,7 +192,7 @@ def sweep(dtype: torch.dtype) -> None:
 
 def all_ops(dtype: torch.dtype) -> None:
     """Every op once, with a forecast; an MLP with biases, whose outputs go to their places."""
-    chosen, distance = BATCH * TOKENS // 16, torch.tensor(0.5)
+    chosen, forecast = BATCH * TOKENS // 16, torch.ones(2, 2)
     shapes = [(HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
     gated = (body_of(swiglu, shapes, WIDTH, dtype), experts(shapes, dtype))
     shapes = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,)]
@@ -196,30 +200,30 @@ def all_ops(dtype: torch.dtype) -> None:
     rows = torch.empty(BATCH * TOKENS, WIDTH, dtype=dtype)
     index = torch.zeros(BATCH * TOKENS, K, dtype=torch.int64)
     fixed_k_ops.fixed_k_outputs([rows], index, plain[1], EXPERTS, plain[0], WIDTH)
-    cache = torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype)
+    ring = [torch.empty(BATCH, TOKENS, K, WIDTH, dtype=dtype) for _ in range(2)]
+    history = torch.ones(BATCH, TOKENS, K, dtype=torch.int32)
     some = (BATCH, chosen // BATCH)
     mask = torch.zeros(*some, K, dtype=torch.bool)
     tokens, weight = torch.zeros(some, dtype=torch.int64), torch.empty(BATCH, TOKENS, K, dtype=dtype)
     fixed_k_ops.refresh_fixed_k(
-        cache,
+        ring,
         [rows[:chosen]],
         mask.long(),
         mask,
-        mask,
         tokens,
         weight,
-        cache.clone(),
-        distance,
+        history,
+        forecast,
         gated[1],
         EXPERTS,
         gated[0],
     )
     by_place(rows, sort_by_expert(index[:, :1], None, EXPERTS, 1))
     routed, pool_row = (torch.zeros(BATCH * TOKENS, EXPERTS, dtype=kind) for kind in (torch.bool, torch.int32))
-    pool, weight = cache.flatten(0, 2), torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
-    variable_k_ops.variable_k_outputs([rows], routed, weight, *reversed(plain), WIDTH, len(pool))
+    ring, weight = [slot.flatten(0, 2) for slot in ring], torch.empty(BATCH * TOKENS, EXPERTS, dtype=dtype)
+    variable_k_ops.variable_k_outputs([rows], routed, weight, None, *reversed(plain), WIDTH, len(ring[0]))
     variable_k_ops.refresh_variable_k(
-        pool, pool.clone(), [rows], pool_row, routed, routed, weight, distance, *reversed(gated)
+        ring, [rows], pool_row, routed, routed, weight, pool_row, forecast, *reversed(gated)
     )
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))

@@ -1,4 +1,4 @@
-"""Weighted sums over slots against the sum written out in float64."""
+"""Weighted sums over branches against the sum written out in float64."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ combine = pytest.importorskip("moeca_compile.ops.triton.combine")
     st.integers(1, 8),
     st.sampled_from([1, 7, 64, 700]),
     st.sampled_from(DTYPES),
-    st.booleans(),
+    st.integers(1, 3),
     st.integers(0, 10**6),
 )
-def test_any_sum(batch, tokens, k, width, dtype, forecast, seed):
+def test_any_sum(batch, tokens, k, width, dtype, slots, seed):
     torch.manual_seed(seed)
-    cache = random((batch, tokens, k, width), dtype)
-    slope = random((batch, tokens, k, width), dtype) if forecast else None
-    weight, distance = random((batch, k, tokens)).transpose(1, 2), torch.tensor(0.7, device=DEVICE)
-    found = combine.combine_fixed_k(cache, slope, distance, weight)
-    values = cache.double() + (distance.double() * slope.double() if slope is not None else 0)
-    # One rounding at the end; in float32 also one for each of the 2 * k sums.
-    assert_within(found, (weight.double()[..., None] * values).sum(2), 1 + 2 * k)
+    ring = [random((batch, tokens, k, width), dtype) for _ in range(slots)]
+    weight = random((batch, k, tokens)).transpose(1, 2)
+    history = torch.randint(1, slots + 1, (batch, tokens, k), device=DEVICE)
+    forecast = torch.rand(slots, slots, device=DEVICE)
+    found = combine.combine_fixed_k(ring, weight, *((history.int(), forecast) if slots > 1 else ()))
+    weights = forecast.double()[history - 1] if slots > 1 else torch.ones(batch, tokens, k, 1, device=DEVICE)
+    values = sum(weights[..., r, None] * slot.double() for r, slot in enumerate(ring))
+    # One rounding at the end; in float32 also one for each of the products and sums.
+    assert_within(found, (weight.double()[..., None] * values).sum(2), 1 + 2 * k * slots)
     assert found.dtype == dtype

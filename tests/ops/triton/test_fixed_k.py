@@ -33,15 +33,14 @@ pytestmark = pytest.mark.filterwarnings("error:moeca")  # a fall-back is a failu
 class Case:
     """Arguments of refresh_fixed_k, in its order."""
 
-    cache: Tensor
+    ring: list[Tensor]
     rows: list[Tensor]
     index: Tensor
     mask: Tensor
-    matched: Tensor
     chosen: Tensor
     weight: Tensor
-    slope: Tensor | None
-    distance: Tensor
+    history: Tensor | None
+    forecast: Tensor | None
     parameters: list[Tensor]
     experts: int
     body: str
@@ -50,7 +49,7 @@ class Case:
         return tuple(vars(self).values())
 
     def copy(self) -> Case:
-        return replace(self, cache=self.cache.clone(), slope=None if self.slope is None else self.slope.clone())
+        return replace(self, ring=[slot.clone() for slot in self.ring])
 
 
 def make_case(
@@ -59,7 +58,7 @@ def make_case(
     chosen: int = 3,
     k: int = 2,
     experts: int = 5,
-    slope: bool = True,
+    slots: int = 2,
     body: Body = BODIES["swiglu"],
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
@@ -70,15 +69,14 @@ def make_case(
     rand = lambda *shape: torch.rand(*shape, device=DEVICE)  # noqa: E731
     stored = cache_dtype or dtype
     return Case(
-        cache=random((batch, tokens, k, WIDTH), stored),
+        ring=[random((batch, tokens, k, WIDTH), stored) for _ in range(slots)],
         rows=[random((batch * chosen, WIDTH), dtype) for _ in range(body.rows)],
         index=torch.randint(experts, (batch, chosen, k), device=DEVICE),
         mask=rand(batch, chosen, k) < share,
-        matched=rand(batch, chosen, k) < 0.5,
         chosen=rand(batch, tokens).argsort(-1)[:, :chosen],
         weight=rand(batch, tokens, k).to(dtype),
-        slope=random((batch, tokens, k, WIDTH), stored) if slope else None,
-        distance=torch.tensor(0.75, device=DEVICE),
+        history=torch.randint(1, slots + 1, (batch, tokens, k), device=DEVICE).int() if slots > 1 else None,
+        forecast=forecast_of(slots) if slots > 1 else None,
         parameters=body.parameters(experts, dtype),
         experts=experts,
         body=body.key(dtype),
@@ -87,29 +85,28 @@ def make_case(
 
 def recomputed(case: Case) -> Tensor:
     """Which slots of the cache are written, (B, N, k)."""
-    where = torch.zeros(case.cache.shape[:3], dtype=torch.bool, device=DEVICE)
+    where = torch.zeros(case.ring[0].shape[:3], dtype=torch.bool, device=DEVICE)
     for b, c, q in case.mask.nonzero().tolist():
         where[b, case.chosen[b, c], q] = True
     return where
 
 
 def assert_as_the_reference(case: Case) -> None:
-    """Cache, slope, output and norms; the kernels round an output once on its way to the cache, ATen thrice."""
+    """Ring, output and norms; the kernels round an output once on its way to the ring, ATen thrice."""
     found, expected = case.copy(), case.copy()
     out, norms = kernels.refresh_fixed_k(*found.arguments())
     wanted_out, wanted_norms = reference.refresh_fixed_k(*expected.arguments())
-    rough = max((case.rows[0].dtype, case.cache.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    assert_within(found.cache, expected.cache, BODY_ROUNDINGS + 3, rough)
+    rough = max((case.rows[0].dtype, case.ring[0].dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    for one, other in zip(found.ring, expected.ring, strict=True):
+        assert_within(one, other, BODY_ROUNDINGS + 3, rough)
     assert out.dtype == wanted_out.dtype and norms.dtype == torch.float32
     assert out.is_contiguous() and norms.is_contiguous(), "as the fakes say"
     k = case.index.shape[-1]  # the reference rounds after each of 2 * k sums
     assert_within(out, wanted_out, BODY_ROUNDINGS + 3 + 2 * k, rough)
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, rough)
     assert torch.equal(norms == 0, wanted_norms == 0)
-    if case.slope is not None:
-        assert torch.equal(found.slope, expected.slope)
     stays = ~recomputed(case)
-    assert torch.equal(found.cache[stays], case.cache[stays])
+    assert all(torch.equal(one[stays], other[stays]) for one, other in zip(found.ring, case.ring, strict=True))
 
 
 cases = st.builds(
@@ -121,7 +118,7 @@ cases = st.builds(
     st.sampled_from([0.0, 0.4, 1.0]),
     k=st.integers(1, 8),
     experts=st.integers(1, 7),
-    slope=st.booleans(),
+    slots=st.integers(1, 3),
     body=st.sampled_from(list(BODIES.values())),
     dtype=st.sampled_from(DTYPES),
     share=st.sampled_from([0.0, 0.5, 1.0]),
@@ -135,10 +132,10 @@ def test_any_refresh(case: Case):
     assert_as_the_reference(case)
 
 
-@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("name", list(BODIES))
-def test_refresh_of_every_body(name, slope):
-    assert_as_the_reference(make_case(slope=slope, body=BODIES[name]))
+def test_refresh_of_every_body(name, slots):
+    assert_as_the_reference(make_case(slots=slots, body=BODIES[name]))
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -166,22 +163,31 @@ def test_refresh_with_strides_and_other_integers():
     case = make_case()
     by_slot = [
         value.movedim(-1, 0).contiguous().movedim(0, -1)
-        for value in (case.index, case.mask, case.matched, case.weight)
+        for value in (case.index, case.mask, case.weight, case.history)
     ]
-    index, mask, matched, weight = by_slot
+    index, mask, weight, history = by_slot
     assert not index.is_contiguous()
     rows, chosen = [random((WIDTH, 6)).t()], case.chosen.t().contiguous().t()
-    strided = replace(case, index=index.int(), mask=mask, matched=matched, weight=weight, rows=rows, chosen=chosen)
-    assert_as_the_reference(strided)
+    forecast = case.forecast.t().contiguous().t()
+    strided = replace(case, index=index.int(), mask=mask, weight=weight, rows=rows, chosen=chosen)
+    assert_as_the_reference(replace(strided, history=history, forecast=forecast))
 
 
-def test_slots_that_are_not_recomputed_keep_their_bits():
+def test_what_is_not_recomputed_keeps_its_bits():
     case = make_case(dtype=torch.bfloat16)
     after = case.copy()
     kernels.refresh_fixed_k(*after.arguments())
     stays = ~recomputed(case)
-    assert torch.equal(after.cache[stays], case.cache[stays])
-    assert torch.equal(after.slope[stays], case.slope[stays])
+    assert all(torch.equal(one[stays], other[stays]) for one, other in zip(after.ring, case.ring, strict=True))
+
+
+def test_a_slot_that_does_not_count_may_hold_anything():
+    case = make_case(slots=2)
+    case = replace(case, history=torch.ones_like(case.history))  # only the last slot counts
+    rubbish = replace(case, ring=[torch.full_like(case.ring[0], float("nan")), case.ring[1].clone()])
+    wanted, found = (kernels.refresh_fixed_k(*each.arguments()) for each in (case.copy(), rubbish))
+    assert all(map(torch.equal, found, wanted))
+    assert found[0].isfinite().all() and rubbish.ring[1].isfinite().all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -198,12 +204,24 @@ def test_any_full_step(tokens, k, experts, body, dtype, seed):
     assert_outputs(body, dtype, torch.randint(experts, (tokens, k), device=DEVICE), experts)
 
 
+def forecast_of(slots: int) -> Tensor:
+    """Weights that sum to 1 for each history: the newest slot is the last one."""
+    rows = torch.zeros(slots, slots)
+    for known in range(1, slots + 1):
+        rows[known - 1, slots - known :] = torch.randn(known)
+        rows[known - 1, -1] += 1 - rows[known - 1].sum()
+    return rows.to(DEVICE)
+
+
 def assert_outputs(body: Body, dtype: torch.dtype, index: Tensor, experts: int) -> None:
     rows = [random((len(index), WIDTH), dtype) for _ in range(body.rows)]
     arguments = (rows, index, body.parameters(experts, dtype), experts, body.key(dtype), WIDTH)
     found, expected = kernels.fixed_k_outputs(*arguments), reference.fixed_k_outputs(*arguments)
     assert found.dtype == expected.dtype and found.is_contiguous()
     assert_within(found, expected, BODY_ROUNDINGS)
+    out = torch.empty(1, *found.shape, dtype=dtype, device=DEVICE)
+    kernels.fixed_k_outputs_into(out, *arguments[:-1])
+    assert torch.equal(out[0], found)
 
 
 @pytest.mark.parametrize("name", list(BODIES))
@@ -241,7 +259,8 @@ def test_bodies_without_a_plan_run_by_aten_and_say_so():
     case = make_case(dtype=torch.float32)
     wide = replace(
         case,
-        **{name: getattr(case, name).double() for name in ("cache", "weight", "slope", "distance")},
+        ring=[slot.double() for slot in case.ring],
+        weight=case.weight.double(),
         rows=[row.double() for row in case.rows],
         parameters=[parameter.double() for parameter in case.parameters],
         body=BODIES["swiglu"].key(torch.float64),

@@ -47,16 +47,20 @@ def waits() -> Iterator[list[str]]:
 def fixed_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
     case = fixed_k_cases.make_case(body=BODIES[name])
     full = (case.rows, case.index.flatten(0, 1), case.parameters, case.experts, case.body, WIDTH)
-    return [lambda: module.refresh_fixed_k(*case.copy().arguments()), lambda: module.fixed_k_outputs(*full)]
+    out = torch.empty_like(module.fixed_k_outputs(*full))
+    return [
+        lambda: module.refresh_fixed_k(*case.copy().arguments()),
+        lambda: module.fixed_k_outputs(*full),
+        lambda: module.fixed_k_outputs_into(out, *full[:-1]),
+    ]
 
 
 def variable_k_calls(module: Any, name: str) -> list[Callable[[], Any]]:
-    case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES[name], torch.float32, 0)
-    rest = (case.parameters, case.body.key(case.dtype))
-    state = (case.pool, case.slope, case.rows, case.pool_row, case.routed, case.mask, case.weight, torch.tensor(0.5))
+    case = variable_k_cases.make_case(6, 4, 12, 0.6, 2, BODIES[name], torch.float32, 0)
     return [
-        lambda: module.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots),
-        lambda: module.refresh_variable_k(*state, *rest),
+        lambda: module.variable_k_outputs(*case.all_arguments(False)),
+        lambda: module.variable_k_outputs_into(case.ring[0], *case.all_arguments(True)[:-2]),
+        lambda: module.refresh_variable_k(*case.refresh_arguments(case.ring)),
     ]
 
 

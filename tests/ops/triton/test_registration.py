@@ -53,18 +53,16 @@ def test_fixed_k_ops(on_device):
 
 
 def test_variable_k_ops(on_device):
-    case = variable_k_cases.make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
-    body = case.body.key(case.dtype)
-    arguments = (case.rows, case.routed, case.weight, case.parameters, body, WIDTH, case.slots)
+    case = variable_k_cases.make_case(6, 4, 12, 0.6, 2, BODIES["swiglu"], torch.float32, 0)
+    arguments = case.all_arguments(True)
     for one, other in zip(
         on_device("variable_k_outputs")(*arguments), torch.ops.moeca.variable_k_outputs(*arguments), strict=True
     ):
         assert_within(one, other, 4 * BODY_ROUNDINGS, torch.float32)
 
     def refreshed(op) -> list[Tensor]:
-        state = (case.pool.clone(), case.slope.clone(), case.rows, case.pool_row, case.routed, case.mask, case.weight)
-        distance = torch.tensor(0.5, device=DEVICE)
-        return [*op(*state, distance, case.parameters, body), *state[:2]]
+        ring = case.new_ring()
+        return [*op(*case.refresh_arguments(ring)), *ring]
 
     for one, other in zip(
         refreshed(on_device("refresh_variable_k")), refreshed(torch.ops.moeca.refresh_variable_k), strict=True

@@ -12,6 +12,7 @@ from torch.library import _scoped_library
 
 from examples.families import inputs_for, reduced
 from moeca_compile.ops.markers import NAMESPACE
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs
@@ -30,6 +31,7 @@ ROUNDINGS = 200
 
 KERNELS = (
     fixed_k.fixed_k_outputs,
+    fixed_k.fixed_k_outputs_into,
     fixed_k.refresh_fixed_k,
     attention.attend_rows,
     variable_k.variable_k_outputs,
@@ -53,13 +55,13 @@ def kernels_on_the_cpu(called: set[str]) -> Iterator[None]:
 def steps(graph: Captured, seconds: list[Any], recipe: str) -> list[torch.Tensor]:
     """Outputs and state of a full step, and of a cache step on other inputs with room for half of the tokens."""
     loop = graph.loop(recipe=recipe, validate=False)
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.compiled.plan.caches}
-    coefficients = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
-    full = loop.eager(StepKind(), graph.inputs, state, coefficients)
-    state |= full.updates
+    state = Caches(loop.compiled.plan.caches, torch.device("cpu"))
+    weights = torch.tensor([[1.0, 0.0], [1.5, -0.5]]).expand(2, -1, -1)
+    full = loop.eager(StepKind(), graph.inputs, state, weights)
+    state.store(full.updates)
     kind = StepKind(False, False, loop.compiled.plan.sizes[1] // 2)
-    cached = loop.compiled.function(kind)(seconds, state, coefficients)  # writes into the state
-    state |= cached.updates
+    cached = loop.compiled.function(kind)(seconds, state, weights)  # writes into the state
+    state.store(cached.updates)
     return [*full.outputs, *cached.outputs, *(state[name] for name in sorted(state))]
 
 

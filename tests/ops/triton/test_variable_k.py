@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.ops.triton.cases import BODIES, BODY_ROUNDINGS, DEVICE, DTYPES, WIDTH
 
 kernels = pytest.importorskip("moeca_compile.ops.triton.variable_k")
 from moeca_compile.ops.triton import fallback  # noqa: E402
+from tests.ops.triton.test_fixed_k import forecast_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error:moeca")  # a fall-back is a failure
 
@@ -31,16 +33,31 @@ class Case:
     routed: Tensor
     mask: Tensor
     pool_row: Tensor
-    pool: Tensor
-    slope: Tensor | None
+    ring: list[Tensor]
+    history: Tensor | None
+    forecast: Tensor | None
 
     @property
     def slots(self) -> int:
-        return len(self.pool)
+        return len(self.ring[0])
+
+    def all_arguments(self, before: bool) -> tuple[Any, ...]:
+        """Those of variable_k_outputs, with rows that the branches had before or without."""
+        pool_row = self.pool_row if before else None
+        rest = (self.parameters, self.body.key(self.dtype), WIDTH, self.slots)
+        return (self.rows, self.routed, self.weight, pool_row, *rest)
+
+    def refresh_arguments(self, ring: list[Tensor]) -> tuple[Any, ...]:
+        """Those of refresh_variable_k, which writes to the ring."""
+        read = (self.weight, self.history, self.forecast, self.parameters, self.body.key(self.dtype))
+        return (ring, self.rows, self.pool_row, self.routed, self.mask, *read)
+
+    def new_ring(self) -> list[Tensor]:
+        return [pool.clone() for pool in self.ring]
 
 
 def make_case(
-    tokens: int, experts: int, slots: int, share: float, forecast: bool, body: Body, dtype: torch.dtype, seed: int
+    tokens: int, experts: int, slots: int, share: float, depth: int, body: Body, dtype: torch.dtype, seed: int
 ) -> Case:
     torch.manual_seed(seed)
     routed, before, again = (torch.rand(tokens, experts, device=DEVICE) < each for each in (share, 0.5, 0.5))
@@ -56,8 +73,9 @@ def make_case(
         routed,
         routed & (again | (pool_row == 0)),
         pool_row,
-        random((slots, WIDTH), dtype),
-        random((slots, WIDTH), dtype) if forecast else None,
+        [random((slots, WIDTH), dtype) for _ in range(depth)],
+        torch.randint(1, depth + 1, (tokens, experts), device=DEVICE).int() if depth > 1 else None,
+        forecast_of(depth) if depth > 1 else None,
     )
 
 
@@ -67,7 +85,7 @@ cases = st.builds(
     st.integers(1, 8),
     st.integers(0, 40),
     st.sampled_from([0.0, 0.3, 0.7, 1.0]),
-    st.booleans(),
+    st.integers(1, 3),
     st.sampled_from([BODIES[name] for name in ("swiglu", "gelu", "one linear", "layer norm", "modulated")]),
     st.sampled_from(DTYPES),
     st.integers(0, 10**6),
@@ -81,9 +99,9 @@ def assert_sums(found: Tensor, expected: Tensor, case: Case) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(cases)
-def test_all_branches(case: Case):
-    arguments = (case.rows, case.routed, case.weight, case.parameters, case.body.key(case.dtype), WIDTH, case.slots)
+@given(cases, st.booleans())
+def test_all_branches(case: Case, before: bool):
+    arguments = case.all_arguments(before)
     out, pool, pool_row, norms = kernels.variable_k_outputs(*arguments)
     wanted_out, wanted_pool, wanted_pool_row, wanted_norms = reference.variable_k_outputs(*arguments)
     assert torch.equal(pool_row, wanted_pool_row) and pool_row.dtype == torch.int32
@@ -92,48 +110,44 @@ def test_all_branches(case: Case):
     assert norms.dtype == torch.float32 and torch.equal(norms == 0, wanted_norms == 0)
     assert_sums(out, wanted_out, case)
     assert all(value.is_contiguous() for value in (out, pool, pool_row, norms))
+    into = torch.zeros_like(pool)
+    again = kernels.variable_k_outputs_into(into, *arguments[:-2])
+    assert all(map(torch.equal, (into, *again), (pool, out, pool_row, norms)))
 
 
 @settings(max_examples=20, deadline=None)
 @given(cases)
 def test_a_refresh(case: Case):
     def run(function):
-        pool, slope = case.pool.clone(), None if case.slope is None else case.slope.clone()
-        state = (pool, slope, case.rows, case.pool_row, case.routed, case.mask, case.weight)
-        distance = torch.tensor(0.5, device=DEVICE)
-        return *function(*state, distance, case.parameters, case.body.key(case.dtype)), pool, slope
+        ring = case.new_ring()
+        return *function(*case.refresh_arguments(ring)), ring
 
     before = case.pool_row.clone()
-    out, pool_row, norms, pool, slope = run(kernels.refresh_variable_k)
-    wanted_out, wanted_pool_row, wanted_norms, wanted_pool, wanted_slope = run(reference.refresh_variable_k)
+    out, pool_row, norms, ring = run(kernels.refresh_variable_k)
+    wanted_out, wanted_pool_row, wanted_norms, wanted_ring = run(reference.refresh_variable_k)
     assert torch.equal(case.pool_row, before)
     assert torch.equal(pool_row, wanted_pool_row) and pool_row.dtype == torch.int32
-    assert_within(pool, wanted_pool, BODY_ROUNDINGS + 3)
+    for pool, wanted_pool in zip(ring, wanted_ring, strict=True):
+        assert_within(pool, wanted_pool, BODY_ROUNDINGS + 3)
     assert_within(norms, wanted_norms, BODY_ROUNDINGS + 1, case.dtype)
-    if slope is not None:
-        assert torch.equal(slope, wanted_slope)
     assert_sums(out, wanted_out, case)
     assert all(value.is_contiguous() for value in (out, pool_row, norms))
 
 
 def test_strided_masks_and_weights():
-    case = make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float32, 0)
+    case = make_case(6, 4, 12, 0.6, 2, BODIES["swiglu"], torch.float32, 0)
     routed, weight = (value.t().contiguous().t() for value in (case.routed, case.weight))
     assert not routed.is_contiguous()
     rest = (case.parameters, case.body.key(case.dtype), WIDTH, case.slots)
-    found = kernels.variable_k_outputs(case.rows, routed, weight, *rest)
-    for one, other in zip(
-        found, reference.variable_k_outputs(case.rows, case.routed, case.weight, *rest), strict=True
-    ):
+    found = kernels.variable_k_outputs(case.rows, routed, weight, None, *rest)
+    for one, other in zip(found, reference.variable_k_outputs(*case.all_arguments(False)), strict=True):
         assert_within(one, other, BODY_ROUNDINGS * 4, torch.float32)
 
 
 def test_bodies_without_a_plan_run_by_aten_and_say_so():
-    case = make_case(6, 4, 12, 0.6, True, BODIES["swiglu"], torch.float64, 0)
+    case = make_case(6, 4, 12, 0.6, 2, BODIES["swiglu"], torch.float64, 0)
     fallback._warned.clear()
-    rest = (case.parameters, case.body.key(case.dtype))
     with pytest.warns(UserWarning, match="variable_k_outputs runs without kernels"):
-        kernels.variable_k_outputs(case.rows, case.routed, case.weight, *rest, WIDTH, case.slots)
-    state = (case.pool, case.slope, case.rows, case.pool_row, case.routed, case.mask, case.weight)
+        kernels.variable_k_outputs(*case.all_arguments(True))
     with pytest.warns(UserWarning, match="refresh_variable_k runs without kernels"):
-        kernels.refresh_variable_k(*state, torch.tensor(0.5), *rest)
+        kernels.refresh_variable_k(*case.refresh_arguments(case.ring))

@@ -8,7 +8,7 @@ import torch
 from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
 from moeca_compile.passes.rewrite.kinds import StepKind
-from tests.harness import Captured, exported
+from tests.harness import Captured, caches_of, exported
 from tests.models import Sizes
 from tests.test_plan import COST, DENSE, MOE, counted
 
@@ -17,8 +17,7 @@ CACHE = StepKind(attention=False, experts=False)
 
 def flops_of(graph: Captured, kind: StepKind, **options) -> StepFlops:
     loop = graph.loop(validate=False, **options)
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in loop.compiled.plan.caches}
-    return trace_step(loop.compiled.function(kind), graph.inputs, state, torch.zeros(2, 2)).flops
+    return trace_step(loop.compiled.function(kind), graph.inputs, *caches_of(loop)).flops
 
 
 @pytest.mark.usefixtures("eager_steps")
