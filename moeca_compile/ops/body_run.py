@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -96,7 +96,30 @@ def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: li
     except UnsupportedError:
         each_rows = ([value[start:end] for value in rows] for start, end in groups)
         return torch.cat([bodies.run(body, x, list(p)) for x, p in zip(each_rows, own, strict=True)])
-    return run_steps(plan, dict(zip(plan.rows, rows, strict=True)), AtenProvider(parameter_values(plan, own), groups))
+    out: Tensor | None = None
+    for part in _parts(groups):
+        (start, _), (_, end) = groups[part.start], groups[part.stop - 1]
+        provider = AtenProvider(parameter_values(plan, own[part]), [(a - start, b - start) for a, b in groups[part]])
+        inputs = {node: value[start:end] for node, value in zip(plan.rows, rows, strict=True)}
+        found = run_steps(plan, inputs, provider)
+        out = found.new_empty(len(rows[0]), *found.shape[1:]) if out is None else out
+        out[start:end] = found
+    assert out is not None, "groups has one expert at least"
+    return out
+
+
+_ROWS = 512
+"""Experts run together until they have so many rows. More take memory for what lies between their layers, and gain
+nothing: the products are large by then."""
+
+
+def _parts(groups: Sequence[tuple[int, int]]) -> Iterator[slice]:
+    """The experts, by index, in parts that run together."""
+    first = 0
+    for i, (_, end) in enumerate(groups):
+        if end - groups[first][0] >= _ROWS or i == len(groups) - 1:
+            yield slice(first, i + 1)
+            first = i + 1
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile._torch_private import trace_to_graph
-from moeca_compile.ops import bodies
+from moeca_compile.ops import bodies, body_run
 from moeca_compile.ops.body_plan import GroupedProduct, RowOp, flops_per_row, plan_for
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.unsupported import UnsupportedError
@@ -87,10 +87,34 @@ def test_a_body_on_the_rows_of_all_experts_equals_each_expert_on_its_own(name):
     body, each = key_of(function, shapes), len(shapes)
     assert step_names(body, rows, parameters[:each]) == steps
     found = run_by_expert(body, [rows], OFFSETS, parameters, EXPERTS)
+    assert_each_expert_on_its_own_rows(found, function, rows, OFFSETS, parameters)
+
+
+def assert_each_expert_on_its_own_rows(
+    found: Tensor, function: Callable[..., Tensor], rows: Tensor, offsets: Tensor, parameters: Sequence[Tensor]
+) -> None:
+    each = len(parameters) // EXPERTS
     for e in range(EXPERTS):
-        own = slice(int(OFFSETS[e]), int(OFFSETS[e + 1]))
+        own = slice(int(offsets[e]), int(offsets[e + 1]))
         expected = function(rows[own], *parameters[e * each : (e + 1) * each])
         torch.testing.assert_close(found[own], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("offsets", [[0, 300, 600, 600, 1000], [0, 0, 700, 701, 1300], [0, 512, 1024, 1024, 1024]])
+def test_experts_with_many_rows_run_in_parts_of_few_rows(name, offsets, monkeypatch):
+    function, shapes, _ = BODIES[name]
+    most, run = [], body_run.run_steps
+
+    def spy(plan: Any, values: dict[Any, Tensor], provider: Any) -> Tensor:
+        most.append(len(next(iter(values.values()))))
+        return run(plan, values, provider)
+
+    monkeypatch.setattr(body_run, "run_steps", spy)
+    parameters, rows = make(shapes)[1], torch.randn(offsets[-1], WIDTH)
+    found = run_by_expert(key_of(function, shapes), [rows], torch.tensor(offsets), parameters, EXPERTS)
+    assert_each_expert_on_its_own_rows(found, function, rows, torch.tensor(offsets), parameters)
+    assert len(most) == 2 and sum(most) == offsets[-1]
 
 
 @pytest.mark.parametrize("name", BODIES)
