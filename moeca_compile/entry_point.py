@@ -42,7 +42,7 @@ class _Finder(DistributionFinder):
     def find_spec(self, *_: Any) -> None:
         return None
 
-    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:  # type: ignore[override]
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
         wanted = getattr(context, "name", None)
         if wanted is None or wanted.lower().replace("_", "-") == DISTRIBUTION:
             yield self.found

@@ -15,9 +15,12 @@ _ENTRY_POINTS = Private(
 
 
 def add_backend(name: str, value: str, group: str) -> None:
-    """Add a backend as torch.compile adds the entry points that it finds: loaded when it is first asked for."""
+    """Add a backend as torch.compile adds the entry points that it finds: loaded when it is first asked for.
+
+    One that is known stays: torch may be loading it, which is then why this is called.
+    """
     point = EntryPoint(name, value, group)
     if isinstance(_ENTRY_POINTS.value, dict):
         _ENTRY_POINTS.value.setdefault(name, point)
-    else:
+    elif name not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(point.load(), name)
