@@ -312,7 +312,9 @@ def test_the_object_under_trace_is_found_by_its_id_whatever_torch_calls_it(hide)
     assert private.traced_self(id(model)) is model
 
 
-@pytest.mark.parametrize("context", [None, torch.no_grad(), torch.inference_mode()], ids=str)
+@pytest.mark.parametrize(
+    "context", [None, torch.no_grad(), torch.inference_mode()], ids=["none", "no_grad", "inference_mode"]
+)
 def test_a_caller_that_a_context_decorates_is_known_under_whatever_name(context):
     seen: list[bool] = []
 
