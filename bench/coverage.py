@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 import moeca_compile
 from examples import families
 from examples.digits.arguments import whole_number
-from examples.digits.compare import environment
 from examples.families.common import randomize
+from examples.machine import environment
 from moeca_compile import capture
 from moeca_compile.backend import backend_with, compile_graph
 from moeca_compile.lower.compiled import CompiledGraph

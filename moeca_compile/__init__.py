@@ -1,12 +1,15 @@
 """Faster sampling from DiT-MoE models: `torch.compile(model, backend="moeca", options={"recipe": "moeca"})`.
 
-Importing the package patches nothing and loads no compiler: each public name is loaded on first use.
+Importing the package makes the backend's name known, patches nothing and loads no compiler: each public name is
+loaded on first use.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moeca_compile import entry_point
 
 if TYPE_CHECKING:
     from moeca_compile.backend import moeca_backend as moeca_backend
@@ -46,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+entry_point.provide(__version__)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ from tests.models import TinyDiTMoE, make_inputs, make_model
 
 # The models are tiny: threads would only wait for each other, for long where the machine is busy.
 torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m smoke` reads only files that have such tests: the others take long to import, and want more packages."""
+    only_smoke = config.option.markexpr == "smoke" and collection_path.suffix == ".py"
+    return True if only_smoke and "mark.smoke" not in collection_path.read_text() else None
 
 
 @pytest.fixture(autouse=True)

@@ -76,10 +76,12 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 # Found by name, with options.
 
 
+@pytest.mark.smoke
 def test_it_is_among_torchs_backends():
     assert "moeca" in torch._dynamo.list_backends(exclude_tags=())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", ["moeca", moeca_backend], ids=["by name", "as a function"])
 def test_full_steps_alone_are_the_model(model, without_inductor, backend):
     fast = compiled(model, backend, full_every=1)
@@ -89,6 +91,7 @@ def test_full_steps_alone_are_the_model(model, without_inductor, backend):
     assert report(fast).steps == {"full": STEPS}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", ["moeca", moeca_backend], ids=["by name", "as a function"])
 @pytest.mark.parametrize(
     ("options", "field", "allowed"),
@@ -121,6 +124,7 @@ def test_a_report_before_any_call(model):
     json.dumps(empty.to_dict())
 
 
+@pytest.mark.smoke
 def test_a_report_after_a_generation(model, without_inductor):
     fast = compiled(model, tau0=0.5, full_every=3)
     generate(fast)
@@ -164,6 +168,7 @@ def test_a_model_that_is_not_compiled(model, function):
         function(model)
 
 
+@pytest.mark.smoke
 def test_reset_frees_the_caches_and_keeps_the_counts(model, without_inductor):
     fast = compiled(model)
     first = generate(fast)
@@ -173,6 +178,7 @@ def test_reset_frees_the_caches_and_keeps_the_counts(model, without_inductor):
     assert torch.equal(generate(fast), first)
 
 
+@pytest.mark.smoke
 def test_two_compiled_models_do_not_share(model, without_inductor):
     """The same module compiled twice with other options, called in turn."""
     ours, theirs = compiled(model, tau0=0.4), compiled(model, recipe="stack")
@@ -235,6 +241,7 @@ def test_a_model_without_experts_runs_and_the_report_says_what_was_found(without
     assert [region.kind for region in report(fast).regions] == ["attention", "feedforward"]
 
 
+@pytest.mark.smoke
 def test_training_mode_runs_the_original_with_one_warning(model, without_inductor):
     fast = compiled(model)
     with told() as texts:
@@ -249,6 +256,7 @@ def test_training_mode_runs_the_original_with_one_warning(model, without_inducto
     assert texts == []
 
 
+@pytest.mark.smoke
 def test_gradients_run_the_original_with_one_warning_and_flow(model, without_inductor):
     model.requires_grad_(True)
     fast = compiled(model)
@@ -272,6 +280,7 @@ def assert_switches_to_caching(fast: Any) -> None:
     assert steps(fast) == (2, 4)
 
 
+@pytest.mark.smoke
 def test_inference_mode_caches(model, without_inductor):
     fast = compiled(model)
     expected = generate(fast)
@@ -297,6 +306,7 @@ class Untraceable(MoE):
         return result
 
 
+@pytest.mark.smoke
 def test_dispatch_that_no_idiom_knows_runs_right_with_one_warning(model, without_inductor):
     torch.manual_seed(0)
     model.blocks[1].mlp = Untraceable(SIZES)
@@ -336,6 +346,7 @@ def test_dispatch_that_no_idiom_knows_outside_of_a_loop(without_inductor):
     assert report(fast).graph_breaks
 
 
+@pytest.mark.smoke
 def test_what_another_backend_gave_up_is_captured_all_the_same(model, without_inductor):
     """Plain torch.compile breaks its graphs in the loop over blocks, for which Dynamo gives up the forward."""
     expected = generate(compiled(make_model(SIZES)))
@@ -392,6 +403,7 @@ def test_eager_and_other_backends_are_unaffected(model, without_inductor):
 # Calls that change their shape or form.
 
 
+@pytest.mark.smoke
 def test_batches_of_other_sizes_have_caches_of_their_own(model, without_inductor):
     fast = compiled(model)
     first = {batch: generate(fast, batch) for batch in (2, 3)}
@@ -416,6 +428,7 @@ class NumberTimestep(TinyDiTMoE):
         return super().forward(x, torch.full((x.shape[0],), t), y)
 
 
+@pytest.mark.smoke
 def test_a_timestep_given_as_a_number(without_inductor):
     torch.manual_seed(0)
     model = NumberTimestep(SIZES).eval().requires_grad_(False)
@@ -436,6 +449,7 @@ class Cropped(TinyDiTMoE):
         return super().forward(x, t, y)[:, :, :rows]
 
 
+@pytest.mark.smoke
 def test_a_size_given_as_a_number(without_inductor):
     torch.manual_seed(0)
     model = Cropped(SIZES).eval().requires_grad_(False)
@@ -476,6 +490,7 @@ class Constants(TinyDiTMoE):
         return modulate(h, torch.tensor([0.1]).expand(c.shape), torch.tensor([0.5]).expand(c.shape)), c
 
 
+@pytest.mark.smoke
 def test_constants_in_the_models_code(without_inductor):
     torch.manual_seed(0)
     model = Constants(SIZES).eval().requires_grad_(False)
@@ -485,6 +500,7 @@ def test_constants_in_the_models_code(without_inductor):
 # Through Inductor, with a single block: it takes its time.
 
 
+@pytest.mark.smoke
 def test_a_generation_through_inductor_is_that_of_the_traced_graphs(monkeypatch):
     def generated() -> tuple[Any, Tensor]:
         model = make_model(SIZES)
@@ -512,6 +528,7 @@ def test_the_package_exports_what_it_documents():
 # Looking for a fault.
 
 
+@pytest.mark.smoke
 def test_a_dump_shows_every_stage(model, tmp_path):
     fast = compiled(model, lowering="eager", dump=tmp_path, full_every=2)
     generate(fast, steps=2)

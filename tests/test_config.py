@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from moeca_compile.config import RECIPES, MoecaConfig
 from moeca_compile.options import UNSET, ConfigError
 
+pytestmark = pytest.mark.smoke
+
 # One wrong value or more for each field, with a piece of what the error must offer instead.
 WRONG = [
     ("recipe", "moecca", "'moeca-forecast'"),

@@ -17,18 +17,23 @@ from torch import nn
 
 import moeca_compile
 from moeca_compile import _torch_private as private
-from moeca_compile._torch_private import frames, graphs, kernels, lookup, tracing
+from moeca_compile._torch_private import backends, frames, graphs, kernels, lookup, tracing
 from moeca_compile._torch_private.lookup import Private
 from moeca_compile.config import MoecaConfig
 from moeca_compile.runtime.record import record_for
 from tests.harness import Captured, RecordingBackend
 
+pytestmark = pytest.mark.smoke
+
 PACKAGE = Path(moeca_compile.__file__).parent
 TABLE = (PACKAGE.parent / "docs" / "private-apis.md").read_text()
-SEEN = ("2.13",)
+SEEN = ("2.11", "2.13", "2.15")
 """Versions of torch that have every name, all with the parameters and attributes that are used here."""
 
-DOCUMENTED = ("torch._check", "torch._dynamo.reset", "torch._dynamo.list_backends", "torch._dynamo.lookup_backend")
+DOCUMENTED = (
+    "torch._check",
+    *(f"torch._dynamo.{name}" for name in ("reset", "list_backends", "lookup_backend", "register_backend")),
+)
 OF_PYTHON = ("_asdict", "_fields", "_replace")
 
 
@@ -192,6 +197,21 @@ def test_copies_and_zeros_without_foreach(hide):
     assert not any(copied.any() for copied in copies)
 
 
+def test_without_the_list_of_entry_points_a_backend_is_registered_at_once(hide):
+    hide(backends._ENTRY_POINTS)
+    for _ in range(2):
+        private.add_backend("moeca_for_this_test", "moeca_compile.backend:moeca_backend", "any")
+    assert torch._dynamo.lookup_backend("moeca_for_this_test") is moeca_compile.moeca_backend
+
+
+def test_a_backend_is_added_as_an_entry_point_that_is_loaded_when_asked_for():
+    private.add_backend("absent_for_this_test", "no_such_module:nothing", "any")
+    assert "absent_for_this_test" in torch._dynamo.list_backends(exclude_tags=())
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        torch._dynamo.lookup_backend("absent_for_this_test")
+    del backends._ENTRY_POINTS.value["absent_for_this_test"]
+
+
 def test_without_dispatch_keys_no_op_has_a_kernel(hide):
     op, cpu = torch.ops.aten.relu.default, torch.device("cpu")
     assert private.has_kernel_for(op, cpu)
@@ -292,6 +312,33 @@ def test_the_object_under_trace_is_found_by_its_id_whatever_torch_calls_it(hide)
     assert private.traced_self(id(model)) is model
 
 
+@pytest.mark.parametrize(
+    "context", [None, torch.no_grad(), torch.inference_mode()], ids=["none", "no_grad", "inference_mode"]
+)
+def test_a_caller_that_a_context_decorates_is_known_under_whatever_name(context):
+    seen: list[bool] = []
+
+    def backend(gm, inputs):
+        seen.append(private.in_decorated_function())
+        return gm.forward
+
+    def part(x):
+        return x.sin()
+
+    if context is not None:
+        part = context(part)
+        part.__code__ = part.__code__.replace(co_name="another")
+
+    def model(x):
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            x = part(x)
+        return x
+
+    torch.compile(model, backend=backend)(torch.ones(2))
+    assert seen == [context is not None]
+
+
 @pytest.mark.parametrize("compiled", ["returned", "in place", "not"])
 def test_the_module_behind_a_compiled_one(compiled):
     model = nn.Linear(1, 1)
@@ -312,7 +359,7 @@ def test_hooks_are_seen_and_taken_to_be_there_where_nobody_can_tell():
 # Whose backend it is
 
 
-def backends(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def traced_for(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_output", lambda: SimpleNamespace(compiler_fn=compiler))
 
 
@@ -326,14 +373,14 @@ def test_the_wrapper_is_found_behind_the_method_that_ddp_puts_before_it(monkeypa
 
     recording = RecordingBackend()
     wrapper = private.wrapper_of(torch.compile(nn.Linear(1, 1), backend=recording))
-    backends(DDPOptimizer(wrapper).compile_fn, monkeypatch)
+    traced_for(DDPOptimizer(wrapper).compile_fn, monkeypatch)
     assert wrapper is not None and private.traced_wrapper() is wrapper
     assert list(private.tracing_backend())[-1] is recording
 
 
 @pytest.mark.parametrize("compiler", [None, lambda gm, inputs: gm, RecordingBackend()])
 def test_a_backend_that_torch_compile_did_not_wrap_has_no_wrapper(compiler, monkeypatch):
-    backends(compiler, monkeypatch)
+    traced_for(compiler, monkeypatch)
     assert private.traced_wrapper() is None
 
 
@@ -363,6 +410,7 @@ def without(path):
     return resolve(path)
 
 pkgutil.resolve_name = without
+import moeca_compile
 torch._dynamo.lookup_backend, lookup = lambda name: lambda gm, inputs: gm.forward, torch._dynamo.lookup_backend
 model = make_model(Sizes(depth=2, experts=3, width=16, heads=2, expert_width=16))
 noise, labels = make_inputs(model)
@@ -372,7 +420,6 @@ with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
     for t in (1.0, 0.5):
         time = torch.full((2,), t)
         torch.testing.assert_close(compiled(noise, time, labels), model(noise, time, labels), rtol=1e-4, atol=1e-4)
-import moeca_compile
 report = moeca_compile.report(compiled)
 regions = {region.kind for region in report.regions}
 missing = [text for text in report.warnings if "nothing is cached" in text]

@@ -2,14 +2,15 @@
 
 Private is what torch's documentation does not have: a name of torch with a leading underscore anywhere in its
 path, and torch.fx.experimental, which it calls subject to change. Documented for all the underscore, and so public
-here: torch._check, torch._dynamo.reset, list_backends and lookup_backend. Names of ATen's ops in a graph, such as
-aten._to_copy, are matched on, not called, and count as public too.
+here: torch._check, torch._dynamo.reset, list_backends, lookup_backend and register_backend. Names of ATen's ops in a
+graph, such as aten._to_copy, are matched on, not called, and count as public too.
 
 Each use is a `Private` (lookup.py) with what is lost without it. Those without which nothing can be cached are
 `required`: the backend asks `missing()` and then runs models as torch.compile would. All others have a fallback
 that gives the same numbers. docs/private-apis.md has them all, with the gain of each and the versions it was seen on.
 """
 
+from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import calling_code, forget_code, in_decorated_function, outermost_module
@@ -40,6 +41,7 @@ from moeca_compile._torch_private.tracing import (
 )
 
 __all__ = [
+    "add_backend",
     "calling_code",
     "compile_cpp",
     "compile_graph",

@@ -28,18 +28,23 @@ _RESET_CODE = Private(
 )
 
 
-def _nested_code(function: object) -> set[CodeType]:
-    """The code of the functions that are defined in a function."""
+def _place(code: CodeType) -> tuple[str, int]:
+    """Where code is written. Torch 2.15 makes a copy of it, with another name, for each function that it wraps."""
+    return code.co_filename, code.co_firstlineno
+
+
+def _places_within(function: object) -> set[tuple[str, int]]:
+    """Where the functions are written that are defined in a function."""
     constants = function.__code__.co_consts  # type: ignore[attr-defined]
-    return {constant for constant in constants if isinstance(constant, CodeType)}
+    return {_place(constant) for constant in constants if isinstance(constant, CodeType)}
 
 
 def _calling_frames() -> list[FrameType]:
     """The frames between the one that Dynamo is compiling and torch.compile's wrapper, which is told by its code."""
-    wrappers = _nested_code(_CONTEXT.value.__call__) if _CONTEXT.value is not None else set()
+    wrappers = _places_within(_CONTEXT.value.__call__) if _CONTEXT.value is not None else set()
     found: list[FrameType] = []
     frame = sys._getframe().f_back
-    while frame is not None and frame.f_code not in wrappers:
+    while frame is not None and _place(frame.f_code) not in wrappers:
         found.append(frame)
         frame = frame.f_back
     return found if frame is not None else []
@@ -51,8 +56,8 @@ def _users(frames: list[FrameType]) -> list[FrameType]:
 
 def in_decorated_function() -> bool:
     """Whether one of the callers is decorated with a context of torch's, such as no_grad."""
-    decorated = torch.no_grad()(in_decorated_function).__code__
-    return any(frame.f_code is decorated for frame in _calling_frames())
+    decorated = _place(torch.no_grad()(in_decorated_function).__code__)
+    return any(_place(frame.f_code) == decorated for frame in _calling_frames())
 
 
 def calling_code() -> list[CodeType]:

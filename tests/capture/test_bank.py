@@ -75,6 +75,7 @@ class Caller(nn.Module):
         return torch.zeros(b * n, d).index_add(0, token, y).view(b, n, d)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("experts", [Segments, Slices, Grouped])
 def test_the_callers_dispatch_is_captured(experts):
     (marker,) = captured_pairs(stack(Caller(experts())), tokens())

@@ -44,6 +44,7 @@ def plain_loop(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + torch.stack(branches).reshape(x.shape)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("spelling", "expert", "top_k"),
     [(spelling, swiglu_with_bias, 2) for spelling in SPELLINGS]
@@ -118,6 +119,7 @@ def test_the_functional_export_keeps_both_markers(spelling):
     torch.testing.assert_close(run_with_markers(exported, backend.inputs[0])[0], want)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("spelling", [NumpyEnds, RunningStart])
 def test_another_backend_traces_the_original(spelling):
     model, x = stack(spelling()), tokens()

@@ -21,6 +21,7 @@ from tests.references import run_with_markers
 LAYER = torch.ops.moeca.experts_fixed_k
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", [PackedMask, GroupedMatmul, GatheredEinsum, DensePacked])
 def test_the_passes_take_slices_as_parameters(layer):
     model, x = stack(layer()), tokens()

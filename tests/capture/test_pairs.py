@@ -44,24 +44,28 @@ def captured_pairs(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **t
     return markers
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", PER_SAMPLE)
 def test_choice_within_a_sample(layer):
     (marker,) = captured_pairs(stack(layer()), tokens())
     assert marker.args[6:] == (2 * 4 * 4, False)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", OVER_THE_BATCH)
 def test_choice_over_the_batch(layer):
     (marker,) = captured_pairs(stack(layer()), tokens())
     assert marker.args[6:] == (4 * 8, True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", DYNAMIC)
 def test_a_capacity_that_is_predicted(layer):
     (marker,) = captured_pairs(stack(layer()), tokens())
     assert marker.args[6:] == (0, True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layer", THRESHOLDS)
 def test_a_threshold(layer):
     (marker,) = captured_pairs(stack(layer()), tokens())

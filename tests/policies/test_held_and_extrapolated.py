@@ -86,6 +86,7 @@ EVEN = [1 - number / STEPS for number in range(STEPS)]
 UNEVEN = [1 - (number / STEPS) ** 2 for number in range(STEPS)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("times", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("forecast", [False, True], ids=["held", "forecast"])
 @pytest.mark.parametrize("family", ["fora", "stack", "block"])

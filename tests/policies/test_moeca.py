@@ -180,6 +180,7 @@ def compare(model: TinyDiTMoE, generation: Generation, simulation: Simulation) -
     return steps
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, options):
     config = MoecaConfig.from_options(options)
@@ -200,6 +201,7 @@ def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, gr
     assert any(step.counts.get("dropped") for step in steps)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast", "block"]
 )

@@ -83,6 +83,7 @@ def test_everything_recomputed_is_the_model(case, eager_steps, monkeypatch, opti
         assert (step.output - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("recipe", ["none", "moeca", "moeca-forecast", "fora", "stack"])
 def test_full_steps_alone_are_the_model(case, eager_steps, recipe):
     model, graph = case

@@ -71,6 +71,7 @@ def test_reset_leaves_nothing_behind(graph, run):
     assert_same(run(engine), whole)
 
 
+@pytest.mark.smoke
 def test_separate_conditional_and_unconditional_calls_do_not_mix(graph, model):
     """Both as if each had a model of its own; that they are streams shows at the second step, which is full."""
 
@@ -93,6 +94,7 @@ def test_separate_conditional_and_unconditional_calls_do_not_mix(graph, model):
         assert_same(found, expected)
 
 
+@pytest.mark.smoke
 def test_named_streams_keep_apart_what_comes_in_any_order(graph, model):
     x, y = make_inputs(model)
     engine, alone = graph.engine(), graph.engine()
@@ -129,6 +131,7 @@ def test_a_user_is_told_when_time_goes_back_and_forth(graph, run):
     assert any(not kind.full for kind in loop.tallies.by_kind)
 
 
+@pytest.mark.smoke
 def test_threads_run_generations_of_their_own(graph, run):
     engine, found = graph.engine(), {}
     run(engine, seed=3)  # everything is prepared
@@ -155,6 +158,7 @@ def test_inference_mode_and_no_grad_may_alternate(graph, run):
             assert_same(run(engine), expected)
 
 
+@pytest.mark.smoke
 def test_explicit_generations_may_be_left_and_entered_again(graph, run):
     engine, expected = graph.engine(), run(graph.engine())
     run(engine, seed=2, times=[1.0, 0.9, 0.8])

@@ -16,6 +16,8 @@ from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
 from moeca_compile.runtime.session import Position, Sessions
 
+pytestmark = pytest.mark.smoke
+
 SPECS = [CacheSpec("a", (2, 3), torch.float32), CacheSpec("b", (4,), torch.int32)]
 
 
