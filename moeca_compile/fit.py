@@ -19,8 +19,7 @@ from moeca_compile.policies import RECIPES
 from moeca_compile.text import binary_bytes
 
 AUTO_SHARE = 0.5
-"""With "auto", the share of the free memory that caches may take. A full step without CUDA graphs has old and new
-caches alive together, and the model needs memory for its activations."""
+"""With "auto", the share of the free memory that caches of one stream may take: most samplers have two streams."""
 
 _NARROW = torch.bfloat16
 
@@ -46,15 +45,14 @@ class _Candidate:
 def config_that_fits(
     graph: fx.Graph, regions: Regions, config: MoecaConfig, device: torch.device, notes: Notes
 ) -> MoecaConfig:
-    """The config with `max_cache_bytes` as a number, whose caches of one stream are no larger than that.
+    """The config, if the caches of one stream are no larger than `max_cache_bytes` allows.
 
-    Where those of `config` are: first with a narrower dtype, then at a coarser level of caching, then without caches.
+    Else the config with a narrower dtype, at a coarser level of caching, or without caches: the first that fits.
     Warns with the figures.
     """
     limit = _limit(config, device)
     if limit is None or not config.policy.caches:
         return config
-    config = replace(config, max_cache_bytes=limit)
     wanted = _measured(graph, regions, config)
     if wanted.nbytes <= limit:
         return config

@@ -31,9 +31,11 @@ def _available() -> int | None:
 
 
 def _left_in_container() -> int | None:
-    """What a limit of control groups (version 2) leaves; None without one."""
+    """What a limit of control groups (version 2) leaves; None without one. Cached files count as free."""
     try:
-        most, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return max(0, int(most) - int(used))
+        most, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = sum(int(number) for name, number in lines if name in ("inactive_file", "slab_reclaimable"))
+        return max(0, most - max(0, used - cached))
     except (OSError, ValueError):  # no such file, or no limit: "max"
         return None

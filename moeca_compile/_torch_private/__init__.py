@@ -26,7 +26,14 @@ from moeca_compile._torch_private.graphs import (
     tensor_of_number,
     trace_to_graph,
 )
-from moeca_compile._torch_private.kernels import copy_all, has_kernel_for, onednn_linear, zero_all
+from moeca_compile._torch_private.kernels import (
+    copy_all,
+    float32_matmul_precision,
+    has_kernel_for,
+    onednn_linear,
+    schema_of,
+    zero_all,
+)
 from moeca_compile._torch_private.lookup import missing
 from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
 from moeca_compile._torch_private.tracing import (
@@ -49,6 +56,7 @@ __all__ = [
     "copy_all",
     "export_functional",
     "fake_mode_of",
+    "float32_matmul_precision",
     "forget_code",
     "graph_break",
     "has_forward_hooks",
@@ -65,6 +73,7 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "root_module",
+    "schema_of",
     "tensor_of_number",
     "tensors_of_others",
     "trace_to_graph",

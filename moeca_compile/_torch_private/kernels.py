@@ -27,6 +27,19 @@ def has_kernel_for(op: Any, device: torch.device) -> bool:
     return key is not None and asked is not None and bool(asked(key))
 
 
+def schema_of(op: Any) -> Any:
+    """The schema of an op: its arguments, and which of them it writes to. None for what is no op."""
+    return getattr(op, "_schema", None)
+
+
+def float32_matmul_precision() -> str:
+    """torch.get_float32_matmul_precision(), which raises once the newer setting of the same was used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def copy_all(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its destination, on an accelerator those that are alike with few kernels."""
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
@@ -64,7 +77,7 @@ def find_onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | 
     """`_onednn_linear` where torch has oneDNN and its op takes what we give it."""
     if not torch.backends.mkldnn.is_available() or _ONEDNN.value is None:
         return None
-    taken = [argument.name for argument in _ONEDNN.value._schema.arguments]
+    taken = [argument.name for argument in schema_of(_ONEDNN.value).arguments]
     return _onednn_linear if taken == _ONEDNN_ARGUMENTS else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeca_compile._torch_private.kernels import float32_matmul_precision
 from moeca_compile._torch_private.lookup import Private
 
 _TRANSLATOR = Private(
@@ -119,4 +120,4 @@ def traced_anew(wrapper: Callable[..., Any]) -> Callable[..., Any]:
 def numeric_modes() -> tuple[Any, ...]:
     """Global modes that the meaning of a traced graph depends on, and that Dynamo guards."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return *autocast, torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    return *autocast, torch.get_default_dtype(), float32_matmul_precision()

@@ -44,6 +44,8 @@ class PartitionedExecutor:
             self.calls.insert(0, _BoundCall(subgraphs[call.subgraph], arguments, results, sorted(freed)))
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        if len(inputs) != self.inputs:
+            raise TypeError(f"a step takes {self.inputs} inputs, not {len(inputs)}")
         values = [*inputs, *self.constants, *[None] * (self.size - self.inputs - len(self.constants))]
         for function, arguments, results, freed in self.calls:
             for i, value in zip(results, function(*[values[i] for i in arguments]), strict=True):

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from moeca_compile._torch_private import fake_mode_of
+from moeca_compile._torch_private import fake_mode_of, schema_of
 from moeca_compile.lower.program import TracedStep
 from moeca_compile.ops.aten import CASTS, VIEWS
 from moeca_compile.passes.analysis.graph import placeholders
@@ -47,7 +48,7 @@ def write_in_place(traced: TracedStep, state: Caches) -> TracedStep:
     graph.lint()
     traced.graph.recompile()
     left = tuple(name for name in updates if name not in written)
-    return TracedStep(traced.graph, traced.state_names, left, traced.outputs, tuple(written))
+    return replace(traced, update_names=left, written_names=tuple(written))
 
 
 def _unread(name: str, traced: TracedStep, state: Caches) -> bool:
@@ -137,7 +138,7 @@ def _write_variable_k(pool: fx.Node, target: fx.Node) -> None:
 def _arguments(node: fx.Node) -> Sequence[Any]:
     """All arguments of an op of ours, in order."""
     given: Mapping[str, Any] = node.kwargs
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     return [*node.args, *(given.get(name) for name in names[len(node.args) :])]
 
 

@@ -22,7 +22,7 @@ def interpret(
         wanted: some of `nodes` or of the inputs.
         change: changes each value as it is computed.
     """
-    values, dying = dict(inputs), _last_uses(nodes, wanted)
+    values, dying = dict(inputs), last_uses(nodes, wanted)
     for node in nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -32,7 +32,7 @@ def interpret(
     return [values[node] for node in wanted]
 
 
-def _last_uses(nodes: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(nodes: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, those of `nodes` and their inputs that nothing after it reads."""
     found: dict[fx.Node, list[fx.Node]] = {}
     seen = set(wanted)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeca_compile._torch_private import schema_of
 from moeca_compile.passes.analysis.graph import ancestors
 
 BOUNDARY = torch.ops.aten.alias.default
@@ -75,6 +76,12 @@ def whole_graph(gm: fx.GraphModule) -> list[Call]:
     return _calls([[node for nodes in _partitions(gm.graph) for node in nodes]])
 
 
+def one_call(graph: fx.Graph) -> Call:
+    """The graph as one call. It does not change."""
+    (call,) = _calls([[node for node in graph.nodes if node.op == "call_function"]])
+    return call
+
+
 def _calls(partitions: list[Partition]) -> list[Call]:
     owner = {node: i for i, nodes in enumerate(partitions) for node in nodes}
     subgraphs: dict[Any, Subgraph] = {}
@@ -116,7 +123,8 @@ def _partitions(graph: fx.Graph) -> list[Partition]:
         ready = [owner[arg] + (arg in streams) for arg in inputs if arg in owner]
         if len(set(ready)) > 2:
             ready.append(len(found) - 1)
-        ready += [owner.get(writers[arg], len(found) - 1) for arg in inputs if arg in writers]
+        others = [writers[arg] for arg in inputs if writers.get(arg, node) is not node]
+        ready += [owner.get(writer, len(found) - 1) for writer in others]
         if ready:
             _assign(node, max(ready), owner, found)
     for node in tail:
@@ -158,7 +166,7 @@ def _assign(node: fx.Node, number: int, owner: dict[fx.Node, int], found: list[P
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The values that an op changes in place. Ops that read them must not move past it."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return []
     given = [*zip(schema.arguments, node.args, strict=False)]

@@ -11,10 +11,14 @@ from torch import fx
 
 from moeca_compile.lower.executor import Compiled
 from moeca_compile.lower.interpret import interpret
-from moeca_compile.lower.partition import Call
+from moeca_compile.lower.partition import Call, one_call, written_by
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.rounding import Trial, with_noise
 from moeca_compile.passes.analysis.graph import placeholders
+
+
+Run = Callable[["_Partition", "Compiled | None"], list[Any]]
+"""Runs a partition, of which the compiled code is given too; returns its results."""
 
 
 class Compare(Protocol):
@@ -31,9 +35,10 @@ def checked_outputs(step: CompiledStep, flat: Sequence[Any], compare: Compare) -
         flat: the inputs of its graph; they do not change.
     """
 
-    def checked(partition: _Partition, code: Compiled) -> list[Any]:
+    def checked(partition: _Partition, code: Compiled | None) -> list[Any]:
         results = partition.eagerly()
-        compare(partition.compiled(code), results, partition.noisy)
+        if code is not None:
+            compare(partition.compiled(code), results, partition.noisy)
         return results
 
     return _outputs(step, flat, checked)
@@ -44,8 +49,8 @@ def noisy_outputs(step: CompiledStep, flat: Sequence[Any], generator: torch.Gene
     return _outputs(step, flat, lambda partition, code: partition.noisy(generator))
 
 
-def _outputs(step: CompiledStep, flat: Sequence[Any], run: Callable[[_Partition, Compiled], list[Any]]) -> list[Any]:
-    """The model's outputs, where `run` runs each partition.
+def _outputs(step: CompiledStep, flat: Sequence[Any], run: Run) -> list[Any]:
+    """The model's outputs, where `run` runs each partition. A step that was not compiled is one partition.
 
     Values are dropped after their last use, and caches are copied only where a partition writes to them, as long as
     that runs. So this needs little more memory than the step.
@@ -53,13 +58,10 @@ def _outputs(step: CompiledStep, flat: Sequence[Any], run: Callable[[_Partition,
     graph, traced = step.traced.graph.graph, step.traced
     inputs, outputs = placeholders(graph), traced.output_nodes
     own = traced.cache_nodes
-    if not step.partitions:  # nothing was compiled
-        written = _written(graph.nodes, own)
-        copies = (v.clone() if n in written else v for n, v in zip(inputs, flat, strict=True))
-        return list(traced.graph(*copies))[: traced.outputs]
     values = {**dict(zip(inputs, flat, strict=True)), **traced.lifted}
-    last = _last_calls(step.partitions, outputs)
-    for number, (call, code) in enumerate(step.partitions):
+    partitions = step.partitions or ((one_call(graph), None),)
+    last = _last_calls(partitions, outputs)
+    for number, (call, code) in enumerate(partitions):
         partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
         values |= dict(zip(call.results, run(partition, code), strict=False))
         for node in last.get(number, ()):
@@ -95,9 +97,7 @@ class _Partition:
 
 def _written(nodes: Iterable[fx.Node], own: AbstractSet[fx.Node]) -> set[fx.Node]:
     """Which of the nodes `own` some op may write to. The model's inputs are none of them: it is functional."""
-    return {
-        arg for node in nodes if node.op == "call_function" and node.is_impure() for arg in node.all_input_nodes
-    } & own
+    return {arg for node in nodes for arg in written_by(node)} & own
 
 
 def _last_calls(partitions: Sequence[tuple[Call, Any]], kept: Iterable[Any]) -> dict[int, list[fx.Node]]:

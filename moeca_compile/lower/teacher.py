@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.lower.rounding import with_noise
+from moeca_compile.lower.interpret import last_uses
+from moeca_compile.lower.rounding import unit, with_noise
 from moeca_compile.passes.analysis.graph import ancestors, between
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute
@@ -69,26 +70,41 @@ class Teacher:
         return step
 
     def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:
-        """The value of a replaced node, with noise in all that it is computed from its source by."""
-        span = between(replacement.source, [replacement.node])
-        return lambda generator: self._with_noise(span, [replacement.node], generator)
+        """The value of a replaced node, with noise in all that it is computed from its source by.
+
+        What goes through a cache is rounded to that too.
+        """
+        span, device = between(replacement.source, [replacement.node]), self.weights.device
+        units = [unit(spec.dtype, device) for spec in replacement.specs if spec.dtype.is_floating_point]
+        cached = {node for cache in replacement.caches for node in cache.reads()} | {replacement.node}
+        least = dict.fromkeys(cached, max(units, default=0.0))
+        return lambda generator: self._with_noise(span, [replacement.node], generator, least)
 
     def noisy_outputs(self, generator: torch.Generator) -> tuple[Any, ...]:
         """The model's outputs, with noise in every value."""
         returned = self.output.all_input_nodes
-        values = self._with_noise(ancestors(returned), returned, generator)
+        values = self._with_noise(ancestors(returned), returned, generator, {})
         known = dict(zip(returned, values, strict=True))
         return tuple(fx.map_arg(self.output.args[0], known.__getitem__))
 
-    def _with_noise(self, nodes: set[fx.Node], wanted: Sequence[fx.Node], generator: torch.Generator) -> list[Any]:
+    def _with_noise(
+        self,
+        nodes: set[fx.Node],
+        wanted: Sequence[fx.Node],
+        generator: torch.Generator,
+        least: Mapping[fx.Node, float],
+    ) -> list[Any]:
         """Values of `wanted`, where all `nodes` round differently and all others are the model's own."""
         noisy: dict[fx.Node, Any] = {}
         step = self._step(StepKind(), {}, {})
         step.values = _Overlaid(self.step, noisy)  # type: ignore[assignment]
-        for node in sorted(nodes):
-            if node.op == "call_function":
-                value = self._run(step, node)
-                noisy[node] = with_noise(node, value, [step[arg] for arg in node.all_input_nodes], generator)
+        calls = [node for node in sorted(nodes) if node.op == "call_function"]
+        dying = last_uses(calls, wanted)
+        for node in calls:
+            value, arguments = self._run(step, node), [step[arg] for arg in node.all_input_nodes]
+            noisy[node] = with_noise(node, value, arguments, generator, least.get(node, 0.0))
+            for dead in dying[node]:
+                noisy.pop(dead, None)
         return [step[node] for node in wanted]
 
     def _run(self, step: Step, node: fx.Node) -> Any:

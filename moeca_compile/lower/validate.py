@@ -145,6 +145,9 @@ class _Check:
         except Exception as error:  # whatever a rewrite raises, the model itself still runs
             _log.debug("the rewrite of %s failed", replacement.node, exc_info=True)
             self.found[self.region_of.get(replacement.node)] = first_line(error)
+        for spec in replacement.specs:  # nothing reads them any more
+            for _, step in self.steps:
+                step.updates.pop(spec.name, None)
 
     def _cache_steps(self, teacher: Teacher) -> list[tuple[str, Step]]:
         """Cache steps on the inputs of the full step, with the name of the check."""
@@ -232,12 +235,14 @@ def same_values(
     config: MoecaConfig,
     notes: Notes,
     trial: Trial | None = None,
+    spared: float = 0.0,
 ) -> None:
     """Compare values, and note the error under the name of the `check`.
 
     Args:
         dtypes: what the values were computed in, besides their own dtypes.
         trial: computes `wanted` with noise (rounding.compare). The option `tolerance` takes its place.
+        spared: the share of rows that may differ in any case.
 
     Raises ValidationError where they differ by more than rounding, or than the option `tolerance`.
     """
@@ -246,7 +251,7 @@ def same_values(
         return
     own = {tensor.dtype for tensor in tensors}
     allowed = config.tolerance or allowed_error({*own, *dtypes}, tensors[0].device)
-    result = compare(found, wanted, allowed, None if config.tolerance else trial)
+    result = compare(found, wanted, allowed, None if config.tolerance else trial, spared)
     notes.worst(check, result.error)
     if result.unstable:
         notes.warn(

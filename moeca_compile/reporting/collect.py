@@ -53,7 +53,7 @@ def report(model: Any) -> Report:
         warnings=(*notes.warnings, *_refusals()),
         device=str(last.device) if last else None,
         dtype=str(last.dtype) if last else None,
-        config=dataclasses.asdict(record.config),
+        config=dataclasses.asdict(last.config if last else record.config),
     )
 
 

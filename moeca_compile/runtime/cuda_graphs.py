@@ -8,8 +8,9 @@ A replay reads and writes the addresses that the step was recorded with. Therefo
 - Weights are read at their own addresses. If one has moved, the step is recorded again.
 Recordings belong to the stream whose caches they use (`Stream.graphs`).
 
-The first call of a kind runs op by op (kernels are built and tuned). The second is recorded and replayed. The third
-is replayed and compared with the step run op by op. A kind that cannot be recorded runs op by op, with a warning.
+The first call of a kind runs op by op (kernels are built and tuned). For each slot of the rings that it fills, the
+next call is recorded and replayed, and the one after that is replayed and compared with the step run op by op. A kind
+that cannot be recorded runs op by op, with a warning.
 """
 
 from __future__ import annotations
@@ -260,11 +261,10 @@ class CudaGraphs:
         with undisturbed(self.device):
             expected = _in_place(program, recorded.buffers.inputs, expected_state, recorded.buffers.weights)
         found = _copied_out(recorded.replay())
-        names = program.traced.changed if isinstance(program, CompiledStep) else ()
         try:
             self.compare(
-                [*found.outputs, *(stream.state[name] for name in names)],
-                [*expected.outputs, *(expected_state[name] for name in names)],
+                [*found.outputs, *stream.state.values()],
+                [*expected.outputs, *(expected_state[name] for name in stream.state)],
             )
         except ValidationError as error:
             self._refuse(kind, f"its replay is wrong: {error}")

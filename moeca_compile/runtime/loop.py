@@ -29,6 +29,11 @@ from moeca_compile.runtime.timesteps import TimestepReader
 _log = logging.getLogger(__name__)
 
 
+_SPARED = 0.02
+"""The share of rows in which a replay may differ. It runs the same kernels, but sums by atomics come in another order
+each time, and in 16 bits that sends a token to another expert here and there."""
+
+
 @lru_cache(256)
 def _on_cpu(weights: tuple[tuple[tuple[float, ...], ...], ...]) -> Tensor:
     """Forecast weights as a tensor that is kept: making one takes 20 us, and generations have the same times.
@@ -36,7 +41,7 @@ def _on_cpu(weights: tuple[tuple[tuple[float, ...], ...], ...]) -> Tensor:
     On an accelerator none is kept: there a tensor belongs to the CUDA stream, or the recording, that it came from.
     """
     with torch.inference_mode(False):  # it serves calls outside inference mode too
-        return torch.tensor(weights, dtype=torch.float32)
+        return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
 
 class StepLoop:
@@ -148,8 +153,8 @@ class StepLoop:
 
     def same_replay(self, found: Sequence[Any], wanted: Sequence[Any]) -> None:
         """Raise ValidationError where the replay of a recorded step differs from the step itself."""
-        dtypes = self.compiled.regions.token_dtypes
-        same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes)
+        dtypes = {*self.compiled.regions.token_dtypes, *(spec.dtype for spec in self.compiled.plan.caches)}
+        same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes, spared=_SPARED)
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

@@ -78,7 +78,7 @@ class Stream:
 
 
 def _most_streams(config: MoecaConfig, stream_bytes: int) -> int:
-    """How many streams max_generations and max_cache_bytes allow; one always."""
+    """How many streams max_generations and a number of max_cache_bytes allow; one always."""
     if not isinstance(config.max_cache_bytes, int) or not stream_bytes:
         return config.max_generations
     return max(1, min(config.max_generations, config.max_cache_bytes // stream_bytes))
@@ -271,9 +271,10 @@ class Sessions:
     @property
     def nbytes(self) -> int:
         """Bytes of all caches, including spare ones."""
-        streams = [s for g in self.generations.values() for s in g.streams.values()]
-        streams += [stream for _, stream in self.spare]
-        return sum(tensor.nbytes for stream in streams for tensor in stream.state.values())
+        # Copies, since another thread may run a step meanwhile.
+        streams = [s for g in list(self.generations.values()) for s in list(g.streams.values())]
+        streams += [stream for _, stream in list(self.spare)]
+        return sum(tensor.nbytes for stream in streams for tensor in list(stream.state.values()))
 
     def new_caches(self) -> Caches:
         """Caches for one stream, which are allocated when they are first used."""

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeca_compile._torch_private import float32_matmul_precision
 from moeca_compile.ops.body_plan import NONE
 from moeca_compile.ops.triton.activations import activate
 from moeca_compile.ops.triton.blocks import Blocks, blocks_for
@@ -241,5 +242,5 @@ def _grid(branches: SortedBranches, columns: int, blocks: Blocks) -> tuple[int, 
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as torch's own products, by torch.set_float32_matmul_precision or `allow_tf32`."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype != torch.float32 or float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"

@@ -46,9 +46,12 @@ class Caches(dict[str, Tensor]):
 
     def slots_filled_by(self, kind: StepKind) -> tuple[int, ...]:
         """Which slots a step of this kind fills: for each part that it computes, the number of the slot."""
-        slots = max((len(ring) for ring in self.rings.values()), default=1)
-        parts = (Part.ATTENTION, Part.EXPERTS)
-        return tuple(self.filled[part.row] % slots for part in parts if kind.computes(part))
+        parts = [part for part in (Part.ATTENTION, Part.EXPERTS) if kind.computes(part)]
+        slots = {part.row: 1 for part in parts}
+        for first, *others in self.rings.values():
+            if first.part is not None and first.part.row in slots:
+                slots[first.part.row] = max(slots[first.part.row], 1 + len(others))
+        return tuple(self.filled[row] % number for row, number in slots.items())
 
     def release(self, kind: StepKind) -> None:
         """Drop what a step of this kind replaces and does not read, so that its memory is free for the new values."""
@@ -77,7 +80,7 @@ class Caches(dict[str, Tensor]):
 
 
 class Untouched(Caches):
-    """Caches as a trial step sees them: each access gives a copy, so nothing that the step writes remains.
+    """Caches as a trial step sees them: caches[name] is a copy, so nothing that the step writes remains.
 
     A copy lives as long as the step needs it, so a trial holds copies of a few tensors, not of all. That suffices
     because one op of a step writes to a tensor and reads it; nothing reads it again afterwards.
@@ -93,5 +96,7 @@ class Untouched(Caches):
         self.update(caches)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self and self.slot(name) != name:
+            return self[self.slot(name)]
         tensor = super().__getitem__(name)
         return torch.full_like(tensor, float("nan")) if name in self.poisoned else tensor.clone()
