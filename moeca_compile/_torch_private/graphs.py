@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL
 from typing import Any
 
@@ -112,11 +112,11 @@ def compile_graph(
     the compiled graph in its cache, which does not say where its code is.
     """
     inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
-    with torch.no_grad(), _static_shapes():
+    with torch.no_grad(), _static_shapes(inputs) as examples:
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):
-            return inductor(gm, list(inputs))
+            return inductor(gm, examples)
         with _FUNCTORCH.value.patch(enable_autograd_cache=False):
-            return inductor(gm, list(inputs), inner_compile=_reporting_its_code(on_code))
+            return inductor(gm, examples, inner_compile=_reporting_its_code(on_code))
 
 
 def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
@@ -131,13 +131,19 @@ def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
     return inner
 
 
-def _static_shapes() -> AbstractContextManager[Any]:
-    """Inductor's cache of compiled graphs wants a shape environment, though all sizes are static."""
+@contextmanager
+def _static_shapes(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Inductor's cache of compiled graphs wants a shape environment, though all sizes are static.
+
+    Gives what to compile with in place of `inputs`. AOTAutograd makes the sizes of real tensors variables in such an
+    environment, whatever the mode says; fake tensors of the mode it takes as they are.
+    """
     if any(each.value is None for each in (_SHAPES, _CONTEXT, _TRACING, _FAKE_MODE)):
-        return nullcontext()
+        yield list(inputs)
+        return
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=_SHAPES.value(), static_shapes=True)
-    manager: AbstractContextManager[Any] = _TRACING.value(_CONTEXT.value(mode))
-    return manager
+    with _TRACING.value(_CONTEXT.value(mode)):
+        yield [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
 
 
 def compile_cpp(source: str) -> CDLL:
