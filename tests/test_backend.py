@@ -501,6 +501,7 @@ def test_constants_in_the_models_code(without_inductor):
 
 
 @pytest.mark.smoke
+@pytest.mark.xfail(torch.__version__.startswith("2.11."), reason="Inductor's code is wrong: docs/limits.md")
 def test_a_generation_through_inductor_is_that_of_the_traced_graphs(monkeypatch):
     def generated() -> tuple[Any, Tensor]:
         model = make_model(SIZES)

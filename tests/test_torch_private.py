@@ -244,6 +244,16 @@ def test_without_inductors_own_functions_a_graph_is_compiled_and_its_code_is_not
         hide(graphs._INNER)
 
 
+def test_sizes_are_constants_in_inductors_code():
+    table, index, paths = torch.randn(11, 48), torch.tensor([3, 10]), []
+    traced = private.trace_to_graph(lambda table, index: [table[index].sin().sum(0)], table, index)
+    compiled = private.compile_graph(traced, [table, index], paths.append)
+    torch.testing.assert_close(compiled(table, index)[0], table[index].sin().sum(0))
+    code = Path(paths[0]).read_text()
+    assert "(11, 48)" in code
+    assert not re.search(r"\bks\d|_size\[\d\]", code)
+
+
 def test_the_cpp_compiler_is_an_error_that_says_so_where_it_is_missing(hide):
     hide(graphs._CPP)
     with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):

@@ -144,7 +144,11 @@ def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
 @contextmanager
 def _static_shapes() -> Iterator[Any]:
     """The FakeTensorMode to compile in. Inductor's cache of compiled graphs wants a shape environment in it, though
-    all sizes are static."""
+    all sizes are static.
+
+    AOTAutograd makes the sizes of real tensors variables in such an environment, whatever the mode says; fake tensors
+    of the mode it takes as they are.
+    """
     if any(each.value is None for each in (_SHAPES, _CONTEXT, _TRACING)):
         yield _FAKE_MODE.value(allow_non_fake_inputs=True)
         return

@@ -16,7 +16,6 @@ from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.rounding import Trial, with_noise
 from moeca_compile.passes.analysis.graph import placeholders
 
-
 Run = Callable[["_Partition", "Compiled | None"], list[Any]]
 """Runs a partition, of which the compiled code is given too; returns its results."""
 
