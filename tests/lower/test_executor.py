@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 
 from moeca_compile._torch_private import trace_to_graph
@@ -45,6 +46,13 @@ def test_intermediate_values_do_not_outlive_their_last_use():
     torch.testing.assert_close(out, function(*inputs)[0])
     assert len(alive) == 6
     assert most == 1
+
+
+def test_another_number_of_inputs_is_refused():
+    gm = trace_to_graph(lambda x, y: [x + y], torch.ones(2), torch.ones(2))
+    chain = PartitionedExecutor(gm, (calls := partition_graph(gm)), {c.subgraph: c.subgraph.module() for c in calls})
+    with pytest.raises(TypeError, match="takes 2 inputs, not 3"):
+        chain(torch.ones(2), 3, torch.ones(2))
 
 
 def test_the_blocks_of_a_model_share_their_subgraphs(graph, eager_steps):

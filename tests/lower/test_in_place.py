@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile.lower.in_place import write_in_place
+from moeca_compile.lower.partition import partition_graph
 from moeca_compile.lower.program import CompiledStep, TracedStep, lower_step, trace_step
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind, ring_specs
@@ -44,6 +45,28 @@ def test_a_full_step_reads_no_old_values(graph, recipe):
     assert dict(state) == {}, "nor was anything allocated to trace it"
     last = [node for node in traced.graph.graph.nodes if node.op == "placeholder"][-1]
     assert not last.users, "the weights"
+
+
+def test_inputs_that_are_numbers_stay_constants(graph):
+    loop = graph.loop(validate=False, recipe="stack")
+    state, weights = caches_of(loop)
+
+    def function(inputs, state, weights):
+        return StepResult((inputs[1] + inputs[0],), {"stack": state["stack"] * 0 + inputs[0]}, None)
+
+    traced = write_in_place(trace_step(function, [4, torch.ones(3)], state, weights), state)
+    step = lower_step(traced, "eager", whole=True)
+    assert step([4, torch.ones(3)], state, weights).outputs[0].tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize("recipe", ["moeca-forecast", "block-forecast"])
+def test_what_is_written_in_place_is_written_where_it_is_computed(graph, recipe):
+    _, written, _, _ = traced_pair(graph, FULL, recipe=recipe)
+    calls = partition_graph(written.graph)
+    owner = {node: number for number, call in enumerate(calls) for node in call.nodes}
+    copies = [node for node in owner if node.target is aten.copy_.default]
+    assert copies
+    assert all(owner[node] == owner[node.args[1]] for node in copies if node.args[1] in owner)
 
 
 @pytest.mark.parametrize("recipe", ["fora", "stack", "block"])

@@ -18,8 +18,9 @@ from moeca_compile.passes.rewrite.rows import NotRowWiseError, Rows
 from moeca_compile.policies.cached import Cached
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import Captured
-from tests.models import TinyDiTMoE, make_inputs
+from moeca_compile.runtime.session import Stream
+from tests.harness import Captured, captured
+from tests.models import TinyDiTMoE, make_inputs, make_model
 
 pytestmark = pytest.mark.usefixtures("eager_steps")
 RECIPES = ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"]
@@ -161,3 +162,25 @@ def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     for arguments in calls(model, 2):
         (right,) = expected(*graph.arguments(**arguments))
     torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora"])
+def test_caches_in_a_narrower_dtype_are_no_fault(recipe):
+    """Sharp attention makes much of the rounding of keys; the noise of validation knows the caches' dtype."""
+    model = make_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qkv" in name:
+                parameter.mul_(16)
+    x, y = make_inputs(model)
+    graph = captured(model, x, torch.full((len(x),), 0.5), y)
+    _, loop, warned = prepared(graph, recipe=recipe, cache_dtype="bfloat16")
+    assert warned == []
+    assert loop.compiled.regions.skipped == ()
+
+
+def test_weights_of_forecasts_lie_on_the_cpu_whatever_the_default_device(graph):
+    loop = graph.loop(recipe="fora-forecast")
+    with torch.device("meta"):
+        weights = loop.weights(Stream(loop.sessions.new_caches(), full_at=[[0.25, 0.75], [0.25, 0.75]]), 0.125)
+    assert weights.device.type == "cpu"
