@@ -301,9 +301,9 @@ class Options:
         "auto",
         cache_bytes,
         STATE,
-        """The most bytes that all caches of one compiled graph take together; None is no limit. "auto" is half of the
-        memory that is free on the device when the graph is compiled. Streams are evicted to stay within it. Where the
-        caches of a single stream are larger, see coarser_caches.""",
+        """The most bytes that all caches of one compiled graph take together. Streams are evicted to stay within it.
+        Where the caches of a single stream are larger, see coarser_caches. "auto" asks that of half of the memory
+        that is free on the device when the graph is compiled, and evicts no stream; None is no limit.""",
     )
     coarser_caches: bool = setting(
         True,
@@ -323,8 +323,9 @@ class Options:
         True,
         flag,
         STATE,
-        """On CUDA, record each kind of step as a CUDA graph, once for each stream, and replay it. The next
-        generations then reuse the caches of ended ones, up to max_generations. No effect on other devices.""",
+        """On CUDA, record each kind of step as a CUDA graph, once for each stream (and each slot that it fills), and
+        replay it. The next generations then reuse the caches of ended ones, up to max_generations. No effect on other
+        devices.""",
     )
     validate: bool = setting(
         True, flag, COMPILATION, "Check each rewritten graph against the original on the first inputs."
