@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import moeca_compile
-from bench.gpu_sections.common import TINY, Bench, Budget, build
+from bench.gpu_sections.common import TINY, Bench, Budget, Settings, build
 from bench.live_bytes import LiveBytes
 from bench.speed import append
 from examples import families
@@ -100,7 +100,7 @@ def weights_mib(model: nn.Module) -> float:
 
 def prepared(name: str, args: argparse.Namespace) -> tuple[nn.Module, Inputs]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = build(name, Bench(device, dtype, Budget(0), lambda row: None))
+    model = build(name, Bench(Settings(device, dtype), Budget(0), lambda row: None))
     x, t, y = families.inputs_for(model, batch=args.batch)
     return model, (x.to(dtype), t, y)
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from examples import families
 from examples.dit import DiffusionTransformer
@@ -194,3 +194,15 @@ def worst(errors: Iterable[float]) -> float:
     """The greatest error; not a number where one of them is none."""
     found = list(errors)
     return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""The largest relative error of a kernel, or of a generation with CUDA graphs, that is not called wrong."""
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """In float32 and float64 the largest difference over the largest magnitude, in 16 bits root mean squares."""
+    difference, scale = (found - wanted).double(), wanted.double()
+    if found.dtype in (torch.float32, torch.float64):
+        return float(difference.abs().max() / scale.abs().max().clamp_min(1e-30))
+    return float(difference.square().mean().sqrt() / scale.square().mean().sqrt().clamp_min(1e-30))

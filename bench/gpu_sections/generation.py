@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
-from bench.gpu_sections.common import WRONG, Bench, Row, Settings, build, options_of, synchronize, worst
+from bench.gpu_sections.common import (
+    TOLERANCE,
+    WRONG,
+    Bench,
+    Row,
+    Settings,
+    build,
+    options_of,
+    relative_error,
+    synchronize,
+    worst,
+)
 from bench.gpu_sections.processes import Job
 from examples import families
 from examples.machine import private_copy
-from moeca_compile.lower.validate import TOLERANCE, relative_error
 
 STEPS, PERIOD = 17, 4
 RECIPES = ({"recipe": "moeca", "budget": 0.25}, {"recipe": "moeca-forecast"})

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import moeca_compile  # noqa: F401  (registers the ops)
-from bench.gpu_sections.common import WRONG, Bench, Row, worst
+from bench.gpu_sections.common import TOLERANCE, WRONG, Bench, Row, relative_error, worst
 from moeca_compile._torch_private import has_kernel_for, trace_to_graph
-from moeca_compile.lower.validate import TOLERANCE, relative_error
 from moeca_compile.ops import attention, bodies, fixed_k, selection, variable_k
 from moeca_compile.ops.triton import fallback_refused
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from bench.gpu_sections.common import WRONG, Bench, Row, Settings, build, options_of, synchronize
+from bench.gpu_sections.common import WRONG, Bench, Row, Settings, build, options_of, relative_error, synchronize
 from bench.gpu_sections.processes import Job
 from examples import families
 from examples.machine import private_copy
-from moeca_compile.lower.validate import relative_error
 
 PERIOD, WARM, REPEATS = 4, 4, 8
 BASE, EAGER, GRAPHED = "torch.compile", "eager", "torch.compile reduce-overhead"

@@ -134,7 +134,8 @@ class StepLoop:
         if self.graphs is None:
             stream.state.release(kind)
             result = step(placed, stream.state, weights)
-            stream.state.store(result.updates)
+            if result.updates:
+                stream.state.store(result.updates)
         else:
             result = self.graphs.run(kind, stream, step, placed, weights)
         self.tallies.add(kind, result.counts)

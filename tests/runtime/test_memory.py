@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
 from examples import families
+from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.policies.forecast import weights_after_one
 from tests.models import make_inputs
 
 RECIPES = ("moeca", "moeca-forecast", "fora", "stack-forecast")
@@ -50,14 +52,16 @@ def test_a_smaller_dtype_of_the_caches_halves_them(graph):
 def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe):
     """Not even until the garbage collector comes."""
     compiled = graph.loop(recipe=recipe, validate=False).compiled
-    state = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in compiled.plan.caches}
+    state = Caches(compiled.plan.caches, torch.device("cpu"))
+    state.prepare()
+    weights = weights_after_one(state.device)
     gc.collect()
     gc.disable()
     try:
         before = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
         for kind in (StepKind(), StepKind(False, False, compiled.plan.capacities[-1])):
             with torch.no_grad():
-                compiled.function(kind)(graph.inputs, state, torch.zeros(2, 2))
+                compiled.function(kind)(graph.inputs, state, weights)
         after = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
     finally:
         gc.enable()
