@@ -32,7 +32,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        **{name: installed(name) for name in ("torch", "diffusers", "moeca-compile")},
+        "torch": torch.__version__,
+        **{name: installed(name) for name in ("diffusers", "moeca-compile")},
     }
 
 
