@@ -16,6 +16,8 @@ def free_bytes(device: torch.device) -> int | None:
     available, within the limit of the container.
     """
     if device.type == "cuda":
+        if not torch.cuda.is_available():  # a model on fake tensors
+            return None
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     known = [free for free in (_available(), _left_in_container()) if free is not None]

@@ -538,7 +538,7 @@ def test_a_dump_shows_every_stage(model, tmp_path):
     assert any(name.startswith("pass-") for name in names) and any(name.startswith("step-cache") for name in names)
     page = (tmp_path / "graph-1" / "index.html").read_text()
     assert all(f'-{name}"' in page for name in names)
-    step = next((tmp_path / "graph-1").glob("*step-full.txt")).read_text()
+    step = next((tmp_path / "graph-1").glob("*step-cache*.txt")).read_text()
     assert "attention.0" in step and "forecast_weights" in step
 
 

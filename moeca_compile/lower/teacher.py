@@ -45,8 +45,8 @@ class Teacher:
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
         self.computes: dict[fx.Node, Compute] = {}
-        reads = {replacement.node: replacement.reads for replacement in replacements}
-        self.step = self._step(StepKind(), {}, self.computes, {**dict.fromkeys(regions.bodies, ()), **reads})
+        reads = {node: each.reads for node, each in self.replacements.items() if node not in regions.bodies}
+        self.step = self._step(StepKind(), {}, self.computes, reads)
         self.output = next(iter(reversed(graph.nodes)))
 
     def outputs(self) -> tuple[Any, ...]:
@@ -60,7 +60,10 @@ class Teacher:
     def _value(self, node: fx.Node) -> Any:
         value = self._run(self.step, node)
         if node in self.replacements:
+            self.step.values.values[node] = value  # what replaces it may read it
             self.check(self, self.replacements[node], value)
+        if node not in self.regions.bodies:
+            self.computes.pop(node, None)  # an op like others, which is run again where its value was dropped
         return value
 
     def taught(self, kind: StepKind, state: Mapping[str, Tensor]) -> Step:

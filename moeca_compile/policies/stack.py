@@ -22,9 +22,12 @@ from moeca_compile.policies.policy import CACHING, Policy
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     """Each stream after the last block: the stream before the first block plus the cached change."""
+    stacks = regions.stacks
+    # Not "stack" beside "stack.1", which is also a slot of a ring of that name.
+    names = ["stack"] if len(stacks) == 1 else [f"stack.{i}" for i in range(len(stacks))]
     return [
-        change_replacement(options, first, last, f"stack.{i}" if i else "stack", "stack")
-        for i, (first, last) in enumerate(regions.stacks)
+        change_replacement(options, first, last, name, "stack")
+        for name, (first, last) in zip(names, stacks, strict=True)
     ]
 
 

@@ -272,4 +272,5 @@ def test_other_precisions(dtype, bound, recipe, recwarn):
     assert not [w for w in recwarn if "moeca" in str(w.message)]
     loop = engine.loop_for(graph.inputs)
     by_name = {spec.name: spec.dtype for spec in loop.compiled.plan.caches}
-    assert by_name["stack" if recipe.startswith("stack") else "attention.0"] == dtype
+    name = "stack" if recipe.startswith("stack") else "attention.0"
+    assert by_name[f"{name}.0" if recipe.endswith("forecast") else name] == dtype

@@ -37,10 +37,12 @@ def step_function(
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
     reads |= {replacement.node: replacement.reads for replacement in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
+    # Rows of later regions may be computed from what replacements gave, and no replacement is called twice.
+    kept = [*stored, *reads]
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
-        step = Step(graph, regions, kind, inputs, state, weights, computes, reads, stored)
+        step = Step(graph, regions, kind, inputs, state, weights, computes, reads, kept)
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
