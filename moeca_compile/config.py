@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from moeca_compile.options import UNSET, Check, ConfigError, NotAllowedError, Options, one_of
 from moeca_compile.policies import RECIPES
 from moeca_compile.policies.policy import Policy, ignored_by_all
@@ -33,6 +35,10 @@ class MoecaConfig(Options):
     def policy(self) -> Policy:
         """The policy behind the recipe."""
         return RECIPES[self.recipe]
+
+    def records_on(self, device: torch.device) -> bool:
+        """Whether steps on this device are recorded as CUDA graphs, which know caches by their addresses."""
+        return self.cuda_graphs and device.type == "cuda"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> MoecaConfig:

@@ -82,8 +82,8 @@ class CompiledGraph:
 
     @property
     def recorded(self) -> bool:
-        """Whether steps are recorded as CUDA graphs, which know caches by their addresses."""
-        return self.config.cuda_graphs and self.device.type == "cuda"
+        """Whether steps are recorded as CUDA graphs."""
+        return self.config.records_on(self.device)
 
     @property
     def graph(self) -> fx.Graph:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from moeca_compile.lower.partition import Call, Subgraph
+from moeca_compile.passes.analysis.graph import last_uses
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -35,13 +36,13 @@ class PartitionedExecutor:
         self.size = len(index)
         returned = nodes[-1].args[0]
         self.outputs = [index[value] if isinstance(value, fx.Node) else None for value in returned]
-        self.calls: list[_BoundCall] = []
-        needed = {i for i in self.outputs if i is not None}
-        for call in reversed(calls):
-            arguments, results = ([index[n] for n in many] for many in (call.arguments, call.results))
-            freed = {*arguments, *results} - needed - set(range(self.inputs))  # the caller holds the inputs
-            needed |= set(arguments)
-            self.calls.insert(0, _BoundCall(subgraphs[call.subgraph], arguments, results, sorted(freed)))
+        bound = [[[index[n] for n in many] for many in (call.arguments, call.results)] for call in calls]
+        kept = {*range(self.inputs), *(i for i in self.outputs if i is not None)}  # the caller holds the inputs
+        freed = last_uses([arguments + results for arguments, results in bound], kept)
+        self.calls = [
+            _BoundCall(subgraphs[call.subgraph], arguments, results, dead)
+            for call, (arguments, results), dead in zip(calls, bound, freed, strict=True)
+        ]
 
     def __call__(self, *inputs: Any) -> list[Any]:
         if len(inputs) != self.inputs:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
+
+from moeca_compile.ops.body_run import call
+from moeca_compile.passes.analysis.graph import last_uses
 
 Change = Callable[[fx.Node, Any, Sequence[Any]], Any]
 """Called with a node, its value and those of its inputs; returns the value to go on with."""
@@ -22,21 +25,10 @@ def interpret(
         wanted: some of `nodes` or of the inputs.
         change: changes each value as it is computed.
     """
-    values, dying = dict(inputs), last_uses(nodes, wanted)
-    for node in nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    values, dying = dict(inputs), last_uses([(node, *node.all_input_nodes) for node in nodes], wanted)
+    for node, dead in zip(nodes, dying, strict=True):
+        value = call(node, values.__getitem__)
         values[node] = value if change is None else change(node, value, [values[arg] for arg in node.all_input_nodes])
-        for dead in dying[node]:
-            del values[dead]
+        for each in dead:
+            del values[each]
     return [values[node] for node in wanted]
-
-
-def last_uses(nodes: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, those of `nodes` and their inputs that nothing after it reads."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    seen = set(wanted)
-    for node in reversed(nodes):
-        found[node] = [each for each in {node, *node.all_input_nodes} if each not in seen]
-        seen.update(found[node])
-    return found

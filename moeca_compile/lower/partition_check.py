@@ -14,7 +14,7 @@ from moeca_compile.lower.interpret import interpret
 from moeca_compile.lower.partition import Call, one_call, written_by
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.rounding import Trial, with_noise
-from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.analysis.graph import last_uses, placeholders
 
 Run = Callable[["_Partition", "Compiled | None"], list[Any]]
 """Runs a partition, of which the compiled code is given too; returns its results."""
@@ -59,12 +59,12 @@ def _outputs(step: CompiledStep, flat: Sequence[Any], run: Run) -> list[Any]:
     own = traced.cache_nodes
     values = {**dict(zip(inputs, flat, strict=True)), **traced.lifted}
     partitions = step.partitions or ((one_call(graph), None),)
-    last = _last_calls(partitions, outputs)
-    for number, (call, code) in enumerate(partitions):
+    last = last_uses([(*call.arguments, *call.results) for call, _ in partitions], outputs)
+    for (call, code), dead in zip(partitions, last, strict=True):
         partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
         values |= dict(zip(call.results, run(partition, code), strict=False))
-        for node in last.get(number, ()):
-            values.pop(node, None)
+        for node in dead:
+            del values[node]
     return [values[node] if isinstance(node, fx.Node) else node for node in outputs]
 
 
@@ -97,14 +97,3 @@ class _Partition:
 def _written(nodes: Iterable[fx.Node], own: AbstractSet[fx.Node]) -> set[fx.Node]:
     """Which of the nodes `own` some op may write to. The model's inputs are none of them: it is functional."""
     return {arg for node in nodes for arg in written_by(node)} & own
-
-
-def _last_calls(partitions: Sequence[tuple[Call, Any]], kept: Iterable[Any]) -> dict[int, list[fx.Node]]:
-    """For each partition, the values that no later one reads."""
-    last: dict[fx.Node, int] = {}
-    for number, (call, _) in enumerate(partitions):
-        last |= dict.fromkeys([*call.arguments, *call.results], number)
-    found: dict[int, list[fx.Node]] = {}
-    for node in last.keys() - set(kept):
-        found.setdefault(last[node], []).append(node)
-    return found

@@ -125,35 +125,23 @@ def compare(
         return Comparison(worst)
     if trial is None:
         raise ValidationError(f"error {worst:.2e} exceeds {allowed:.0e}")
-    wanted_tensors = [other for _, other in pairs]
     noise = [torch.zeros_like(error) for error in errors]
     for seed in range(_TRIALS[1]):
-        moved = _moved(wanted_tensors, trial, seed)
+        moved = _moved([other for _, other in pairs], trial, seed)
         noise = [torch.maximum(old, new) for old, new in zip(noise, moved, strict=True)]
-        if seed + 1 >= _TRIALS[0] and not any(
-            _unexplained(*each, allowed).any() for each in zip(errors, noise, strict=True)
-        ):
+        wrong = list(filter(None, (_wrong_rows(*each, allowed) for each in zip(errors, noise, strict=True))))
+        if not wrong and seed + 1 >= _TRIALS[0]:
             return Comparison(worst, max((float(own.median()) for own in noise if len(own) >= _MANY), default=0.0))
-    raise ValidationError(
-        next(filter(None, (_wrong_rows(*each, allowed) for each in zip(errors, noise, strict=True))))
-    )
-
-
-def _unexplained(error: Tensor, noise: Tensor, allowed: float) -> Tensor:
-    """Which rows differ by more than noise explains: than it commonly does, and than twice what it does to them."""
-    return (error > _limit(noise, allowed)) & (error > 2 * noise)
-
-
-def _limit(noise: Tensor, allowed: float) -> float:
-    return max(allowed, 1.5 * float(noise.median())) if len(noise) else allowed
+    raise ValidationError(wrong[0])
 
 
 def _wrong_rows(error: Tensor, noise: Tensor, allowed: float) -> str | None:
-    wrong = _unexplained(error, noise, allowed)
+    """Which rows differ by more than noise explains: than it commonly does, and than twice what it does to them."""
+    limit = max(allowed, 1.5 * float(noise.median())) if len(noise) else allowed
+    wrong = (error > limit) & (error > 2 * noise)
     if not wrong.any():
         return None
-    share = f"{int(wrong.sum())} of {len(error)} rows"
-    return f"error {float(error[wrong].max()):.2e} exceeds {_limit(noise, allowed):.0e} in {share}"
+    return f"error {float(error[wrong].max()):.2e} exceeds {limit:.0e} in {int(wrong.sum())} of {len(error)} rows"
 
 
 def _moved(wanted: Sequence[Tensor], trial: Trial, seed: int) -> list[Tensor]:

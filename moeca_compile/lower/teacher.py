@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.lower.interpret import last_uses
 from moeca_compile.lower.rounding import unit, with_noise
-from moeca_compile.passes.analysis.graph import ancestors, between
+from moeca_compile.ops.body_run import call
+from moeca_compile.passes.analysis.graph import ancestors, between, last_uses
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -102,19 +102,18 @@ class Teacher:
         step = self._step(StepKind(), {}, {})
         step.values = _Overlaid(self.step, noisy)  # type: ignore[assignment]
         calls = [node for node in sorted(nodes) if node.op == "call_function"]
-        dying = last_uses(calls, wanted)
-        for node in calls:
+        dying = last_uses([(node, *node.all_input_nodes) for node in calls], wanted)
+        for node, dead in zip(calls, dying, strict=True):
             value, arguments = self._run(step, node), [step[arg] for arg in node.all_input_nodes]
             noisy[node] = with_noise(node, value, arguments, generator, least.get(node, 0.0))
-            for dead in dying[node]:
-                noisy.pop(dead, None)
+            for each in dead:
+                noisy.pop(each, None)
         return [step[node] for node in wanted]
 
     def _run(self, step: Step, node: fx.Node) -> Any:
         if node in self.regions.bodies:
             return layer_output(step, node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), step.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return call(node, step.__getitem__)
 
     def _step(
         self,

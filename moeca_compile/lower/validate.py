@@ -95,10 +95,8 @@ def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequ
     device = regions.residuals[0].stream.meta["val"].device
     with torch.no_grad(), undisturbed(device):
         try:
-            caches, weights = (
-                Caches([s for each in replacements for s in each.specs], device),
-                weights_after_one(device),
-            )
+            specs = [spec for replacement in replacements for spec in replacement.specs]
+            caches, weights = Caches(specs, device), weights_after_one(device)
             full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
             caches.store(full.updates)
             check = _Check(regions, config, notes, caches)
@@ -154,9 +152,9 @@ class _Check:
         copies, tokens = Untouched(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
         found = [("reused", teacher.taught(StepKind(False, False), copies))]
         if any(replacement.recomputes for replacement in teacher.replacements.values()):
-            specs = [spec for replacement in teacher.replacements.values() for spec in replacement.specs]
+            activations = {name for name, spec in self.caches.specs.items() if spec.role is Role.ACTIVATION}
             # A step that recomputes everything must not read what was cached.
-            states = {tokens: Untouched(self.caches, {s.name for s in specs if s.role is Role.ACTIVATION})}
+            states = {tokens: Untouched(self.caches, activations)}
             for capacity, state in (states | {max(1, tokens // 2): copies}).items():
                 kind = StepKind(False, False, capacity, forced=True)
                 found.append(("recomputed", teacher.taught(kind, state)))

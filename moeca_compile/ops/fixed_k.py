@@ -134,7 +134,7 @@ def refresh_fixed_k(
     """
     samples, tokens, k, _ = ring[0].shape
     norms = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    weights = slot_weights(history, forecast)
+    weights = branch_weights(history, forecast)
     places = mask.flatten().nonzero().squeeze(1)
     if places.numel():
         first = torch.arange(samples, device=chosen.device)[:, None] * tokens
@@ -146,7 +146,7 @@ def refresh_fixed_k(
     return _combine(ring, weight, weights), norms
 
 
-def slot_weights(history: Tensor | None, forecast: Tensor | None) -> Tensor | None:
+def branch_weights(history: Tensor | None, forecast: Tensor | None) -> Tensor | None:
     """(..., K) the weights of each branch's slots; None where there is one slot."""
     return None if history is None or forecast is None else by_history(forecast, history)
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeca_compile.ops.fixed_k import expert_outputs, slot_weights, write_branches
+from moeca_compile.ops.fixed_k import branch_weights, expert_outputs, write_branches
 from moeca_compile.ops.ring import weighted_sum
 
 _library = torch.library.Library("moeca", "FRAGMENT")
@@ -139,7 +139,7 @@ def refresh_variable_k(
     norms.view(-1)[branches] = fresh.norm(dim=-1).to(torch.float32)
     pool_row = _assign_rows(pool_row, routed, branches[pool_row.view(-1)[branches] == 0], slots)
     row = pool_row.view(-1)[branches].long() - 1
-    cached, weights = row >= 0, slot_weights(history, forecast)
+    cached, weights = row >= 0, branch_weights(history, forecast)
     own = None if weights is None else weights.flatten(0, 1)[branches[cached]]
     write_branches(ring, row[cached], fresh[cached], own)
     out = _combined(ring, pool_row, routed, weight, weights) + _add_up(fresh[~cached], branches[~cached], weight)

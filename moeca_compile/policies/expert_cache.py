@@ -156,10 +156,6 @@ class ExpertCache(ABC):
         ring = self.ring(step)
         return ring if self.options.overwrite else [slot.clone() for slot in ring]
 
-    def history_and_weights(self, step: Step, history: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What an op needs to read the ring; None without a forecast, where it has one slot."""
-        return (history, step.forecast_weights(Part.EXPERTS)) if self.forecast else (None, None)
-
     def count(self, step: Step, decision: Decision, routed: Tensor | None, matched: Tensor, mask: Tensor) -> None:
         """Add this layer's COUNTERS to the step. `routed` says which slots are branches; None for all."""
         needed = decision.recompute.any(-1).sum()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Experts, Regions
+from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies.decision import Decision
@@ -81,11 +82,13 @@ class VariableKCache(ExpertCache):
         chosen = torch.zeros_like(routed[..., 0]).scatter(1, decision.chosen, decision.valid)
         mask = routed & (~matched | (decision.recompute & chosen[..., None]))
         history = torch.where(mask & ~matched, 1, state[self.history]) if self.forecast else None
+        forecast = step.forecast_weights(Part.EXPERTS) if self.forecast else None
         result, pool_row, norms = torch.ops.moeca.refresh_variable_k(
             self.ring_to_change(step),
             [step[node] for node in self.layer.body.rows],
             *(each.flatten(0, 1) for each in (state[self.lookup], routed, mask, weight)),
-            *self.history_and_weights(step, history.flatten(0, 1) if history is not None else None),
+            history.flatten(0, 1) if history is not None else None,
+            forecast,
             [step[node] for node in self.layer.body.parameters],
             self.layer.body.key,
         )

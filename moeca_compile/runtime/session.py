@@ -155,7 +155,7 @@ class Sessions:
         self.generations: OrderedDict[tuple[object, ...], Generation] = OrderedDict()
         self.most_streams = _most_streams(config, self.stream_bytes)
         """How many streams may have caches, spare ones included."""
-        self.recycles = config.cuda_graphs and device.type == "cuda"
+        self.recycles = config.records_on(device)
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
         """Streams of ended generations with their names, up to `most_streams` together with the live ones."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -13,6 +13,8 @@ from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
 from moeca_compile.ops.aten import CASTS
 
 aten = torch.ops.aten
+
+T = TypeVar("T", bound=Hashable)
 
 _COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
 
@@ -67,6 +69,18 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = (), since: fx.
             if node not in ends:
                 stack.extend(node.all_input_nodes)
     return found
+
+
+def last_uses(steps: Sequence[Iterable[T]], kept: Iterable[T]) -> list[list[T]]:
+    """For each step, given by all values that it reads or computes, those that no later step has.
+
+    `kept` are values that are wanted after the last step.
+    """
+    seen, found = set(kept), []
+    for step in reversed(steps):
+        found.append([value for value in dict.fromkeys(step) if value not in seen])
+        seen.update(found[-1])
+    return found[::-1]
 
 
 def between(source: fx.Node, outputs: Iterable[fx.Node]) -> set[fx.Node]:

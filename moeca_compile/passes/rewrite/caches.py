@@ -18,6 +18,7 @@ class Caches(dict[str, Tensor]):
 
     Attributes:
         filled: for each part (by its row), how many steps have filled its slots.
+        slots: for each part (by its row), how many slots its largest ring has.
     """
 
     def __init__(self, specs: Sequence[CacheSpec], device: torch.device) -> None:
@@ -25,9 +26,12 @@ class Caches(dict[str, Tensor]):
         self.specs, self.device = {spec.name: spec for spec in specs}, device
         self.filled = [0, 0]
         self.rings: dict[str, list[CacheSpec]] = {}
+        self.slots = [1, 1]
         for spec in specs:
             if spec.part is not None:
-                self.rings.setdefault(spec.ring, []).append(spec)
+                ring, row = self.rings.setdefault(spec.ring, []), spec.part.row
+                ring.append(spec)
+                self.slots[row] = max(self.slots[row], len(ring))
 
     def __missing__(self, name: str) -> Tensor:
         slot = self.slot(name)
@@ -46,15 +50,13 @@ class Caches(dict[str, Tensor]):
 
     def slots_filled_by(self, kind: StepKind) -> tuple[int, ...]:
         """Which slots a step of this kind fills: for each part that it computes, the number of the slot."""
-        parts = [part for part in (Part.ATTENTION, Part.EXPERTS) if kind.computes(part)]
-        slots = {part.row: 1 for part in parts}
-        for first, *others in self.rings.values():
-            if first.part is not None and first.part.row in slots:
-                slots[first.part.row] = max(slots[first.part.row], 1 + len(others))
-        return tuple(self.filled[row] % number for row, number in slots.items())
+        rows = (part.row for part in (Part.ATTENTION, Part.EXPERTS) if kind.computes(part))
+        return tuple(self.filled[row] % self.slots[row] for row in rows)
 
     def release(self, kind: StepKind) -> None:
         """Drop what a step of this kind replaces and does not read, so that its memory is free for the new values."""
+        if not (kind.attention or kind.experts):
+            return
         for ring, (first, *_) in self.rings.items():
             if first.part is not None and kind.computes(first.part):
                 self.pop(self.slot(ring), None)

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from moeca_compile._torch_private import is_fake
+from moeca_compile.ops.body_run import call
 from moeca_compile.passes.analysis.graph import ancestors, placeholders
 from moeca_compile.passes.rewrite.readers import Readers
 
@@ -89,9 +90,7 @@ class Evaluation:
         changed = dict(known)
         for node in sorted(ancestors(wanted, stop=known)):
             if node not in known and any(arg in changed for arg in node.all_input_nodes):
-                args = fx.map_arg(node.args, lambda n: changed[n] if n in changed else self[n])
-                kwargs = fx.map_arg(node.kwargs, lambda n: changed[n] if n in changed else self[n])
-                changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                changed[node] = call(node, lambda n: changed[n] if n in changed else self[n])
         return [changed[node] if node in changed else self[node] for node in wanted]
 
     def _drop_read_by(self, node: fx.Node) -> None:
@@ -118,9 +117,7 @@ class Evaluation:
             return self.replacements[node]()
         if node.op == "get_attr":  # a constant that tracing lifted from the model's code
             return getattr(self.graph.owning_module, str(node.target))
-        args = fx.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = call(node, self.values.__getitem__)
         return torch.ops.aten.alias(value) if node in self.boundaries else value
 
     def _needed(self, outputs: Iterable[fx.Node]) -> set[fx.Node]:
