@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from ctypes import CDLL
 from typing import Any
 
@@ -40,6 +40,7 @@ _NO_CODE = "dumps do not have Inductor's code"
 _INNER = Private("torch._inductor.compile_fx.compile_fx_inner", _NO_CODE)
 _CODE = Private("torch._inductor.output_code.CompiledFxGraph", _NO_CODE)
 _FUNCTORCH = Private("torch._functorch.config", _NO_CODE)
+_CONFIG = Private("torch._inductor.config", "a model that draws random numbers draws others where it is compiled")
 _CPP = Private("torch._inductor.codecache.CppCodeCache", "PyTorch's own ops stand in for the C++ kernels")
 _STATIC = Private(
     "torch.fx.experimental.symbolic_shapes.has_static_value",
@@ -109,7 +110,10 @@ def is_fake(value: Any) -> bool:
 
 
 def compile_graph(
-    gm: fx.GraphModule, examples: Sequence[Tensor], on_code: Callable[[str], None] | None = None
+    gm: fx.GraphModule,
+    examples: Sequence[Tensor],
+    on_code: Callable[[str], None] | None = None,
+    eager_random: bool = False,
 ) -> Callable[..., Any]:
     """Inductor's code for a graph of flat tensor inputs, called with the inputs one by one.
 
@@ -118,9 +122,12 @@ def compile_graph(
 
     `on_code` is given the path of the file that this code is in. Inductor is then asked although AOTAutograd may have
     the compiled graph in its cache, which does not say where its code is.
+
+    With `eager_random`, ops draw the random numbers that they draw in eager mode, by its kernels, not Inductor's own.
     """
     inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
-    with torch.no_grad(), _static_shapes() as mode:
+    random = _CONFIG.value.patch(fallback_random=True) if eager_random and _CONFIG.value else nullcontext()
+    with torch.no_grad(), random, _static_shapes() as mode:
         with mode:
             inputs = [torch.empty_strided(e.size(), e.stride(), dtype=e.dtype, device=e.device) for e in examples]
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):

@@ -13,6 +13,7 @@ from moeca_compile.lower.executor import Compiled
 from moeca_compile.lower.interpret import interpret
 from moeca_compile.lower.partition import Call, one_call, written_by
 from moeca_compile.lower.program import CompiledStep
+from moeca_compile.lower.random_state import RandomState
 from moeca_compile.lower.rounding import Trial, with_noise
 from moeca_compile.passes.analysis.graph import last_uses, placeholders
 
@@ -26,12 +27,13 @@ class Compare(Protocol):
     def __call__(self, found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None: ...
 
 
-def checked_outputs(step: CompiledStep, flat: Sequence[Any], compare: Compare) -> list[Any]:
+def checked_outputs(step: CompiledStep, flat: Sequence[Any], device: torch.device, compare: Compare) -> list[Any]:
     """The model's outputs, by the step's partitions in eager mode; `compare` is given those of the compiled ones.
 
     Args:
         step: the compiled step.
         flat: the inputs of its graph; they do not change.
+        device: where the step runs.
     """
 
     def checked(partition: _Partition, code: Compiled | None) -> list[Any]:
@@ -40,15 +42,15 @@ def checked_outputs(step: CompiledStep, flat: Sequence[Any], compare: Compare) -
             compare(partition.compiled(code), results, partition.noisy)
         return results
 
-    return _outputs(step, flat, checked)
+    return _outputs(step, flat, device, checked)
 
 
 def noisy_outputs(step: CompiledStep, flat: Sequence[Any], generator: torch.Generator) -> list[Any]:
     """The model's outputs in eager mode, where every value rounds differently."""
-    return _outputs(step, flat, lambda partition, code: partition.noisy(generator))
+    return _outputs(step, flat, generator.device, lambda partition, code: partition.noisy(generator))
 
 
-def _outputs(step: CompiledStep, flat: Sequence[Any], run: Run) -> list[Any]:
+def _outputs(step: CompiledStep, flat: Sequence[Any], device: torch.device, run: Run) -> list[Any]:
     """The model's outputs, where `run` runs each partition. A step that was not compiled is one partition.
 
     Values are dropped after their last use, and caches are copied only where a partition writes to them, as long as
@@ -61,7 +63,7 @@ def _outputs(step: CompiledStep, flat: Sequence[Any], run: Run) -> list[Any]:
     partitions = step.partitions or ((one_call(graph), None),)
     last = last_uses([(*call.arguments, *call.results) for call, _ in partitions], outputs)
     for (call, code), dead in zip(partitions, last, strict=True):
-        partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)))
+        partition = _Partition(call, values, _written(call.nodes, own | set(call.arguments) - set(inputs)), device)
         values |= dict(zip(call.results, run(partition, code), strict=False))
         for node in dead:
             del values[node]
@@ -69,21 +71,27 @@ def _outputs(step: CompiledStep, flat: Sequence[Any], run: Run) -> list[Any]:
 
 
 class _Partition:
-    """One partition with the values of its inputs. `written` are inputs that it writes to: each run has copies."""
+    """One partition with the values of its inputs. `written` are inputs that it writes to: each run has copies, and
+    draws the same random numbers."""
 
-    def __init__(self, call: Call, values: Mapping[fx.Node, Any], written: AbstractSet[fx.Node]) -> None:
+    def __init__(
+        self, call: Call, values: Mapping[fx.Node, Any], written: AbstractSet[fx.Node], device: torch.device
+    ) -> None:
         self.call, self.written = call, [node for node in call.arguments if node in written]
         self.values = {node: values[node] for node in call.arguments}
+        self.random = RandomState(device)
 
     def eagerly(self, change: Any = None) -> list[Any]:
         """Its results, and the inputs that it wrote to."""
         copies = self._copies()
+        self.random.restore()
         return interpret(self.call.nodes, self.values | copies, self.call.results, change) + list(copies.values())
 
     def compiled(self, code: Compiled) -> list[Any]:
         """The same by compiled code."""
         copies = self._copies()
         values = self.values | copies
+        self.random.restore()
         return [*code(*(values[node] for node in self.call.arguments)), *copies.values()]
 
     def noisy(self, generator: torch.Generator) -> list[Any]:

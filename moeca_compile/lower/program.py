@@ -17,7 +17,7 @@ from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.partition import Call, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
-from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.analysis.graph import draws_random_numbers, placeholders
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 
@@ -169,6 +169,7 @@ def lower_step(
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
-    compiled = {each: compile_graph(each.module(), each.examples(), on_code) for each in distinct}
+    random = any(map(draws_random_numbers, traced.graph.graph.nodes))
+    compiled = {each: compile_graph(each.module(), each.examples(), on_code, random) for each in distinct}
     partitions = tuple((call, compiled[call.subgraph]) for call in calls)
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.partition_check import checked_outputs, noisy_outputs
 from moeca_compile.lower.program import CompiledStep
+from moeca_compile.lower.random_state import undisturbed
 from moeca_compile.lower.rounding import Trial, ValidationError, allowed_error, compare
 from moeca_compile.lower.teacher import Teacher
 from moeca_compile.notes import Notes
@@ -97,7 +97,8 @@ def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequ
         try:
             specs = [spec for replacement in replacements for spec in replacement.specs]
             caches, weights = Caches(specs, device), weights_after_one(device)
-            full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
+            with undisturbed(device):
+                full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
             caches.store(full.updates)
             check = _Check(regions, config, notes, caches)
             teacher = Teacher(graph, regions, replacements, inputs, weights, check)
@@ -128,10 +129,11 @@ class _Check:
 
     def faults(self, teacher: Teacher, full: Sequence[Any]) -> Faults:
         """What is wrong with the replaced values, or with the outputs of the `full` step."""
-        self.steps = self._cache_steps(teacher)
-        wanted = teacher.outputs()
+        self.steps, device = self._cache_steps(teacher), self.caches.device
+        with undisturbed(device):
+            wanted = teacher.outputs()
         if not self.found:
-            self._compare("rewritten", full, wanted, (), teacher.noisy_outputs)
+            self._compare("rewritten", full, wanted, (), undisturbed(device)(teacher.noisy_outputs))
         return self.found
 
     def __call__(self, teacher: Teacher, replacement: Replacement, wanted: Any) -> None:
@@ -197,11 +199,12 @@ def same_step(
     def same(found: Sequence[Any], wanted: Sequence[Any], trial: Trial) -> None:
         same_values(check, found, wanted, dtypes, config, notes, trial)
 
-    with torch.no_grad(), undisturbed(compiled.device):
+    with torch.no_grad():
         try:
-            outputs = checked_outputs(step, flat, same)
-            eager = compiled.function(kind)(inputs, Untouched(state), weights)
-            same(eager.outputs, outputs, partial(noisy_outputs, step, flat))
+            with undisturbed(compiled.device):
+                outputs = checked_outputs(step, flat, compiled.device, same)
+            eager = run_eagerly(compiled, kind, inputs, state, weights)
+            same(eager.outputs, outputs, undisturbed(compiled.device)(partial(noisy_outputs, step, flat)))
         except ValidationError as error:
             notes.warn(
                 f"Inductor's code for {kind.name} steps gives other values than eager mode ({error}), so they run op "
@@ -217,12 +220,6 @@ def run_eagerly(
     """Run a step in eager mode. The caches do not change."""
     with torch.no_grad(), undisturbed(compiled.device):
         return compiled.function(kind)(inputs, Untouched(state), weights)
-
-
-def undisturbed(device: torch.device) -> AbstractContextManager[Any]:
-    """Restore the random number generators afterwards, so that a trial run does not change the model's numbers."""
-    context: AbstractContextManager[Any] = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    return context
 
 
 def same_values(

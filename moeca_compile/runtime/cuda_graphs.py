@@ -27,8 +27,8 @@ from torch import Tensor
 from moeca_compile._torch_private import copy_all
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
+from moeca_compile.lower.random_state import undisturbed
 from moeca_compile.lower.rounding import ValidationError
-from moeca_compile.lower.validate import undisturbed
 from moeca_compile.notes import Notes
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel, runs_experts
 from moeca_compile.passes.rewrite.caches import Caches

@@ -253,7 +253,33 @@ def test_attention_with_live_dropout_is_kept():
     model = make_model(DENSE)
     model.blocks[0].attn = WithDropout().requires_grad_(False).eval()
     run = right(model)
-    assert run.reasons("attention") == ["it drops out at random", None]
+    assert run.reasons("attention") == ["it draws random numbers", None]
+    assert run.reasons("experts") == [None]
+    assert run.warnings == []
+
+
+class DropsOut(nn.Module):
+    """A dense feed-forward that forgets so too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x):
+        return self.down(F.dropout(F.gelu(self.up(x)), 0.2, training=True))
+
+
+class Jitters(DropsOut):
+    """Adds noise that is computed from no other value."""
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x) + 0.1 * torch.randn(24)))
+
+
+@pytest.mark.parametrize("mlp", [DropsOut, Jitters])
+def test_what_draws_random_numbers_is_kept_and_draws_the_models_own(mlp):
+    run = right(with_mlp(mlp()))
+    assert run.reasons("feedforward") == ["it draws random numbers"]
     assert run.reasons("experts") == [None]
     assert run.warnings == []
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
-from moeca_compile.ops.aten import CASTS
+from moeca_compile.ops.aten import CASTS, SDPA
 
 aten = torch.ops.aten
 
@@ -38,6 +38,15 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 def is_pointwise(target: object) -> bool:
     """Whether each output element of an op depends only on the aligned elements of its broadcast inputs."""
     return torch.Tag.pointwise in getattr(target, "tags", ()) or target in _COPIES
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _drops_nothing(node)
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether it is an attention without dropout: its op has the tag in any case."""
+    return node.target is SDPA and not argument(node, 4, "dropout_p", 0.0)
 
 
 def module_path(node: fx.Node) -> str:

@@ -55,8 +55,6 @@ def sdpa_options(sdpa: fx.Node) -> dict[str, Any]:
 
 
 def _why_not(sdpa: fx.Node, query: fx.Node, layouts: Layouts) -> str | None:
-    if sdpa_options(sdpa)["dropout_p"]:
-        return "it drops out at random"
     if query not in layouts:
         return "its queries are not computed token by token from the residual stream"
     if not _rows_of_heads(query, layouts) or sdpa not in layouts:

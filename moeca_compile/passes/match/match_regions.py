@@ -6,7 +6,7 @@ import logging
 
 from torch import fx
 
-from moeca_compile.passes.analysis.graph import between, module_path, shape_of
+from moeca_compile.passes.analysis.graph import ancestors, between, draws_random_numbers, module_path, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, stream_layout, token_layouts
 from moeca_compile.passes.match.attention import attention_nodes, match_attention, work_between
 from moeca_compile.passes.match.experts import expert_body, expert_nodes, match_experts
@@ -40,7 +40,19 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
         "%d attentions, %d MoE layers, %d feed-forwards, %d skipped",
         *map(len, (attentions, experts, feedforwards, skipped)),
     )
-    return Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, skipped)
+    return _repeatable(Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, skipped))
+
+
+def _repeatable(regions: Regions) -> Regions:
+    """Without the regions that drop out even in eval mode: their values differ from call to call in any case."""
+    random = [part for part in regions.parts if any(map(draws_random_numbers, _branch(part)))]
+    return regions.without(dict.fromkeys(random, "it draws random numbers")) if random else regions
+
+
+def _branch(part: Attention | Experts | FeedForward) -> set[fx.Node]:
+    """All that the part computes of its stream, and of nothing (noise has no inputs)."""
+    ends = part if isinstance(part, FeedForward) else part.residual
+    return ancestors([ends.output], stop=(ends.stream,), since=ends.stream) - {ends.stream}
 
 
 def _layouts(graph: fx.Graph) -> tuple[Layouts, set[fx.Node]]:

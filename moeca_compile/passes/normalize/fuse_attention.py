@@ -195,7 +195,7 @@ def _softmax_behind(node: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]] |
             return None
         node = node.args[0]  # type: ignore[assignment]
     if dropped and _products_behind(node):
-        raise UnclearError("it drops out at random")
+        raise UnclearError("it draws random numbers")
     return node, order, [*path, node]
 
 

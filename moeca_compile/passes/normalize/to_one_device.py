@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from moeca_compile._torch_private import fake_mode_of
-from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.analysis.graph import draws_random_numbers, placeholders
 from moeca_compile.passes.analysis.host_ops import values_of
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def _may_move(graph: fx.Graph, arguments: Sequence[bool]) -> bool:
     (output,) = (node for node in graph.nodes if node.op == "output")
     weights = [node for node, user in zip(placeholders(graph), arguments, strict=True) if not user]
     fixed = [*output.all_input_nodes, *(node for node in weights if node.users)]
-    random = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    random = filter(draws_random_numbers, graph.nodes)
     return not any(_on_cpu(node) for node in [*fixed, *random])
 
 

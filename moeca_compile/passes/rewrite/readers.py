@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 
-import torch
 from torch import fx
+
+from moeca_compile.passes.analysis.graph import draws_random_numbers
 
 
 class Readers:
@@ -59,5 +60,4 @@ def _behind(node: fx.Node, needed: Set[fx.Node]) -> set[fx.Node]:
 
 def _may_be_dropped(node: fx.Node) -> bool:
     """Whether the value could be computed once more. Inputs and constants belong to others, and need no dropping."""
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return node.op == "call_function" and not random and not node.is_impure()
+    return node.op == "call_function" and not draws_random_numbers(node) and not node.is_impure()

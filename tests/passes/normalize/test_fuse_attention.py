@@ -195,7 +195,7 @@ UNCLEAR = {
         "change their sign",
     ),
     "a tensor scales a bias too": (over(lambda q, k, m, h, keep, t: (q @ k.mT + m) * t), "scaled by a tensor"),
-    "dropout": (lambda q, k, v, *_: F.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v, "drops out at random"),
+    "dropout": (lambda q, k, v, *_: F.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v, "draws random numbers"),
     "a softmax over queries": (lambda q, k, v, *_: (q @ k.mT).softmax(-2) @ v, "not over the keys"),
     "weights that are returned": (
         lambda q, k, v, *_: ((w := (q @ k.mT).softmax(-1)) @ v) * w.sum(),
