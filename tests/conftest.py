@@ -49,7 +49,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def inductor_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for code that compiles by itself and has no option for it: benchmarks and examples."""
-    monkeypatch.setattr(program, "compile_graph", lambda gm, inputs, on_code=None: gm)
+    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: gm)
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
 
 

@@ -110,6 +110,7 @@ def notes(rows: list[Row]) -> dict[str, str]:
     return {row.what: row.note for row in rows if row.note}
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_in_any_way_costs_its_row_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "MEASURING", 5.0)
     monkeypatch.setenv("MEMORY_FLAG", str(tmp_path / "flag"))

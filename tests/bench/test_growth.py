@@ -13,6 +13,7 @@ from bench import growth
 pytestmark = pytest.mark.bench
 
 
+@pytest.mark.slow
 def test_rows_and_picture(inductor_replaced, monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "BASE", replace(growth.BASE, width=24, depth=2, side=8, expert_width=16))
     monkeypatch.setattr(growth, "QUESTIONS", {"batch": (1, 2), "tokens": (4, 16), "experts": (4, 8)})

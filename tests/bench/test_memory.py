@@ -47,6 +47,7 @@ def test_a_copy_of_the_weights_shows(model, monkeypatch):
     assert planted["first"] > memory.weights_mib(model)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_row_a_call_with_its_ratio_to_plain(tmp_path):
     out = tmp_path / "memory.csv"
     arguments = ["--model", "tiny", "--batch", "2", "--recipe", "stack", "--no-validate", "--threads", "1"]

@@ -149,9 +149,7 @@ def test_the_tolerance_is_the_users(graph):
 
 def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     monkeypatch.undo()  # traced programs, not eager steps
-    monkeypatch.setattr(
-        program, "compile_graph", lambda gm, inputs, on_code=None: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]]
-    )
+    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
     engine, loop, warned = prepared(graph)
     assert warned == []
     with pytest.warns(UserWarning, match="Inductor"):

@@ -1,6 +1,6 @@
 """Compile the kernels that the ops launch, for GPUs that need not be there; prints JSON.
 
-    python tests/ops/triton/ahead.py [every]
+    python tests/ops/triton/ahead.py [every] [90]      # for some architectures only
 
 The ops run on CPU tensors at the sizes of a published model, and what they would launch is recorded instead: so the
 kernels are compiled for just the arguments, block sizes and specializations that they get. Triton's interpreter must
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +233,8 @@ def all_ops(dtype: torch.dtype) -> None:
     )
 
 
-def main(every: bool) -> None:
-    """What DSMoE-S-E16 launches, with `every` all block sizes; all architectures and dtypes in either case."""
+def main(every: bool, architectures: Sequence[int]) -> None:
+    """What DSMoE-S-E16 launches, with `every` all block sizes; all dtypes in either case."""
     found: dict[str, tuple[Launch, torch.dtype]] = {}
     for dtype in TYPES:
         with recorded() as launches:
@@ -242,9 +242,9 @@ def main(every: bool) -> None:
             if every:
                 sweep(dtype)
         found = {key: (launch, dtype) for key, launch in launches.items()} | found
-    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in ARCHITECTURES]
+    results = [compiled(launch, dtype, arch) for launch, dtype in found.values() for arch in architectures]
     json.dump([asdict(result) for result in results], sys.stdout)
 
 
 if __name__ == "__main__":
-    main("every" in sys.argv[1:])
+    main("every" in sys.argv[1:], [int(each) for each in sys.argv[1:] if each.isdigit()] or ARCHITECTURES)

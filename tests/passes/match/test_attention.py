@@ -165,7 +165,6 @@ def from_text(x, table, text, qkv, proj, mask):
 
 
 NEAR_MISSES = {
-    "dropout": (with_options(dropout_p=0.1), "drops out"),
     "queries of another stream": (from_text, "queries are not computed"),
     "no residual": (no_residual, "no residual addition"),
     "an output that mixes tokens": (mixed_output, "not computed token by token"),
