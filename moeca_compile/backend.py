@@ -37,6 +37,7 @@ from moeca_compile.passes.runner import normalize
 from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, record_for
+from moeca_compile.runtime.streams import bounds_of
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ def compile_captured(
 def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
     """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
     tensors: that one gets the engine that exists, and with it the caches."""
-    engine = Engine(captured, inputs, record.config, record.notes, stages)
+    # A part of a model is called once in each call of the model, and counts the calls by itself.
+    bounds = bounds_of(record.config) if captured.in_parts else record.bounds
+    engine = Engine(captured, inputs, record.config, record.notes, stages, bounds)
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:
         record.engines.append(engine)

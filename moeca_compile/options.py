@@ -313,6 +313,13 @@ class Options:
         bfloat16 (unless cache_dtype is set), then a recipe that caches less; a warning says which. False runs the
         model uncached then.""",
     )
+    check_inputs: bool = setting(
+        True,
+        flag,
+        STATE,
+        """Compare the picture of each call with that of the step before: another picture's caches are never read,
+        whatever the order, the threads and the timesteps of calls say.""",
+    )
     cache_dtype: torch.dtype | None = setting(  # noqa: RUF009
         None,
         activation_dtype,

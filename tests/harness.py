@@ -23,6 +23,7 @@ from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.policies.forecast import weights_after_one
 from moeca_compile.runtime.engine import MOST_SHAPES, Engine, Stages
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.streams import bounds_of
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Captured:
         """The real engine under these options."""
         config = MoecaConfig.from_options({**how.options, **options})
         captured = CapturedGraph(self.gm, tuple(self.user_inputs))
-        return Engine(captured, self.inputs, config, Notes(), how.stages, most_shapes)
+        return Engine(captured, self.inputs, config, Notes(), how.stages, bounds_of(config), most_shapes)
 
     def loop(self, **options: Any) -> StepLoop:
         """The engine's step loop for these inputs: the matched graph and its plan."""

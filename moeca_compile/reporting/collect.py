@@ -39,7 +39,7 @@ def report(model: Any) -> Report:
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
         regions=tuple(_regions(last)) if last else (),
-        cache_bytes=sum(loop.sessions.nbytes for loop in loops),
+        cache_bytes=sum(loop.streams.nbytes for loop in loops),
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
         **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
         compile_seconds=dict(notes.seconds),

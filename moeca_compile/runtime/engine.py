@@ -17,6 +17,7 @@ from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.streams import Bounds
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Engine:
         inputs: example inputs, of which only the model's weights are used.
         config, notes: the options, and where timings, errors and warnings go.
         stages: how to compile.
+        bounds: of the model's caches, with its requests.
         most_shapes: how many sets of input shapes stay compiled; the least recently used is dropped.
     """
 
@@ -49,10 +51,11 @@ class Engine:
         config: MoecaConfig,
         notes: Notes,
         stages: Stages,
+        bounds: Bounds,
         most_shapes: int = MOST_SHAPES,
     ) -> None:
         self.captured, self.config, self.notes = captured, config, notes
-        self.stages, self.most_shapes = stages, most_shapes
+        self.stages, self.bounds, self.most_shapes = stages, bounds, most_shapes
         given = list(zip(inputs, captured.arguments, strict=True))
         self.weights = [_signature(value) for value, user in given if not user]
         self.of_model = [i for i, (_, user) in enumerate(given) if user]
@@ -83,9 +86,9 @@ class Engine:
             if key not in self.loops:
                 _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
                 compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
-                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes)
+                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes, self.bounds)
                 if len(self.loops) > self.most_shapes:
-                    self.loops.popitem(last=False)
+                    self.loops.popitem(last=False)[1].streams.drop()
             self.loops.move_to_end(key)
             self._last = key, self.loops[key]
             return self.loops[key]
@@ -97,8 +100,9 @@ class Engine:
 
     def reset(self) -> None:
         """Drop all caches."""
+        self.bounds.requests.reset()
         for loop in self.loops.values():
-            loop.sessions.reset()
+            loop.streams.drop()
 
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured

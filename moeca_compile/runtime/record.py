@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ from torch import nn
 from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.runtime.engine import Engine
+from moeca_compile.runtime.streams import Bounds, bounds_of
 
 
 @dataclass
@@ -28,6 +30,11 @@ class Record:
     """Whether the last graph is only a part of the model, called from plain Python."""
     tried_again: set[CodeType] = field(default_factory=set)
     """Code that Dynamo had given up on, and that the backend made it trace again."""
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """Of the caches of all its graphs that are the whole model, with their requests."""
+        return bounds_of(self.config)
 
 
 _ATTRIBUTE = "_moeca_record"

@@ -31,11 +31,10 @@ def test_allocated_is_what_was_planned(graph, model, eager_steps, recipe, cache_
     planned = sum(spec.nbytes for spec in loop.compiled.plan.caches)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for generation in loop.sessions.generations.values()
-        for stream in generation.streams.values()
+        for stream in loop.streams.held()
         for tensor in stream.state.values()
     }
-    assert sum(storages.values()) == loop.sessions.nbytes == planned
+    assert sum(storages.values()) == loop.streams.nbytes == planned
 
 
 def test_a_smaller_dtype_of_the_caches_halves_them(graph):

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moeca_compile.runtime.session import Position, Sessions
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
 from moeca_compile.policies import forecast
 from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
-from moeca_compile.runtime.session import Position, Sessions
 
 pytestmark = pytest.mark.smoke
 

@@ -107,7 +107,7 @@ def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
 def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
     """As where it lies on an accelerator: the same steps, bit by bit, and no value of an input is asked for."""
     (x, y), times = make_inputs(model), [1 - number / 6 for number in range(6)]
-    arguments = [graph.arguments(x=x, t=torch.full((2,), time), y=y) for time in times]
+    arguments = [graph.arguments(x=x * (2 + time), t=torch.full((2,), time), y=y) for time in times]
     told, marked = graph.engine(recipe="moeca-forecast"), graph.engine(recipe="moeca-forecast")
     expected = [told(*each)[0] for each in arguments]
 
@@ -131,8 +131,8 @@ def test_calls_at_one_marked_timestep_are_streams(graph, model, eager_steps):
             for label in (y, y + 1):
                 engine(*graph.arguments(x=x, t=torch.ones(2), y=label))
     (loop,) = engine.loops.values()
-    (at_work,) = loop.sessions.generations.values()
-    assert len(at_work.streams) == 2 and at_work.number == 2
+    (at_work,) = loop.streams.requests.live.values()
+    assert len(at_work.tracks) == 2 and at_work.number == 2
 
 
 def test_a_mark_tells_the_timestep_from_a_guidance_scale(guided, eager_steps):
