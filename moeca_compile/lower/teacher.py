@@ -28,8 +28,7 @@ class Teacher:
         replacements: what is checked.
         inputs: one value for each placeholder.
         weights: the forecast weights of steps right after a full step.
-        check: called with this, a replacement and the model's value of its node, in graph order. All that the value
-            was computed from is there then; later most of it is dropped.
+        check: called with this, a replacement and the model's value of its node, in graph order.
     """
 
     def __init__(
@@ -45,31 +44,32 @@ class Teacher:
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
         self.computes: dict[fx.Node, Compute] = {}
-        reads = {node: each.reads for node, each in self.replacements.items() if node not in regions.bodies}
-        self.step = self._step(StepKind(), {}, self.computes, reads)
+        self.step = self._step(StepKind(), {}, self.computes)
+        self.values = self.step.values
+        self.values.repeatable = True
         self.output = next(iter(reversed(graph.nodes)))
 
     def outputs(self) -> tuple[Any, ...]:
         """The model's outputs. The checks are made on the way."""
-        self.computes |= {node: partial(self._value, node) for node in {**self.regions.bodies, **self.replacements}}
+        self.computes |= {node: partial(layer_output, self.step, node) for node in self.regions.bodies}
         try:
-            return tuple(self.step.run())
+            return tuple(self.values.run(self._computed))
         finally:  # what refers to the step would keep its values alive until Python looks for cycles
             self.computes.clear()
 
-    def _value(self, node: fx.Node) -> Any:
-        value = self._run(self.step, node)
+    def _computed(self, node: fx.Node) -> None:
+        """Check the value of a replaced node. What the check computes once more is dropped again."""
         if node in self.replacements:
-            self.step.values.values[node] = value  # what replaces it may read it
-            self.check(self, self.replacements[node], value)
-        if node not in self.regions.bodies:
-            self.computes.pop(node, None)  # an op like others, which is run again where its value was dropped
-        return value
+            known = set(self.values.values)
+            self.check(self, self.replacements[node], self.values[node])
+            for again in self.values.values.keys() - known:
+                if again.op == "call_function":
+                    del self.values.values[again]
 
     def taught(self, kind: StepKind, state: Mapping[str, Tensor]) -> Step:
         """A step of this kind in which every value of the graph is the model's own."""
         step = self._step(kind, state, {})
-        step.values = self.step.values
+        step.values = self.values
         return step
 
     def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:
@@ -115,13 +115,8 @@ class Teacher:
             return layer_output(step, node)
         return call(node, step.__getitem__)
 
-    def _step(
-        self,
-        kind: StepKind,
-        state: Mapping[str, Tensor],
-        computes: Mapping[fx.Node, Compute],
-        reads: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
-    ) -> Step:
+    def _step(self, kind: StepKind, state: Mapping[str, Tensor], computes: Mapping[fx.Node, Compute]) -> Step:
+        reads = dict.fromkeys(self.regions.bodies, ())
         return Step(self.graph, self.regions, kind, self.inputs, state, self.weights, computes, reads)
 
 

@@ -34,3 +34,4 @@ NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 
 MATMULS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
 """Products without bias, with arguments (rows, matrix)."""
+PRODUCTS = MATMULS | {aten.linear.default, aten.addmm.default}

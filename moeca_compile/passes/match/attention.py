@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-import torch
 from torch import fx
 
-from moeca_compile.ops.aten import MATMULS, SDPA
+from moeca_compile.ops.aten import PRODUCTS, SDPA
 from moeca_compile.passes.analysis.axis import offset_in
 from moeca_compile.passes.analysis.graph import between, module_path, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts
@@ -87,6 +86,4 @@ def _by_token(sdpa: fx.Node, outputs: list[fx.Node], layouts: Layouts) -> bool:
 
 def work_between(source: fx.Node, output: fx.Node) -> bool:
     """Whether there is work worth caching, that is a matrix product, between the two."""
-    aten = torch.ops.aten
-    heavy = MATMULS | {aten.linear.default, aten.addmm.default}
-    return any(node.target in heavy for node in between(source, [output])) and len(shape_of(output)) > 1
+    return any(node.target in PRODUCTS for node in between(source, [output])) and len(shape_of(output)) > 1

@@ -36,9 +36,12 @@ class Caches(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         slot = self.slot(name)
         if slot == name:
-            spec = self.specs[name]
-            self[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
+            self[name] = self.zeros(name)
         return self[slot]
+
+    def zeros(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
 
     def slot(self, name: str) -> str:
         """The name of the tensor that a value stored under `name` goes to."""
@@ -98,7 +101,10 @@ class Untouched(Caches):
         self.update(caches)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self and self.slot(name) != name:
-            return self[self.slot(name)]
-        tensor = super().__getitem__(name)
-        return torch.full_like(tensor, float("nan")) if name in self.poisoned else tensor.clone()
+        if name in self.poisoned:
+            return torch.full_like(super().__getitem__(name), float("nan"))
+        return super().__getitem__(name).clone() if name in self else self.__missing__(name)
+
+    def __missing__(self, name: str) -> Tensor:
+        slot = self.slot(name)
+        return self.zeros(name) if slot == name else self[slot]

@@ -39,6 +39,9 @@ class Evaluation:
         reads: values that a replacement reads, besides those that its node's op is computed from, by node. What the
             replacement of a node that is not among them gives is never dropped.
         kept: nodes whose values are read after `run`.
+
+    Attributes:
+        repeatable: whether replacements change nothing, and so may be called again where their value was dropped.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Evaluation:
         self.values: dict[fx.Node, Any] = dict(zip(placeholders(graph), inputs, strict=True))
         self.graph = graph
         self.replacements, self.boundaries = replacements, boundaries
+        self.repeatable = False
         self.replacing: set[fx.Node] = set()
         self.reads, self.kept = reads or {}, tuple(kept)
         self.readers: Readers | None = None
@@ -73,16 +77,21 @@ class Evaluation:
                 self._drop_read_by(current)
         return self.values[node]
 
-    def run(self) -> Any:
-        """The graph's outputs. Needed nodes, and with them the replacements, are computed in graph order."""
+    def run(self, after: Callable[[fx.Node], None] | None = None) -> Any:
+        """The graph's outputs. Needed nodes, and with them the replacements, are computed in graph order.
+
+        `after` is called with each of them when it has been computed.
+        """
         output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         needed = self._needed(output.all_input_nodes)
-        if not any(map(is_fake, self.values.values())):
+        if not self.tracing:
             kept = (*output.all_input_nodes, *self.kept)
             self.readers = Readers(needed, self.replacements.keys(), self.reads, kept)
         for node in self.graph.nodes:
             if node in needed and node not in self.dropped:
                 self[node]
+                if after is not None:
+                    after(node)
         return fx.map_arg(output.args[0], lambda node: self.values[node])
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
@@ -93,8 +102,22 @@ class Evaluation:
                 changed[node] = call(node, lambda n: changed[n] if n in changed else self[n])
         return [changed[node] if node in changed else self[node] for node in wanted]
 
+    @property
+    def tracing(self) -> bool:
+        """Whether values are fake."""
+        return any(map(is_fake, self.values.values()))
+
+    def release(self, kept: Iterable[fx.Node]) -> None:
+        """Values of nodes that were `kept` have been read."""
+        if self.readers is not None:
+            self._drop(self.readers.done_with(kept))
+
     def _drop_read_by(self, node: fx.Node) -> None:
-        for unread in self.readers.computed(node) if self.readers is not None else ():
+        if self.readers is not None:
+            self._drop(self.readers.computed(node))
+
+    def _drop(self, nodes: Iterable[fx.Node]) -> None:
+        for unread in nodes:
             if unread in self.values:
                 del self.values[unread]
                 self.dropped.add(unread)
@@ -107,14 +130,17 @@ class Evaluation:
         return node in self.replacements and node not in self.replacing
 
     def _compute(self, node: fx.Node) -> Any:
-        if node in self.replacements and node in self.dropped:
+        if node in self.replacements and node in self.dropped and not self.repeatable:
             raise DroppedError(
                 f"the value of {node.name}, which a replacement gives, was dropped before its last reader. Declare "
                 "what a replacement and its caches read as docs/extending/policy.md says"
             )
         if self._replaced(node):
             self.replacing.add(node)
-            return self.replacements[node]()
+            try:
+                return self.replacements[node]()
+            finally:
+                self.replacing.discard(node)
         if node.op == "get_attr":  # a constant that tracing lifted from the model's code
             return getattr(self.graph.owning_module, str(node.target))
         value = call(node, self.values.__getitem__)

@@ -40,7 +40,11 @@ class Readers:
 
     def computed(self, node: fx.Node) -> list[fx.Node]:
         """Register that `node` was computed. Returns the nodes whose values nobody reads any more."""
-        read = self.read_by.pop(node, ())
+        return self.done_with(self.read_by.pop(node, ()))
+
+    def done_with(self, read: Iterable[fx.Node]) -> list[fx.Node]:
+        """Register one reader less of each of these. Returns those that nobody reads any more."""
+        read = list(read)
         self.left.subtract(read)
         return [value for value in read if self.left[value] == 0 and _may_be_dropped(value)]
 
@@ -60,4 +64,5 @@ def _behind(node: fx.Node, needed: Set[fx.Node]) -> set[fx.Node]:
 
 def _may_be_dropped(node: fx.Node) -> bool:
     """Whether the value could be computed once more. Inputs and constants belong to others, and need no dropping."""
-    return node.op == "call_function" and not draws_random_numbers(node) and not node.is_impure()
+    # By torch's own answer every attention draws random numbers, since it may drop out.
+    return node.op == "call_function" and not draws_random_numbers(node) and not node.is_impure(impure_random=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -55,9 +55,9 @@ class Step:
         boundaries |= {residual.stream for residual in regions.residuals[:1]}
         self.values = Evaluation(graph, inputs, replacements, boundaries, reads, kept)
 
-    def run(self) -> Any:
-        """Evaluate the graph's outputs; replacements are called in graph order."""
-        return self.values.run()
+    def run(self, after: Callable[[fx.Node], None] | None = None) -> Any:
+        """Evaluate the graph's outputs; replacements are called in graph order, `after` when a node is computed."""
+        return self.values.run(after)
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
         """Values of `wanted` if the nodes of `known` had the given values; the step itself does not change."""

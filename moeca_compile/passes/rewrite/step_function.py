@@ -14,7 +14,7 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.layers import layer_output
-from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.passes.rewrite.replacement import Cache, Replacement
 from moeca_compile.passes.rewrite.step import Step
 
 
@@ -58,12 +58,25 @@ def step_function(
 
 
 def _result(step: Step, replacements: Sequence[Replacement]) -> StepResult:
-    """Run the step, then fill the caches of the parts that it computes."""
-    outputs = step.run()
+    """Run the step, and fill the caches of the parts that it computes.
+
+    Each is filled as soon as its values are there, which may be views of larger ones. In a traced step all are filled
+    at its end: they would separate ops that Inductor fuses.
+    """
+    waiting: dict[fx.Node, list[Cache]] = {}
     for replacement in replacements:
         if step.kind.computes(replacement.part):
             for cache in replacement.caches:
-                cache.store(step)
+                waiting.setdefault(max(replacement.node, *cache.reads()), []).append(cache)
+
+    def fill(node: fx.Node) -> None:
+        for cache in waiting.pop(node, ()):
+            cache.store(step)
+            step.values.release(cache.reads())
+
+    outputs = step.run(None if step.values.tracing else fill)
+    for node in list(waiting):
+        fill(node)
     counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
     return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates, counts)
 
