@@ -92,7 +92,7 @@ def test_what_is_picked_is_validated_and_runs(graph, model, eager_steps):
     engine = graph.engine(recipe="moeca", max_cache_bytes=limit, full_every=2)
     x, y = make_inputs(model)
     for number in range(4):
-        engine(*graph.arguments(x=x, t=torch.full((len(x),), 1 - number / 8), y=y))
+        engine(*graph.arguments(x=x * (1 - number / 8), t=torch.full((len(x),), 1 - number / 8), y=y))
     (loop,) = engine.loops.values()
     assert set(loop.notes.errors) >= {"rewritten", "reused"}
     assert {kind.name: tally.steps for kind, tally in loop.tallies.items()} == {"full": 2, "cache": 2}

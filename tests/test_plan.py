@@ -120,7 +120,7 @@ def test_the_parts_are_saved_apart(graph):
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"])
 def test_bytes_are_those_of_the_tensors(graph, recipe):
     loop = graph.loop(validate=False, recipe=recipe)
-    position, stream, _ = loop.enter(graph.inputs)
+    _, stream, _ = loop.enter(graph.inputs)
     stream.state.prepare()
     assert loop.compiled.plan.nbytes == loop.streams.nbytes > 0
 

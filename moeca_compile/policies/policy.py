@@ -15,7 +15,7 @@ ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump"})
 CACHING = (
     ALWAYS
     | {"full_every", "full_steps", "forecast"}
-    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches"}
+    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
 """Options that every recipe with caches uses."""
 

@@ -30,7 +30,7 @@ _FAR = 10.0
 """A change of the timestep this many times the largest so far starts a new request: the last was cancelled."""
 _MOST_TRACKS = 64
 """Calls that always come at one timestep look like streams of one step: so many are told apart."""
-_REMEMBERED = 16
+_REMEMBERED = 4
 """So many requests that gave up their caches for a later one are remembered, to notice if they go on."""
 
 

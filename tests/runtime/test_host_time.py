@@ -36,7 +36,7 @@ def prepared(engine: Engine, calls: list[list[Any]]) -> Engine:
         engine(*inputs)
     loop = engine.loop_for(calls[0])
     for kind, step in loop.steps.items():
-        streams = [s for generation in loop.sessions.generations.values() for s in generation.streams.values()]
+        streams = loop.streams.held()
         loop.steps[kind] = without_kernels(step, calls[0], streams[0].state if streams else {})
     return engine
 
