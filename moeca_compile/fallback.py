@@ -102,7 +102,7 @@ def note_breaks(record: Record) -> None:
     Plain torch.compile, calls with gradients and calls in training mode all break at MoE dispatch. So make Dynamo try
     each caller once more. Where it then captures the whole model, the engines of the parts are dropped.
     """
-    broken, callers = graph_break(), set(calling_code())
+    broken, callers = graph_break(), calling_code()
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
@@ -112,9 +112,10 @@ def note_breaks(record: Record) -> None:
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
         record.untouched, record.breaks = 0, []
-    for code in callers - record.tried_again:
-        record.tried_again.add(code)
-        forget_code(code)
+    for code in callers:
+        if id(code) not in record.tried_again:
+            record.tried_again[id(code)] = code  # held, so that no other code gets its id
+            forget_code(code)
 
 
 def worth_rewriting(gm: fx.GraphModule) -> bool:
