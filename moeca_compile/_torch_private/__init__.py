@@ -36,6 +36,8 @@ from moeca_compile._torch_private.kernels import (
 )
 from moeca_compile._torch_private.lookup import missing
 from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.one_at_a_time import compiling
+from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
     numeric_modes,
@@ -46,13 +48,16 @@ from moeca_compile._torch_private.tracing import (
     tracing_backend,
     wrapper_of,
 )
+from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_for_ours
 
 __all__ = [
     "add_backend",
     "calling_code",
+    "calls_ours",
     "compile_cpp",
     "compile_graph",
     "compiled_module",
+    "compiling",
     "copy_all",
     "export_functional",
     "fake_mode_of",
@@ -74,8 +79,11 @@ __all__ = [
     "outermost_module",
     "root_module",
     "schema_of",
+    "subclass_among",
+    "subclass_weight",
     "tensor_of_number",
     "tensors_of_others",
+    "trace_anew_for_ours",
     "trace_to_graph",
     "traced_anew",
     "traced_self",

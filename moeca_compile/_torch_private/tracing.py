@@ -89,6 +89,11 @@ def root_module() -> nn.Module | None:
     return value if isinstance(value, nn.Module) else None
 
 
+def traced_code() -> Any:
+    """The code of the outermost frame that Dynamo is tracing; None outside of a compilation."""
+    return getattr(getattr(_output(), "root_tx", None), "f_code", None)
+
+
 def traced_self(identity: int) -> Any:
     """The object of this id() that is `self` in the function that Dynamo is tracing.
 
