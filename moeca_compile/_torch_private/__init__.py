@@ -40,6 +40,7 @@ from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
+    hand_over_whole,
     numeric_modes,
     root_module,
     traced_anew,
@@ -64,6 +65,7 @@ __all__ = [
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
+    "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
     "has_static_value",

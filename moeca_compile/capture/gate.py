@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from moeca_compile._torch_private import calls_ours, missing, outermost_module, subclass_weight, tracing_backend
+from moeca_compile._torch_private import (
+    calls_ours,
+    hand_over_whole,
+    missing,
+    outermost_module,
+    subclass_weight,
+    tracing_backend,
+)
 
 
 @torch.compiler.assume_constant_result
@@ -15,4 +22,7 @@ def tracing_for_moeca() -> bool:
     the backend leaves the model to torch.compile, because torch lacks what it needs or a weight is no plain tensor.
     """
     ours = any(getattr(backend, "_moeca_backend", False) is True for backend in tracing_backend())
-    return (ours or calls_ours()) and not missing() and subclass_weight(outermost_module()) is None
+    if not (ours or calls_ours()) or missing() or subclass_weight(outermost_module()) is not None:
+        return False
+    hand_over_whole()
+    return True
