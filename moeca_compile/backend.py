@@ -99,8 +99,8 @@ def _engine(gm: fx.GraphModule, inputs: Sequence[Any], record: Record, stages: S
     """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
     tensors: that one gets the engine that exists, and with it the caches."""
     arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
-    numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
-    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
+    numbers, constants = scalar_inputs_to_tensors(gm, inputs)
+    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks), constants)
     engine = Engine(captured, inputs, record.config, record.notes, stages, original=original)
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:

@@ -58,10 +58,15 @@ class Engine:
         self.captured, self.config, self.notes = captured, config, notes
         self.stages, self.most_shapes = stages, most_shapes
         given = list(zip(inputs, captured.arguments, strict=True))
-        self.weights = [_signature(value) for value, user in given if not user]
-        self.of_model = [i for i, (_, user) in enumerate(given) if user]
-        """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
-        self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
+        self.weights = [_signature(value) for value, user in given if not user and isinstance(value, Tensor)]
+        self.of_model = [
+            i
+            for i, (value, user) in enumerate(given)
+            if user or not isinstance(value, Tensor) or i in captured.constants
+        ]
+        """The positions of arguments and numbers. Weights are hundreds, and are not looked at call by call."""
+        keyed = set(self.of_model)
+        self.first_weight = next((i for i in range(len(given)) if i not in keyed), None)
         self.weight_bytes = _distinct_bytes(value for value, user in given if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
@@ -75,7 +80,7 @@ class Engine:
         if self.failed:
             return self.original(*inputs)
         try:
-            given = self._with_tensors(inputs) if self.captured.numbers else inputs
+            given = self._converted(inputs) if self.captured.numbers or self.captured.constants else inputs
             return self.loop_for(given)(given)
         except ConfigError:
             raise
@@ -132,13 +137,15 @@ class Engine:
 
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured
-        return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
+        return captured.gm.code, captured.arguments, captured.numbers, captured.constants, self.modes, self.weights
 
-    def _with_tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The inputs, with numbers that vary as 0-dim tensors."""
+    def _converted(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs, with numbers that vary as 0-dim tensors, and 0-dim tensors that must be numbers as these."""
         values = list(inputs)
         for i in self.captured.numbers:
             values[i] = torch.tensor(values[i])
+        for i in self.captured.constants:
+            values[i] = values[i].item()
         return tuple(values)
 
 
