@@ -71,7 +71,12 @@ def wrap_new_classes(*_: Any) -> None:
                     _wrap_methods(owner)
         except Exception as error:  # this is called in each compilation of the process, for whatever backend
             _log.debug("looking through the classes failed", exc_info=True)
-            warnings.warn(f"moeca: {UNREAD.format(first_line(error))}", stacklevel=2)
+            _warn_once(UNREAD.format(first_line(error)))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"moeca: {text}", stacklevel=3)
 
 
 def _forget(number: int, _: ref[type]) -> None:
