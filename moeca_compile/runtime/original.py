@@ -32,8 +32,7 @@ class Original:
     """
 
     def __init__(self, gm: fx.GraphModule, lowering: str) -> None:
-        self.gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        self.lowering = lowering
+        self.gm, self.graph, self.lowering = gm, copy.deepcopy(gm.graph), lowering
 
     def __call__(self, *inputs: Any) -> Any:
         try:
@@ -48,7 +47,7 @@ class Original:
 
     @cached_property
     def _module(self) -> fx.GraphModule:
-        return without_markers(self.gm)
+        return without_markers(fx.GraphModule(self.gm, self.graph))
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:

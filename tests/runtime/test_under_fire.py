@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_map
 
 import moeca_compile
 from moeca_compile import backend, fallback
+from moeca_compile.capture.idioms.inline import Inline
+from moeca_compile.capture.idioms.pairs import Pairs
+from moeca_compile.capture.idioms.routed import Routed
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.capture.trust import forget_verdicts
 from moeca_compile.lower import program, validate
@@ -127,6 +130,16 @@ def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch
             assert_near(generate(fast), expected)
     planted = [text for text in texts if "planted" in text]
     assert len(planted) == 1, texts
+
+
+@pytest.mark.parametrize("part", ["facts", "equivalent"])
+def test_dispatch_whose_equivalent_fails_runs_as_it_is(model, monkeypatch, part):
+    """While Dynamo traces it: the graph breaks there."""
+    for idiom in (Routed, Inline, Pairs):
+        monkeypatch.setattr(idiom, part, fails, raising=False)
+    with told() as texts:
+        assert_near(generate(compiled(model)), generate(model))
+    assert ["the graph breaks here" in text for text in texts] == [True]
 
 
 def test_the_export_may_fail(model, monkeypatch):
@@ -313,6 +326,37 @@ def test_a_users_backend_that_calls_ours_is_ours(model):
     assert (report.graphs, report.graph_breaks) == (1, ())
     assert any(region.kind == "experts" and region.status == "cached" for region in report.regions)
     assert texts == []
+
+
+class Breaks(nn.Module):
+    """A feed-forward in which the graph breaks, in a function defined in forward or called by a comprehension."""
+
+    def __init__(self, inner: nn.Module, nested: bool) -> None:
+        super().__init__()
+        self.inner, self.nested = inner, nested
+
+    def run(self, rows: Tensor) -> Tensor:
+        if rows.mean() > 1e9:
+            rows = rows + 1
+        return self.inner(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(rows: Tensor) -> Tensor:
+            if rows.mean() > 1e9:
+                rows = rows + 1
+            return self.inner(rows)
+
+        return run(x) if self.nested else torch.cat([self.run(part) for part in x.chunk(2)])
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested function", "comprehension"])
+def test_a_graph_break_in_code_without_a_hash(model, nested):
+    """Dynamo keeps the module's globals, a dict, among the constants of such code."""
+    model.blocks[0].mlp = Breaks(model.blocks[0].mlp, nested)
+    with told() as texts:
+        for _ in range(2):
+            assert_near(generate(compiled(model)), generate(model))
+    assert ["the graph breaks here" in text for text in texts] == [True]
 
 
 class Int8(Tensor):
