@@ -7,14 +7,13 @@ traces, lowers and checks one kind of step, when the runtime first needs it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from moeca_compile import capture, fallback
-from moeca_compile._torch_private import is_module_state, root_module, traced_wrapper
+from moeca_compile._torch_private import is_module_state, root_module, trace_anew_for_ours, traced_wrapper
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
@@ -24,6 +23,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
 from moeca_compile.notes import Notes
+from moeca_compile.options import ConfigError
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.dump import open_dump
 from moeca_compile.passes.export import to_functional_aten
@@ -36,11 +36,9 @@ from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
 from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
+from moeca_compile.runtime.original import Original, warn_of_failure
 from moeca_compile.runtime.record import Record, record_for
 from moeca_compile.runtime.streams import bounds_of
-from moeca_compile.text import first_line
-
-_log = logging.getLogger(__name__)
 
 
 def moeca_backend(
@@ -55,7 +53,9 @@ def moeca_backend(
     Returns the callable that runs in place of the graph. Raises ConfigError for an unknown option or a value that is
     not allowed.
     """
-    return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step))
+    config = MoecaConfig.from_options(options)
+    trace_anew_for_ours()
+    return compile_captured(gm, inputs, config, Stages(compile_graph, compile_step))
 
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
@@ -79,25 +79,32 @@ def compile_captured(
 ) -> Callable[..., Any]:
     """The callable that replaces Dynamo's graph: an engine, or the original graph as torch.compile compiles it."""
     record = record_for(traced_wrapper(), root_module(), config)
-    reason = fallback.why_original(inputs, record)
+    original = Original(gm, config.lowering)
+    try:
+        reason = fallback.why_original(gm, inputs, record)
+        if reason is None:
+            fallback.note_breaks(record)
+            if fallback.worth_rewriting(gm):
+                return _engine(gm, inputs, record, stages, original)
+    except ConfigError:
+        raise
+    except Exception as error:
+        warn_of_failure("compiling the model's graph", error, record.notes)
+        return original
     if reason is not None:
         record.notes.warn(reason)
-        return fallback.compile_original(gm, inputs, record)
-    fallback.note_breaks(record)
-    if not fallback.worth_rewriting(gm):
-        return fallback.compile_original(gm, inputs, record)
-    arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
-    numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
-    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
-    return _engine(captured, inputs, record, stages)
+    return fallback.compile_original(gm, inputs, record, original)
 
 
-def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
+def _engine(gm: fx.GraphModule, inputs: Sequence[Any], record: Record, stages: Stages, original: Original) -> Engine:
     """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
     tensors: that one gets the engine that exists, and with it the caches."""
+    arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
+    numbers, constants = scalar_inputs_to_tensors(gm, inputs)
+    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks), constants)
     # A part of a model is called once in each call of the model, and counts the calls by itself.
     bounds = bounds_of(record.config) if captured.in_parts else record.bounds
-    engine = Engine(captured, inputs, record.config, record.notes, stages, bounds)
+    engine = Engine(captured, inputs, record.config, record.notes, stages, bounds, original=original)
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:
         record.engines.append(engine)
@@ -148,32 +155,24 @@ def compile_step(
     weights: Tensor,
     notes: Notes,
 ) -> StepFunction:
-    """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where any of it fails.
+    """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where Inductor's code
+    gives other values.
 
     Args:
         inputs, state, weights: an example call: inputs of the graph, cached tensors by name, and the forecast weights
             (2, K, K).
     """
     function = compiled.function(kind)
-    try:
-        with notes.timed("rewrite"):
-            traced = trace_step(function, inputs, state, weights)
-            compiled.dump.graph(
-                f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
-            )
-        with notes.timed("lower"):
-            if compiled.recorded:
-                traced = write_in_place(traced, state)
-            # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
-            whole = not (kind.attention or kind.experts or kind.capacity)
-            step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
-        with notes.timed("validate"):
-            sound = same_step(compiled, kind, step, inputs, state, weights, notes)
-    except Exception as error:
-        _log.debug("compiling %s steps failed", kind.name, exc_info=True)
-        notes.warn(
-            f"{kind.name} steps could not be compiled ({first_line(error)}). They run op by op, which is slower. The "
-            "DEBUG log of moeca_compile has the traceback, and the option dump writes the graph"
-        )
-        return function
+    with notes.timed("rewrite"):
+        traced = trace_step(function, inputs, state, weights)
+        names = compiled.input_names(traced.state_names, inputs)
+        compiled.dump.graph(f"step {kind.name}", traced.graph, inputs=names)
+    with notes.timed("lower"):
+        if compiled.recorded:
+            traced = write_in_place(traced, state)
+        # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
+        whole = not (kind.attention or kind.experts or kind.capacity)
+        step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
+    with notes.timed("validate"):
+        sound = same_step(compiled, kind, step, inputs, state, weights, notes)
     return step if sound else function

@@ -18,12 +18,14 @@ from moeca_compile._torch_private import (
     in_decorated_function,
     missing,
     outermost_module,
+    subclass_among,
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
-from moeca_compile.ops.markers import MARKERS
+from moeca_compile.passes.rewrite.without_markers import markers
 from moeca_compile.plan import Plan
+from moeca_compile.runtime.original import Original
 from moeca_compile.runtime.record import Record
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,10 @@ MISSING = (
     "torch {0} has no {1}. The model runs as under plain torch.compile and nothing is cached, so sampling is no "
     "faster. Use a version of torch that docs/private-apis.md names"
 )
+SUBCLASS = (
+    "{0} is a {1}, and values of tensor subclasses cannot be cached. The model runs as under plain torch.compile, so "
+    "sampling is no faster. Quantize the model by modules of its own, or not at all"
+)
 BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
     "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
@@ -55,8 +61,14 @@ NO_TIMESTEP = (
 )
 
 
-def why_original(inputs: Sequence[Any], record: Record) -> str | None:
-    """Why a graph is left to torch.compile: gradients, training mode, or a name that this torch lacks; else None."""
+def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
+    """Why a graph is left to torch.compile; None where it is not.
+
+    Gradients, training mode, a weight that is no plain tensor, or a name that this torch lacks.
+    """
+    subclass = subclass_among(outermost_module(), gm, inputs)
+    if subclass is not None:
+        return SUBCLASS.format(*subclass)
     if missing():
         return MISSING.format(torch.__version__, ", ".join(missing()))
     module, callers = outermost_module(), calling_code()
@@ -70,9 +82,13 @@ def why_original(inputs: Sequence[Any], record: Record) -> str | None:
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
 
 
-def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+def compile_original(
+    gm: fx.GraphModule, inputs: Sequence[Any], record: Record, original: Original
+) -> Callable[..., Any]:
     """The graph as plain torch.compile compiles it, or not compiled at all where `lowering` is "eager"."""
     record.untouched += 1
+    if markers(gm.graph):  # only `original` knows what to make of them
+        return original
     if record.config.lowering == "eager":
         return gm.forward
     return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
@@ -102,7 +118,7 @@ def note_breaks(record: Record) -> None:
     Plain torch.compile, calls with gradients and calls in training mode all break at MoE dispatch. So make Dynamo try
     each caller once more. Where it then captures the whole model, the engines of the parts are dropped.
     """
-    broken, callers = graph_break(), set(calling_code())
+    broken, callers = graph_break(), calling_code()
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
@@ -112,16 +128,13 @@ def note_breaks(record: Record) -> None:
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
         record.untouched, record.breaks = 0, []
-    for code in callers - record.tried_again:
-        record.tried_again.add(code)
-        forget_code(code)
+    for code in callers:
+        if id(code) not in record.tried_again:
+            record.tried_again[id(code)] = code  # held, so that no other code gets its id
+            forget_code(code)
 
 
 def worth_rewriting(gm: fx.GraphModule) -> bool:
     """Whether the graph contains an MoE layer or an attention."""
-    wanted = (
-        *MARKERS,
-        *(marker.overloadpacket for marker in MARKERS),
-        torch.nn.functional.scaled_dot_product_attention,
-    )
-    return any(node.target in wanted for node in gm.graph.nodes)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return bool(markers(gm.graph)) or any(node.target is attention for node in gm.graph.nodes)

@@ -55,6 +55,7 @@ WRONG = [
     ("max_cache_bytes", -1, "None, 'auto' or a whole number >= 0"),
     ("max_cache_bytes", "half", "'auto'"),
     ("coarser_caches", 1, "True | False"),
+    ("check_inputs", 1, "True | False"),
     ("cache_dtype", "int8", "torch.bfloat16"),
     ("cache_dtype", torch.int64, "torch.bfloat16"),
     ("cuda_graphs", "auto", "True | False"),

@@ -36,8 +36,11 @@ from moeca_compile._torch_private.kernels import (
 )
 from moeca_compile._torch_private.lookup import missing
 from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.one_at_a_time import compiling
+from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
+    hand_over_whole,
     numeric_modes,
     root_module,
     traced_anew,
@@ -46,19 +49,23 @@ from moeca_compile._torch_private.tracing import (
     tracing_backend,
     wrapper_of,
 )
+from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_for_ours
 
 __all__ = [
     "add_backend",
     "calling_code",
+    "calls_ours",
     "compile_cpp",
     "compile_graph",
     "compiled_module",
+    "compiling",
     "copy_all",
     "export_functional",
     "fake_mode_of",
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
+    "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
     "has_static_value",
@@ -74,8 +81,11 @@ __all__ = [
     "outermost_module",
     "root_module",
     "schema_of",
+    "subclass_among",
+    "subclass_weight",
     "tensor_of_number",
     "tensors_of_others",
+    "trace_anew_for_ours",
     "trace_to_graph",
     "traced_anew",
     "traced_self",

@@ -32,6 +32,17 @@ def tracing_backend() -> Iterator[Any]:
     return _unwrapped(getattr(_output(), "compiler_fn", None))
 
 
+def hand_over_whole() -> None:
+    """Have Dynamo hand over the graph as one, which DDP's backend would split to send gradients early.
+
+    For graphs without gradients. A split may fall between a marker op and the expert's body before it.
+    """
+    splitting = getattr(getattr(_output(), "compiler_fn", None), "__self__", None)
+    whole = getattr(splitting, "backend_compile_fn", None)
+    if whole is not None:
+        _output().compiler_fn = whole
+
+
 def traced_wrapper() -> Any:
     """The object that `torch.compile` made for this compilation, which lives as long as the compiled model.
 
@@ -87,6 +98,11 @@ def root_module() -> nn.Module | None:
         return None
     value = getattr(value, "value", value)
     return value if isinstance(value, nn.Module) else None
+
+
+def traced_code() -> Any:
+    """The code of the outermost frame that Dynamo is tracing; None outside of a compilation."""
+    return getattr(getattr(_output(), "root_tx", None), "f_code", None)
 
 
 def traced_self(identity: int) -> Any:

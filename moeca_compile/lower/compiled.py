@@ -28,6 +28,7 @@ class CapturedGraph:
         gm: the graph.
         arguments: for each placeholder, whether it is an argument of the model; the others are its weights.
         numbers: positions of inputs that are Python numbers; they are passed on as 0-dim tensors.
+        constants: positions of inputs that are 0-dim tensors; they are passed on as Python numbers.
         partial: whether plain Python code calls this graph, because a function that contains it broke the graph.
         broken: whether there is a graph break anywhere in the model.
     """
@@ -37,6 +38,7 @@ class CapturedGraph:
     numbers: tuple[int, ...] = ()
     partial: bool = False
     broken: bool = False
+    constants: tuple[int, ...] = ()
 
     @property
     def in_parts(self) -> bool:

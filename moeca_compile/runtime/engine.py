@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import is_fake, numeric_modes
+from moeca_compile._torch_private import compiling, is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
+from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.original import Original, warn_of_failure
 from moeca_compile.runtime.streams import Bounds
 
 _log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Engine:
         stages: how to compile.
         bounds: of the model's caches, with its requests.
         most_shapes: how many sets of input shapes stay compiled; the least recently used is dropped.
+        original: runs in place of steps once anything of ours has failed; `captured` as it is if None.
     """
 
     def __init__(
@@ -53,25 +56,51 @@ class Engine:
         stages: Stages,
         bounds: Bounds,
         most_shapes: int = MOST_SHAPES,
+        original: Original | None = None,
     ) -> None:
         self.captured, self.config, self.notes = captured, config, notes
         self.stages, self.bounds, self.most_shapes = stages, bounds, most_shapes
         given = list(zip(inputs, captured.arguments, strict=True))
-        self.weights = [_signature(value) for value, user in given if not user]
-        self.of_model = [i for i, (_, user) in enumerate(given) if user]
-        """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
-        self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
+        self.weights = [_signature(value) for value, user in given if not user and isinstance(value, Tensor)]
+        self.of_model = [
+            i
+            for i, (value, user) in enumerate(given)
+            if user or not isinstance(value, Tensor) or i in captured.constants
+        ]
+        """The positions of arguments and numbers. Weights are hundreds, and are not looked at call by call."""
+        keyed = set(self.of_model)
+        self.first_weight = next((i for i in range(len(given)) if i not in keyed), None)
         self.weight_bytes = _distinct_bytes(value for value, user in given if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
         """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
+        self.original = original or Original(captured.gm, config.lowering)
+        self.failed = False
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        if self.captured.numbers:
-            inputs = self._with_tensors(inputs)
-        return self.loop_for(inputs)(inputs)
+        if self.failed:
+            return self.original(*inputs)
+        try:
+            given = self._converted(inputs) if self.captured.numbers or self.captured.constants else inputs
+            return self.loop_for(given)(given)
+        except ConfigError:
+            raise
+        except Exception as error:
+            return self._run_original(error, inputs)
+
+    def _run_original(self, error: Exception, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The model itself, now and from here on. If it raises as well, the error is its own, and nothing changes."""
+        outputs = self.original(*inputs)
+        with self._lock:
+            if not self.failed:
+                self.failed, self._last = True, None
+                for loop in self.loops.values():
+                    loop.streams.drop()
+                self.loops.clear()
+                warn_of_failure("a cached step, or compiling it,", error, self.notes)
+        return outputs
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
@@ -82,15 +111,23 @@ class Engine:
         return last[1] if last is not None and last[0] == key else self._loop_of(key, inputs)
 
     def _loop_of(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
+        loop = self.loops.get(key) or self._compiled_loop(key, inputs)
         with self._lock:
+            if key in self.loops:
+                self.loops.move_to_end(key)
+                self._last = key, loop
+        return loop
+
+    def _compiled_loop(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
+        with compiling():  # not under our own lock: calls at other shapes go on meanwhile
             if key not in self.loops:
                 _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
                 compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
-                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes, self.bounds)
-                if len(self.loops) > self.most_shapes:
-                    self.loops.popitem(last=False)[1].streams.drop()
-            self.loops.move_to_end(key)
-            self._last = key, self.loops[key]
+                loop = StepLoop(compiled, self.stages.compile_step, self.notes, self.bounds)
+                with self._lock:
+                    self.loops[key] = loop
+                    if len(self.loops) > self.most_shapes:
+                        self.loops.popitem(last=False)[1].streams.drop()
             return self.loops[key]
 
     def same_graph(self, other: Engine) -> bool:
@@ -106,13 +143,15 @@ class Engine:
 
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured
-        return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
+        return captured.gm.code, captured.arguments, captured.numbers, captured.constants, self.modes, self.weights
 
-    def _with_tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The inputs, with numbers that vary as 0-dim tensors."""
+    def _converted(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs, with numbers that vary as 0-dim tensors, and 0-dim tensors that must be numbers as these."""
         values = list(inputs)
         for i in self.captured.numbers:
             values[i] = torch.tensor(values[i])
+        for i in self.captured.constants:
+            values[i] = values[i].item()
         return tuple(values)
 
 

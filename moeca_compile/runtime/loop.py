@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_compile._torch_private import compiling
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
@@ -122,11 +123,11 @@ class StepLoop:
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
-        step = self.steps.get(kind)
-        if step is None:
-            step = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
-            self.steps[kind] = step
-        return step
+        if kind not in self.steps:
+            with compiling():
+                if kind not in self.steps:  # another thread may have compiled it meanwhile
+                    self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
+        return self.steps[kind]
 
     def weights(self, stream: Stream, time: float) -> Tensor:
         """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
