@@ -330,7 +330,8 @@ class Requests:
 
     def _entered(self, request: Request, fit: _Fit, call: Call) -> Position:
         if request.number < 0 or fit.step:
-            self._learn_from(request)
+            if self._learned_from(request):
+                fit = self._fit(request, call) or fit
             request.begin_step(call.time, fit.step)
         certain = self._certain(request, fit)
         if request.moves > 1 and request.handle is None:
@@ -362,13 +363,18 @@ class Requests:
         *before, last, _ = request.calls
         return last == 1 if request.number == 1 else last == before[-1]
 
-    def _learn_from(self, request: Request) -> None:
-        """Before a step begins: which arguments vary, as the last one shows."""
+    def _learned_from(self, request: Request) -> bool:
+        """Before a step begins: whether the last one shows that an argument varies.
+
+        Then each step has one call, and that call began a track.
+        """
+        found: set[str] = set()
         for track in request.tracks:
-            alone = track.number == request.number and set(request.calls) == {1}
-            if track.begun_by and alone:
-                self.varying |= track.begun_by
+            if track.number == request.number and set(request.calls) == {1}:
+                found |= track.begun_by
             track.begun_by = frozenset()
+        self.varying |= found
+        return bool(found)
 
     def interrupted(self, position: Position) -> None:
         """The call at `position` raised: it is not counted, as it may be repeated."""

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moeca_compile.runtime.session import Sessions, Stream
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -34,7 +35,6 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.without_markers import without_markers
 from moeca_compile.runtime import loop
 from moeca_compile.runtime.capacities import Capacities
-from moeca_compile.runtime.session import Sessions, Stream
 from moeca_compile.runtime.timesteps import TimestepReader
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
