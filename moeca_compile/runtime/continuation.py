@@ -1,9 +1,9 @@
 """Whether the input of a call goes on from that of the step before: the check by content.
 
 A sampler changes its picture by a little from step to step, and another picture is far from it, whatever the calls'
-order, threads and times say. Independent noise has a correlation near 0. Successive inputs of a sampler have one above
-0.85, with four steps a picture too, and less only where a sampler adds much fresh noise at each of few steps: such
-steps are full.
+order, threads and times say. Independent noise has a correlation near 0. Successive inputs of a sampler have one
+above 0.85, with four steps a picture too, and less only where a sampler adds much fresh noise at each of few steps:
+such steps are full.
 
 On an accelerator nothing is compared, since the host would have to wait for the device.
 """

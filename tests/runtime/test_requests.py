@@ -406,9 +406,8 @@ COND, UNCOND = torch.tensor([3, 4]), torch.tensor([10, 10])
 def test_labels_tell_streams_apart_in_any_order():
     """Also where each step has labels made anew; and none is full but the first."""
     model = make_streams(full_every=9)
-    made = [
-        call(model, 1 - n / 10, y=y.clone()) for n in range(4) for y in ((COND, UNCOND) if n % 2 else (UNCOND, COND))
-    ]
+    order = [UNCOND, COND, COND, UNCOND] * 2
+    made = [call(model, 1 - n // 2 / 10, y=y.clone()) for n, y in enumerate(order)]
     cond, uncond = [made[1], made[2], made[5], made[6]], [made[0], made[3], made[4], made[7]]
     for stream_ in (cond, uncond):
         assert numbers(stream_) == [0, 1, 2, 3]
@@ -556,16 +555,20 @@ def test_an_argument_that_changes_at_every_step_tells_no_stream():
     assert [m.refresh == EVERYTHING for m in made] == [True, False, False]
 
 
-def test_samplers_of_few_steps_pass_the_check():
-    """Four steps of a rectified flow, and of a variance-preserving one, from noise to a picture that is unlike it."""
-    noise, clean = picture(0), picture(1)
-    for blend in (
-        lambda t: (1 - t) * clean + t * noise,
-        lambda t: math.cos(t * 1.57) * clean + math.sin(t * 1.57) * noise,
-    ):
-        model = make_streams(full_every=9)
-        made = [call(model, t, x=blend(t)) for t in (1.0, 0.75, 0.5, 0.25)]
-        assert [m.refresh == EVERYTHING for m in made] == [True, False, False, False]
+def straight(t: float) -> tuple[float, float]:
+    return 1 - t, t
+
+
+def variance_preserving(t: float) -> tuple[float, float]:
+    return math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+
+
+@pytest.mark.parametrize("path", [straight, variance_preserving])
+def test_samplers_of_few_steps_pass_the_check(path):
+    """Four steps from noise to a picture that is unlike it."""
+    model, clean, noise = make_streams(full_every=9), picture(1), picture(0)
+    made = [call(model, t, x=path(t)[0] * clean + path(t)[1] * noise) for t in (1.0, 0.75, 0.5, 0.25)]
+    assert [m.refresh == EVERYTHING for m in made] == [True, False, False, False]
 
 
 # --- handles ------------------------------------------------------------------------------------------------------
@@ -662,8 +665,10 @@ def test_an_ended_generation_cannot_be_entered():
 def test_shapes_share_the_bounds_of_the_model():
     first = make_streams(max_generations=3)
     several = [first, *(make_streams(first) for _ in range(7))]
-    for seed, each in enumerate(several):
-        call(each, 1.0, x=picture(seed))
+    handles = [generation(object()) for _ in several]
+    for handle, each in zip(handles, several, strict=True):
+        with handle:
+            call(each, 1.0)
     assert sum(each.nbytes for each in several) == 3 * first.stream_bytes
 
 
