@@ -8,13 +8,14 @@ traces, lowers and checks one kind of step, when the runtime first needs it.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from moeca_compile import capture, fallback
-from moeca_compile._torch_private import is_module_state, root_module, traced_wrapper
+from moeca_compile._torch_private import is_module_state, own_modules, root_module, traced_wrapper
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
@@ -87,14 +88,19 @@ def compile_captured(
         return fallback.compile_original(gm, inputs, record)
     arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
     numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
-    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
-    return _engine(captured, inputs, record, stages)
+    # A part may serve all blocks of a model.
+    modules = own_modules(placeholders(gm.graph)) if not record.partial else None
+    owners = tuple(map(weakref.ref, modules or ()))
+    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks), owners)
+    engine = _engine(captured, inputs, record, stages)
+    return fallback.noticing_parts(engine, record) if engine.partial else engine
 
 
 def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
     """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
     tensors: that one gets the engine that exists, and with it the caches."""
     engine = Engine(captured, inputs, record.config, record.notes, stages)
+    engine.record = record  # it lives as long as what Dynamo calls
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:
         record.engines.append(engine)

@@ -24,6 +24,7 @@ from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
 from moeca_compile.ops.markers import MARKERS
 from moeca_compile.plan import Plan
+from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,13 @@ NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
     "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
 )
+GIVEN_UP = (
+    "between the calls of this model, another backend or training runs the same code, and Dynamo then compiles it in "
+    "parts for all of them. So the model runs uncached, and sampling is no faster. Let the other one run before or "
+    "after a whole generation, not between its steps"
+)
+_MANY_STALE = 256
+"""After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
 
 
 def why_original(inputs: Sequence[Any], record: Record) -> str | None:
@@ -111,10 +119,31 @@ def note_breaks(record: Record) -> None:
             record.notes.warn(BREAK.format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
-        record.untouched, record.breaks = 0, []
+        record.untouched, record.breaks, record.stale_calls = 0, [], 0
     for code in callers - record.tried_again:
         record.tried_again.add(code)
         forget_code(code)
+
+
+def noticing_parts(engine: Engine, record: Record) -> Callable[..., Any]:
+    """The engine of a part of a model, which notices when it is called although the whole model was captured since.
+
+    Then Dynamo gave the model up once more: another backend, training or another model of the class compiled the same
+    code meanwhile. So make it look again. Where that other user comes back before every call it is of no use, and is
+    done ever more seldom.
+    """
+
+    def call(*inputs: Any) -> Any:
+        if not any(engine is known for known in record.engines):
+            record.stale_calls += 1
+            if record.stale_calls.bit_count() == 1:  # 1, 2, 4, 8, ...
+                for code in record.tried_again:
+                    forget_code(code)
+            if record.stale_calls == _MANY_STALE:
+                record.notes.warn(GIVEN_UP)
+        return engine(*inputs)
+
+    return call
 
 
 def worth_rewriting(gm: fx.GraphModule) -> bool:

@@ -36,6 +36,7 @@ from moeca_compile._torch_private.kernels import (
 )
 from moeca_compile._torch_private.lookup import missing
 from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.tracing import (
     graph_break,
     numeric_modes,
@@ -72,6 +73,7 @@ __all__ = [
     "on_every_compile_start",
     "onednn_linear",
     "outermost_module",
+    "own_modules",
     "root_module",
     "schema_of",
     "tensor_of_number",

@@ -104,6 +104,12 @@ def traced_self(identity: int) -> Any:
     return next(each for each in gc.get_objects() if id(each) == identity)
 
 
+def traced_scope() -> dict[str, Any]:
+    """The variables of the function that Dynamo is tracing, by the names that its sources have for them."""
+    output = _output()
+    return {"L": output.local_scope, "G": output.global_scope}
+
+
 def first_argument(code: Any, values: Any) -> Any:
     """The value of a function's first parameter among its local variables; None where it has none."""
     names = code.co_varnames[: code.co_argcount]

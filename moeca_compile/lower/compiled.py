@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.analysis.graph import placeholders
@@ -29,6 +30,8 @@ class CapturedGraph:
         numbers: positions of inputs that are Python numbers; they are passed on as 0-dim tensors.
         partial: whether plain Python code calls this graph, because a function that contains it broke the graph.
         broken: whether there is a graph break anywhere in the model.
+        modules: where Dynamo calls the graph for certain modules alone, these; else empty, and one graph may serve
+            several models.
     """
 
     gm: fx.GraphModule
@@ -36,6 +39,7 @@ class CapturedGraph:
     numbers: tuple[int, ...] = ()
     partial: bool = False
     broken: bool = False
+    modules: tuple[ref[nn.Module], ...] = ()
 
     @property
     def in_parts(self) -> bool:

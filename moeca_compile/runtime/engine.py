@@ -57,9 +57,11 @@ class Engine:
         self.weights = [_signature(value) for value, user in given if not user]
         self.of_model = [i for i, (_, user) in enumerate(given) if user]
         """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
-        self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
+        self.first_weight = None if captured.modules else _first_weight(given)
         self.weight_bytes = _distinct_bytes(value for value, user in given if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
+        self.record: object = None
+        """What must live as long as this engine."""
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
         """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
@@ -72,7 +74,7 @@ class Engine:
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
-        # The first weight's address distinguishes models that are passed to one compiled function.
+        # Where one graph serves several models, the first weight's address tells them apart.
         weight = inputs[self.first_weight].data_ptr() if self.first_weight is not None else 0
         key = (weight, *[_signature(inputs[i]) for i in self.of_model])
         last = self._last
@@ -102,7 +104,7 @@ class Engine:
 
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured
-        return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
+        return captured.gm.code, captured.modules, captured.arguments, captured.numbers, self.modes, self.weights
 
     def _with_tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """The inputs, with numbers that vary as 0-dim tensors."""
@@ -110,6 +112,11 @@ class Engine:
         for i in self.captured.numbers:
             values[i] = torch.tensor(values[i])
         return tuple(values)
+
+
+def _first_weight(given: Sequence[tuple[Any, bool]]) -> int | None:
+    """The position of the first weight among inputs, of which it is known whether they are arguments."""
+    return next((i for i, (value, user) in enumerate(given) if not user and isinstance(value, Tensor)), None)
 
 
 def _distinct_bytes(values: Iterable[Any]) -> int:

@@ -28,6 +28,8 @@ class Record:
     """Whether the last graph is only a part of the model, called from plain Python."""
     tried_again: set[CodeType] = field(default_factory=set)
     """Code that Dynamo had given up on, and that the backend made it trace again."""
+    stale_calls: int = 0
+    """Calls of parts of the model since it was last captured whole."""
 
 
 _ATTRIBUTE = "_moeca_record"
