@@ -37,7 +37,7 @@ from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
 from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
-from moeca_compile.runtime.record import Record, record_for
+from moeca_compile.runtime.record import Record, keep_with, record_for
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def compile_captured(
     numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
     # A part may serve all blocks of a model.
     modules = own_modules(placeholders(gm.graph)) if not record.partial else None
+    keep_with(record, modules or (), traced_wrapper())
     owners = tuple(map(weakref.ref, modules or ()))
     captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks), owners)
     engine = _engine(captured, inputs, record, stages)
