@@ -35,6 +35,7 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
+from moeca_compile.passes.unused_numbers import called_with, without_unused_numbers
 from moeca_compile.plan import plan_steps, regions_that_pay
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, keep_with, record_for
@@ -86,15 +87,16 @@ def compile_captured(
     fallback.note_breaks(record)
     if not fallback.worth_rewriting(gm):
         return fallback.compile_original(gm, inputs, record)
-    arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
-    numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
-    # A part may serve all blocks of a model.
-    modules = own_modules(placeholders(gm.graph)) if not record.partial else None
+    arguments = [not is_module_state(node) for node in placeholders(gm.graph)]
+    scalars = set(scalar_inputs_to_tensors(gm, inputs))
+    modules = own_modules(placeholders(gm.graph)) if not record.partial else None  # a part may serve many blocks
     keep_with(record, modules or (), traced_wrapper())
-    owners = tuple(map(weakref.ref, modules or ()))
-    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks), owners)
-    engine = _engine(captured, inputs, record, stages)
-    return fallback.noticing_parts(engine, record) if engine.partial else engine
+    own, (gm, kept) = tuple(map(weakref.ref, modules or ())), without_unused_numbers(gm, inputs)
+    numbers = tuple(new for new, old in enumerate(kept) if old in scalars)
+    captured = CapturedGraph(gm, tuple(arguments[i] for i in kept), numbers, record.partial, bool(record.breaks), own)
+    engine = _engine(captured, [inputs[i] for i in kept], record, stages)
+    run = fallback.noticing_parts(engine, record) if engine.partial else engine
+    return run if len(kept) == len(inputs) else called_with(kept, run)
 
 
 def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:

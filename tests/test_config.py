@@ -50,6 +50,7 @@ WRONG = [
     ("capacities", (0.0, 1.0), "(0, 1]"),
     ("branches_per_token", 0.0, "(0, inf)"),
     ("max_generations", 0, ">= 1"),
+    ("max_shapes", 0, "a whole number >= 1"),
     ("validate", "yes", "True | False"),
     ("tolerance", 0, "(0, inf)"),
     ("max_cache_bytes", -1, "None, 'auto' or a whole number >= 0"),

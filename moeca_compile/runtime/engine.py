@@ -16,12 +16,16 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime.layouts import in_one_layout, shape_key
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.tallies import Counted
 
 _log = logging.getLogger(__name__)
 
-MOST_SHAPES = 8
-"""How many sets of input shapes stay compiled."""
+MANY_SHAPES = (
+    "more input shapes alternate than stay compiled (max_shapes = {0}), so steps are compiled anew again and again. "
+    "Raise max_shapes, or bring the inputs to fewer sizes"
+)
 
 
 class Stages(NamedTuple):
@@ -39,7 +43,6 @@ class Engine:
         inputs: example inputs, of which only the model's weights are used.
         config, notes: the options, and where timings, errors and warnings go.
         stages: how to compile.
-        most_shapes: how many sets of input shapes stay compiled; the least recently used is dropped.
     """
 
     def __init__(
@@ -49,10 +52,9 @@ class Engine:
         config: MoecaConfig,
         notes: Notes,
         stages: Stages,
-        most_shapes: int = MOST_SHAPES,
     ) -> None:
         self.captured, self.config, self.notes = captured, config, notes
-        self.stages, self.most_shapes = stages, most_shapes
+        self.stages = stages
         given = list(zip(inputs, captured.arguments, strict=True))
         self.weights = [_signature(value) for value, user in given if not user]
         self.of_model = [i for i, (_, user) in enumerate(given) if user]
@@ -63,6 +65,9 @@ class Engine:
         self.record: object = None
         """What must live as long as this engine."""
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
+        """By input shapes, the least recently used first; `max_shapes` of them stay."""
+        self.dropped: dict[tuple[Any, ...], Counted] = {}
+        """What the loops of other shapes have counted."""
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
         """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
         self._lock = threading.RLock()
@@ -76,21 +81,44 @@ class Engine:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
         # Where one graph serves several models, the first weight's address tells them apart.
         weight = inputs[self.first_weight].data_ptr() if self.first_weight is not None else 0
-        key = (weight, *[_signature(inputs[i]) for i in self.of_model])
+        key = (weight, *[shape_key(inputs[i]) for i in self.of_model])
         last = self._last
         return last[1] if last is not None and last[0] == key else self._loop_of(key, inputs)
 
     def _loop_of(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
         with self._lock:
-            if key not in self.loops:
-                _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
-                compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
-                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes)
-                if len(self.loops) > self.most_shapes:
-                    self.loops.popitem(last=False)
-            self.loops.move_to_end(key)
-            self._last = key, self.loops[key]
-            return self.loops[key]
+            shared = (0, *key[1:])  # where nothing is cached, one loop serves all weights
+            place = shared if shared in self.loops else key
+            if place not in self.loops:
+                loop = self._compiled(key, inputs)
+                place = key if loop.compiled.caching else shared
+                self.loops[place] = loop
+                self._make_room()
+            self.loops.move_to_end(place)
+            self._last = key, self.loops[place]
+            return self.loops[place]
+
+    def _compiled(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
+        """The step loop of new input shapes. If they were dropped before, it goes on counting."""
+        _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
+        known = self.dropped.get(key)
+        if known is not None:
+            self.notes.warn(MANY_SHAPES.format(self.config.max_shapes))
+        given = in_one_layout(inputs, self.captured.arguments)
+        compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
+        loop = StepLoop(compiled, self.stages.compile_step, self.notes)
+        if known is not None:
+            loop.tallies = self.dropped.pop(key).tallies
+        return loop
+
+    def _make_room(self) -> None:
+        while len(self.loops) > self.config.max_shapes:
+            key, loop = self.loops.popitem(last=False)
+            self.dropped[key] = loop.counted()
+
+    def counted(self) -> list[Counted]:
+        """What was counted at all input shapes."""
+        return [*self.dropped.values(), *(loop.counted() for loop in list(self.loops.values()))]
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same function of its inputs."""

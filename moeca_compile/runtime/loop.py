@@ -21,9 +21,10 @@ from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.layouts import in_one_layout
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.session import Position, Sessions, Stream
-from moeca_compile.runtime.tallies import Tallies
+from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import TimestepReader
 
 _log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ class StepLoop:
         return self.compiled.write_back(inputs, result.outputs)
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs, with those that the graph needs on the device copied there."""
+        """The inputs in the layout that was compiled for, with those that the graph needs on the device copied there."""
+        inputs = in_one_layout(inputs, self.compiled.captured.arguments)
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
     def _cuda_graphs(self) -> CudaGraphs:
@@ -156,6 +158,10 @@ class StepLoop:
         """Raise ValidationError where the replay of a recorded step differs from the step itself."""
         dtypes = {*self.compiled.regions.token_dtypes, *(spec.dtype for spec in self.compiled.plan.caches)}
         same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes, spared=_SPARED)
+
+    def counted(self) -> Counted:
+        """What this loop has counted so far."""
+        return Counted(self.tallies, {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind)})
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""
