@@ -45,18 +45,19 @@ _log = logging.getLogger(__name__)
 
 
 def moeca_backend(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None, **_: Any
 ) -> Callable[..., Any]:
     """The backend function that torch.compile calls with each graph that Dynamo captured.
 
     Args:
         gm, inputs: the graph and its example inputs (parameters, buffers and arguments).
         options: fields of MoecaConfig by name.
+        mode: what torch.compile's `mode` says to Inductor; it has no effect here, and a warning says so.
 
     Returns the callable that runs in place of the graph. Raises ConfigError for an unknown option or a value that is
     not allowed.
     """
-    return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step))
+    return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step), mode)
 
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
@@ -76,10 +77,12 @@ def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
 
 
 def compile_captured(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages
+    gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages, mode: str | None = None
 ) -> Callable[..., Any]:
     """The callable that replaces Dynamo's graph: an engine, or the original graph as torch.compile compiles it."""
     record = record_for(traced_wrapper(), root_module(), config)
+    if mode is not None:
+        record.notes.warn(fallback.MODE.format(mode))
     reason = fallback.why_original(inputs, record)
     if reason is not None:
         record.notes.warn(reason)
@@ -140,7 +143,7 @@ def compile_graph(
         regions = sound_regions(module.graph, regions, config, inputs, notes)
     with notes.timed("plan"):
         plan = plan_steps(module.graph, regions, config)
-        plan = fallback.uncached_without_timestep(plan, captured, config, notes)
+        plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
         dump.regions("planned", module.graph, plan.regions)
     waits = why_experts_wait(regions, device, notes)
     return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)

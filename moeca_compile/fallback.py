@@ -23,6 +23,8 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
 from moeca_compile.ops.markers import MARKERS
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.match.timestep import find_times_of_tokens
 from moeca_compile.plan import Plan
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record
@@ -53,6 +55,15 @@ WITHOUT_EXPERTS = ". For a model without experts, choose the recipe fora, stack 
 NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
     "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
+)
+TIMES_OF_TOKENS = (
+    "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
+    "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. If "
+    "all its tokens have the same time, pass the timestep with the shape (batch,)"
+)
+MODE = (
+    "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
+    "CUDA graphs by its own option cuda_graphs. Give options={{...}} in its place"
 )
 GIVEN_UP = (
     "between the calls of this model, another backend or training runs the same code, and Dynamo then compiles it in "
@@ -86,7 +97,9 @@ def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) 
     return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
 
 
-def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
+def uncached_without_timestep(
+    plan: Plan, captured: CapturedGraph, graph: fx.Graph, config: MoecaConfig, notes: Notes
+) -> Plan:
     """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
     if not config.policy.caches:
         return plan
@@ -99,7 +112,9 @@ def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: Moeca
     if plan.regions.timesteps:
         return plan
     if not captured.partial:  # the warning about the graph break explains it already
-        notes.warn(NO_TIMESTEP)
+        times = find_times_of_tokens(captured.argument_nodes(graph))
+        shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
+        notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
     return replace(plan, replacements=(), capacities=(0,))
 
 

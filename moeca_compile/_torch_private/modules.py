@@ -8,8 +8,14 @@ from torch import nn
 
 
 def compiled_module(compiled: Any) -> nn.Module | None:
-    """The module behind what `torch.compile` returned, or itself if it was compiled in place; else None."""
+    """The module behind what `torch.compile` returned, or itself if it was compiled in place; else None.
+
+    That of a compiled method is the one that the method is bound to.
+    """
     inner = getattr(compiled, "_orig_mod", None)
+    if inner is None and not isinstance(compiled, nn.Module):
+        bound = getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)
+        return bound if isinstance(bound, nn.Module) else None
     in_place = getattr(compiled, "_compiled_call_impl", None) is not None
     return inner if inner is not None else compiled if in_place else None
 

@@ -41,8 +41,19 @@ def traced_wrapper() -> Any:
 
 
 def wrapper_of(compiled: Any) -> Any:
-    """The same object, from what `torch.compile(model)` returned; None for anything else."""
-    return _made_by_torch_compile(_unwrapped(getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)))
+    """The same object, from what `torch.compile` of a module or function returned; None for anything else."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    callback = getattr(context, "callback", None) if context is not None else _callback_within(compiled)
+    return _made_by_torch_compile(_unwrapped(callback))
+
+
+def _callback_within(compiled: Any) -> Any:
+    """The callback of a compiled function, which is a variable of the function around it; else None."""
+    cells = getattr(compiled, "__closure__", None)
+    if not hasattr(compiled, "_torchdynamo_orig_callable") or not cells:
+        return None
+    names = compiled.__code__.co_freevars
+    return next((cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "callback"), None)
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
 from moeca_compile.runtime.record import Record, find_record
@@ -24,14 +25,14 @@ def report(model: Any) -> Report:
     """What was found, cached, spent and saved so far.
 
     Args:
-        model: what `torch.compile(module, backend="moeca")` returned, or a module compiled in place by
-            `module.compile(backend="moeca")`.
+        model: what `torch.compile(model, backend="moeca")` returned for a module, a function or a method, or a module
+            compiled in place by `module.compile(backend="moeca")`.
 
     Never runs anything. Raises TypeError for a model that is not compiled.
     """
     record = _record(model)
     if record is None:
-        return Report(warnings=_refusals())
+        return Report(warnings=(*methods_past_the_compiled(compiled_module(model)), *_refusals()))
     loops = [loop for engine in record.engines for loop in engine.loops.values()]
     notes, last = record.notes, loops[-1].compiled if loops else None
     counted = [each for engine in record.engines for each in engine.counted()]
