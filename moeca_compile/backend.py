@@ -45,7 +45,12 @@ _log = logging.getLogger(__name__)
 
 
 def moeca_backend(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None, **_: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
     """The backend function that torch.compile calls with each graph that Dynamo captured.
 
@@ -164,6 +169,8 @@ def compile_step(
             (2, K, K).
     """
     function = compiled.function(kind)
+    if not compiled.regions.finite:  # nothing could be compared: a later call compiles
+        return function
     try:
         with notes.timed("rewrite"):
             traced = trace_step(function, inputs, state, weights)

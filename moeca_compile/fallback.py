@@ -58,17 +58,17 @@ NO_TIMESTEP = (
 )
 TIMES_OF_TOKENS = (
     "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
-    "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. If "
-    "all its tokens have the same time, pass the timestep with the shape (batch,)"
+    "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. "
+    "If all its tokens have the same time, pass the timestep with the shape (batch,)"
 )
 MODE = (
     "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
     "CUDA graphs by its own option cuda_graphs. Give options={{...}} in its place"
 )
 GIVEN_UP = (
-    "between the calls of this model, another backend or training runs the same code, and Dynamo then compiles it in "
-    "parts for all of them. So the model runs uncached, and sampling is no faster. Let the other one run before or "
-    "after a whole generation, not between its steps"
+    "Dynamo runs the code around parts of the model as plain Python, so the model is compiled in parts and nothing is "
+    "cached. Most often another backend or training runs the same code between the calls of this model. Let it run "
+    "before or after a whole generation, not between its steps"
 )
 _MANY_STALE = 256
 """After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
@@ -141,15 +141,15 @@ def note_breaks(record: Record) -> None:
 
 
 def noticing_parts(engine: Engine, record: Record) -> Callable[..., Any]:
-    """The engine of a part of a model, which notices when it is called although the whole model was captured since.
+    """The engine of a part of a model, which notices when it is called although the model itself breaks no graph.
 
-    Then Dynamo gave the model up once more: another backend, training or another model of the class compiled the same
-    code meanwhile. So make it look again. Where that other user comes back before every call it is of no use, and is
-    done ever more seldom.
+    Then Dynamo gave the model up: another backend, training or another model of the class compiled the same code
+    meanwhile. So make it look again. Where that other user comes back before every call it is of no use, and is done
+    ever more seldom.
     """
 
     def call(*inputs: Any) -> Any:
-        if not any(engine is known for known in record.engines):
+        if not record.breaks:
             record.stale_calls += 1
             if record.stale_calls.bit_count() == 1:  # 1, 2, 4, 8, ...
                 for code in record.tried_again:

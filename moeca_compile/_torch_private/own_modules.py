@@ -40,9 +40,8 @@ def _outermost(placeholder: fx.Node) -> Any:
     """The source of the outermost module that an input is read from; None for an argument of the model."""
     source, found = getattr(placeholder, "_dynamo_source", None), None
     while source is not None:
-        if "NNModule" in type(source).__name__:
-            found = source.base
-        elif "ParamBuffer" in type(source).__name__ and found is None:
+        kind = type(source).__name__
+        if "NNModule" in kind or ("ParamBuffer" in kind and found is None):
             found = source.base
         source = getattr(source, "base", None)
     return found

@@ -44,6 +44,8 @@ class Teacher:
         self.graph, self.regions, self.inputs, self.weights = graph, regions, inputs, weights
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
+        self.watched: Mapping[fx.Node, Callable[[Teacher, Any], None]] = {}
+        """Called with this and the model's value of other nodes, in graph order too."""
         self.computes: dict[fx.Node, Compute] = {}
         reads = {node: each.reads for node, each in self.replacements.items() if node not in regions.bodies}
         self.step = self._step(StepKind(), {}, self.computes, reads)
@@ -51,14 +53,19 @@ class Teacher:
 
     def outputs(self) -> tuple[Any, ...]:
         """The model's outputs. The checks are made on the way."""
-        self.computes |= {node: partial(self._value, node) for node in {**self.regions.bodies, **self.replacements}}
+        self.computes |= {node: partial(self._value, node) for node in self._called()}
         try:
             return tuple(self.step.run())
         finally:  # what refers to the step would keep its values alive until Python looks for cycles
             self.computes.clear()
 
+    def _called(self) -> set[fx.Node]:
+        return {*self.regions.bodies, *self.replacements, *self.watched}
+
     def _value(self, node: fx.Node) -> Any:
         value = self._run(self.step, node)
+        if node in self.watched:
+            self.watched[node](self, value)
         if node in self.replacements:
             self.step.values.values[node] = value  # what replaces it may read it
             self.check(self, self.replacements[node], value)

@@ -1,7 +1,7 @@
 """Inputs of Dynamo's graph that are numbers and that nothing reads.
 
-    before: graph(x, s0, t)   s0: a stride of x or t that varied, which Dynamo then makes an input
-    after:  graph(x, t)       the same graph as for the calls before
+before: graph(x, s0, t)   s0: a stride of x or t that varied, which Dynamo then makes an input
+after:  graph(x, t)       the same graph as for the calls before
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from moeca_compile.runtime.record import Record, find_record
 from moeca_compile.runtime.tallies import Counted
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
+UNPROVEN = "not validated yet: on the first inputs its values were constant; see the warnings"
 AT_EVERY_STEP = "the recipe runs it at every step"
 
 
@@ -86,7 +87,12 @@ def _regions(compiled: CompiledGraph) -> list[Region]:
     regions, replaced = compiled.regions, compiled.plan.replaced
     idle = AT_EVERY_STEP if compiled.caching else _why_idle(compiled)
 
+    unproven, names = set(regions.unproven), {part.name for part in regions.parts}
+    if unproven - names:  # the changes of blocks, which have no names: all that is in them
+        unproven |= names
+
     def region(kind: str, name: str, node: fx.Node, how: str = "") -> Region:
+        how = UNPROVEN if name in unproven else how
         return Region(kind, name, "cached", how) if node in replaced else Region(kind, name, "skipped", idle)
 
     found = [region("attention", a.name, a.residual.output) for a in regions.attentions]

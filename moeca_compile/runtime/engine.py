@@ -14,6 +14,7 @@ from torch import Tensor
 from moeca_compile._torch_private import is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.validate import all_finite
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime.layouts import in_one_layout, shape_key
@@ -22,6 +23,11 @@ from moeca_compile.runtime.tallies import Counted
 
 _log = logging.getLogger(__name__)
 
+NOT_FINITE = (
+    "the model's outputs had infinities or NaNs in its first {0} calls, so the rewritten model could not be validated. "
+    "It runs uncached until its outputs are finite"
+)
+_NOT_FINITE_CALLS = 8
 MANY_SHAPES = (
     "more input shapes alternate than stay compiled (max_shapes = {0}), so steps are compiled anew again and again. "
     "Raise max_shapes, or bring the inputs to fewer sizes"
@@ -67,7 +73,9 @@ class Engine:
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
         """By input shapes, the least recently used first; `max_shapes` of them stay."""
         self.dropped: dict[tuple[Any, ...], Counted] = {}
-        """What the loops of other shapes have counted."""
+        """What loops have counted that are no longer there."""
+        self.evicted: set[tuple[Any, ...]] = set()
+        """The shapes that were dropped for others."""
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
         """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
         self._lock = threading.RLock()
@@ -75,7 +83,8 @@ class Engine:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if self.captured.numbers:
             inputs = self._with_tensors(inputs)
-        return self.loop_for(inputs)(inputs)
+        loop = self.loop_for(inputs)
+        return loop(inputs) if loop.compiled.regions.proven else self._call_unproven(loop, inputs)
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
@@ -102,7 +111,7 @@ class Engine:
         """The step loop of new input shapes. If they were dropped before, it goes on counting."""
         _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
         known = self.dropped.get(key)
-        if known is not None:
+        if key in self.evicted:
             self.notes.warn(MANY_SHAPES.format(self.config.max_shapes))
         given = in_one_layout(inputs, self.captured.arguments)
         compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
@@ -115,10 +124,44 @@ class Engine:
         while len(self.loops) > self.config.max_shapes:
             key, loop = self.loops.popitem(last=False)
             self.dropped[key] = loop.counted()
+            self.evicted.add(key)
 
     def counted(self) -> list[Counted]:
         """What was counted at all input shapes."""
         return [*self.dropped.values(), *(loop.counted() for loop in list(self.loops.values()))]
+
+    # --- validation that has to be made again -------------------------------------------------------------
+
+    def _call_unproven(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """A call where validation said nothing. It is made again once the weights have changed or outputs are finite."""
+        regions = loop.compiled.regions
+        if regions.unproven and self._versions(loop, inputs) != loop.validated_with:
+            self._validate_again(loop)
+            loop = self.loop_for(inputs)
+            loop.validated_with = self._versions(loop, inputs)
+            return loop(inputs)
+        outputs = loop(inputs)
+        if loop.validated_with is None:
+            loop.validated_with = self._versions(loop, inputs)
+        if not regions.finite:
+            if all_finite(outputs):
+                self._validate_again(loop)
+            elif loop.tallies.steps >= _NOT_FINITE_CALLS:
+                self.notes.warn(NOT_FINITE.format(_NOT_FINITE_CALLS))
+        return outputs
+
+    def _validate_again(self, loop: StepLoop) -> None:
+        """Drop compiled steps and caches, so that the next call compiles. Counters stay."""
+        with self._lock:
+            for key in [key for key, known in self.loops.items() if known is loop]:
+                self.dropped[key] = self.loops.pop(key).counted()
+            self._last = None
+
+    def _versions(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What changes with the weights, but for those that the model itself changes at every call."""
+        own = {*self.of_model, *loop.compiled.mutated}
+        weights = [v for i, v in enumerate(inputs) if i not in own and isinstance(v, Tensor)]
+        return tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in weights)
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same function of its inputs."""

@@ -65,6 +65,8 @@ class StepLoop:
         self.graphs = self._cuda_graphs() if compiled.recorded else None
         self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
+        self.validated_with: tuple[Any, ...] | None = None
+        """The versions of the weights, where validation has to be made again once they change (Engine)."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:

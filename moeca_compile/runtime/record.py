@@ -31,7 +31,7 @@ class Record:
     tried_again: set[CodeType] = field(default_factory=set)
     """Code that Dynamo had given up on, and that the backend made it trace again."""
     stale_calls: int = 0
-    """Calls of parts of the model since it was last captured whole."""
+    """Calls of parts of a model that breaks no graph, since it was last captured whole."""
 
 
 class _Reference:

@@ -48,6 +48,11 @@ class Tallies:
         if counts is not None:
             tally.counts = counts if tally.counts is None else tally.counts + counts
 
+    @property
+    def steps(self) -> int:
+        """The number of steps of all kinds."""
+        return sum(tally.steps for tally in self.by_kind.values())
+
     def items(self) -> ItemsView[StepKind, Tally]:
         return self.by_kind.items()
 
