@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from moeca_compile import capture, fallback
-from moeca_compile._torch_private import is_module_state, own_modules, root_module, traced_wrapper
+from moeca_compile._torch_private import is_module_state, own_modules, root_module, traced_code, traced_wrapper
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
@@ -37,6 +37,7 @@ from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
 from moeca_compile.passes.unused_numbers import called_with, without_unused_numbers
 from moeca_compile.plan import plan_steps, regions_that_pay
+from moeca_compile.runtime.dead_models import forget_when_gone
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.record import Record, keep_with, record_for
 from moeca_compile.text import first_line
@@ -99,6 +100,7 @@ def compile_captured(
     scalars = set(scalar_inputs_to_tensors(gm, inputs))
     modules = own_modules(placeholders(gm.graph)) if not record.partial else None  # a part may serve many blocks
     keep_with(record, modules or (), traced_wrapper())
+    forget_when_gone(modules or (), traced_code())
     own, (gm, kept) = tuple(map(weakref.ref, modules or ())), without_unused_numbers(gm, inputs)
     numbers = tuple(new for new, old in enumerate(kept) if old in scalars)
     captured = CapturedGraph(gm, tuple(arguments[i] for i in kept), numbers, record.partial, bool(record.breaks), own)

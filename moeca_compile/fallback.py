@@ -66,9 +66,9 @@ MODE = (
     "CUDA graphs by its own option cuda_graphs. Give options={{...}} in its place"
 )
 GIVEN_UP = (
-    "Dynamo runs the code around parts of the model as plain Python, so the model is compiled in parts and nothing is "
-    "cached. Most often another backend or training runs the same code between the calls of this model. Let it run "
-    "before or after a whole generation, not between its steps"
+    "Dynamo runs the code around parts of the model as plain Python, so the model is compiled in parts and nothing "
+    "is cached. Most often another backend or training runs the same code between the calls of this model. Let it "
+    "run before or after a whole generation, not between its steps"
 )
 _MANY_STALE = 256
 """After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""

@@ -301,8 +301,8 @@ class Options:
         8,
         whole(1),
         STATE,
-        """How many sets of input shapes stay compiled, each with graphs and caches of its own; the least recently used
-        one is dropped first.""",
+        """How many sets of input shapes stay compiled, each with graphs and caches of its own; the least recently
+        used one is dropped first.""",
     )
     max_cache_bytes: int | str | None = setting(
         "auto",

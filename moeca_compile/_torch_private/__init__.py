@@ -13,7 +13,13 @@ that gives the same numbers. docs/private-apis.md has them all, with the gain of
 from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
-from moeca_compile._torch_private.frames import calling_code, forget_code, in_decorated_function, outermost_module
+from moeca_compile._torch_private.frames import (
+    calling_code,
+    dynamo_is_running,
+    forget_code,
+    in_decorated_function,
+    outermost_module,
+)
 from moeca_compile._torch_private.graphs import (
     compile_cpp,
     compile_graph,
@@ -42,6 +48,7 @@ from moeca_compile._torch_private.tracing import (
     numeric_modes,
     root_module,
     traced_anew,
+    traced_code,
     traced_self,
     traced_wrapper,
     tracing_backend,
@@ -55,6 +62,7 @@ __all__ = [
     "compile_graph",
     "compiled_module",
     "copy_all",
+    "dynamo_is_running",
     "export_functional",
     "fake_mode_of",
     "float32_matmul_precision",
@@ -80,6 +88,7 @@ __all__ = [
     "tensors_of_others",
     "trace_to_graph",
     "traced_anew",
+    "traced_code",
     "traced_self",
     "traced_wrapper",
     "tracing_backend",

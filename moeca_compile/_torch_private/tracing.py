@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ def root_module() -> nn.Module | None:
         return None
     value = getattr(value, "value", value)
     return value if isinstance(value, nn.Module) else None
+
+
+def traced_code() -> CodeType | None:
+    """The code of the function that Dynamo is compiling."""
+    code = getattr(getattr(_output(), "root_tx", None), "f_code", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def traced_self(identity: int) -> Any:

@@ -43,8 +43,8 @@ Region = Attention | Experts | FeedForward
 NOT_FINITE = "the model's first outputs were not finite, so the rewrite could not be validated yet"
 CONSTANT = (
     "on the inputs for validation {0} had the same value for all tokens, as with gates or projections that are zero. "
-    "So nothing shows whether caching is right there. It is validated once the weights have changed: load them before "
-    "the first call"
+    "So nothing shows whether caching is right there. It is validated once the weights have changed: load them "
+    "before the first call"
 )
 
 

@@ -24,8 +24,8 @@ from moeca_compile.runtime.tallies import Counted
 _log = logging.getLogger(__name__)
 
 NOT_FINITE = (
-    "the model's outputs had infinities or NaNs in its first {0} calls, so the rewritten model could not be validated. "
-    "It runs uncached until its outputs are finite"
+    "the model's outputs had infinities or NaNs in its first {0} calls, so the rewritten model could not be "
+    "validated. It runs uncached until its outputs are finite"
 )
 _NOT_FINITE_CALLS = 8
 MANY_SHAPES = (
@@ -133,7 +133,7 @@ class Engine:
     # --- validation that has to be made again -------------------------------------------------------------
 
     def _call_unproven(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """A call where validation said nothing. It is made again once the weights have changed or outputs are finite."""
+        """A call where validation said nothing. It is made again once weights have changed or outputs are finite."""
         regions = loop.compiled.regions
         if regions.unproven and self._versions(loop, inputs) != loop.validated_with:
             self._validate_again(loop)

@@ -20,7 +20,7 @@ def shape_key(value: Any) -> Any:
 
 
 def in_one_layout(inputs: Sequence[Any], arguments: Sequence[bool]) -> Sequence[Any]:
-    """The inputs, with small arguments of the model contiguous. The others are its weights, which stay as they are."""
+    """The inputs, with small arguments of the model contiguous. Its weights stay as they are."""
     if all(_fits(value) for value, argument in zip(inputs, arguments, strict=True) if argument):
         return inputs
     return [

@@ -146,7 +146,7 @@ class StepLoop:
         return self.compiled.write_back(inputs, result.outputs)
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs in the layout that was compiled for, with those that the graph needs on the device copied there."""
+        """The inputs in the layout that is compiled, with those that the graph needs on the device copied there."""
         inputs = in_one_layout(inputs, self.compiled.captured.arguments)
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
