@@ -119,6 +119,12 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
         ),
         ({"validate": False, "tolerance": 0.1}, "tolerance", "nothing is validated"),
         ({"recipe": "moeca-forecast", "score": "drift"}, "score", "nothing is ranked"),
+        ({"recipe": "moeca-forecast", "mask_source": "previous"}, "mask_source", "no token is chosen"),
+        ({"recipe": "moeca-forecast", "keys_values": "none"}, "keys_values", "no token is chosen"),
+        ({"recipe": "moeca-forecast", "keys_values": "all"}, None, ""),
+        ({"recipe": "moeca-forecast", "shared": "any"}, "shared", "no token is chosen"),
+        ({"recipe": "moeca-forecast", "shared": "always"}, None, ""),
+        ({"budget": 0.5, "mask_source": "previous"}, None, ""),
     ],
     ids=str,
 )

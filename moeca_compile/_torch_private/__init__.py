@@ -41,7 +41,7 @@ from moeca_compile._torch_private.kernels import (
     zero_all,
 )
 from moeca_compile._torch_private.lookup import missing
-from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks, version_of
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.tracing import (
     graph_break,
@@ -92,6 +92,7 @@ __all__ = [
     "traced_self",
     "traced_wrapper",
     "tracing_backend",
+    "version_of",
     "wrapper_of",
     "zero_all",
 ]

@@ -1,10 +1,10 @@
-"""Attributes of modules: whether one is compiled, whether it has hooks."""
+"""Attributes of modules and their weights: whether one is compiled, has hooks, was changed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def compiled_module(compiled: Any) -> nn.Module | None:
@@ -24,3 +24,8 @@ def has_forward_hooks(module: nn.Module) -> bool:
     """Whether something is called before or after the module's forward; it is taken to be where nobody can tell."""
     hooks = (getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
     return any(map(bool, hooks))
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that grows when a tensor is changed in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else getattr(tensor, "_version", 0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import is_fake, numeric_modes
+from moeca_compile._torch_private import is_fake, numeric_modes, version_of
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.lower.validate import all_finite
@@ -161,7 +161,7 @@ class Engine:
         """What changes with the weights, but for those that the model itself changes at every call."""
         own = {*self.of_model, *loop.compiled.mutated}
         weights = [v for i, v in enumerate(inputs) if i not in own and isinstance(v, Tensor)]
-        return tuple((v.data_ptr(), 0 if v.is_inference() else v._version) for v in weights)
+        return tuple((v.data_ptr(), version_of(v)) for v in weights)
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same function of its inputs."""
