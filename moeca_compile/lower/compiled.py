@@ -102,6 +102,17 @@ class CompiledGraph:
         return placeholders(self.graph)
 
     @cached_property
+    def proven(self) -> bool:
+        """Whether validation compared all that it should."""
+        return self.regions.proven
+
+    @cached_property
+    def tensor_arguments(self) -> list[int]:
+        """The positions of the model's arguments that are tensors."""
+        given = zip(self.placeholders, self.captured.arguments, strict=True)
+        return [i for i, (node, user) in enumerate(given) if user and isinstance(node.meta.get("val"), Tensor)]
+
+    @cached_property
     def mutated(self) -> tuple[int, ...]:
         """The positions of the inputs that the model changes in place; their new values are its first outputs."""
         positions: tuple[int, ...] = self.module.meta["mutated_inputs"]

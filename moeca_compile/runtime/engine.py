@@ -84,7 +84,7 @@ class Engine:
         if self.captured.numbers:
             inputs = self._with_tensors(inputs)
         loop = self.loop_for(inputs)
-        return loop(inputs) if loop.compiled.regions.proven else self._call_unproven(loop, inputs)
+        return loop(inputs) if loop.compiled.proven else self._call_unproven(loop, inputs)
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
@@ -113,7 +113,7 @@ class Engine:
         known = self.dropped.get(key)
         if key in self.evicted:
             self.notes.warn(MANY_SHAPES.format(self.config.max_shapes))
-        given = in_one_layout(inputs, self.captured.arguments)
+        given = in_one_layout(inputs, [i for i in self.of_model if isinstance(inputs[i], Tensor)])
         compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
         loop = StepLoop(compiled, self.stages.compile_step, self.notes)
         if known is not None:

@@ -13,24 +13,22 @@ SMALL = 1 << 24
 
 
 def shape_key(value: Any) -> Any:
-    """What compiled steps know of an argument: shape, dtype and device, and the strides of a large one."""
+    """What compiled steps know of an argument: shape, dtype and device, and the strides of a large odd one."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, None if _is_small(value) else value.stride()
+        strides = None if value.is_contiguous() or _is_small(value) else value.stride()
+        return value.shape, value.dtype, value.device, strides
     return value
 
 
-def in_one_layout(inputs: Sequence[Any], arguments: Sequence[bool]) -> Sequence[Any]:
-    """The inputs, with small arguments of the model contiguous. Its weights stay as they are."""
-    if all(_fits(value) for value, argument in zip(inputs, arguments, strict=True) if argument):
+def in_one_layout(inputs: Sequence[Any], tensors: Sequence[int]) -> Sequence[Any]:
+    """The inputs, with those at the positions `tensors` contiguous if they are small."""
+    odd = []
+    for i in tensors:  # at every call
+        if not inputs[i].is_contiguous():
+            odd.append(i)
+    if not odd:
         return inputs
-    return [
-        value.contiguous() if argument and not _fits(value) else value
-        for value, argument in zip(inputs, arguments, strict=True)
-    ]
-
-
-def _fits(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.is_contiguous() or not _is_small(value)
+    return [value.contiguous() if i in odd and _is_small(value) else value for i, value in enumerate(inputs)]
 
 
 def _is_small(value: Tensor) -> bool:

@@ -147,7 +147,7 @@ class StepLoop:
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The inputs in the layout that is compiled, with those that the graph needs on the device copied there."""
-        inputs = in_one_layout(inputs, self.compiled.captured.arguments)
+        inputs = in_one_layout(inputs, self.compiled.tensor_arguments)
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
     def _cuda_graphs(self) -> CudaGraphs:
