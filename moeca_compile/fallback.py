@@ -23,8 +23,11 @@ from moeca_compile._torch_private import (
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.match.timestep import find_times_of_tokens
 from moeca_compile.passes.rewrite.without_markers import markers
 from moeca_compile.plan import Plan
+from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.original import Original
 from moeca_compile.runtime.record import Record
 
@@ -59,6 +62,22 @@ NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
     "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
 )
+TIMES_OF_TOKENS = (
+    "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
+    "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. "
+    "If all its tokens have the same time, pass the timestep with the shape (batch,)"
+)
+MODE = (
+    "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
+    "CUDA graphs by its own option cuda_graphs. Give options={{...}} in its place"
+)
+GIVEN_UP = (
+    "Dynamo runs the code around parts of the model as plain Python, so the model is compiled in parts and nothing "
+    "is cached. Most often another backend or training runs the same code between the calls of this model. Let it "
+    "run before or after a whole generation, not between its steps"
+)
+_MANY_STALE = 256
+"""After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
 
 
 def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
@@ -94,7 +113,9 @@ def compile_original(
     return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
 
 
-def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
+def uncached_without_timestep(
+    plan: Plan, captured: CapturedGraph, graph: fx.Graph, config: MoecaConfig, notes: Notes
+) -> Plan:
     """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
     if not config.policy.caches:
         return plan
@@ -107,7 +128,9 @@ def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: Moeca
     if plan.regions.timesteps:
         return plan
     if not captured.partial:  # the warning about the graph break explains it already
-        notes.warn(NO_TIMESTEP)
+        times = find_times_of_tokens(captured.argument_nodes(graph))
+        shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
+        notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
     return replace(plan, replacements=(), capacities=(0,))
 
 
@@ -127,11 +150,32 @@ def note_breaks(record: Record) -> None:
             record.notes.warn(BREAK.format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
-        record.untouched, record.breaks = 0, []
+        record.untouched, record.breaks, record.stale_calls = 0, [], 0
     for code in callers:
         if id(code) not in record.tried_again:
             record.tried_again[id(code)] = code  # held, so that no other code gets its id
             forget_code(code)
+
+
+def noticing_parts(engine: Engine, record: Record) -> Callable[..., Any]:
+    """The engine of a part of a model, which notices when it is called although the model itself breaks no graph.
+
+    Then Dynamo gave the model up: another backend, training or another model of the class compiled the same code
+    meanwhile. So make it look again. Where that other user comes back before every call it is of no use, and is done
+    ever more seldom.
+    """
+
+    def call(*inputs: Any) -> Any:
+        if not record.breaks:
+            record.stale_calls += 1
+            if record.stale_calls.bit_count() == 1:  # 1, 2, 4, 8, ...
+                for code in record.tried_again.values():
+                    forget_code(code)
+            if record.stale_calls == _MANY_STALE:
+                record.notes.warn(GIVEN_UP)
+        return engine(*inputs)
+
+    return call
 
 
 def worth_rewriting(gm: fx.GraphModule) -> bool:

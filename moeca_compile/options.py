@@ -297,6 +297,13 @@ class Options:
         STATE,
         """How many (generation, stream) caches exist at a time; the least recently used one is evicted first.""",
     )
+    max_shapes: int = setting(
+        8,
+        whole(1),
+        STATE,
+        """How many sets of input shapes stay compiled, each with graphs and caches of its own; the least recently
+        used one is dropped first.""",
+    )
     max_cache_bytes: int | str | None = setting(
         "auto",
         cache_bytes,

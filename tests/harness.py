@@ -21,7 +21,7 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.policies.forecast import weights_after_one
-from moeca_compile.runtime.engine import MOST_SHAPES, Engine, Stages
+from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.streams import bounds_of
 
@@ -76,11 +76,11 @@ class Captured:
     inputs: list[Any]
     user_inputs: list[bool]
 
-    def engine(self, most_shapes: int = MOST_SHAPES, **options: Any) -> Engine:
+    def engine(self, **options: Any) -> Engine:
         """The real engine under these options."""
         config = MoecaConfig.from_options({**how.options, **options})
         captured = CapturedGraph(self.gm, tuple(self.user_inputs))
-        return Engine(captured, self.inputs, config, Notes(), how.stages, bounds_of(config), most_shapes)
+        return Engine(captured, self.inputs, config, Notes(), how.stages, bounds_of(config))
 
     def loop(self, **options: Any) -> StepLoop:
         """The engine's step loop for these inputs: the matched graph and its plan."""

@@ -77,6 +77,18 @@ def outermost_module() -> nn.Module | None:
     return root_module()
 
 
+def dynamo_is_running() -> bool:
+    """Whether any thread is in a compiled function or compiles one. Code must not be forgotten then."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "")
+    for frame in sys._current_frames().values():
+        each: FrameType | None = frame
+        while each is not None:
+            if each.f_code.co_filename.startswith(folder):
+                return True
+            each = each.f_back
+    return False
+
+
 def forget_code(code: CodeType) -> None:
     """Let Dynamo forget what it compiled for `code`, and that it had given it up."""
     if _RESET_CODE.value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -52,8 +53,19 @@ def traced_wrapper() -> Any:
 
 
 def wrapper_of(compiled: Any) -> Any:
-    """The same object, from what `torch.compile(model)` returned; None for anything else."""
-    return _made_by_torch_compile(_unwrapped(getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)))
+    """The same object, from what `torch.compile` of a module or function returned; None for anything else."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    callback = getattr(context, "callback", None) if context is not None else _callback_within(compiled)
+    return _made_by_torch_compile(_unwrapped(callback))
+
+
+def _callback_within(compiled: Any) -> Any:
+    """The callback of a compiled function, which is a variable of the function around it; else None."""
+    cells = getattr(compiled, "__closure__", None)
+    if not hasattr(compiled, "_torchdynamo_orig_callable") or not cells:
+        return None
+    names = compiled.__code__.co_freevars
+    return next((cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "callback"), None)
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:
@@ -100,9 +112,10 @@ def root_module() -> nn.Module | None:
     return value if isinstance(value, nn.Module) else None
 
 
-def traced_code() -> Any:
-    """The code of the outermost frame that Dynamo is tracing; None outside of a compilation."""
-    return getattr(getattr(_output(), "root_tx", None), "f_code", None)
+def traced_code() -> CodeType | None:
+    """The code of the function that Dynamo is compiling."""
+    code = getattr(getattr(_output(), "root_tx", None), "f_code", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def traced_self(identity: int) -> Any:
@@ -118,6 +131,12 @@ def traced_self(identity: int) -> Any:
     except (AttributeError, KeyError):
         pass
     return next(each for each in gc.get_objects() if id(each) == identity)
+
+
+def traced_scope() -> dict[str, Any]:
+    """The variables of the function that Dynamo is tracing, by the names that its sources have for them."""
+    output = _output()
+    return {"L": output.local_scope, "G": output.global_scope}
 
 
 def first_argument(code: Any, values: Any) -> Any:

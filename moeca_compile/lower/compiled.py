@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_of
@@ -31,6 +32,8 @@ class CapturedGraph:
         constants: positions of inputs that are 0-dim tensors; they are passed on as Python numbers.
         partial: whether plain Python code calls this graph, because a function that contains it broke the graph.
         broken: whether there is a graph break anywhere in the model.
+        modules: where Dynamo calls the graph for certain modules alone, these; else empty, and one graph may serve
+            several models.
     """
 
     gm: fx.GraphModule
@@ -39,6 +42,7 @@ class CapturedGraph:
     partial: bool = False
     broken: bool = False
     constants: tuple[int, ...] = ()
+    modules: tuple[ref[nn.Module], ...] = ()
 
     @property
     def in_parts(self) -> bool:
@@ -99,6 +103,17 @@ class CompiledGraph:
     @cached_property
     def placeholders(self) -> list[fx.Node]:
         return placeholders(self.graph)
+
+    @cached_property
+    def proven(self) -> bool:
+        """Whether validation compared all that it should."""
+        return self.regions.proven
+
+    @cached_property
+    def tensor_arguments(self) -> list[int]:
+        """The positions of the model's arguments that are tensors."""
+        given = zip(self.placeholders, self.captured.arguments, strict=True)
+        return [i for i, (node, user) in enumerate(given) if user and isinstance(node.meta.get("val"), Tensor)]
 
     @cached_property
     def mutated(self) -> tuple[int, ...]:

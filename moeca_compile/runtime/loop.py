@@ -23,10 +23,11 @@ from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.layouts import in_one_layout
 from moeca_compile.runtime.requests import Call, Position
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
-from moeca_compile.runtime.tallies import Tallies
+from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import Timestep, TimestepReader
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class StepLoop:
         self.graphs = self._cuda_graphs() if compiled.recorded else None
         self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
+        self.validated_with: tuple[Any, ...] | None = None
+        """The versions of the weights, where validation has to be made again once they change (Engine)."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -158,7 +161,8 @@ class StepLoop:
         return self.compiled.write_back(inputs, result.outputs)
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs, with those that the graph needs on the device copied there."""
+        """The inputs in the layout that is compiled, with those that the graph needs on the device copied there."""
+        inputs = in_one_layout(inputs, self.compiled.tensor_arguments)
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
     def _cuda_graphs(self) -> CudaGraphs:
@@ -171,6 +175,10 @@ class StepLoop:
         """Raise ValidationError where the replay of a recorded step differs from the step itself."""
         dtypes = {*self.compiled.regions.token_dtypes, *(spec.dtype for spec in self.compiled.plan.caches)}
         same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes, spared=_SPARED)
+
+    def counted(self) -> Counted:
+        """What this loop has counted so far."""
+        return Counted(self.tallies, {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind)})
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

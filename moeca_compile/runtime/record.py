@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType
@@ -19,7 +21,7 @@ from moeca_compile.runtime.streams import Bounds, bounds_of
 
 @dataclass
 class Record:
-    """All that a report needs. It lives as long as the compiled model."""
+    """All that a report needs. It lives as long as the model, or as Dynamo's compiled code where that has none."""
 
     config: MoecaConfig
     notes: Notes = field(default_factory=Notes)
@@ -32,6 +34,8 @@ class Record:
     tried_again: dict[int, CodeType] = field(default_factory=dict)
     """Code that Dynamo had given up on, and that the backend made it trace again. By id: code that Dynamo writes may
     have a dict among its constants, and then has no hash."""
+    stale_calls: int = 0
+    """Calls of parts of a model that breaks no graph, since it was last captured whole."""
 
     @cached_property
     def bounds(self) -> Bounds:
@@ -40,7 +44,12 @@ class Record:
 
 
 _by_wrapper = WeakIdKeyDictionary()
-"""By identity, since equal options make equal wrappers. No attribute of the wrapper, which users copy and pickle."""
+"""A function that gives the record. By identity, since equal options make equal wrappers. No attribute of the
+wrapper, which users copy and pickle.
+
+Torch keeps that object until `torch._dynamo.reset()`. So the reference is weak where the model keeps the record: a
+model that is deleted takes its graphs and caches with it.
+"""
 _by_module: WeakKeyDictionary[nn.Module, list[Record]] = WeakKeyDictionary()
 
 
@@ -54,21 +63,40 @@ def record_for(wrapper: Any, module: nn.Module | None, config: MoecaConfig) -> R
         known = _by_module.get(module, []) if module is not None else []
         record = next((r for r in known if r.config == config), None)
     else:
-        record = _by_wrapper.get(wrapper)
+        record = _record_of(wrapper)
     if record is None:
         record = Record(config)
         if wrapper is not None:
-            _by_wrapper[wrapper] = record
+            _by_wrapper[wrapper] = _held(record)
         if module is not None:
-            _by_module.setdefault(module, []).append(record)
+            keep_with(record, [module], wrapper)
     return record
+
+
+def _held(record: Record) -> Callable[[], Record]:
+    return lambda: record
+
+
+def keep_with(record: Record, modules: Iterable[nn.Module], wrapper: Any) -> None:
+    """Let a record live as long as one of these modules, or what Dynamo calls, and no longer."""
+    for module in modules:
+        kept = _by_module.setdefault(module, [])
+        if not any(record is other for other in kept):
+            kept.append(record)
+        if wrapper is not None:
+            _by_wrapper[wrapper] = weakref.ref(record)
 
 
 def find_record(wrapper: Any, module: nn.Module | None) -> Record | None:
     """The record of a compiled model, by its wrapper or else its module; None before its first call."""
-    record: Record | None = _by_wrapper.get(wrapper) if wrapper is not None else None
+    record = _record_of(wrapper)
     if record is not None or module is None:
         return record
     wanted = MoecaConfig.from_options(wrapper.kwargs.get("options")) if wrapper is not None else None
     records = _by_module.get(module, [])
     return next((r for r in reversed(records) if wanted is None or r.config == wanted), None)
+
+
+def _record_of(wrapper: Any) -> Record | None:
+    known: Callable[[], Record | None] | None = _by_wrapper.get(wrapper) if wrapper is not None else None
+    return known() if known is not None else None

@@ -234,7 +234,7 @@ def test_a_capacity_is_of_its_stream_and_outlives_the_generation(graph, model):
 
 
 def test_shapes_are_bounded(graph, model):
-    engine = graph.engine(most_shapes=2, validate=False)
+    engine = graph.engine(max_shapes=2, validate=False)
     x, y = make_inputs(model)
     for dtype in (torch.float32, torch.float64, torch.float16):
         engine(*graph.arguments(x=x, t=torch.ones(2, dtype=dtype), y=y))
