@@ -321,9 +321,11 @@ class Requests:
         answers = {track.trajectory.look(call.picture)[0] for track in request.tracks}
         related = bool(answers & {Answer.GOES_ON, Answer.UNMOVED})
         here = any(track.thread == scope.thread_number() for track in request.tracks)
-        if request.handle is None and not related and (Answer.OTHER in answers or not here):
-            return None
         begun_by = frozenset(min(others, key=len, default=()))
+        # Streams of one request differ in some argument. An equal call of another thread is another request.
+        elsewhere = not here and not (related and begun_by)
+        if request.handle is None and (elsewhere or (Answer.OTHER in answers and not related)):
+            return None
         return _Fit(step, answer=Answer.GOES_ON if related else Answer.UNKNOWN, begun_by=begun_by, here=here)
 
     # --- its position -------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ class Requests:
             position.request.calls[-1] -= 1
 
 
-def _likeness(fit: _Fit) -> tuple[bool, int, int]:
+def _likeness(fit: _Fit) -> tuple[bool, int, bool, int]:
     """Of the tracks that a call may belong to, the likeliest: at a new step, one that was called at the last."""
     assert fit.track is not None
-    return fit.answer is Answer.GOES_ON, fit.same, fit.track.number if fit.step else 0
+    return fit.answer is Answer.GOES_ON, fit.same, fit.here, fit.track.number if fit.step else 0

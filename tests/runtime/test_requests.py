@@ -454,6 +454,20 @@ def test_a_cancelled_request_and_the_next_one_in_two_threads():
     assert len({id(each.stream) for each in made}) == 1
 
 
+def test_equal_requests_in_threads_have_caches_of_their_own():
+    """As in a load test: the same picture and labels, out of step."""
+    model = make_streams(full_every=4)
+    workers, made = [in_thread_of() for _ in range(3)], ([], [], [])
+    for turn in range(10):
+        for late, worker in enumerate(workers):
+            if (n := turn - late) >= 0:
+                made[late].append(worker(call, model, 1 - n / 10, x=picture(moved=n / 100), y=COND))
+    for found in made:
+        assert numbers(found) == list(range(len(found)))
+        assert [m.refresh == EVERYTHING for m in found] == [n % 4 == 0 for n in range(len(found))]
+    assert len({id(found[-1].stream) for found in made}) == 3
+
+
 def in_thread_of():
     """Runs calls in a thread that stays the same."""
     from concurrent.futures import ThreadPoolExecutor

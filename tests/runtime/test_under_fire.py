@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moeca_compile.runtime.session import Sessions, Stream
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -35,6 +34,8 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.without_markers import without_markers
 from moeca_compile.runtime import loop
 from moeca_compile.runtime.capacities import Capacities
+from moeca_compile.runtime.requests import Requests
+from moeca_compile.runtime.streams import Stream, Streams
 from moeca_compile.runtime.timesteps import TimestepReader
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
@@ -106,7 +107,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "lowering": (backend, "lower_step"),
     "checking a step": (backend, "same_step"),
     "the loop": (loop, "Capacities"),
-    "the position of a call": (Sessions, "enter"),
+    "the position of a call": (Requests, "enter"),
+    "the stream of a call": (Streams, "of"),
     "the timestep": (TimestepReader, "read"),
     "the capacity": (Capacities, "kind"),
     "the trial step": (loop, "run_eagerly"),
