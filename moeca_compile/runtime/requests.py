@@ -207,6 +207,8 @@ class Requests:
         """Arguments that change from step to step, and so do not tell tracks apart."""
         self.short = 0
         """How many unmarked requests in a row ended after one or two steps, as when time goes back and forth."""
+        self.strayed = ""
+        """The first call that turned out, too late, to have read another picture's caches."""
         self.lock = threading.RLock()
         scope.at_end(self)
 
@@ -331,6 +333,9 @@ class Requests:
     # --- its position -------------------------------------------------------------------------------------------
 
     def _entered(self, request: Request, fit: _Fit, call: Call) -> Position:
+        if fit.track is not None and fit.track.trajectory.strayed():
+            fit.track.doubtful = True
+            self.strayed = self.strayed or f"step {fit.track.number} (time {(request.time or (0.0,))[0]:g})"
         if request.number < 0 or fit.step:
             if self._learned_from(request):
                 fit = self._fit(request, call) or fit

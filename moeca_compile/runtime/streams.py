@@ -170,6 +170,12 @@ class Streams:
                 f"{option} = {getattr(self.config, option)} allows. So most steps are full steps. Raise {option}; "
                 f"each stream needs {binary_bytes(self.stream_bytes)} for its caches"
             )
+        if self.requests.strayed:
+            notes.warn(
+                f"{self.requests.strayed} read the caches of another picture, which is known a step later on an "
+                "accelerator. Requests with equal arguments took turns, or a stream was not told from another: mark "
+                "them with moeca_compile.generation() and moeca_compile.stream(name)"
+            )
         if self.requests.short >= _MANY_SHORT:
             notes.warn(
                 f"each of the last {_MANY_SHORT} generations ended after one or two steps, because the timestep went "

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
 from moeca_compile.policies import forecast
+from moeca_compile.runtime import continuation
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.requests import Call, Position
 from moeca_compile.runtime.schedule import RefreshPlan
@@ -583,6 +585,21 @@ def test_samplers_of_few_steps_pass_the_check(path):
     model, clean, noise = make_streams(full_every=9), picture(1), picture(0)
     made = [call(model, t, x=path(t)[0] * clean + path(t)[1] * noise) for t in (1.0, 0.75, 0.5, 0.25)]
     assert [m.refresh == EVERYTHING for m in made] == [True, False, False, False]
+
+
+def test_where_the_host_cannot_wait_the_step_after_is_full_and_a_warning_says_which_call(monkeypatch):
+    """As on an accelerator, where equal requests take turns unmarked."""
+    monkeypatch.setattr(continuation, "answers_at_once", lambda device: False)
+    model, notes = make_streams(full_every=9), Notes()
+    for n in range(4):
+        call(model, 1 - n / 10, x=picture(0, moved=n / 100))
+    stray = call(model, 0.6, x=picture(1))
+    assert stray.refresh == NOTHING  # nobody can know yet
+    after = call(model, 0.5, x=picture(1, moved=0.01))
+    assert after.refresh == EVERYTHING and after.stream.state.filled == [1, 1]
+    with pytest.warns(UserWarning, match=r"step 4 \(time 0.6\) read the caches of another picture"):
+        model.warn_if_caches_unused(notes)
+    assert call(model, 0.4, x=picture(1, moved=0.02)).refresh == NOTHING
 
 
 # --- handles ------------------------------------------------------------------------------------------------------
