@@ -229,8 +229,12 @@ class Requests:
     # --- which request ------------------------------------------------------------------------------------------
 
     def _of(self, handle: Generation) -> Request:
-        known = (r for r in self.live.values() if r.handle is not None and r.handle() is handle)
+        known = (r for r in self._latest_first() if r.handle is not None and r.handle() is handle)
         return next(known, None) or self._added(Request(weakref.ref(handle)))
+
+    def _latest_first(self) -> list[Request]:
+        """A copy: Python may collect a handle, and so end its request, in the middle of a walk."""
+        return list(self.live.values())[::-1]
 
     def _added(self, request: Request) -> Request:
         self.live[id(request)] = request
@@ -238,7 +242,7 @@ class Requests:
 
     def _continued(self, call: Call) -> tuple[Request, _Fit] | None:
         """The unmarked request that a call continues, if any."""
-        found = self._best((r for r in reversed(self.live.values()) if r.handle is None), call)
+        found = self._best((r for r in self._latest_first() if r.handle is None), call)
         if found is None:
             found = self._best(self.remembered, call)
             if found is None or not (found[1].track and found[1].sure):
@@ -254,7 +258,7 @@ class Requests:
 
     def _new(self, call: Call) -> tuple[Request, _Fit]:
         """A new request. It takes the place of this thread's last one."""
-        thread, unmarked = scope.thread_number(), [r for r in reversed(self.live.values()) if r.handle is None]
+        thread, unmarked = scope.thread_number(), [r for r in self._latest_first() if r.handle is None]
         last = next((r for r in unmarked if r.tracks[-1].thread == thread), None)
         if last is not None:
             self.short = self.short + 1 if last.number <= 1 else 0
@@ -278,7 +282,7 @@ class Requests:
     def drop_ended(self) -> None:
         """Drop the requests that the user has ended."""
         with self.lock:
-            for request in [request for request in self.live.values() if request.ended]:
+            for request in [request for request in self._latest_first() if request.ended]:
                 self.end(request)
 
     def reset(self) -> None:
