@@ -94,7 +94,12 @@ def subjects() -> tuple[Subject, ...]:
 def _family(name: str) -> tuple[nn.Module, Call]:
     model = families.reduced(name)
     x, t, y = families.inputs_for(model)
-    return model, lambda call, at: call(x, torch.full_like(t, at), y)
+    return model, lambda call, at: call(_moved(x, at), torch.full_like(t, at), y)
+
+
+def _moved(x: Tensor, at: float) -> Tensor:
+    """The picture at a time: a sampler moves it, and another picture's caches would not be read."""
+    return x * (1 - at / (20 * max(TIMESTEPS)))
 
 
 def _hidream() -> tuple[nn.Module, Call]:
@@ -128,7 +133,7 @@ def _hidream() -> tuple[nn.Module, Call]:
     )
 
     def run(call: Callable[..., Any], at: float) -> Tensor:
-        return call(x, torch.full((2,), at), long, short, pooled, return_dict=False)[0]
+        return call(_moved(x, at), torch.full((2,), at), long, short, pooled, return_dict=False)[0]
 
     return model.eval().requires_grad_(False), run
 
@@ -163,7 +168,7 @@ def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
 
     def run(call: Callable[..., Any], at: float) -> Tensor:
         arguments = {"encoder_hidden_states": text, "timestep": torch.full((2,), at), "return_dict": False}
-        return call(x, [(1, 4, 4)], **arguments)[0]
+        return call(_moved(x, at), [(1, 4, 4)], **arguments)[0]
 
     return model.eval().requires_grad_(False), run
 

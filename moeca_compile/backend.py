@@ -7,14 +7,21 @@ traces, lowers and checks one kind of step, when the runtime first needs it.
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from moeca_compile import capture, fallback
-from moeca_compile._torch_private import is_module_state, root_module, traced_wrapper
+from moeca_compile._torch_private import (
+    is_module_state,
+    own_modules,
+    root_module,
+    trace_anew_for_ours,
+    traced_code,
+    traced_wrapper,
+)
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
@@ -24,6 +31,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
 from moeca_compile.notes import Notes
+from moeca_compile.options import ConfigError
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.dump import open_dump
 from moeca_compile.passes.export import to_functional_aten
@@ -34,27 +42,36 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.passes.runner import normalize
+from moeca_compile.passes.unused_numbers import called_with, called_without, without_unused_numbers
 from moeca_compile.plan import plan_steps, regions_that_pay
+from moeca_compile.runtime.dead_models import forget_when_gone
 from moeca_compile.runtime.engine import Engine, Stages
-from moeca_compile.runtime.record import Record, record_for
-from moeca_compile.text import first_line
-
-_log = logging.getLogger(__name__)
+from moeca_compile.runtime.original import Original, warn_of_failure
+from moeca_compile.runtime.record import Record, keep_with, record_for
+from moeca_compile.runtime.streams import bounds_of
 
 
 def moeca_backend(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
     """The backend function that torch.compile calls with each graph that Dynamo captured.
 
     Args:
         gm, inputs: the graph and its example inputs (parameters, buffers and arguments).
         options: fields of MoecaConfig by name.
+        mode: what torch.compile's `mode` says to Inductor; it has no effect here, and a warning says so.
 
     Returns the callable that runs in place of the graph. Raises ConfigError for an unknown option or a value that is
     not allowed.
     """
-    return compile_captured(gm, inputs, MoecaConfig.from_options(options), Stages(compile_graph, compile_step))
+    config = MoecaConfig.from_options(options)
+    trace_anew_for_ours()
+    return compile_captured(gm, inputs, config, Stages(compile_graph, compile_step), mode)
 
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
@@ -74,27 +91,63 @@ def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
 
 
 def compile_captured(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages
+    gm: fx.GraphModule, inputs: Sequence[Any], config: MoecaConfig, stages: Stages, mode: str | None = None
 ) -> Callable[..., Any]:
     """The callable that replaces Dynamo's graph: an engine, or the original graph as torch.compile compiles it."""
     record = record_for(traced_wrapper(), root_module(), config)
-    reason = fallback.why_original(inputs, record)
+    if mode is not None:
+        record.notes.warn(fallback.MODE.format(mode))
+    original = Original(gm, config.lowering)
+    try:
+        reason = fallback.why_original(gm, inputs, record)
+        if reason is None:
+            fallback.note_breaks(record)
+            if fallback.worth_rewriting(gm):
+                return _cached(gm, inputs, record, stages, original)
+    except ConfigError:
+        raise
+    except Exception as error:
+        warn_of_failure("compiling the model's graph", error, record.notes)
+        return original
     if reason is not None:
         record.notes.warn(reason)
-        return fallback.compile_original(gm, inputs, record)
-    fallback.note_breaks(record)
-    if not fallback.worth_rewriting(gm):
-        return fallback.compile_original(gm, inputs, record)
-    arguments = tuple(not is_module_state(node) for node in placeholders(gm.graph))
-    numbers = tuple(scalar_inputs_to_tensors(gm, inputs))
-    captured = CapturedGraph(gm, arguments, numbers, record.partial, bool(record.breaks))
-    return _engine(captured, inputs, record, stages)
+    return fallback.compile_original(gm, inputs, record, original)
 
 
-def _engine(captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages) -> Engine:
+def _cached(
+    gm: fx.GraphModule, inputs: Sequence[Any], record: Record, stages: Stages, original: Original
+) -> Callable[..., Any]:
+    """The engine of a graph, called as Dynamo calls the graph."""
+    arguments = [not is_module_state(node) for node in placeholders(gm.graph)]
+    scalars = scalar_inputs_to_tensors(gm, inputs)
+    modules = own_modules(placeholders(gm.graph)) if not record.partial else None  # a part may serve many blocks
+    keep_with(record, modules or (), traced_wrapper())
+    forget_when_gone(modules or (), traced_code())
+    gm, kept = without_unused_numbers(gm, inputs)
+    numbers, constants = (tuple(new for new, old in enumerate(kept) if old in which) for which in scalars)
+    captured = CapturedGraph(
+        gm,
+        tuple(arguments[i] for i in kept),
+        numbers,
+        record.partial,
+        bool(record.breaks),
+        constants,
+        tuple(map(weakref.ref, modules or ())),
+    )
+    engine = _engine(captured, [inputs[i] for i in kept], record, stages, called_without(kept, inputs, original))
+    run = fallback.noticing_parts(engine, record) if engine.partial else engine
+    return run if len(kept) == len(inputs) else called_with(kept, run)
+
+
+def _engine(
+    captured: CapturedGraph, inputs: Sequence[Any], record: Record, stages: Stages, original: Callable[..., Any]
+) -> Engine:
     """The engine of this graph. Dynamo may trace an equal graph again, for example when inputs become inference
     tensors: that one gets the engine that exists, and with it the caches."""
-    engine = Engine(captured, inputs, record.config, record.notes, stages)
+    # A part of a model is called once in each call of the model, and counts the calls by itself.
+    bounds = bounds_of(record.config) if captured.in_parts else record.bounds
+    engine = Engine(captured, inputs, record.config, record.notes, stages, bounds, original)
+    engine.record = record  # it lives as long as what Dynamo calls
     known = next((other for other in record.engines if other.same_graph(engine)), None)
     if known is None:
         record.engines.append(engine)
@@ -131,7 +184,7 @@ def compile_graph(
         regions = sound_regions(module.graph, regions, config, inputs, notes)
     with notes.timed("plan"):
         plan = plan_steps(module.graph, regions, config)
-        plan = fallback.uncached_without_timestep(plan, captured, config, notes)
+        plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
         dump.regions("planned", module.graph, plan.regions)
     waits = why_experts_wait(regions, device, notes)
     return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
@@ -145,32 +198,26 @@ def compile_step(
     weights: Tensor,
     notes: Notes,
 ) -> StepFunction:
-    """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where any of it fails.
+    """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where Inductor's code
+    gives other values.
 
     Args:
         inputs, state, weights: an example call: inputs of the graph, cached tensors by name, and the forecast weights
             (2, K, K).
     """
     function = compiled.function(kind)
-    try:
-        with notes.timed("rewrite"):
-            traced = trace_step(function, inputs, state, weights)
-            compiled.dump.graph(
-                f"step {kind.name}", traced.graph, inputs=compiled.input_names(traced.state_names, inputs)
-            )
-        with notes.timed("lower"):
-            if compiled.recorded:
-                traced = write_in_place(traced, state)
-            # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
-            whole = not (kind.attention or kind.experts or kind.capacity)
-            step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
-        with notes.timed("validate"):
-            sound = same_step(compiled, kind, step, inputs, state, weights, notes)
-    except Exception as error:
-        _log.debug("compiling %s steps failed", kind.name, exc_info=True)
-        notes.warn(
-            f"{kind.name} steps could not be compiled ({first_line(error)}). They run op by op, which is slower. The "
-            "DEBUG log of moeca_compile has the traceback, and the option dump writes the graph"
-        )
+    if not compiled.regions.finite:  # nothing could be compared: a later call compiles
         return function
+    with notes.timed("rewrite"):
+        traced = trace_step(function, inputs, state, weights)
+        names = compiled.input_names(traced.state_names, inputs)
+        compiled.dump.graph(f"step {kind.name}", traced.graph, inputs=names)
+    with notes.timed("lower"):
+        if compiled.recorded:
+            traced = write_in_place(traced, state)
+        # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
+        whole = not (kind.attention or kind.experts or kind.capacity)
+        step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
+    with notes.timed("validate"):
+        sound = same_step(compiled, kind, step, inputs, state, weights, notes)
     return step if sound else function

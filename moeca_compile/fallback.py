@@ -18,12 +18,17 @@ from moeca_compile._torch_private import (
     in_decorated_function,
     missing,
     outermost_module,
+    subclass_among,
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
-from moeca_compile.ops.markers import MARKERS
+from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.match.timestep import find_times_of_tokens
+from moeca_compile.passes.rewrite.without_markers import markers
 from moeca_compile.plan import Plan
+from moeca_compile.runtime.engine import Engine
+from moeca_compile.runtime.original import Original
 from moeca_compile.runtime.record import Record
 
 _log = logging.getLogger(__name__)
@@ -40,6 +45,10 @@ MISSING = (
     "torch {0} has no {1}. The model runs as under plain torch.compile and nothing is cached, so sampling is no "
     "faster. Use a version of torch that docs/private-apis.md names"
 )
+SUBCLASS = (
+    "{0} is a {1}, and values of tensor subclasses cannot be cached. The model runs as under plain torch.compile, so "
+    "sampling is no faster. Quantize the model by modules of its own, or not at all"
+)
 BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
     "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
@@ -53,10 +62,32 @@ NO_TIMESTEP = (
     "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
     "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
 )
+TIMES_OF_TOKENS = (
+    "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
+    "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. "
+    "If all its tokens have the same time, pass the timestep with the shape (batch,)"
+)
+MODE = (
+    "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
+    "CUDA graphs by its own option cuda_graphs. Give options={{...}} in its place"
+)
+GIVEN_UP = (
+    "Dynamo runs the code around parts of the model as plain Python, so the model is compiled in parts and nothing "
+    "is cached. Most often another backend or training runs the same code between the calls of this model. Let it "
+    "run before or after a whole generation, not between its steps"
+)
+_MANY_STALE = 256
+"""After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
 
 
-def why_original(inputs: Sequence[Any], record: Record) -> str | None:
-    """Why a graph is left to torch.compile: gradients, training mode, or a name that this torch lacks; else None."""
+def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
+    """Why a graph is left to torch.compile; None where it is not.
+
+    Gradients, training mode, a weight that is no plain tensor, or a name that this torch lacks.
+    """
+    subclass = subclass_among(outermost_module(), gm, inputs)
+    if subclass is not None:
+        return SUBCLASS.format(*subclass)
     if missing():
         return MISSING.format(torch.__version__, ", ".join(missing()))
     module, callers = outermost_module(), calling_code()
@@ -70,15 +101,21 @@ def why_original(inputs: Sequence[Any], record: Record) -> str | None:
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
 
 
-def compile_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+def compile_original(
+    gm: fx.GraphModule, inputs: Sequence[Any], record: Record, original: Original
+) -> Callable[..., Any]:
     """The graph as plain torch.compile compiles it, or not compiled at all where `lowering` is "eager"."""
     record.untouched += 1
+    if markers(gm.graph):  # only `original` knows what to make of them
+        return original
     if record.config.lowering == "eager":
         return gm.forward
     return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
 
 
-def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: MoecaConfig, notes: Notes) -> Plan:
+def uncached_without_timestep(
+    plan: Plan, captured: CapturedGraph, graph: fx.Graph, config: MoecaConfig, notes: Notes
+) -> Plan:
     """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
     if not config.policy.caches:
         return plan
@@ -91,7 +128,9 @@ def uncached_without_timestep(plan: Plan, captured: CapturedGraph, config: Moeca
     if plan.regions.timesteps:
         return plan
     if not captured.partial:  # the warning about the graph break explains it already
-        notes.warn(NO_TIMESTEP)
+        times = find_times_of_tokens(captured.argument_nodes(graph))
+        shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
+        notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
     return replace(plan, replacements=(), capacities=(0,))
 
 
@@ -102,7 +141,7 @@ def note_breaks(record: Record) -> None:
     Plain torch.compile, calls with gradients and calls in training mode all break at MoE dispatch. So make Dynamo try
     each caller once more. Where it then captures the whole model, the engines of the parts are dropped.
     """
-    broken, callers = graph_break(), set(calling_code())
+    broken, callers = graph_break(), calling_code()
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
@@ -111,17 +150,35 @@ def note_breaks(record: Record) -> None:
             record.notes.warn(BREAK.format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
-        record.untouched, record.breaks = 0, []
-    for code in callers - record.tried_again:
-        record.tried_again.add(code)
-        forget_code(code)
+        record.untouched, record.breaks, record.stale_calls = 0, [], 0
+    for code in callers:
+        if id(code) not in record.tried_again:
+            record.tried_again[id(code)] = code  # held, so that no other code gets its id
+            forget_code(code)
+
+
+def noticing_parts(engine: Engine, record: Record) -> Callable[..., Any]:
+    """The engine of a part of a model, which notices when it is called although the model itself breaks no graph.
+
+    Then Dynamo gave the model up: another backend, training or another model of the class compiled the same code
+    meanwhile. So make it look again. Where that other user comes back before every call it is of no use, and is done
+    ever more seldom.
+    """
+
+    def call(*inputs: Any) -> Any:
+        if not record.breaks:
+            record.stale_calls += 1
+            if record.stale_calls.bit_count() == 1:  # 1, 2, 4, 8, ...
+                for code in record.tried_again.values():
+                    forget_code(code)
+            if record.stale_calls == _MANY_STALE:
+                record.notes.warn(GIVEN_UP)
+        return engine(*inputs)
+
+    return call
 
 
 def worth_rewriting(gm: fx.GraphModule) -> bool:
     """Whether the graph contains an MoE layer or an attention."""
-    wanted = (
-        *MARKERS,
-        *(marker.overloadpacket for marker in MARKERS),
-        torch.nn.functional.scaled_dot_product_attention,
-    )
-    return any(node.target in wanted for node in gm.graph.nodes)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return bool(markers(gm.graph)) or any(node.target is attention for node in gm.graph.nodes)

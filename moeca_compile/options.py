@@ -297,6 +297,13 @@ class Options:
         STATE,
         """How many (generation, stream) caches exist at a time; the least recently used one is evicted first.""",
     )
+    max_shapes: int = setting(
+        8,
+        whole(1),
+        STATE,
+        """How many sets of input shapes stay compiled, each with graphs and caches of its own; the least recently
+        used one is dropped first.""",
+    )
     max_cache_bytes: int | str | None = setting(
         "auto",
         cache_bytes,
@@ -312,6 +319,13 @@ class Options:
         """Where the caches of one stream are larger than max_cache_bytes, take what fits: first the same caches in
         bfloat16 (unless cache_dtype is set), then a recipe that caches less; a warning says which. False runs the
         model uncached then.""",
+    )
+    check_inputs: bool = setting(
+        True,
+        flag,
+        STATE,
+        """Compare the picture of each call with that of the step before: another picture's caches are never read,
+        whatever the order, the threads and the timesteps of calls say.""",
     )
     cache_dtype: torch.dtype | None = setting(  # noqa: RUF009
         None,

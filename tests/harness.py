@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,10 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.policies.forecast import weights_after_one
-from moeca_compile.runtime.engine import MOST_SHAPES, Engine, Stages
+from moeca_compile.reporting.report import Report
+from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.streams import bounds_of
 
 
 @dataclass
@@ -75,11 +78,11 @@ class Captured:
     inputs: list[Any]
     user_inputs: list[bool]
 
-    def engine(self, most_shapes: int = MOST_SHAPES, **options: Any) -> Engine:
+    def engine(self, **options: Any) -> Engine:
         """The real engine under these options."""
         config = MoecaConfig.from_options({**how.options, **options})
         captured = CapturedGraph(self.gm, tuple(self.user_inputs))
-        return Engine(captured, self.inputs, config, Notes(), how.stages, most_shapes)
+        return Engine(captured, self.inputs, config, Notes(), how.stages, bounds_of(config))
 
     def loop(self, **options: Any) -> StepLoop:
         """The engine's step loop for these inputs: the matched graph and its plan."""
@@ -143,6 +146,11 @@ def outputs(gm: fx.GraphModule) -> list[fx.Node]:
 def ops(gm: fx.GraphModule) -> Counter[str]:
     """How often each op stands in the graph, by its name without namespace and overload."""
     return Counter(_packet(n.target).__name__ for n in gm.graph.nodes if n.op == "call_function")
+
+
+def own_warnings(report: Report) -> list[str]:
+    """Those of the model. A report also has what capture refused, anywhere in the process."""
+    return [text for text in report.warnings if re.match(r"\S+:\d+ ", text) is None]
 
 
 def calls_of(function: Callable[[], object]) -> int:

@@ -76,7 +76,7 @@ def test_where_nothing_fits_the_model_runs_uncached_and_the_warning_has_the_figu
     found = engine(*graph.arguments(x=x, t=torch.ones(len(x)), y=y))
     (loop,) = engine.loops.values()
     torch.testing.assert_close(found[0], model(x, torch.ones(len(x)), y), atol=1e-5, rtol=0)
-    assert not loop.compiled.caching and loop.sessions.nbytes == 0
+    assert not loop.compiled.caching and loop.streams.nbytes == 0
     for part in ("(1 B)", "runs uncached", "'stack'", "Raise max_cache_bytes"):
         assert part in warned(loop)
 
@@ -92,11 +92,11 @@ def test_what_is_picked_is_validated_and_runs(graph, model, eager_steps):
     engine = graph.engine(recipe="moeca", max_cache_bytes=limit, full_every=2)
     x, y = make_inputs(model)
     for number in range(4):
-        engine(*graph.arguments(x=x, t=torch.full((len(x),), 1 - number / 8), y=y))
+        engine(*graph.arguments(x=x * (1 - number / 8), t=torch.full((len(x),), 1 - number / 8), y=y))
     (loop,) = engine.loops.values()
     assert set(loop.notes.errors) >= {"rewritten", "reused"}
     assert {kind.name: tally.steps for kind, tally in loop.tallies.items()} == {"full": 2, "cache": 2}
-    assert loop.sessions.nbytes <= limit
+    assert loop.streams.nbytes <= limit
 
 
 @pytest.mark.parametrize("free, caching", [(1 << 30, True), (100, False)])
@@ -111,7 +111,7 @@ def test_where_free_memory_is_not_known_there_is_no_limit(graph, monkeypatch):
     monkeypatch.setattr(fit, "free_bytes", lambda device: None)
     loop = graph.loop(validate=False, recipe="fora", coarser_caches=False)
     assert loop.compiled.caching
-    assert loop.sessions.most_streams == loop.compiled.config.max_generations
+    assert loop.streams.bounds.most_streams == loop.compiled.config.max_generations
 
 
 def test_free_memory_is_what_linux_and_the_container_leave(monkeypatch, tmp_path):

@@ -120,8 +120,9 @@ def test_the_parts_are_saved_apart(graph):
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast"])
 def test_bytes_are_those_of_the_tensors(graph, recipe):
     loop = graph.loop(validate=False, recipe=recipe)
-    loop.sessions.enter((1.0,)).stream.state.prepare()
-    assert loop.compiled.plan.nbytes == loop.sessions.nbytes > 0
+    _, stream, _ = loop.enter(graph.inputs)
+    stream.state.prepare()
+    assert loop.compiled.plan.nbytes == loop.streams.nbytes > 0
 
 
 def test_bytes_by_hand(graph):

@@ -17,7 +17,16 @@ from torch import nn
 
 import moeca_compile
 from moeca_compile import _torch_private as private
-from moeca_compile._torch_private import backends, frames, graphs, kernels, lookup, tracing
+from moeca_compile._torch_private import (
+    backends,
+    frames,
+    graphs,
+    kernels,
+    lookup,
+    one_at_a_time,
+    tracing,
+    wrapped_backend,
+)
 from moeca_compile._torch_private.lookup import Private
 from moeca_compile.config import MoecaConfig
 from moeca_compile.runtime.record import record_for
@@ -186,6 +195,28 @@ def test_only_required_names_count_as_missing(hide):
     assert lookup.missing() == ("torch._functorch.aot_autograd.aot_export_module",)
 
 
+def test_without_dynamos_lock_one_of_ours_is_held_and_without_its_flag_none_is_set(hide):
+    for names in ((), (one_at_a_time._LOCK,), (one_at_a_time._FLAG,)):
+        hide(*names)
+        with private.compiling(), private.compiling():
+            assert torch.compiler.is_compiling() is (one_at_a_time._FLAG not in names)
+        assert not torch.compiler.is_compiling()
+
+
+def test_a_backend_that_calls_ours_is_not_traced_anew_where_dynamo_has_no_word_for_it(hide):
+    hide(wrapped_backend._PASSED_ON)
+    seen: list[bool] = []
+
+    def backend(gm, inputs):
+        private.trace_anew_for_ours()
+        seen.append(private.calls_ours())
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(2))
+    assert seen == [False]
+
+
 def test_copies_and_zeros_without_foreach(hide):
     hide(kernels._COPY, kernels._ZERO)
     sources = [torch.randn(3, 4), torch.randn(4, 3).t(), torch.arange(3.0)]
@@ -313,7 +344,7 @@ def test_callers_that_run_as_plain_python_are_known_by_the_wrapper_around_them()
         return x
 
     torch.compile(compile_wrapper, backend=backend)(torch.ones(2))
-    assert seen == [["backend", "compile_wrapper"]]
+    assert seen == [["compile_wrapper"]]
 
 
 def test_the_object_under_trace_is_found_by_its_id_whatever_torch_calls_it(hide):

@@ -13,7 +13,13 @@ that gives the same numbers. docs/private-apis.md has them all, with the gain of
 from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
-from moeca_compile._torch_private.frames import calling_code, forget_code, in_decorated_function, outermost_module
+from moeca_compile._torch_private.frames import (
+    calling_code,
+    dynamo_is_running,
+    forget_code,
+    in_decorated_function,
+    outermost_module,
+)
 from moeca_compile._torch_private.graphs import (
     compile_cpp,
     compile_graph,
@@ -35,30 +41,40 @@ from moeca_compile._torch_private.kernels import (
     zero_all,
 )
 from moeca_compile._torch_private.lookup import missing
-from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks
+from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks, version_of
+from moeca_compile._torch_private.one_at_a_time import compiling
+from moeca_compile._torch_private.own_modules import own_modules
+from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
+    hand_over_whole,
     numeric_modes,
     root_module,
     traced_anew,
+    traced_code,
     traced_self,
     traced_wrapper,
     tracing_backend,
     wrapper_of,
 )
+from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_for_ours
 
 __all__ = [
     "add_backend",
     "calling_code",
+    "calls_ours",
     "compile_cpp",
     "compile_graph",
     "compiled_module",
+    "compiling",
     "copy_all",
+    "dynamo_is_running",
     "export_functional",
     "fake_mode_of",
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
+    "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
     "has_static_value",
@@ -72,15 +88,21 @@ __all__ = [
     "on_every_compile_start",
     "onednn_linear",
     "outermost_module",
+    "own_modules",
     "root_module",
     "schema_of",
+    "subclass_among",
+    "subclass_weight",
     "tensor_of_number",
     "tensors_of_others",
+    "trace_anew_for_ours",
     "trace_to_graph",
     "traced_anew",
+    "traced_code",
     "traced_self",
     "traced_wrapper",
     "tracing_backend",
+    "version_of",
     "wrapper_of",
     "zero_all",
 ]

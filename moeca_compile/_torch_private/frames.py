@@ -16,6 +16,7 @@ from torch import nn
 from moeca_compile._torch_private.lookup import Private
 from moeca_compile._torch_private.tracing import first_argument, root_module
 
+_DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "convert_frame.py")
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 _CONTEXT = Private(
@@ -46,6 +47,8 @@ def _calling_frames() -> list[FrameType]:
     frame = sys._getframe().f_back
     while frame is not None and _place(frame.f_code) not in wrappers:
         found.append(frame)
+        if frame.f_code.co_filename == _DYNAMO:
+            found.clear()  # up to here it is Dynamo and the backend that it called, which may be the user's
         frame = frame.f_back
     return found if frame is not None else []
 
@@ -72,6 +75,18 @@ def outermost_module() -> nn.Module | None:
         if isinstance(value, nn.Module):
             return value
     return root_module()
+
+
+def dynamo_is_running() -> bool:
+    """Whether any thread is in a compiled function or compiles one. Code must not be forgotten then."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "")
+    for frame in sys._current_frames().values():
+        each: FrameType | None = frame
+        while each is not None:
+            if each.f_code.co_filename.startswith(folder):
+                return True
+            each = each.f_back
+    return False
 
 
 def forget_code(code: CodeType) -> None:

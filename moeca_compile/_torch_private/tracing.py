@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def tracing_backend() -> Iterator[Any]:
     return _unwrapped(getattr(_output(), "compiler_fn", None))
 
 
+def hand_over_whole() -> None:
+    """Have Dynamo hand over the graph as one, which DDP's backend would split to send gradients early.
+
+    For graphs without gradients. A split may fall between a marker op and the expert's body before it.
+    """
+    splitting = getattr(getattr(_output(), "compiler_fn", None), "__self__", None)
+    whole = getattr(splitting, "backend_compile_fn", None)
+    if whole is not None:
+        _output().compiler_fn = whole
+
+
 def traced_wrapper() -> Any:
     """The object that `torch.compile` made for this compilation, which lives as long as the compiled model.
 
@@ -41,8 +53,19 @@ def traced_wrapper() -> Any:
 
 
 def wrapper_of(compiled: Any) -> Any:
-    """The same object, from what `torch.compile(model)` returned; None for anything else."""
-    return _made_by_torch_compile(_unwrapped(getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)))
+    """The same object, from what `torch.compile` of a module or function returned; None for anything else."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    callback = getattr(context, "callback", None) if context is not None else _callback_within(compiled)
+    return _made_by_torch_compile(_unwrapped(callback))
+
+
+def _callback_within(compiled: Any) -> Any:
+    """The callback of a compiled function, which is a variable of the function around it; else None."""
+    cells = getattr(compiled, "__closure__", None)
+    if not hasattr(compiled, "_torchdynamo_orig_callable") or not cells:
+        return None
+    names = compiled.__code__.co_freevars
+    return next((cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "callback"), None)
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:
@@ -89,6 +112,12 @@ def root_module() -> nn.Module | None:
     return value if isinstance(value, nn.Module) else None
 
 
+def traced_code() -> CodeType | None:
+    """The code of the function that Dynamo is compiling."""
+    code = getattr(getattr(_output(), "root_tx", None), "f_code", None)
+    return code if isinstance(code, CodeType) else None
+
+
 def traced_self(identity: int) -> Any:
     """The object of this id() that is `self` in the function that Dynamo is tracing.
 
@@ -102,6 +131,12 @@ def traced_self(identity: int) -> Any:
     except (AttributeError, KeyError):
         pass
     return next(each for each in gc.get_objects() if id(each) == identity)
+
+
+def traced_scope() -> dict[str, Any]:
+    """The variables of the function that Dynamo is tracing, by the names that its sources have for them."""
+    output = _output()
+    return {"L": output.local_scope, "G": output.global_scope}
 
 
 def first_argument(code: Any, values: Any) -> Any:

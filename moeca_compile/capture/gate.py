@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from moeca_compile._torch_private import missing, tracing_backend
+from moeca_compile._torch_private import (
+    calls_ours,
+    hand_over_whole,
+    missing,
+    outermost_module,
+    subclass_weight,
+    tracing_backend,
+)
 
 
 @torch.compiler.assume_constant_result
 def tracing_for_moeca() -> bool:
-    """While Dynamo traces: whether it does so for a backend of ours, one with `_moeca_backend = True`.
+    """While Dynamo traces: whether it does so for a backend of ours (`_moeca_backend = True`) or one that calls ours.
 
     Dynamo runs this at trace time and takes the answer for a constant; its caches are kept per backend. Never where
-    torch lacks what the backend needs: it could make nothing of the markers then.
+    the backend leaves the model to torch.compile, because torch lacks what it needs or a weight is no plain tensor.
     """
     ours = any(getattr(backend, "_moeca_backend", False) is True for backend in tracing_backend())
-    return ours and not missing()
+    if not (ours or calls_ours()) or missing() or subclass_weight(outermost_module()) is not None:
+        return False
+    hand_over_whole()
+    return True

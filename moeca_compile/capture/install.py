@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -35,10 +36,12 @@ from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.source import Method, innermost, read_method
 from moeca_compile.capture.trust import vouch
+from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
+UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
 _ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wraps
 
 
@@ -61,10 +64,19 @@ def uninstall() -> None:
 def wrap_new_classes(*_: Any) -> None:
     """Wrap the MoE dispatch of the classes that have come since the last time."""
     with _lock:
-        for owner in _subclasses(nn.Module):
-            if id(owner) not in _seen:
-                _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
-                _wrap_methods(owner)
+        try:
+            for owner in _subclasses(nn.Module):
+                if id(owner) not in _seen:
+                    _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
+                    _wrap_methods(owner)
+        except Exception as error:  # this is called in each compilation of the process, for whatever backend
+            _log.debug("looking through the classes failed", exc_info=True)
+            _warn_once(UNREAD.format(first_line(error)))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"moeca: {text}", stacklevel=3)
 
 
 def _forget(number: int, _: ref[type]) -> None:
@@ -159,6 +171,9 @@ def _with_equivalent(
                 continue
             except UntrustedError as reason:
                 reasons.append(str(reason))
+            except Exception as error:
+                _log.debug("%s: checking %s failed", method.where, method.name, exc_info=True)
+                reasons.append(f"checking it failed ({first_line(error)})")
         if reasons:
             advice = "Write it so that this no longer holds, or add an idiom (docs/extending/idiom.md)."
             refuse(Refusal(method.where, method.name, reasons[0]), advice)

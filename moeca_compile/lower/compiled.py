@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -27,8 +29,11 @@ class CapturedGraph:
         gm: the graph.
         arguments: for each placeholder, whether it is an argument of the model; the others are its weights.
         numbers: positions of inputs that are Python numbers; they are passed on as 0-dim tensors.
+        constants: positions of inputs that are 0-dim tensors; they are passed on as Python numbers.
         partial: whether plain Python code calls this graph, because a function that contains it broke the graph.
         broken: whether there is a graph break anywhere in the model.
+        modules: where Dynamo calls the graph for certain modules alone, these; else empty, and one graph may serve
+            several models.
     """
 
     gm: fx.GraphModule
@@ -36,6 +41,8 @@ class CapturedGraph:
     numbers: tuple[int, ...] = ()
     partial: bool = False
     broken: bool = False
+    constants: tuple[int, ...] = ()
+    modules: tuple[ref[nn.Module], ...] = ()
 
     @property
     def in_parts(self) -> bool:
@@ -98,6 +105,17 @@ class CompiledGraph:
         return placeholders(self.graph)
 
     @cached_property
+    def proven(self) -> bool:
+        """Whether validation compared all that it should."""
+        return self.regions.proven
+
+    @cached_property
+    def tensor_arguments(self) -> list[int]:
+        """The positions of the model's arguments that are tensors."""
+        given = zip(self.placeholders, self.captured.arguments, strict=True)
+        return [i for i, (node, user) in enumerate(given) if user and isinstance(node.meta.get("val"), Tensor)]
+
+    @cached_property
     def mutated(self) -> tuple[int, ...]:
         """The positions of the inputs that the model changes in place; their new values are its first outputs."""
         positions: tuple[int, ...] = self.module.meta["mutated_inputs"]
@@ -108,6 +126,37 @@ class CompiledGraph:
         """The positions of the inputs that may be the timestep."""
         position = {node: i for i, node in enumerate(self.placeholders)}
         return [position[node] for node in self.regions.timesteps]
+
+    @cached_property
+    def picture(self) -> int | None:
+        """The position of the input that a sampler changes from step to step; None if there is no such input.
+
+        The residual streams begin with it. Where other arguments lead there too (a text that is joined with it), it
+        is the one whose samples have the form of an output, or else the largest.
+        """
+        starts = [start for start, _ in self.regions.stacks]
+        arguments = self._arguments & ancestors(starts)
+        shapes = {node: shape_of(node) for node in arguments if node.meta["val"].is_floating_point()}
+        *_, returned = self.graph.nodes
+        outputs = [shape_of(node) for node in returned.all_input_nodes]
+
+        def like_an_output(shape: tuple[int, ...]) -> bool:
+            return any(shape[:1] == other[:1] and shape[-2:] == other[-2:] for other in outputs)
+
+        many = {node: shape for node, shape in shapes.items() if len(shape) > 1}
+        found = max(many, key=lambda node: (like_an_output(many[node]), prod(many[node])), default=None)
+        return None if found is None else self.placeholders.index(found)
+
+    @cached_property
+    def told_by(self) -> dict[str, int]:
+        """The arguments that tell streams and requests apart: all but the timestep and the picture, by name."""
+        others = {*self.timesteps, self.picture}
+        names, own = self.captured.names, self._arguments
+        return {names[i]: i for i, node in enumerate(self.placeholders) if node in own and i not in others}
+
+    @property
+    def _arguments(self) -> set[fx.Node]:
+        return self.captured.argument_nodes(self.graph)
 
     def input_names(self, state_names: Sequence[str], inputs: Sequence[Any]) -> list[str]:
         """Names of a traced step's inputs: tensor inputs of the model, caches, forecast weights."""

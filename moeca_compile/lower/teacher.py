@@ -43,6 +43,8 @@ class Teacher:
         self.graph, self.regions, self.inputs, self.weights = graph, regions, inputs, weights
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
+        self.watched: Mapping[fx.Node, Callable[[Teacher, Any], None]] = {}
+        """Called with this and the model's value of other nodes, in graph order too."""
         self.computes: dict[fx.Node, Compute] = {}
         self.step = self._step(StepKind(), {}, self.computes)
         self.values = self.step.values
@@ -59,6 +61,8 @@ class Teacher:
 
     def _computed(self, node: fx.Node) -> None:
         """Check the value of a replaced node. What the check computes once more is dropped again."""
+        if node in self.watched:
+            self.watched[node](self, self.values[node])
         if node in self.replacements:
             known = set(self.values.values)
             self.check(self, self.replacements[node], self.values[node])

@@ -27,7 +27,7 @@ from moeca_compile.lower.random_state import undisturbed
 from moeca_compile.lower.rounding import Trial, ValidationError, allowed_error, compare
 from moeca_compile.lower.teacher import Teacher
 from moeca_compile.notes import Notes
-from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
+from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions, Residual
 from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
@@ -40,6 +40,18 @@ from moeca_compile.text import first_line
 _log = logging.getLogger(__name__)
 
 Region = Attention | Experts | FeedForward
+NOT_FINITE = "the model's first outputs were not finite, so the rewrite could not be validated yet"
+CONSTANT = (
+    "on the inputs for validation {0} had the same value for all tokens, as with gates or projections that are zero. "
+    "So nothing shows whether caching is right there. It is validated once the weights have changed: load them "
+    "before the first call"
+)
+
+
+class NotFiniteError(RuntimeError):
+    """The model's outputs have infinities or NaNs, which no comparison can tell from a fault."""
+
+
 Faults = dict[Region | None, str]
 """What is wrong, by region; under None what belongs to no region alone."""
 
@@ -50,17 +62,25 @@ def sound_regions(
     """Validate the rewrite on these inputs; regions whose rewrite is wrong move to `skipped`, with the reason."""
     if not config.validate:
         return regions
-    left = regions
-    while faults := _faults(graph, left, config, inputs, notes):
-        if None in faults or not left.parts:
-            return _nothing_cached(regions, faults, notes)
-        left = left.without(_first(faults))
+    left, constant = regions, dict[str, None]()
+    try:
+        while faults := _faults(graph, left, config, inputs, notes, constant):
+            if None in faults or not left.parts:
+                return _nothing_cached(regions, faults, notes)
+            left = left.without(_first(faults))
+    except NotFiniteError:
+        return replace(regions.without(dict.fromkeys(regions.parts, NOT_FINITE)), residuals=(), finite=False)
     for skipped in left.skipped[len(regions.skipped) :]:
         notes.warn(
             f"the rewrite of {skipped.kind} {skipped.name} failed validation ({skipped.reason}). It is not cached "
             "and runs at every step. docs/debugging.md helps find the cause"
         )
-    return left
+    gone = {skipped.name for skipped in left.skipped}
+    unproven = tuple(name for name in constant if name not in gone)
+    if unproven:
+        more = f" and {len(unproven) - 3} more" if len(unproven) > 3 else ""
+        notes.warn(CONSTANT.format(", ".join(unproven[:3]) + more))
+    return replace(left, unproven=unproven)
 
 
 def _first(faults: Faults) -> dict[Region, str]:
@@ -84,10 +104,20 @@ def _nothing_cached(regions: Regions, faults: Faults, notes: Notes) -> Regions:
 # --- the rewrite ---------------------------------------------------------------------------------------------------
 
 
-def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequence[Any], notes: Notes) -> Faults:
+def _faults(
+    graph: fx.Graph,
+    regions: Regions,
+    config: MoecaConfig,
+    inputs: Sequence[Any],
+    notes: Notes,
+    constant: dict[str, None],
+) -> Faults:
     """Compare the rewritten steps with the model: a full step, and cache steps right after it on its inputs.
 
-    Such cache steps must give the model's values whether they recompute all tokens, half of them, or none.
+    Such cache steps must give the model's values whether they recompute all tokens, half of them, or none. Names of
+    what has the same value for all tokens are added to `constant`.
+
+    Raises NotFiniteError where the model's outputs are not finite.
     """
     replacements = replacements_of(config, regions)
     if regions.main is None or not replacements:
@@ -99,14 +129,34 @@ def _faults(graph: fx.Graph, regions: Regions, config: MoecaConfig, inputs: Sequ
             caches, weights = Caches(specs, device), weights_after_one(device)
             with undisturbed(device):
                 full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
+            if not all_finite(full.outputs):
+                _raise_unless_finite(graph, regions, inputs, Caches((), device), weights)
             caches.store(full.updates)
-            check = _Check(regions, config, notes, caches)
+            check = _Check(regions, config, notes, caches, constant)
             teacher = Teacher(graph, regions, replacements, inputs, weights, check)
             return check.faults(teacher, full.outputs)
+        except NotFiniteError:
+            raise
         except Exception as error:
             _log.debug("the rewrite of %s failed", [part.name for part in regions.parts], exc_info=True)
             reason = first_line(error)
     return _faults_alone(graph, regions, config, inputs, notes) or {None: reason}
+
+
+def all_finite(values: Iterable[Any]) -> bool:
+    """Whether no tensor among these has infinities or NaNs. On an accelerator the host waits for the device."""
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _raise_unless_finite(
+    graph: fx.Graph, regions: Regions, inputs: Sequence[Any], caches: Caches, weights: Tensor
+) -> None:
+    """Ask the unchanged model: a rewrite that is wrong may give a NaN as well."""
+    with undisturbed(weights.device):
+        outputs = step_function(graph, regions, (), StepKind())(inputs, caches, weights).outputs
+    if not all_finite(outputs):
+        raise NotFiniteError(NOT_FINITE)
 
 
 def _faults_alone(
@@ -115,23 +165,31 @@ def _faults_alone(
     """The faults of regions that cannot be cached even where no other region is."""
     if len(regions.parts) < 2:
         return {}
-    alone = {part: _faults(graph, regions.only([part]), config, inputs, notes) for part in regions.parts}
+    alone = {part: _faults(graph, regions.only([part]), config, inputs, notes, {}) for part in regions.parts}
     return {part: next(iter(faults.values())) for part, faults in alone.items() if faults}
 
 
 class _Check:
     """Compares what replaces values of the model with these values, one by one."""
 
-    def __init__(self, regions: Regions, config: MoecaConfig, notes: Notes, caches: Caches) -> None:
+    def __init__(
+        self, regions: Regions, config: MoecaConfig, notes: Notes, caches: Caches, constant: dict[str, None]
+    ) -> None:
         self.regions, self.config, self.notes, self.caches = regions, config, notes, caches
+        self.constant = constant
+        self.names = {node: region.name for node, region in _region_of(regions).items()}
+        self.names |= {layer.residual.output: layer.name for layer in regions.experts}
         self.region_of, self.found = _region_of(regions), Faults()
         self.steps: list[tuple[str, Step]] = []
 
     def faults(self, teacher: Teacher, full: Sequence[Any]) -> Faults:
         """What is wrong with the replaced values, or with the outputs of the `full` step."""
         self.steps, device = self._cache_steps(teacher), self.caches.device
+        teacher.watched = {residual.add: partial(self._see_sum, residual) for residual in self.regions.residuals}
         with undisturbed(device):
             wanted = teacher.outputs()
+        if not any(map(_varies, wanted)):
+            self.constant["the model's output"] = None
         if not self.found:
             self._compare("rewritten", full, wanted, (), undisturbed(device)(teacher.noisy_outputs))
         return self.found
@@ -140,6 +198,8 @@ class _Check:
         """Compare what replaces a value, by each cache step."""
         dtypes = [spec.dtype for spec in replacement.specs]
         try:
+            if _is_constant(wanted) or _is_change_constant(wanted, teacher.step[replacement.source]):
+                self.constant[self.names.get(replacement.node, replacement.specs[0].name)] = None
             for name, step in self.steps:
                 self._compare(name, [replacement.reuse(step)], [wanted], dtypes, teacher.noisy(replacement))
         except Exception as error:  # whatever a rewrite raises, the model itself still runs
@@ -148,6 +208,11 @@ class _Check:
         for spec in replacement.specs:  # nothing reads them any more
             for _, step in self.steps:
                 step.updates.pop(spec.name, None)
+
+    def _see_sum(self, residual: Residual, teacher: Teacher, value: Any) -> None:
+        """A residual branch that is added to the stream, after its gate."""
+        if _is_change_constant(value, teacher.step[residual.stream]):
+            self.constant[self.names.get(residual.output, residual.output.name)] = None
 
     def _cache_steps(self, teacher: Teacher) -> list[tuple[str, Step]]:
         """Cache steps on the inputs of the full step, with the name of the check."""
@@ -167,6 +232,25 @@ class _Check:
     ) -> None:
         used = {*dtypes, *self.regions.token_dtypes}
         same_values(check, found, wanted, used, self.config, self.notes, trial)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value (..., tokens, features) is the same for all tokens."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point() or not value.numel():
+        return False
+    first = value[..., :1, :]
+    return bool((value == first).all()) and (value.shape[-2] > 1 or not first.any())
+
+
+def _varies(output: Any) -> bool:
+    """Whether an output of the model has different values."""
+    return isinstance(output, Tensor) and bool((output != output.reshape(-1)[:1]).any())
+
+
+def _is_change_constant(value: Any, before: Any) -> bool:
+    """Whether a stream is what it was before, or all its tokens have changed by the same."""
+    both = isinstance(value, Tensor) and isinstance(before, Tensor) and value.shape == before.shape
+    return both and _is_constant(value - before)
 
 
 def _region_of(regions: Regions) -> dict[fx.Node, Region]:

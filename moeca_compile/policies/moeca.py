@@ -106,9 +106,18 @@ def ignored(options: Options) -> Mapping[str, str]:
     if options.budget == 0:
         unranked = ("lambda1", "lambda2", "score", "score_weights")
         found |= dict.fromkeys(unranked, "with a budget of 0 nothing is ranked, so it has no effect")
+        found |= _ignored_without_recomputed_branches(options)
     if options.score == "drift":
         found |= dict.fromkeys(("lambda1", "lambda2"), "the score is the drift alone, so it has no effect")
     return found
+
+
+def _ignored_without_recomputed_branches(options: Options) -> Mapping[str, str]:
+    """Where no token is chosen for its branches. keys_values="all" still saves the memory of keys and values."""
+    reason = "with a budget of 0 no token is chosen, so it has no effect"
+    values = {"mask_source": options.mask_source, "keys_values": options.keys_values, "shared": options.shared}
+    without_effect = {"mask_source": ("previous",), "keys_values": ("none",), "shared": ("any",)}
+    return {name: reason for name, value in values.items() if value in without_effect[name]}
 
 
 POLICY = Policy(

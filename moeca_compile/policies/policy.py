@@ -10,12 +10,12 @@ from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 
-ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump"})
+ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump", "max_shapes"})
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS
     | {"full_every", "full_steps", "forecast"}
-    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches"}
+    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
 """Options that every recipe with caches uses."""
 

@@ -11,12 +11,14 @@ from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
-from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
+from moeca_compile.runtime.tallies import Counted
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
+UNPROVEN = "not validated yet: on the first inputs its values were constant; see the warnings"
 AT_EVERY_STEP = "the recipe runs it at every step"
 
 
@@ -24,31 +26,32 @@ def report(model: Any) -> Report:
     """What was found, cached, spent and saved so far.
 
     Args:
-        model: what `torch.compile(module, backend="moeca")` returned, or a module compiled in place by
-            `module.compile(backend="moeca")`.
+        model: what `torch.compile(model, backend="moeca")` returned for a module, a function or a method, or a module
+            compiled in place by `module.compile(backend="moeca")`.
 
     Never runs anything. Raises TypeError for a model that is not compiled.
     """
     record = _record(model)
     if record is None:
-        return Report(warnings=_refusals())
+        return Report(warnings=(*methods_past_the_compiled(compiled_module(model)), *_refusals()))
     loops = [loop for engine in record.engines for loop in engine.loops.values()]
     notes, last = record.notes, loops[-1].compiled if loops else None
-    counts, cache_steps = _counts(loops)
+    counted = [each for engine in record.engines for each in engine.counted()]
+    counts, cache_steps = _counts(counted)
     return Report(
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
         regions=tuple(_regions(last)) if last else (),
-        cache_bytes=sum(loop.sessions.nbytes for loop in loops),
+        cache_bytes=sum(loop.streams.nbytes for loop in loops),
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
         **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
         compile_seconds=dict(notes.seconds),
         pass_matches=dict(notes.matches),
-        steps=_steps(loops),
+        steps=_steps(counted),
         match_ratio=_ratio(counts["matched"], counts["branches"]),
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
-        flops=_flops(loops),
+        flops=_flops(counted),
         validation_errors=dict(notes.errors),
         warnings=(*notes.warnings, *_refusals()),
         device=str(last.device) if last else None,
@@ -84,7 +87,12 @@ def _regions(compiled: CompiledGraph) -> list[Region]:
     regions, replaced = compiled.regions, compiled.plan.replaced
     idle = AT_EVERY_STEP if compiled.caching else _why_idle(compiled)
 
+    unproven, names = set(regions.unproven), {part.name for part in regions.parts}
+    if unproven - names:  # the changes of blocks, which have no names: all that is in them
+        unproven |= names
+
     def region(kind: str, name: str, node: fx.Node, how: str = "") -> Region:
+        how = UNPROVEN if name in unproven else how
         return Region(kind, name, "cached", how) if node in replaced else Region(kind, name, "skipped", idle)
 
     found = [region("attention", a.name, a.residual.output) for a in regions.attentions]
@@ -106,10 +114,10 @@ def _why_idle(compiled: CompiledGraph) -> str:
     return "see the warnings"
 
 
-def _counts(loops: list[StepLoop]) -> tuple[dict[str, float], int]:
+def _counts(counted: list[Counted]) -> tuple[dict[str, float], int]:
     """The counters of all cache steps, summed over layers, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
-    for tally in (tally for loop in loops for kind, tally in loop.tallies.items() if not kind.full):
+    for tally in (tally for each in counted for kind, tally in each.tallies.items() if not kind.full):
         steps += tally.steps
         if tally.counts is not None:
             for name, value in zip(COUNTERS, tally.counts.sum(0).tolist(), strict=True):
@@ -117,10 +125,10 @@ def _counts(loops: list[StepLoop]) -> tuple[dict[str, float], int]:
     return counts, steps
 
 
-def _steps(loops: list[StepLoop]) -> dict[str, int]:
+def _steps(counted: list[Counted]) -> dict[str, int]:
     """Number of steps by kind."""
     steps: dict[str, int] = {}
-    for kind, tally in ((kind, tally) for loop in loops for kind, tally in loop.tallies.items()):
+    for kind, tally in ((kind, tally) for each in counted for kind, tally in each.tallies.items()):
         steps[kind.name] = steps.get(kind.name, 0) + tally.steps
     return steps
 
@@ -129,11 +137,11 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _flops(loops: list[StepLoop]) -> Flops | None:
-    tallies = [(loop, kind, tally.steps) for loop in loops for kind, tally in loop.tallies.items()]
+def _flops(counted: list[Counted]) -> Flops | None:
+    tallies = [(each.flops, kind, tally.steps) for each in counted for kind, tally in each.tallies.items()]
     calls = sum(steps for _, _, steps in tallies)
-    full = sum(steps * loop.flops(StepKind()) for loop, _, steps in tallies)
-    spent = sum(steps * loop.flops(kind) for loop, kind, steps in tallies)
+    full = sum(steps * flops[StepKind()] for flops, _, steps in tallies)
+    spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.plan import Plan
 from moeca_compile.runtime.schedule import RefreshPlan
-from moeca_compile.runtime.session import Stream
+from moeca_compile.runtime.streams import Stream
 
 _PROMOTED_ABOVE = 1.25
 """The next steps get a larger capacity, and so another compiled graph, if a step needs this many times its own."""

@@ -34,7 +34,7 @@ from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel,
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
-from moeca_compile.runtime.session import Stream
+from moeca_compile.runtime.streams import Stream
 from moeca_compile.text import first_line
 
 T = TypeVar("T")

@@ -11,17 +11,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import is_fake, numeric_modes
+from moeca_compile._torch_private import compiling, is_fake, numeric_modes, version_of
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.validate import all_finite
 from moeca_compile.notes import Notes
+from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime.layouts import in_one_layout, shape_key
 from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.original import Original, warn_of_failure
+from moeca_compile.runtime.streams import Bounds
+from moeca_compile.runtime.tallies import Counted
 
 _log = logging.getLogger(__name__)
 
-MOST_SHAPES = 8
-"""How many sets of input shapes stay compiled."""
+NOT_FINITE = (
+    "the model's outputs had infinities or NaNs in its first {0} calls, so the rewritten model could not be "
+    "validated. It runs uncached until its outputs are finite"
+)
+_NOT_FINITE_CALLS = 8
+MANY_SHAPES = (
+    "more input shapes alternate than stay compiled (max_shapes = {0}), so steps are compiled anew again and again. "
+    "Raise max_shapes, or bring the inputs to fewer sizes"
+)
 
 
 class Stages(NamedTuple):
@@ -39,7 +52,8 @@ class Engine:
         inputs: example inputs, of which only the model's weights are used.
         config, notes: the options, and where timings, errors and warnings go.
         stages: how to compile.
-        most_shapes: how many sets of input shapes stay compiled; the least recently used is dropped.
+        bounds: of the model's caches, with its requests.
+        original: runs in place of steps once anything of ours has failed; `captured` as it is if None.
     """
 
     def __init__(
@@ -49,46 +63,145 @@ class Engine:
         config: MoecaConfig,
         notes: Notes,
         stages: Stages,
-        most_shapes: int = MOST_SHAPES,
+        bounds: Bounds,
+        original: Callable[..., Any] | None = None,
     ) -> None:
         self.captured, self.config, self.notes = captured, config, notes
-        self.stages, self.most_shapes = stages, most_shapes
+        self.stages, self.bounds = stages, bounds
         given = list(zip(inputs, captured.arguments, strict=True))
-        self.weights = [_signature(value) for value, user in given if not user]
-        self.of_model = [i for i, (_, user) in enumerate(given) if user]
-        """The positions of the model's arguments. Weights are hundreds, and are not looked at call by call."""
-        self.first_weight = next((i for i, (v, user) in enumerate(given) if not user and isinstance(v, Tensor)), None)
+        self.weights = [_signature(value) for value, user in given if not user and isinstance(value, Tensor)]
+        self.of_model = [
+            i
+            for i, (value, user) in enumerate(given)
+            if user or not isinstance(value, Tensor) or i in captured.constants
+        ]
+        """The positions of arguments and numbers. Weights are hundreds, and are not looked at call by call."""
+        weights = (i for i in range(len(given)) if i not in set(self.of_model))
+        self.first_weight = None if captured.modules else next(weights, None)
         self.weight_bytes = _distinct_bytes(value for value, user in given if not user)
         self.modes, self.partial = numeric_modes(), captured.partial
+        self.record: object = None
+        """What must live as long as this engine."""
         self.loops: OrderedDict[tuple[Any, ...], StepLoop] = OrderedDict()
+        """By input shapes, the least recently used first; `max_shapes` of them stay."""
+        self.dropped: dict[tuple[Any, ...], Counted] = {}
+        """What loops have counted that are no longer there."""
+        self.evicted: set[tuple[Any, ...]] = set()
+        """The shapes that were dropped for others."""
         self._last: tuple[tuple[Any, ...], StepLoop] | None = None
         """The shapes that were used last, and their loop; replaced as a whole, so it is read without the lock."""
+        self.original = original or Original(captured.gm, config.lowering)
+        self.failed = False
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        if self.captured.numbers:
-            inputs = self._with_tensors(inputs)
-        return self.loop_for(inputs)(inputs)
+        if self.failed:
+            return self.original(*inputs)
+        try:
+            given = self._converted(inputs) if self.captured.numbers or self.captured.constants else inputs
+            loop = self.loop_for(given)
+            return loop(given) if loop.compiled.proven else self._call_unproven(loop, given)
+        except ConfigError:
+            raise
+        except Exception as error:
+            return self._run_original(error, inputs)
+
+    def _run_original(self, error: Exception, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The model itself, now and from here on. If it raises as well, the error is its own, and nothing changes."""
+        outputs: tuple[Any, ...] = self.original(*inputs)
+        with self._lock:
+            if not self.failed:
+                self.failed, self._last = True, None
+                for key in list(self.loops):
+                    self._drop(key)
+                warn_of_failure("a cached step, or compiling it,", error, self.notes)
+        return outputs
 
     def loop_for(self, inputs: Sequence[Any]) -> StepLoop:
         """The step loop for the shapes of `inputs`; new shapes are compiled."""
-        # The first weight's address distinguishes models that are passed to one compiled function.
+        # Where one graph serves several models, the first weight's address tells them apart.
         weight = inputs[self.first_weight].data_ptr() if self.first_weight is not None else 0
-        key = (weight, *[_signature(inputs[i]) for i in self.of_model])
+        key = (weight, *[shape_key(inputs[i]) for i in self.of_model])
         last = self._last
         return last[1] if last is not None and last[0] == key else self._loop_of(key, inputs)
 
     def _loop_of(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
+        places = (0, *key[1:]), key  # where nothing is cached, one loop serves all weights
+        if not any(place in self.loops for place in places):
+            with compiling():  # not under our own lock: calls at other shapes go on meanwhile
+                if not any(place in self.loops for place in places):
+                    loop = self._compiled(key, inputs)
+                    with self._lock:
+                        self.loops[places[loop.compiled.caching]] = loop
+                        self._make_room()
         with self._lock:
-            if key not in self.loops:
-                _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
-                compiled = self.stages.compile_graph(self.captured, inputs, self.config, self.notes)
-                self.loops[key] = StepLoop(compiled, self.stages.compile_step, self.notes)
-                if len(self.loops) > self.most_shapes:
-                    self.loops.popitem(last=False)
-            self.loops.move_to_end(key)
-            self._last = key, self.loops[key]
-            return self.loops[key]
+            place = next((place for place in places if place in self.loops), None)
+            if place is not None:
+                self.loops.move_to_end(place)
+                self._last = key, self.loops[place]
+                return self.loops[place]
+        return self._loop_of(key, inputs)  # other threads' shapes took its room meanwhile
+
+    def _compiled(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> StepLoop:
+        """The step loop of new input shapes. If they were dropped before, it goes on counting."""
+        _log.debug("compiling for new input shapes, number %d", len(self.loops) + 1)
+        if key in self.evicted:
+            self.notes.warn(MANY_SHAPES.format(self.config.max_shapes))
+        given = in_one_layout(inputs, [i for i in self.of_model if isinstance(inputs[i], Tensor)])
+        compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
+        loop = StepLoop(compiled, self.stages.compile_step, self.notes, self.bounds)
+        if key in self.dropped:
+            loop.tallies = self.dropped.pop(key).tallies
+        return loop
+
+    def _make_room(self) -> None:
+        while len(self.loops) > self.config.max_shapes:
+            key = next(iter(self.loops))
+            self._drop(key)
+            self.evicted.add(key)
+
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        """Drop a loop with its caches. What it counted stays."""
+        loop = self.loops.pop(key)
+        loop.streams.drop()
+        self.dropped[key] = loop.counted()
+
+    def counted(self) -> list[Counted]:
+        """What was counted at all input shapes."""
+        return [*self.dropped.values(), *(loop.counted() for loop in list(self.loops.values()))]
+
+    # --- validation that has to be made again -------------------------------------------------------------
+
+    def _call_unproven(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """A call where validation said nothing. It is made again once weights have changed or outputs are finite."""
+        regions = loop.compiled.regions
+        if regions.unproven and self._versions(loop, inputs) != loop.validated_with:
+            self._validate_again(loop)
+            loop = self.loop_for(inputs)
+            loop.validated_with = self._versions(loop, inputs)
+            return loop(inputs)
+        outputs = loop(inputs)
+        if loop.validated_with is None:
+            loop.validated_with = self._versions(loop, inputs)
+        if not regions.finite:
+            if all_finite(outputs):
+                self._validate_again(loop)
+            elif loop.tallies.steps >= _NOT_FINITE_CALLS:
+                self.notes.warn(NOT_FINITE.format(_NOT_FINITE_CALLS))
+        return outputs
+
+    def _validate_again(self, loop: StepLoop) -> None:
+        """Drop compiled steps and caches, so that the next call compiles. Counters stay."""
+        with self._lock:
+            for key in [key for key, known in self.loops.items() if known is loop]:
+                self._drop(key)
+            self._last = None
+
+    def _versions(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What changes with the weights, but for those that the model itself changes at every call."""
+        own = {*self.of_model, *loop.compiled.mutated}
+        weights = [v for i, v in enumerate(inputs) if i not in own and isinstance(v, Tensor)]
+        return tuple((v.data_ptr(), version_of(v)) for v in weights)
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same function of its inputs."""
@@ -97,18 +210,22 @@ class Engine:
 
     def reset(self) -> None:
         """Drop all caches."""
+        self.bounds.requests.reset()
         for loop in self.loops.values():
-            loop.sessions.reset()
+            loop.streams.drop()
 
     def _form(self) -> tuple[Any, ...]:
         captured = self.captured
-        return captured.gm.code, captured.arguments, captured.numbers, self.modes, self.weights
+        known = captured.arguments, captured.modules, captured.numbers, captured.constants
+        return captured.gm.code, known, self.modes, self.weights
 
-    def _with_tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The inputs, with numbers that vary as 0-dim tensors."""
+    def _converted(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs, with numbers that vary as 0-dim tensors, and 0-dim tensors that must be numbers as these."""
         values = list(inputs)
         for i in self.captured.numbers:
             values[i] = torch.tensor(values[i])
+        for i in self.captured.constants:
+            values[i] = values[i].item()
         return tuple(values)
 
 

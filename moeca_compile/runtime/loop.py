@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_compile._torch_private import compiling
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
@@ -19,12 +20,15 @@ from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
+from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.layouts import in_one_layout
+from moeca_compile.runtime.requests import Call, Position
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
-from moeca_compile.runtime.session import Position, Sessions, Stream
-from moeca_compile.runtime.tallies import Tallies
-from moeca_compile.runtime.timesteps import TimestepReader
+from moeca_compile.runtime.streams import Bounds, Stream, Streams
+from moeca_compile.runtime.tallies import Counted, Tallies
+from moeca_compile.runtime.timesteps import Timestep, TimestepReader
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +55,15 @@ class StepLoop:
         compiled: the graph and its plan.
         compile_step: compiles a kind of step when it is first needed (`backend.compile_step`).
         notes: where timings, errors and warnings go.
+        bounds: of the model's caches, with its requests.
     """
 
-    def __init__(self, compiled: CompiledGraph, compile_step: Callable[..., StepFunction], notes: Notes) -> None:
+    def __init__(
+        self, compiled: CompiledGraph, compile_step: Callable[..., StepFunction], notes: Notes, bounds: Bounds
+    ) -> None:
         self.compiled, self.compile_step, self.notes = compiled, compile_step, notes
         plan, config, device = compiled.plan, compiled.config, compiled.device
-        self.sessions = Sessions(config, plan.caches, plan.parts, device)
+        self.streams = Streams(bounds, config, plan.caches, plan.parts, device)
         self.times = TimestepReader(compiled, notes)
         self.capacities = Capacities(plan, device)
         self.steps: dict[StepKind, StepFunction] = {}
@@ -64,6 +71,8 @@ class StepLoop:
         self.graphs = self._cuda_graphs() if compiled.recorded else None
         self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
+        self.validated_with: tuple[Any, ...] | None = None
+        """The versions of the weights, where validation has to be made again once they change (Engine)."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -71,48 +80,57 @@ class StepLoop:
         if not self.compiled.caching:
             return self._run(StepKind(), self.stateless, 0.0, inputs)
         with self._lock:
-            position, refresh = self.enter(inputs)
+            position, stream, refresh = self.enter(inputs)
         try:
-            kind = self.kind(refresh, position, inputs)
-            outputs = self._run(kind, position.stream, position.time, inputs)
-            position.stream.note_refreshed(refresh, position.number, position.time)
+            kind = self.kind(refresh, stream, position.time, inputs)
+            outputs = self._run(kind, stream, position.time, inputs)
+            stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
-            self.sessions.interrupted(position)
+            self.streams.requests.interrupted(position)
             raise
+        self.streams.finished(position)
         return outputs
 
     # --- a call, stage by stage -----------------------------------------------------------------------------
 
-    def enter(self, inputs: Sequence[Any]) -> tuple[Position, RefreshPlan]:
-        """The position of a call and what it computes anew: everything, until the timestep input is known."""
+    def enter(self, inputs: Sequence[Any]) -> tuple[Position, Stream, RefreshPlan]:
+        """The position and stream of a call, and what it computes anew: everything, until the timestep is known."""
         known = self.times.known
         time = self.times.read(inputs)
+        requests = self.streams.requests
         if time is not None and not known:
-            self.sessions.reset()  # earlier calls were cached without a time
-        position = self.sessions.enter(time)
-        self.sessions.warn_if_caches_unused(self.notes)
+            requests.reset()  # earlier calls were cached without a time
+        position = requests.enter(self.brought(time, inputs))
+        stream = self.streams.of(position)
+        self.streams.warn_if_caches_unused(self.notes)
         if time is None:
-            return position, EVERYTHING
+            return position, stream, EVERYTHING
         if not known:
-            position.generation.direction = self.times.direction
-        return position, self.sessions.refresh_plan(position)
+            position.request.direction = self.times.direction
+        return position, stream, self.streams.refresh_plan(position, stream)
 
-    def kind(self, refresh: RefreshPlan, position: Position, inputs: Sequence[Any]) -> StepKind:
+    def brought(self, time: Timestep | None, inputs: Sequence[Any]) -> Call:
+        """What a call brings that tells whose it is."""
+        compiled = self.compiled
+        picture = inputs[compiled.picture] if compiled.picture is not None and compiled.config.check_inputs else None
+        marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items()}
+        return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
+
+    def kind(self, refresh: RefreshPlan, stream: Stream, time: float, inputs: Sequence[Any]) -> StepKind:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            weights = self.weights(position.stream, position.time)
-            return self.eager(trial, self._placed(inputs), position.stream.state, weights).counts
+            return self.eager(trial, self._placed(inputs), stream.state, self.weights(stream, time)).counts
 
-        return self.capacities.kind(refresh, position.stream, counts)
+        return self.capacities.kind(refresh, stream, counts)
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
-        step = self.steps.get(kind)
-        if step is None:
-            step = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
-            self.steps[kind] = step
-        return step
+        if kind not in self.steps:
+            with compiling():
+                if kind not in self.steps:  # another thread may have compiled it meanwhile
+                    self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
+        return self.steps[kind]
 
     def weights(self, stream: Stream, time: float) -> Tensor:
         """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
@@ -143,7 +161,8 @@ class StepLoop:
         return self.compiled.write_back(inputs, result.outputs)
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The inputs, with those that the graph needs on the device copied there."""
+        """The inputs in the layout that is compiled, with those that the graph needs on the device copied there."""
+        inputs = in_one_layout(inputs, self.compiled.tensor_arguments)
         return upload_all(inputs, self.compiled.uploaded, self.compiled.device)
 
     def _cuda_graphs(self) -> CudaGraphs:
@@ -156,6 +175,10 @@ class StepLoop:
         """Raise ValidationError where the replay of a recorded step differs from the step itself."""
         dtypes = {*self.compiled.regions.token_dtypes, *(spec.dtype for spec in self.compiled.plan.caches)}
         same_values("replayed", found, wanted, dtypes, self.compiled.config, self.notes, spared=_SPARED)
+
+    def counted(self) -> Counted:
+        """What this loop has counted so far."""
+        return Counted(self.tallies, {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind)})
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

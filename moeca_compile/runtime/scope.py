@@ -1,14 +1,22 @@
-"""Context managers that mark generations, streams and steps, for calls whose timesteps do not identify them."""
+"""Marks of generations, streams and steps, for calls that do not show by themselves what they belong to.
+
+A `Generation` is entered around calls, as often as wanted, in any thread, task or context, and in any order: it is
+a handle, and only the calls inside belong to it. What is entered is a context variable, so each task and each thread
+has its own. Leaving takes the mark out of the context at hand, whichever that is, and never fails: a generator may be
+resumed in another context than the one that it was left in.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 
@@ -16,48 +24,119 @@ class Holder(Protocol):
     """An owner of caches that belong to generations."""
 
     def drop_ended(self) -> None:
-        """Drop the caches of generations whose context has ended."""
+        """Drop the caches of generations that have ended."""
 
 
 _holders: WeakSet[Holder] = WeakSet()
 _numbers = itertools.count(1)
-_live: set[int] = set()
 _threads = threading.local()
-_generation: ContextVar[int | None] = ContextVar("moeca_generation", default=None)
-_stream: ContextVar[str | None] = ContextVar("moeca_stream", default=None)
-_time: ContextVar[float | None] = ContextVar("moeca_time", default=None)
+_entered: ContextVar[tuple[Generation, ...]] = ContextVar("moeca_generations", default=())
+_stream: ContextVar[tuple[str | int, ...]] = ContextVar("moeca_streams", default=())
+_time: ContextVar[tuple[float, ...]] = ContextVar("moeca_times", default=())
+_open: WeakSet[Generation] = WeakSet()
+"""Generations that somebody is inside of now, in some context."""
 
 
-@contextmanager
-def generation() -> Iterator[None]:
-    """All calls inside are one generation, with caches of its own. The caches are dropped when the context ends.
+class Generation:
+    """A handle of one generation: `with handle: model(...)` marks calls that belong to it.
 
-    Needed where timesteps do not identify generations: requests that interleave on one thread, samplers that go back
-    in time, a new generation after a cancelled one.
+    Attributes:
+        steps: how many steps it has; its caches are dropped after the last. None where that is not known.
+        lasting: whether it can be entered again after it has been left.
     """
-    number = next(_numbers)
-    _live.add(number)
-    token = _generation.set(number)
-    try:
-        yield
-    finally:
-        _generation.reset(token)
-        _live.discard(number)
-        for holder in list(_holders):
-            holder.drop_ended()
+
+    def __init__(self, steps: int | None, lasting: bool) -> None:
+        self.number, self.steps, self.lasting = next(_numbers), steps, lasting
+        self.calls = 0
+        """Calls of cached models that were marked by it."""
+        self.missed = 0
+        """Unmarked calls of cached models while somebody was inside."""
+        self._inside, self._ended = 0, threading.Event()
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _drop_ended)
+        self._finalizer.atexit = False
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def __enter__(self) -> Generation:
+        """Raises RuntimeError if it has ended."""
+        if self.ended:
+            raise RuntimeError(
+                "this generation has ended. To enter one more than once, make it with its model: "
+                "g = moeca_compile.generation(model), and end it by g.close()"
+            )
+        with self._lock:
+            self._inside += 1
+            _open.add(self)
+        _entered.set((*_entered.get(), self))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _entered.set(_without_last(_entered.get(), self))
+        with self._lock:
+            self._inside -= 1
+            left = self._inside <= 0
+            if left:
+                _open.discard(self)
+        if left and not self.lasting:
+            self.close()
+
+    def close(self) -> None:
+        """End the generation: its caches are dropped. Again is no error."""
+        if not self.ended:
+            self._ended.set()
+            _open.discard(self)
+            if self.missed and not self.calls:
+                warnings.warn(
+                    f"moeca: none of the {self.missed} calls that were made while a generation() was entered "
+                    "reached it, because it marks only the context that it is entered in, and that is not the one of "
+                    "a worker thread or another task. Enter it where the model is called: g = "
+                    "moeca_compile.generation(model), then `with g: model(...)` in the worker",
+                    stacklevel=3,
+                )
+            _drop_ended()
+
+
+def generation(model: Any = None, steps: int | None = None) -> Generation:
+    """Mark calls that belong to one generation, with caches of its own.
+
+    Needed where neither timesteps nor arguments tell generations apart: requests with equal arguments on a GPU,
+    samplers that go back in time.
+
+        with moeca_compile.generation():                        # ends, and drops its caches, when it is left
+            ...  # the sampling loop
+
+        g = moeca_compile.generation(model, steps=50)           # a handle, entered per step in any thread or task
+        with g:
+            model(x, t)
+        g.close()
+
+    Args:
+        model: the compiled model. With one, the generation may be entered any number of times, and ends by `close()`,
+            after its last step, or when nobody holds it any more. Without, it ends when it is left.
+        steps: the number of its steps, so that it ends by itself.
+
+    Raises ValueError unless `steps` is None or at least 1.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"moeca_compile.generation(steps={steps!r}): a generation has at least one step")
+    return Generation(steps, lasting=model is not None)
 
 
 @contextmanager
-def stream(name: str) -> Iterator[None]:
+def stream(name: str | int) -> Iterator[None]:
     """All calls inside belong to one stream of the generation: `stream("cond")`, `stream("uncond")`.
 
-    Needed where several calls at one timestep do not always come in the same order.
+    Needed where the arguments of several calls at one timestep do not tell which is which, and they do not always
+    come in the same order.
     """
-    token = _stream.set(name)
+    _stream.set((*_stream.get(), name))
     try:
         yield
     finally:
-        _stream.reset(token)
+        _stream.set(_without_last(_stream.get(), name))
 
 
 @contextmanager
@@ -72,46 +151,56 @@ def step(time: float) -> Iterator[None]:
     value = float(time)
     if not math.isfinite(value):
         raise ValueError(f"moeca_compile.step({time!r}): a timestep is a finite number")
-    token = _time.set(value)
+    _time.set((*_time.get(), value))
     try:
         yield
     finally:
-        _time.reset(token)
+        _time.set(_without_last(_time.get(), value))
+
+
+def _without_last(marks: tuple[Any, ...], mark: Any) -> tuple[Any, ...]:
+    """The marks without the last one that is `mark`; all of them where none is, as in a context of its own."""
+    for i in reversed(range(len(marks))):
+        if marks[i] is mark:
+            return marks[:i] + marks[i + 1 :]
+    return marks
 
 
 def at_end(holder: Holder) -> None:
-    """Call `holder.drop_ended()` whenever the context of a generation ends, for as long as `holder` lives."""
+    """Call `holder.drop_ended()` whenever a generation ends, for as long as `holder` lives."""
     _holders.add(holder)
 
 
-def current_generation() -> tuple[str, int]:
-    """The key of the current generation: that of the context, or of the thread where there is none."""
-    number = _generation.get()
-    return ("scope", number) if number is not None else ("thread", _thread_number())
+def _drop_ended() -> None:
+    for holder in list(_holders):
+        holder.drop_ended()
 
 
-def _thread_number() -> int:
+def current_generation() -> Generation | None:
+    """The generation that the current call belongs to, by its mark. One that has ended marks nothing."""
+    return next((each for each in reversed(_entered.get()) if not each.ended), None)
+
+
+def note_unmarked_call() -> None:
+    """Count a call without a mark for the generations that somebody is inside of elsewhere."""
+    for each in list(_open):
+        each.missed += 1
+
+
+def thread_number() -> int:
     """A number of the current thread. Unlike its identifier, it is never used again for a later thread."""
     if not hasattr(_threads, "number"):
         _threads.number = next(_numbers)
     return int(_threads.number)
 
 
-def ended(key: tuple[object, ...]) -> bool:
-    """Whether `key` is of a generation whose context has ended."""
-    return key[0] == "scope" and key[1] not in _live
-
-
-def in_scope() -> bool:
-    """Whether the current call is inside `generation()`."""
-    return _generation.get() is not None
-
-
 def current_time() -> float | None:
     """The time that `step()` marks, if any."""
-    return _time.get()
+    marks = _time.get()
+    return marks[-1] if marks else None
 
 
-def current_stream() -> str | None:
+def current_stream() -> str | int | None:
     """The name that `stream()` marks, if any."""
-    return _stream.get()
+    marks = _stream.get()
+    return marks[-1] if marks else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView
+from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,11 @@ class Tallies:
         if counts is not None:
             tally.counts = counts if tally.counts is None else tally.counts + counts
 
+    @property
+    def steps(self) -> int:
+        """The number of steps of all kinds."""
+        return sum(tally.steps for tally in self.by_kind.values())
+
     def items(self) -> ItemsView[StepKind, Tally]:
         return self.by_kind.items()
 
@@ -64,6 +69,19 @@ class Tallies:
         recomputed, branches = (sum(tally.mean(counter)) for counter in ("recomputed", "branches"))
         share = recomputed / branches if branches else 0.0
         return compiled.plan.flops(kind, kind.capacity / compiled.plan.sizes[1], share)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a report says of one set of input shapes, also after its compiled steps were dropped.
+
+    Attributes:
+        tallies: the counters by step kind.
+        flops: of a step by its kind; the full step is among them.
+    """
+
+    tallies: Tallies
+    flops: Mapping[StepKind, float]
 
 
 def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:

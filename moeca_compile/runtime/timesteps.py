@@ -89,7 +89,8 @@ class TimestepInput:
         return candidates[self.found]()
 
     def _compare(self, values: Sequence[Timestep]) -> None:
-        key = (scope.current_generation(), scope.current_stream())
+        marked = scope.current_generation()
+        key = (scope.thread_number() if marked is None else -marked.number, scope.current_stream())
         before, last = self._last.get(key, (values, None))
         moves = [(i, now > then) for i, (now, then) in enumerate(zip(values, before, strict=True)) if now != then]
         move = moves[0] if len(moves) == 1 else None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import moeca_compile
-from tests.variants.blocks import Block, Blocking, Modelling, make_inputs, make_model, timestep
+from tests.variants.blocks import Block, Blocking, Modelling, make_inputs, make_model, moving, timestep
 from tests.variants.dispatch import Layering
 
 HOW = Modelling((Blocking(feedforward=Layering()),))
@@ -26,7 +26,7 @@ def test_steps_draw_what_eager_mode_draws():
     noise, inputs = make_inputs(HOW)
     with torch.no_grad():
         for step in range(3):
-            x, t = noise.roll(step, -1), timestep(HOW, step, 3)
+            x, t = moving(noise, step), timestep(HOW, step, 3)
             torch.manual_seed(step)
             wanted, after = model(x, t, *inputs), torch.get_rng_state()
             torch.manual_seed(step)

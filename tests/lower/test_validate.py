@@ -18,7 +18,7 @@ from moeca_compile.passes.rewrite.rows import NotRowWiseError, Rows
 from moeca_compile.policies.cached import Cached
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.loop import StepLoop
-from moeca_compile.runtime.session import Stream
+from moeca_compile.runtime.streams import Stream
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs, make_model
 
@@ -180,5 +180,5 @@ def test_caches_in_a_narrower_dtype_are_no_fault(recipe):
 def test_weights_of_forecasts_lie_on_the_cpu_whatever_the_default_device(graph):
     loop = graph.loop(recipe="fora-forecast")
     with torch.device("meta"):
-        weights = loop.weights(Stream(loop.sessions.new_caches(), full_at=[[0.25, 0.75], [0.25, 0.75]]), 0.125)
+        weights = loop.weights(Stream(loop.streams.new_caches(), full_at=[[0.25, 0.75], [0.25, 0.75]]), 0.125)
     assert weights.device.type == "cpu"

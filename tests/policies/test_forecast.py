@@ -66,7 +66,7 @@ def test_a_stream_never_has_more_caches_than_planned(model, graph, eager_steps, 
     which is as small as the router's output."""
     engine = graph.engine(recipe=recipe, full_every=2, validate=False)
     (loop, found) = engine.loop_for(graph.inputs), []
-    step, empty = StepLoop.step, loop.sessions.new_caches()
+    step, empty = StepLoop.step, loop.streams.new_caches()
 
     def replaced(name: str) -> bool:
         return empty.specs[empty.slot(name)].part is not None

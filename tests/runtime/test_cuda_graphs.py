@@ -24,7 +24,7 @@ from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, write_into
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.schedule import EVERYTHING
 from moeca_compile.runtime.scope import generation, stream
-from moeca_compile.runtime.session import Stream
+from moeca_compile.runtime.streams import Stream
 from tests.harness import Captured
 from tests.models import TinyDiTMoE, make_inputs
 from tests.runtime.tape import TapeRecorder
@@ -50,7 +50,7 @@ def on_tape(without_inductor, monkeypatch, graph: Captured):
         compare = loop.same_replay if engine.config.validate else None
         taped.add(id(loop.compiled))
         loop.graphs = CudaGraphs(loop.compiled, recorder, engine.notes, compare)
-        loop.sessions.recycles = True
+        loop.streams.recycles = True
         return engine, recorder
 
     return make
@@ -88,7 +88,7 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     (loop,) = engine.loops.values()
     kinds = len(loop.tallies.by_kind)
-    slots = max((len(ring) for ring in loop.sessions.new_caches().rings.values()), default=1)
+    slots = max((len(ring) for ring in loop.streams.new_caches().rings.values()), default=1)
     assert not engine.notes.warnings
     assert recorder.events.count("rehearse") == kinds
     assert recorder.events.count("record") == kinds + slots - 1  # full steps once for each slot that they fill
@@ -117,6 +117,7 @@ def test_streams_have_recordings_of_their_own(on_tape, graph, model):
                 with stream(name):
                     (found,) = engine(*arguments)
                 assert torch.equal(found, alone[name](*arguments)[0])
+            x = 0.99 * x
     assert recorder.events.count("record") == 6  # over two streams: cache steps, and full steps for each of two slots
     assert recorder.events.count("rehearse") == 2  # kernels are built once
 
@@ -130,7 +131,7 @@ def test_marked_generations_go_on_with_the_recordings_of_ended_ones(on_tape, gra
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert recorder.events.count("record") == 2
     (loop,) = engine.loops.values()
-    assert len(loop.sessions.spare) == 1 and not loop.sessions.generations
+    assert len(loop.streams.spare) == 1 and not loop.streams.requests.live
 
 
 def test_recordings_go_with_the_caches_that_make_room(on_tape, graph, model):
@@ -142,15 +143,13 @@ def test_recordings_go_with_the_caches_that_make_room(on_tape, graph, model):
             for number in range(3):
                 with stream(name):
                     engine(*graph.arguments(x=x, t=torch.full((2,), 1 - number / 10), y=y))
-            streams = [s for g in loop.sessions.generations.values() for s in g.streams.values()]
-            known.update(recorded for s in streams for recorded in s.graphs.values())
-            del streams
+            known.update(recorded for s in loop.streams.held() for recorded in s.graphs.values())
     gc.collect()
     assert 0 < len(known) <= 2 * 2  # streams x kinds
     engine.reset()
     gc.collect()
     assert len(known) == 0
-    assert loop.sessions.nbytes == 0
+    assert loop.streams.nbytes == 0
 
 
 def test_a_moved_weight_is_recorded_again(on_tape, graph, model):

@@ -31,11 +31,10 @@ def test_allocated_is_what_was_planned(graph, model, eager_steps, recipe, cache_
     planned = sum(spec.nbytes for spec in loop.compiled.plan.caches)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for generation in loop.sessions.generations.values()
-        for stream in generation.streams.values()
+        for stream in loop.streams.held()
         for tensor in stream.state.values()
     }
-    assert sum(storages.values()) == loop.sessions.nbytes == planned
+    assert sum(storages.values()) == loop.streams.nbytes == planned
 
 
 def test_a_smaller_dtype_of_the_caches_halves_them(graph):
@@ -79,10 +78,10 @@ def test_nothing_grows_over_a_thousand_steps(graph, model, without_inductor):
         gc.collect()
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects()), sys.getallocatedblocks()
 
-    steps(100)
-    (tensors, blocks), (later_tensors, later_blocks) = steps(50), steps(850)
+    steps(300)
+    (tensors, blocks), (later_tensors, later_blocks) = steps(50), steps(650)
     assert later_tensors == tensors
-    assert later_blocks - blocks < 850  # one a step would be as many
+    assert later_blocks - blocks < 650  # one a step would be as many
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def run(guided, steps) -> tuple[list[bool], object]:
     x, y = make_inputs(model)
     exact = []
     for t, g in steps:
+        x = 0.99 * x
         arguments = {"x": x, "t": torch.full((2,), t), "y": y, "text": make_text(), "guidance": torch.full((2,), g)}
         (out,) = engine(*graph.arguments(**arguments))
         exact.append(bool((out - model(*arguments.values())).abs().max() < 1e-5))
@@ -107,7 +108,7 @@ def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
 def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
     """As where it lies on an accelerator: the same steps, bit by bit, and no value of an input is asked for."""
     (x, y), times = make_inputs(model), [1 - number / 6 for number in range(6)]
-    arguments = [graph.arguments(x=x, t=torch.full((2,), time), y=y) for time in times]
+    arguments = [graph.arguments(x=x * (2 + time), t=torch.full((2,), time), y=y) for time in times]
     told, marked = graph.engine(recipe="moeca-forecast"), graph.engine(recipe="moeca-forecast")
     expected = [told(*each)[0] for each in arguments]
 
@@ -120,7 +121,7 @@ def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
             assert torch.equal(marked(*each)[0], wanted)
     (loop,) = marked.loops.values()
     assert sum(tally.steps for kind, tally in loop.tallies.items() if not kind.full) == 4
-    with pytest.raises(AssertionError, match="was read"):
+    with pytest.warns(UserWarning, match="the timestep was read"):
         marked(*arguments[0])
 
 
@@ -131,16 +132,17 @@ def test_calls_at_one_marked_timestep_are_streams(graph, model, eager_steps):
             for label in (y, y + 1):
                 engine(*graph.arguments(x=x, t=torch.ones(2), y=label))
     (loop,) = engine.loops.values()
-    (at_work,) = loop.sessions.generations.values()
-    assert len(at_work.streams) == 2 and at_work.number == 2
+    (at_work,) = loop.streams.requests.live.values()
+    assert len(at_work.tracks) == 2 and at_work.number == 2
 
 
 def test_a_mark_tells_the_timestep_from_a_guidance_scale(guided, eager_steps):
     """Of two inputs that are embedded alike, and from the first step on."""
-    engine = guided[1].engine(recipe="stack")
+    engine, (x, _) = guided[1].engine(recipe="stack"), make_inputs(guided[0])
     for time in (1.0, 0.9, 0.8):
         with step(time):
-            engine(*guided[1].inputs)
+            x = 0.99 * x
+            engine(*guided[1].arguments(x=x))
     (loop,) = engine.loops.values()
     assert {kind.name: tally.steps for kind, tally in loop.tallies.items()} == {"full": 1, "cache": 2}
 

@@ -215,6 +215,13 @@ def make_model(how: Modelling) -> Model:
     return model
 
 
+def moving(noise: Tensor, step: int) -> Tensor:
+    """A picture at a step, which goes on from that of the step before, and is new everywhere."""
+    for _ in range(step):
+        noise = 0.9 * noise + 0.3 * noise.roll(1, -1)
+    return noise
+
+
 def make_inputs(how: Modelling, seed: int = 1) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Noise (B, CHANNELS, side, side), and what the model takes after the timestep."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.reporting.collect import _record
 from moeca_compile.runtime.loop import StepLoop
 from tests.harness import caches_of, eager_backend
-from tests.variants.blocks import Modelling, make_inputs, make_model, timestep
+from tests.variants.blocks import Modelling, make_inputs, make_model, moving, timestep
 from tests.variants.expectations import expected, regions
 from tests.variants.simulation import Simulation
 
@@ -107,7 +107,7 @@ def assert_uncached(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | No
     """Where nothing is cached, every step is the model."""
     with torch.no_grad():
         for step in range(3):
-            x, t = noise.roll(step, -1), timestep(compiled.how, step, STEPS)
+            x, t = moving(noise, step), timestep(compiled.how, step, STEPS)
             assert_close(compiled.compiled(x, t, *inputs), compiled.model(x, t, *inputs), "uncached")
     return Outcome(3)
 
@@ -128,7 +128,7 @@ def arguments_of(compiled: Compiled, x: Tensor, t: Tensor, inputs: tuple[Tensor 
     return caught
 
 
-class _CaughtError(Exception):
+class _CaughtError(BaseException):
     pass
 
 

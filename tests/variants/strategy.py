@@ -124,10 +124,11 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     if chosen.get("budget") != 0:
         chosen["score"] = draw(st.sampled_from(["paper", "drift", "staleness"]))
         chosen["score_weights"] = draw(st.sampled_from(["normalized", "raw"]))
+    some = chosen.get("budget") != 0  # else no token is chosen
     for name, values in {
-        "keys_values": ["all", "chosen", "none"],
-        "mask_source": ["probe", "previous"],
-        "shared": ["any", "always", "never"],
+        "keys_values": ["all", "chosen", "none"] if some else ["all", "chosen"],
+        "mask_source": ["probe", "previous"] if some else ["probe"],
+        "shared": ["any", "always", "never"] if some else ["always", "never"],
         "overwrite": [True, False],
         "forecast": [(), (), ("attention",), ("experts",), ALL],
     }.items():

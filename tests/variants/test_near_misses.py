@@ -18,7 +18,7 @@ import moeca_compile
 from examples.dit import Mlp, SwiGLU
 from moeca_compile.capture.refusals import CaptureWarning
 from tests.harness import eager_backend
-from tests.variants.blocks import Block, Blocking, Model, Modelling, make_inputs, make_model, timestep
+from tests.variants.blocks import Block, Blocking, Model, Modelling, make_inputs, make_model, moving, timestep
 from tests.variants.check import relative_error
 from tests.variants.dispatch import Layering
 
@@ -63,7 +63,7 @@ class Run:
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
             warnings.simplefilter("always")
             for step in range(STEPS):
-                x, t = noise.roll(step, -1), timestep(model.how, step, STEPS)
+                x, t = moving(noise, step), timestep(model.how, step, STEPS)
                 torch.manual_seed(step)
                 found = compiled(x, t, *inputs)
                 torch.manual_seed(step)

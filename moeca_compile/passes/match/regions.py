@@ -124,6 +124,14 @@ class Regions:
     timesteps: tuple[fx.Node, ...] = ()
     """The inputs that may be the timestep; the calls show which one is."""
     skipped: tuple[Skipped, ...] = ()
+    finite: bool = True
+    """Whether the model's outputs were finite when the rewrite was to be validated; else it was not."""
+    unproven: tuple[str, ...] = ()
+    """What was constant then, so that comparing it says nothing: names of regions and of caches."""
+
+    @property
+    def proven(self) -> bool:
+        return self.finite and not self.unproven
 
     def axis(self, node: fx.Node) -> Axis:
         """The tokens of a node's value."""

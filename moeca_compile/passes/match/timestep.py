@@ -19,8 +19,15 @@ def find_timesteps(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(
         node
         for node in sorted(user_inputs)
-        if "val" in node.meta and len(shape_of(node)) <= 1 and _reaches_both(node)
+        if "val" in node.meta and all(size == 1 for size in shape_of(node)[1:]) and _reaches_both(node)
     )
+
+
+def find_times_of_tokens(user_inputs: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The inputs with a number for each token whose sine and cosine are taken: timesteps, or positions."""
+    known = find_timesteps(user_inputs)
+    floating = [n for n in sorted(user_inputs) if "val" in n.meta and n.meta["val"].dtype.is_floating_point]
+    return tuple(node for node in floating if node not in known and _reaches_both(node))
 
 
 def _reaches_both(source: fx.Node) -> bool:

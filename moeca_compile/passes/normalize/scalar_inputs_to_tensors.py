@@ -4,43 +4,68 @@ Before:  def forward(x, t: int):     time = torch.full((2,), t)
 After:   def forward(x, t: Tensor):  time = t.to(torch.int64).expand((2,))
 
 Otherwise each timestep that is passed as a Python number would be a constant, with a graph of its own.
+
+Under `dynamic=True` Dynamo passes every float as a tensor and an `item()` call, also where only a number will do, as
+for the eps of a norm. That tensor becomes a number, with a graph for each value:
+
+Before:  def forward(x, eps: Tensor):  y = layer_norm(x, (8,), None, None, eps.item())
+After:   def forward(x, eps: float):   y = layer_norm(x, (8,), None, None, eps)
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import is_size, tensor_of_number
+from moeca_compile._torch_private import is_module_state, is_size, tensor_of_number
 from moeca_compile.passes.analysis.graph import placeholders
 
 _ARITHMETIC = {getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "neg", "mod")}
 _FROM_NUMBER = (torch.tensor, tensor_of_number, torch.as_tensor, torch.scalar_tensor)
 
 
-def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
-    """Rewrite `gm` in place; returns the positions of the inputs that callers must now pass as tensors.
+class ScalarInputs(NamedTuple):
+    """Positions of the inputs that callers must pass otherwise than Dynamo does."""
 
-    Sizes of tensors stay numbers, as do inputs that are used as a size or a bound. Dynamo passes a float as a tensor
-    and an `item()` call, which is removed.
+    as_tensors: tuple[int, ...]
+    as_numbers: tuple[int, ...]
+
+
+def scalar_inputs_to_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> ScalarInputs:
+    """Rewrite `gm` in place.
+
+    Sizes of tensors stay numbers, as do inputs that are used as a size or a bound.
     """
-    positions = []
+    as_tensors, as_numbers = [], []
     for position, node in enumerate(placeholders(gm.graph)):
-        is_number = isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node)
-        if is_number and _only_a_value(node):
-            positions.append(position)
+        if isinstance(inputs[position], Tensor):
+            if _number_instead(gm.graph, node):
+                as_numbers.append(position)
+        elif isinstance(inputs[position], (int, torch.SymInt)) and not is_size(node) and _only_a_value(node):
+            as_tensors.append(position)
             _follow(gm.graph, node, node)
-        for user in list(node.users):
-            if isinstance(inputs[position], Tensor) and user.op == "call_method" and user.target == "item":
-                _follow(gm.graph, user, node)
-                user.replace_all_uses_with(node)
-                gm.graph.erase_node(user)
     gm.recompile()
-    return positions
+    return ScalarInputs(tuple(as_tensors), tuple(as_numbers))
+
+
+def _number_instead(graph: fx.Graph, tensor: fx.Node) -> bool:
+    """Remove the `item()` calls of an input. Whether the input must now be a number."""
+    items = [user for user in tensor.users if user.op == "call_method" and user.target == "item"]
+    # A module's own number hardly ever changes.
+    needed = is_module_state(tensor) or any(not _only_a_value(item) for item in items)
+    as_number = bool(items) and needed and len(items) == len(tensor.users)
+    for item in items:
+        if not as_number:
+            if not _only_a_value(item):
+                continue
+            _follow(graph, item, tensor)
+        item.replace_all_uses_with(tensor)
+        graph.erase_node(item)
+    return as_number
 
 
 def _only_a_value(number: fx.Node) -> bool:

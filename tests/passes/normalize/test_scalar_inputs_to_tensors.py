@@ -58,7 +58,7 @@ NUMBERS: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[Any, ...], Any]]
 def test_a_number_becomes_a_tensor(name):
     function, numbers, other = NUMBERS[name]
     gm, inputs = dynamic_graph(function, *numbers)
-    positions = scalar_inputs_to_tensors(gm, inputs)
+    positions = list(scalar_inputs_to_tensors(gm, inputs).as_tensors)
     assert len(positions) == (1 if isinstance(other, int) else 0)
     gm.graph.lint()
     assert nodes_of(gm, "item") == []
@@ -77,7 +77,7 @@ NEAR_MISSES = {
 def test_a_number_that_is_a_size_stays_a_number(name):
     function = NEAR_MISSES[name]
     gm, inputs = dynamic_graph(function, 4, 2, 3)
-    assert scalar_inputs_to_tensors(gm, inputs) == []
+    assert scalar_inputs_to_tensors(gm, inputs) == ((), ())
     gm.graph.lint()
     torch.testing.assert_close(run(gm, inputs, [], 2), function(X, 2))
 
@@ -89,7 +89,7 @@ def test_sizes_of_tensors_are_not_touched():
     for rows in (4, 3, 2):
         torch.testing.assert_close(fast(X[:rows]), X[:rows] * rows)
     gm, inputs = backend.graphs[-1], backend.inputs[-1]
-    assert scalar_inputs_to_tensors(gm, inputs) == []
+    assert scalar_inputs_to_tensors(gm, inputs) == ((), ())
 
 
 def test_the_tensor_lies_where_the_model_makes_it():
