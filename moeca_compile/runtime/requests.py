@@ -30,6 +30,8 @@ _FAR = 10.0
 """A change of the timestep this many times the largest so far starts a new request: the last was cancelled."""
 _MOST_TRACKS = 64
 """Calls that always come at one timestep look like streams of one step: so many are told apart."""
+_MOST_REQUESTS = 256
+"""So many requests are kept: a server may sample each in a thread of its own, without an end that could be seen."""
 _REMEMBERED = 4
 """So many requests that gave up their caches for a later one are remembered, to notice if they go on."""
 
@@ -238,6 +240,8 @@ class Requests:
 
     def _added(self, request: Request) -> Request:
         self.live[id(request)] = request
+        if len(self.live) > _MOST_REQUESTS:
+            self.end(next(iter(self.live.values())))
         return request
 
     def _continued(self, call: Call) -> tuple[Request, _Fit] | None:

@@ -470,6 +470,13 @@ def test_equal_requests_in_threads_have_caches_of_their_own():
     assert len({id(found[-1].stream) for found in made}) == 3
 
 
+def test_requests_in_ever_new_threads_do_not_pile_up():
+    model = make_streams(max_generations=2)
+    for seed in range(300):
+        in_thread(call, model, 1.0, x=picture(seed))
+    assert len(model.requests.live) == 256 and model.nbytes == 2 * model.stream_bytes
+
+
 def in_thread_of():
     """Runs calls in a thread that stays the same."""
     from concurrent.futures import ThreadPoolExecutor
