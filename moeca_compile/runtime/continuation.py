@@ -11,6 +11,8 @@ later: then the caches are given up, and a warning says which call read another 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 _LEAST = 0.7
 """The least correlation of two successive inputs, sample by sample."""
+_COMPARED = 1024
+"""So many elements of a sample are compared. The correlation of independent noise is then 0.03."""
 _WITHIN = 0.25
 """A sample that moves by less than this part of its size goes on in any case."""
 _FASTER = 5.0
@@ -33,77 +37,79 @@ class Answer(Enum):
     UNKNOWN = "nothing to compare with"
 
 
+Moves = Sequence[float]
+"""How far each sample has moved, as a part of its size."""
+
+
 class Trajectory:
     """The last input of a stream, and how far its samples have moved at most in one step."""
 
-    __slots__ = ("fastest", "last", "pending")
+    __slots__ = ("elements", "fastest", "last", "pending")
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
-        self.fastest: Tensor | None = None
+        """(samples, compared elements) float32."""
+        self.elements = 0
+        """How many elements a sample has."""
+        self.fastest: Moves = ()
         self.pending: _Late | None = None
-        """On an accelerator: whether the last input went on from the one before."""
+        """On an accelerator: how the last input relates to the one before."""
 
-    def look(self, given: Tensor | None) -> tuple[Answer, Tensor | None]:
+    def look(self, given: Tensor | None) -> tuple[Answer, Moves]:
         """How `given` relates to the last input, and how far its samples have moved.
 
         Of inputs with more samples than before, as where passes are joined, the first ones are compared.
         """
-        if not self._comparable(given) or not answers_at_once(given.device):  # type: ignore[union-attr]
-            return Answer.UNKNOWN, None
-        now, before = self._pair(given)  # type: ignore[arg-type]
-        if torch.equal(now, before):
-            return Answer.UNMOVED, None
-        near, moved = self._near(now, before)
-        return (Answer.GOES_ON if bool(near) else Answer.OTHER), moved
+        if given is None or not answers_at_once(given.device) or not self._comparable(given):
+            return Answer.UNKNOWN, ()
+        now, before = self._pair(given)
+        return (Answer.UNMOVED, ()) if torch.equal(now, before) else self._judged(_products(now, before))
 
-    def note(self, given: Tensor | None, moved: Tensor | None) -> None:
-        """Take `given` as the last input, which moved that far."""
+    def note(self, given: Tensor | None, moved: Moves) -> None:
+        """Take `given` as the last input, whose samples moved that far."""
         if given is None:
             return
         self.pending = None
         if not answers_at_once(given.device) and self._comparable(given) and not _recording(given.device):
-            near, moved = self._near(*self._pair(given))
-            self.pending = _Late(near)
-        self.last = _rows(given).clone()
-        if moved is not None:
-            known = self.fastest is not None and self.fastest.shape == moved.shape
-            self.fastest = torch.maximum(self.fastest, moved) if known else moved  # type: ignore[arg-type]
+            self.pending = _Late(_products(*self._pair(given)))
+        self.last, self.elements = _rows(given).clone(), given.numel() // given.shape[0]
+        if moved:
+            faster = len(self.fastest) == len(moved)
+            self.fastest = [max(pair) for pair in zip(self.fastest, moved, strict=True)] if faster else moved
 
     def strayed(self) -> bool:
         """Whether the last input, which could not be waited for, turns out to be another picture."""
-        return self.pending is not None and self.pending.known and not self.pending.value
+        return self.pending is not None and self.pending.known and self._judged(self.pending.copy)[0] is Answer.OTHER
 
-    def _comparable(self, given: Tensor | None) -> bool:
+    def _comparable(self, given: Tensor) -> bool:
         """Whether there was an input whose samples have the same size, on the same device."""
-        if given is None or self.last is None:
+        if self.last is None or given.device != self.last.device or given.ndim < 2:
             return False
-        samples = given.shape[0] if given.ndim > 1 else 0
-        same_size = samples > 0 and given.numel() == samples * self.last.shape[1]
-        return same_size and given.device == self.last.device
+        return given.numel() == given.shape[0] * self.elements > 0
 
     def _pair(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """(samples, elements) float32: an input and the last one."""
+        """An input and the last one, with as many samples."""
         now, before = _rows(given), self.last
         assert before is not None
         samples = min(now.shape[0], before.shape[0])
         return (now, before) if now.shape == before.shape else (now[:samples], before[:samples])
 
-    def _near(self, now: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether all samples go on, () bool, and how far each has moved, of its size."""
-        size = before.square().sum(1)
-        moved = ((now - before).square().sum(1) / size).sqrt()
-        near = (now * before).sum(1) >= _LEAST * (now.square().sum(1) * size).sqrt()
-        if self.fastest is not None and self.fastest.shape == moved.shape:
-            near &= moved <= (_FASTER * self.fastest).clamp_min(_WITHIN)
-        return near.all(), moved
+    def _judged(self, products: Tensor) -> tuple[Answer, Moves]:
+        goes_on, moves = True, []
+        limits = self.fastest if len(self.fastest) == len(products) else [math.inf] * len(products)
+        for ((now, both), (_, before)), fastest in zip(products.tolist(), limits, strict=True):
+            moved = math.sqrt(max(0.0, now - 2 * both + before) / before) if before > 0 else math.inf * now
+            alike = both >= _LEAST * math.sqrt(now * before)  # and so no NaN
+            goes_on &= alike and moved <= max(_WITHIN, _FASTER * fastest)
+            moves.append(moved)
+        return (Answer.GOES_ON if goes_on else Answer.OTHER), moves
 
 
 class _Late:
-    """A truth value that is copied from a device while the host goes on."""
+    """A tensor that is copied from a device while the host goes on."""
 
     def __init__(self, value: Tensor) -> None:
-        self.copy, self.event = torch.empty((), dtype=torch.bool, pin_memory=value.is_cuda), None
+        self.copy, self.event = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda), None
         self.copy.copy_(value, non_blocking=True)
         if value.is_cuda:
             self.event = torch.cuda.Event()
@@ -112,10 +118,6 @@ class _Late:
     @property
     def known(self) -> bool:
         return self.event is None or bool(self.event.query())
-
-    @property
-    def value(self) -> bool:
-        return bool(self.copy)
 
 
 def answers_at_once(device: torch.device) -> bool:
@@ -128,4 +130,12 @@ def _recording(device: torch.device) -> bool:
 
 
 def _rows(given: Tensor) -> Tensor:
-    return given.detach().reshape(given.shape[0], -1).float()
+    """(samples, at most _COMPARED elements) float32, evenly spread over each sample."""
+    rows = given.detach().reshape(given.shape[0], -1)
+    return rows[:, :: -(-rows.shape[1] // _COMPARED)].float() if rows.shape[1] else rows.float()
+
+
+def _products(now: Tensor, before: Tensor) -> Tensor:
+    """(samples, 2, 2) the products of each sample's two inputs with one another."""
+    pair = torch.stack((now, before), 1)
+    return pair @ pair.mT

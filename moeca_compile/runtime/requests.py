@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.arguments import Marks, compare
-from moeca_compile.runtime.continuation import Answer, Trajectory
+from moeca_compile.runtime.continuation import Answer, Moves, Trajectory
 from moeca_compile.runtime.scope import Generation
 from moeca_compile.runtime.timesteps import Timestep
 
@@ -174,7 +174,7 @@ class _Fit:
     """None if it begins a track."""
     answer: Answer = Answer.UNKNOWN
     """How its picture relates to the track's last one, or for one that begins, to that of any track."""
-    moved: Tensor | None = None
+    moved: Moves = ()
     same: int = 0
     """How many arguments are surely those of the track."""
     by_order: bool = False

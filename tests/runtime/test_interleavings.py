@@ -208,7 +208,7 @@ def test_the_oracle_finds_a_request_that_is_taken_for_another(monkeypatch):
     """Without a look at the pictures, as they were told before."""
     from moeca_compile.runtime.continuation import Answer, Trajectory
 
-    monkeypatch.setattr(Trajectory, "look", lambda self, given: (Answer.GOES_ON, None))
+    monkeypatch.setattr(Trajectory, "look", lambda self, given: (Answer.GOES_ON, ()))
     with pytest.raises(AssertionError, match="has the caches of"):
         interleave(100)
 
