@@ -24,11 +24,11 @@ from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
 from moeca_compile.runtime.layouts import in_one_layout
-from moeca_compile.runtime.requests import Call, Position
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
 from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import Timestep, TimestepReader
+from moeca_compile.runtime.tracks import Call, Position
 
 _log = logging.getLogger(__name__)
 

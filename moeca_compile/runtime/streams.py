@@ -16,8 +16,9 @@ from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
 from moeca_compile.policies import forecast
 from moeca_compile.policies.forecast import slot_weights
-from moeca_compile.runtime.requests import Position, Requests, Track
+from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
+from moeca_compile.runtime.tracks import Position, Track
 from moeca_compile.text import binary_bytes
 
 _uses = itertools.count(1)

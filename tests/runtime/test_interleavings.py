@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from moeca_compile.runtime.scope import Generation, generation
-from tests.runtime.test_requests import EVERYTHING, NOTHING, Made, enter, make_streams
+from tests.runtime.calls import EVERYTHING, NOTHING, Made, enter, make_streams
 
 WORKERS = [ThreadPoolExecutor(1) for _ in range(3)]
 LABELS = [torch.tensor([label, label]) for label in (3, 4)]

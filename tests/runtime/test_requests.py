@@ -3,93 +3,35 @@
 from __future__ import annotations
 
 import contextvars
-import gc
 import math
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
 from moeca_compile.policies import forecast
 from moeca_compile.runtime import continuation
-from moeca_compile.runtime.arguments import mark
-from moeca_compile.runtime.requests import Call, Position
 from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
-from moeca_compile.runtime.streams import Stream, Streams, bounds_of
+from moeca_compile.runtime.streams import Streams
+from tests.runtime.calls import (
+    COND,
+    EVERYTHING,
+    NOTHING,
+    UNCOND,
+    Made,
+    call,
+    enter,
+    in_thread,
+    in_thread_of,
+    make_streams,
+    numbers,
+    picture,
+    streams,
+)
 
 pytestmark = pytest.mark.smoke
-
-SPECS = [CacheSpec("a", (2, 3), torch.float32), CacheSpec("b", (4,), torch.int32)]
-EVERYTHING, NOTHING = RefreshPlan(True, True), RefreshPlan(False, False)
-
-
-def make_streams(other: Streams | None = None, **options) -> Streams:
-    """The streams of a model at one set of shapes, or of the model of others at another one."""
-    config = MoecaConfig(**options)
-    bounds = bounds_of(config) if other is None else other.bounds
-    return Streams(bounds, config, SPECS, {Part.ATTENTION, Part.EXPERTS}, torch.device("cpu"))
-
-
-def picture(seed: int = 0, moved: float = 0.0, samples: int = 2) -> Tensor:
-    """Noise of a seed, moved a little."""
-    noise = torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return noise * (1 - moved)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A call that was made: where it belongs, its stream, and what it computed anew."""
-
-    position: Position
-    stream: Stream
-    refresh: RefreshPlan
-
-    @property
-    def number(self) -> int:
-        return self.position.number
-
-    @property
-    def time(self) -> float:
-        return self.position.time
-
-
-def enter(streams: Streams, *timestep: float, x: Tensor | None = None, **arguments: Tensor) -> Made:
-    """A call that is about to run. Its picture goes on from that of the last call, unless one is given."""
-    if x is None:
-        x = picture(moved=abs(1 - timestep[0]) / 100 if timestep else 0.0)
-    marks = {name: mark(value) for name, value in arguments.items()}
-    call = Call(timestep or None, streams, marks, x, torch.is_inference_mode_enabled())
-    position = streams.requests.enter(call)
-    found = streams.of(position)
-    return Made(position, found, streams.refresh_plan(position, found))
-
-
-def call(streams: Streams, *timestep: float, **brought: Tensor) -> Made:
-    """A call that is then run, as the step loop does."""
-    made = enter(streams, *timestep, **brought)
-    assert all(made.stream.state[spec.name] is not None for spec in SPECS), "read, and so allocated"
-    made.stream.note_refreshed(made.refresh, made.number, made.time)
-    streams.finished(made.position)
-    return made
-
-
-def numbers(positions: list[Made]) -> list[int]:
-    return [position.number for position in positions]
-
-
-def streams(positions: list[Made]) -> list[int]:
-    """Streams by the order in which they were first met."""
-    known: list[int] = []
-    for position in positions:
-        if id(position.stream) not in known:
-            known.append(id(position.stream))
-    return [known.index(id(position.stream)) for position in positions]
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.75, 0.5, 0.25), (0.0, 0.25, 0.5, 0.75), (999.0, 998.5, 997.0, 990.0)])
@@ -174,7 +116,6 @@ def test_two_explicit_generations_may_interleave():
     contexts = [generation(), generation()]
     positions: list[list[Made]] = [[], []]
     # contexts of one thread nest; those of two tasks do not, each task has its own
-    import contextvars
 
     tasks = [contextvars.copy_context() for _ in contexts]
     for task, context in zip(tasks, contexts, strict=True):
@@ -215,14 +156,6 @@ def test_named_streams_may_come_in_any_order():
     assert [numbers(positions) for positions in found.values()] == [[0, 1, 2], [0, 1, 2]]
     assert all(streams(positions) == [0, 0, 0] for positions in found.values())
     assert found["cond"][0].stream is not found["uncond"][0].stream
-
-
-def in_thread(function, *args, **kwargs):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(function(*args, **kwargs)))
-    thread.start()
-    thread.join()
-    return found[0]
 
 
 def test_a_request_may_change_its_thread():
@@ -402,8 +335,6 @@ def test_a_later_generation_may_take_the_room_of_an_earlier_one():
 
 # --- told by what calls bring -------------------------------------------------------------------------------------
 
-COND, UNCOND = torch.tensor([3, 4]), torch.tensor([10, 10])
-
 
 def test_labels_tell_streams_apart_in_any_order():
     """Also where each step has labels made anew; and none is full but the first."""
@@ -475,14 +406,6 @@ def test_requests_in_ever_new_threads_do_not_pile_up():
     for seed in range(300):
         in_thread(call, model, 1.0, x=picture(seed))
     assert len(model.requests.live) == 256 and model.nbytes == 2 * model.stream_bytes
-
-
-def in_thread_of():
-    """Runs calls in a thread that stays the same."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(1)
-    return lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
 
 def test_two_requests_that_take_turns_without_marks():
@@ -607,94 +530,6 @@ def test_where_the_host_cannot_wait_the_step_after_is_full_and_a_warning_says_wh
     with pytest.warns(UserWarning, match=r"step 4 \(time 0.6\) read the caches of another picture"):
         model.warn_if_caches_unused(notes)
     assert call(model, 0.4, x=picture(1, moved=0.02)).refresh == NOTHING
-
-
-# --- handles ------------------------------------------------------------------------------------------------------
-
-
-def test_a_handle_is_entered_at_each_step_in_any_thread_and_context():
-    model, handle = make_streams(full_every=9), generation(object())
-
-    def step(n: int) -> Made:
-        with handle:
-            return call(model, 1 - n / 10, x=picture(moved=n / 100))
-
-    runs = (step, lambda n: in_thread(step, n), lambda n: contextvars.Context().run(step, n))
-    made = [runs[n % 3](n) for n in range(6)]
-    assert numbers(made) == list(range(6))
-    assert len({id(each.stream) for each in made}) == 1
-    handle.close()
-    assert model.nbytes == 0
-
-
-def test_a_handle_ends_with_its_last_step_or_with_whoever_holds_it():
-    model = make_streams()
-    handle = generation(object(), steps=3)
-    for n in range(3):
-        with handle:
-            for y in (COND, UNCOND):
-                call(model, 1 - n / 3, x=picture(moved=n / 100), y=y)
-    assert model.nbytes == 0
-    handle = generation(object())
-    with handle:
-        call(model, 1.0)
-    assert model.nbytes > 0
-    del handle
-    gc.collect()
-    assert model.nbytes == 0
-
-
-def test_generators_in_fresh_contexts_may_interleave_and_end_in_any_order():
-    """Streaming: each step runs in a context of its own."""
-    model = make_streams(full_every=9)
-
-    def steps(seed: int, handle):
-        for n in range(4):
-            with handle:
-                yield call(model, 1 - n / 10, x=picture(seed, moved=n / 100))
-
-    handles = [generation(object()) for _ in range(2)]
-    running = [steps(seed, handle) for seed, handle in enumerate(handles)]
-    made = [[contextvars.Context().run(next, one) for one in running] for _ in range(4)]
-    for found in zip(*made, strict=True):
-        assert numbers(list(found)) == [0, 1, 2, 3]
-    for one in running:
-        contextvars.Context().run(one.close)
-    for handle in handles:
-        handle.close()
-    assert model.nbytes == 0 and call(model, 1.0).number == 0
-
-
-def test_a_mark_around_a_generator_in_fresh_contexts_neither_raises_nor_stays():
-    model = make_streams()
-
-    def steps():
-        with generation():
-            for n in range(3):
-                yield call(model, 1 - n / 10, x=picture(moved=n / 100))
-
-    running = steps()
-    found = [contextvars.Context().run(next, running) for _ in range(3)]
-    assert len({id(each.stream) for each in found[1:]}) == 1
-    contextvars.Context().run(running.close)
-    assert call(model, 1.0, x=picture(5)).refresh == EVERYTHING
-
-
-def test_a_mark_that_does_not_reach_its_calls_is_told_of():
-    model = make_streams()
-    with pytest.warns(UserWarning, match="none of the 2 calls.*Enter it where the model is called"), generation():
-        for n in range(2):
-            in_thread(call, model, 1 - n / 10)
-
-
-def test_an_ended_generation_cannot_be_entered():
-    handle = generation()
-    with handle:
-        pass
-    with pytest.raises(RuntimeError, match="has ended"), handle:
-        pass
-    with pytest.raises(ValueError, match="at least one step"):
-        generation(object(), steps=0)
 
 
 # --- bounds over the model ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import moeca_compile
 from moeca_compile.runtime.scope import generation
 from tests.harness import own_warnings
 from tests.models import TinyDiTMoE, make_inputs, make_model
-from tests.runtime.test_requests import call, make_streams, picture
+from tests.runtime.calls import call, make_streams, picture
 
 pytestmark = pytest.mark.slow
 MINUTES, THREADS = 10, 8
