@@ -174,10 +174,7 @@ class Requests:
         name, thread = scope.current_stream(), scope.thread_number()
         tracks = [t for t in request.tracks if (t.owner, t.form, t.name) == (call.owner, call.form, name)]
         told = [(track, *compare(call.marks, track.marks, self.varying)) for track in tracks]
-        if name is None:
-            alike = [(track, same) for track, same, other in told if not other]
-        else:
-            alike = [(track, same) for track, same, _ in told]
+        alike = [(track, same) for track, same, other in told if name is not None or not other]
         # A track is called once a step.
         free = [(track, same) for track, same in alike if step or track.number < request.number]
         fits = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -46,7 +46,6 @@ class Sampling:
     handle: Generation | None
     worker: int
     number: int = 0
-    cleans: dict[int, Tensor] = field(default_factory=dict)
 
     def x(self) -> Tensor:
         time, slots = self.time, []
