@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.lower.rounding import unit, with_noise
+from moeca_compile.lower.rounding import Noise, unit, with_noise
 from moeca_compile.ops.body_run import call
 from moeca_compile.passes.analysis.graph import ancestors, between, last_uses
 from moeca_compile.passes.match.regions import Regions
@@ -44,9 +44,14 @@ class Teacher:
         self.replacements = {replacement.node: replacement for replacement in replacements}
         self.check = check
         self.watched: Mapping[fx.Node, Callable[[Teacher, Any], None]] = {}
-        """Called with this and the model's value of other nodes, in graph order too."""
+        """By a node where residual branches are added: called with this and the model's value, in graph order too."""
         self.computes: dict[fx.Node, Compute] = {}
-        self.step = self._step(StepKind(), {}, self.computes)
+        self.beginnings: dict[fx.Node, list[fx.Node]] = {}
+        """By node, the values that it is compared with, which would be dropped by then."""
+        for node, source in [(r.node, r.source) for r in replacements] + [(r.add, r.stream) for r in regions.residuals]:
+            self.beginnings.setdefault(node, []).append(source)
+        kept = [source for sources in self.beginnings.values() for source in sources]
+        self.step = self._step(StepKind(), {}, self.computes, kept)
         self.values = self.step.values
         self.values.repeatable = True
         self.output = next(iter(reversed(graph.nodes)))
@@ -60,15 +65,18 @@ class Teacher:
             self.computes.clear()
 
     def _computed(self, node: fx.Node) -> None:
-        """Check the value of a replaced node. What the check computes once more is dropped again."""
+        """Check the value of a watched or replaced node. What the check computes once more is dropped again."""
+        if node not in self.beginnings:
+            return
+        known = set(self.values.values)
         if node in self.watched:
             self.watched[node](self, self.values[node])
         if node in self.replacements:
-            known = set(self.values.values)
             self.check(self, self.replacements[node], self.values[node])
-            for again in self.values.values.keys() - known:
-                if again.op == "call_function":
-                    del self.values.values[again]
+        for again in self.values.values.keys() - known:
+            if again.op == "call_function":
+                del self.values.values[again]
+        self.values.release(self.beginnings[node])
 
     def taught(self, kind: StepKind, state: Mapping[str, Tensor]) -> Step:
         """A step of this kind in which every value of the graph is the model's own."""
@@ -76,7 +84,7 @@ class Teacher:
         step.values = self.values
         return step
 
-    def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:
+    def noisy(self, replacement: Replacement) -> Callable[[Noise], list[Any]]:
         """The value of a replaced node, with noise in all that it is computed from its source by.
 
         What goes through a cache is rounded to that too.
@@ -85,12 +93,12 @@ class Teacher:
         units = [unit(spec.dtype, device) for spec in replacement.specs if spec.dtype.is_floating_point]
         cached = {node for cache in replacement.caches for node in cache.reads()} | {replacement.node}
         least = dict.fromkeys(cached, max(units, default=0.0))
-        return lambda generator: self._with_noise(span, [replacement.node], generator, least)
+        return lambda noise: self._with_noise(span, [replacement.node], noise, least)
 
-    def noisy_outputs(self, generator: torch.Generator) -> tuple[Any, ...]:
+    def noisy_outputs(self, noise: Noise) -> tuple[Any, ...]:
         """The model's outputs, with noise in every value."""
         returned = self.output.all_input_nodes
-        values = self._with_noise(ancestors(returned), returned, generator, {})
+        values = self._with_noise(ancestors(returned), returned, noise, {})
         known = dict(zip(returned, values, strict=True))
         return tuple(fx.map_arg(self.output.args[0], known.__getitem__))
 
@@ -98,7 +106,7 @@ class Teacher:
         self,
         nodes: set[fx.Node],
         wanted: Sequence[fx.Node],
-        generator: torch.Generator,
+        noise: Noise,
         least: Mapping[fx.Node, float],
     ) -> list[Any]:
         """Values of `wanted`, where all `nodes` round differently and all others are the model's own."""
@@ -109,7 +117,7 @@ class Teacher:
         dying = last_uses([(node, *node.all_input_nodes) for node in calls], wanted)
         for node, dead in zip(calls, dying, strict=True):
             value, arguments = self._run(step, node), [step[arg] for arg in node.all_input_nodes]
-            noisy[node] = with_noise(node, value, arguments, generator, least.get(node, 0.0))
+            noisy[node] = with_noise(node, value, arguments, noise, least.get(node, 0.0))
             for each in dead:
                 noisy.pop(each, None)
         return [step[node] for node in wanted]
@@ -119,9 +127,15 @@ class Teacher:
             return layer_output(step, node)
         return call(node, step.__getitem__)
 
-    def _step(self, kind: StepKind, state: Mapping[str, Tensor], computes: Mapping[fx.Node, Compute]) -> Step:
+    def _step(
+        self,
+        kind: StepKind,
+        state: Mapping[str, Tensor],
+        computes: Mapping[fx.Node, Compute],
+        kept: Sequence[fx.Node] = (),
+    ) -> Step:
         reads = dict.fromkeys(self.regions.bodies, ())
-        return Step(self.graph, self.regions, kind, self.inputs, state, self.weights, computes, reads)
+        return Step(self.graph, self.regions, kind, self.inputs, state, self.weights, computes, reads, kept)
 
 
 class _Overlaid:

@@ -25,8 +25,8 @@ from moeca_compile.runtime.tracks import Call, Position, Request, Track
 
 _MOST_TRACKS = 64
 """Calls that always come at one timestep look like streams of one step: so many are told apart."""
-_MOST_REQUESTS = 256
-"""So many requests are kept: a server may sample each in a thread of its own, without an end that could be seen."""
+_MOST_MARKED = 256
+"""So many requests with a handle are kept: their ends are known, if users close or drop their handles."""
 _REMEMBERED = 4
 """So many requests that gave up their caches for a later one are remembered, to notice if they go on."""
 
@@ -61,9 +61,15 @@ class _Fit:
 
 
 class Requests:
-    """The requests of one model that are under way."""
+    """The requests of one model that are under way.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many unmarked requests are kept. A server may sample each in a thread of its own, without an end that
+            could be seen, and each call is compared with all of them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.live: OrderedDict[int, Request] = OrderedDict()
         """By identity, the least recently used first."""
         self.remembered: deque[Request] = deque(maxlen=_REMEMBERED)
@@ -107,8 +113,9 @@ class Requests:
 
     def _added(self, request: Request) -> Request:
         self.live[id(request)] = request
-        if len(self.live) > _MOST_REQUESTS:
-            self.end(next(iter(self.live.values())))
+        alike = [other for other in self.live.values() if (other.handle is None) == (request.handle is None)]
+        if len(alike) > (self.most if request.handle is None else _MOST_MARKED):
+            self.end(alike[0])
         return request
 
     def _continued(self, call: Call) -> tuple[Request, _Fit] | None:

@@ -111,7 +111,8 @@ class Bounds:
 def bounds_of(config: MoecaConfig) -> Bounds:
     """The bounds that the options set, for a model without requests so far."""
     most = config.max_cache_bytes
-    return Bounds(Requests(), config.max_generations, most if isinstance(most, int) else None)
+    # Requests beyond those with caches are kept for a while, so that a warning can say that they lost theirs.
+    return Bounds(Requests(4 * config.max_generations), config.max_generations, most if isinstance(most, int) else None)
 
 
 class Streams:

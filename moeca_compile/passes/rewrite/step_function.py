@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moeca_compile.passes.analysis.graph import between
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -35,14 +36,12 @@ def step_function(
 ) -> StepFunction:
     """The step of this kind as an eager function."""
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
-    reads |= {replacement.node: replacement.reads for replacement in replacements}
+    reads |= {each.node: _reads(each, kind) for each in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
-    # Rows of later regions may be computed from what replacements gave, and no replacement is called twice.
-    kept = [*stored, *reads]
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
-        step = Step(graph, regions, kind, inputs, state, weights, computes, reads, kept)
+        step = Step(graph, regions, kind, inputs, state, weights, computes, reads, stored)
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
@@ -55,6 +54,14 @@ def step_function(
             step.memo.clear()
 
     return run
+
+
+def _reads(replacement: Replacement, kind: StepKind) -> Sequence[fx.Node]:
+    """The values that it may read for all tokens, besides those that its node's op is computed from."""
+    if not (replacement.recomputes_rows and kind.capacity):
+        return replacement.reads
+    work = between(replacement.source, [replacement.node])
+    return [*replacement.reads, *dict.fromkeys(arg for node in sorted(work) for arg in node.all_input_nodes)]
 
 
 def _result(step: Step, replacements: Sequence[Replacement]) -> StepResult:
