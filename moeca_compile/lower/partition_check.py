@@ -14,7 +14,7 @@ from moeca_compile.lower.interpret import interpret
 from moeca_compile.lower.partition import Call, one_call, written_by
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.random_state import RandomState
-from moeca_compile.lower.rounding import Noise, Trial, with_noise
+from moeca_compile.lower.rounding import Trial, with_noise
 from moeca_compile.passes.analysis.graph import last_uses, placeholders
 
 Run = Callable[["_Partition", "Compiled | None"], list[Any]]
@@ -45,9 +45,9 @@ def checked_outputs(step: CompiledStep, flat: Sequence[Any], device: torch.devic
     return _outputs(step, flat, device, checked)
 
 
-def noisy_outputs(step: CompiledStep, flat: Sequence[Any], noise: Noise) -> list[Any]:
+def noisy_outputs(step: CompiledStep, flat: Sequence[Any], generator: torch.Generator) -> list[Any]:
     """The model's outputs in eager mode, where every value rounds differently."""
-    return _outputs(step, flat, noise.device, lambda partition, code: partition.noisy(noise))
+    return _outputs(step, flat, generator.device, lambda partition, code: partition.noisy(generator))
 
 
 def _outputs(step: CompiledStep, flat: Sequence[Any], device: torch.device, run: Run) -> list[Any]:
@@ -94,9 +94,9 @@ class _Partition:
         self.random.restore()
         return [*code(*(values[node] for node in self.call.arguments)), *copies.values()]
 
-    def noisy(self, noise: Noise) -> list[Any]:
+    def noisy(self, generator: torch.Generator) -> list[Any]:
         """The same in eager mode, where every value rounds differently."""
-        return self.eagerly(lambda node, value, arguments: with_noise(node, value, arguments, noise))
+        return self.eagerly(lambda node, value, arguments: with_noise(node, value, arguments, generator))
 
     def _copies(self) -> dict[fx.Node, Any]:
         return {node: self.values[node].clone() for node in self.written}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.lower.rounding import Noise, unit, with_noise
+from moeca_compile.lower.rounding import unit, with_noise
 from moeca_compile.ops.body_run import call
 from moeca_compile.passes.analysis.graph import ancestors, between, last_uses
 from moeca_compile.passes.match.regions import Regions
@@ -48,7 +48,8 @@ class Teacher:
         self.computes: dict[fx.Node, Compute] = {}
         self.beginnings: dict[fx.Node, list[fx.Node]] = {}
         """By node, the values that it is compared with, which would be dropped by then."""
-        for node, source in [(r.node, r.source) for r in replacements] + [(r.add, r.stream) for r in regions.residuals]:
+        compared = [(r.node, r.source) for r in replacements] + [(r.add, r.stream) for r in regions.residuals]
+        for node, source in compared:
             self.beginnings.setdefault(node, []).append(source)
         kept = [source for sources in self.beginnings.values() for source in sources]
         self.step = self._step(StepKind(), {}, self.computes, kept)
@@ -84,7 +85,7 @@ class Teacher:
         step.values = self.values
         return step
 
-    def noisy(self, replacement: Replacement) -> Callable[[Noise], list[Any]]:
+    def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:
         """The value of a replaced node, with noise in all that it is computed from its source by.
 
         What goes through a cache is rounded to that too.
@@ -93,12 +94,12 @@ class Teacher:
         units = [unit(spec.dtype, device) for spec in replacement.specs if spec.dtype.is_floating_point]
         cached = {node for cache in replacement.caches for node in cache.reads()} | {replacement.node}
         least = dict.fromkeys(cached, max(units, default=0.0))
-        return lambda noise: self._with_noise(span, [replacement.node], noise, least)
+        return lambda generator: self._with_noise(span, [replacement.node], generator, least)
 
-    def noisy_outputs(self, noise: Noise) -> tuple[Any, ...]:
+    def noisy_outputs(self, generator: torch.Generator) -> tuple[Any, ...]:
         """The model's outputs, with noise in every value."""
         returned = self.output.all_input_nodes
-        values = self._with_noise(ancestors(returned), returned, noise, {})
+        values = self._with_noise(ancestors(returned), returned, generator, {})
         known = dict(zip(returned, values, strict=True))
         return tuple(fx.map_arg(self.output.args[0], known.__getitem__))
 
@@ -106,7 +107,7 @@ class Teacher:
         self,
         nodes: set[fx.Node],
         wanted: Sequence[fx.Node],
-        noise: Noise,
+        generator: torch.Generator,
         least: Mapping[fx.Node, float],
     ) -> list[Any]:
         """Values of `wanted`, where all `nodes` round differently and all others are the model's own."""
@@ -117,7 +118,7 @@ class Teacher:
         dying = last_uses([(node, *node.all_input_nodes) for node in calls], wanted)
         for node, dead in zip(calls, dying, strict=True):
             value, arguments = self._run(step, node), [step[arg] for arg in node.all_input_nodes]
-            noisy[node] = with_noise(node, value, arguments, noise, least.get(node, 0.0))
+            noisy[node] = with_noise(node, value, arguments, generator, least.get(node, 0.0))
             for each in dead:
                 noisy.pop(each, None)
         return [step[node] for node in wanted]

@@ -64,8 +64,8 @@ class Requests:
     """The requests of one model that are under way.
 
     Args:
-        most: how many unmarked requests are kept. A server may sample each in a thread of its own, without an end that
-            could be seen, and each call is compared with all of them.
+        most: how many unmarked requests are kept. A server may sample each in a thread of its own, without an end
+            that could be seen, and each call is compared with all of them.
     """
 
     def __init__(self, most: int) -> None:

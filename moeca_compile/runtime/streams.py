@@ -112,7 +112,8 @@ def bounds_of(config: MoecaConfig) -> Bounds:
     """The bounds that the options set, for a model without requests so far."""
     most = config.max_cache_bytes
     # Requests beyond those with caches are kept for a while, so that a warning can say that they lost theirs.
-    return Bounds(Requests(4 * config.max_generations), config.max_generations, most if isinstance(most, int) else None)
+    requests = Requests(4 * config.max_generations)
+    return Bounds(requests, config.max_generations, most if isinstance(most, int) else None)
 
 
 class Streams:
