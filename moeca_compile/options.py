@@ -191,6 +191,29 @@ class Options:
         SCHEDULE,
         """The numbers of the full steps, in place of full_every. Must contain 0. All other steps are cache steps.""",
     )
+    schedule: str = setting(
+        "uniform",
+        one_of("uniform", "power"),
+        SCHEDULE,
+        """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
+        of the generation, where the model's output changes faster. That needs the number of steps: what
+        generation(model, steps=...) says, else that of the last generation; until it is known, steps are uniform.""",
+    )
+    schedule_exponent: float = setting(
+        1.45,
+        real(1),
+        SCHEDULE,
+        """How far schedule="power" moves full steps toward the end: of F full steps in S, number i is step
+        S (1 - (1 - i/F)^exponent). 1 is uniform.""",
+    )
+    corrector: bool = setting(
+        False,
+        flag,
+        SCHEDULE,
+        """At each full step, find the error that the cache steps before it have made, and make up for it in this
+        step's output. For deterministic samplers that add a multiple of the output to the picture (Euler on a flow
+        or an ODE, DPM-Solver); not for stochastic ones. It costs one cache step at each full step.""",
+    )
     attention_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all attention at this interval instead of full_every."
     )

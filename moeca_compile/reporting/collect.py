@@ -51,6 +51,7 @@ def report(model: Any) -> Report:
         match_ratio=_ratio(counts["matched"], counts["branches"]),
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
+        corrections=sum(each.tallies.corrections for each in counted),
         flops=_flops(counted),
         validation_errors=dict(notes.errors),
         warnings=(*notes.warnings, *_refusals()),
@@ -142,6 +143,8 @@ def _flops(counted: list[Counted]) -> Flops | None:
     calls = sum(steps for _, _, steps in tallies)
     full = sum(steps * flops[StepKind()] for flops, _, steps in tallies)
     spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
+    predicted = StepKind(attention=False, experts=False)
+    spent += sum(n * each.flops[predicted] for each in counted if (n := each.tallies.corrections))
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

@@ -81,6 +81,7 @@ class Report:
         compile_seconds: seconds of each stage of compilation, in order.
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
+        corrections: number of full steps that made up for the cache steps before them (option `corrector`).
         match_ratio: share of the branches on cache steps that were in the cache.
         reuse_ratio: share of the branches on cache steps whose cached output was used.
         recomputed_branches_per_step: mean over cache steps. It and the ratios are None before the first cache step of
@@ -102,6 +103,7 @@ class Report:
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+    corrections: int = 0
     match_ratio: float | None = None
     reuse_ratio: float | None = None
     recomputed_branches_per_step: float | None = None
@@ -193,7 +195,8 @@ def _step_lines(report: Report) -> list[str]:
     lines = []
     if report.steps:
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.steps.items())
-        lines.append(f"steps: {sum(report.steps.values())} ({kinds})")
+        corrected = f", {report.corrections} of the full ones corrected" if report.corrections else ""
+        lines.append(f"steps: {sum(report.steps.values())} ({kinds}){corrected}")
     ratios = {"matched": report.match_ratio, "reused": report.reuse_ratio}
     known = [f"{percent(ratio)} {name}" for name, ratio in ratios.items() if ratio is not None]
     if known:

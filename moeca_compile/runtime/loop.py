@@ -22,6 +22,7 @@ from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
+from moeca_compile.runtime.corrector import corrected, gain
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
 from moeca_compile.runtime.layouts import in_one_layout
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
@@ -83,13 +84,18 @@ class StepLoop:
             position, stream, refresh = self.enter(inputs)
         try:
             kind = self.kind(refresh, stream, position.time, inputs)
+            weight = self.correction(refresh, stream, position.time)
+            predicted = self.predicted(stream, position.time, inputs) if weight else ()
             outputs = self._run(kind, stream, position.time, inputs)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
             raise
         self.streams.finished(position)
-        return outputs
+        if not weight:
+            return outputs
+        self.tallies.corrections += 1
+        return corrected(outputs, predicted, weight)
 
     # --- a call, stage by stage -----------------------------------------------------------------------------
 
@@ -124,6 +130,21 @@ class StepLoop:
 
         return self.capacities.kind(refresh, stream, counts)
 
+    def correction(self, refresh: RefreshPlan, stream: Stream, time: float) -> float:
+        """The weight of the error that a full step makes up for (runtime.corrector); 0 where it makes up for none."""
+        if not self.compiled.config.corrector or refresh != EVERYTHING or stream.empty:
+            return 0.0
+        known = stream.full_at[0] if self.compiled.config.forecast else stream.full_at[0][:1]
+        return gain(known, stream.passed, time)
+
+    def predicted(self, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The outputs that a cache step would give here. It changes no cache, and is not counted."""
+        placed, kind = self._placed(inputs), StepKind(attention=False, experts=False)
+        outputs = self._result(kind, stream, placed, self.weights(stream, time)).outputs
+        if self.graphs is not None:  # the full step may be recorded over the memory of these
+            outputs = tuple(value.clone() if isinstance(value, Tensor) else value for value in outputs)
+        return outputs[len(self.compiled.mutated) :]
+
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
         if kind not in self.steps:
@@ -148,17 +169,21 @@ class StepLoop:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s step at time %g", kind.name, time)
         placed, weights = self._placed(inputs), self.weights(stream, time)
-        step = self.step(kind, placed, stream.state, weights)
-        if self.graphs is None:
-            stream.state.release(kind)
-            result = step(placed, stream.state, weights)
-            if result.updates:
-                stream.state.store(result.updates)
-        else:
-            result = self.graphs.run(kind, stream, step, placed, weights)
+        result = self._result(kind, stream, placed, weights)
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         return self.compiled.write_back(inputs, result.outputs)
+
+    def _result(self, kind: StepKind, stream: Stream, placed: Sequence[Any], weights: Tensor) -> StepResult:
+        """Run a step on the stream's caches, and apply its updates to them."""
+        step = self.step(kind, placed, stream.state, weights)
+        if self.graphs is not None:
+            return self.graphs.run(kind, stream, step, placed, weights)
+        stream.state.release(kind)
+        result = step(placed, stream.state, weights)
+        if result.updates:
+            stream.state.store(result.updates)
+        return result
 
     def _placed(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The inputs in the layout that is compiled, with those that the graph needs on the device copied there."""

@@ -82,6 +82,8 @@ class Requests:
         """Arguments that change from step to step, and so do not tell tracks apart."""
         self.short = 0
         """How many unmarked requests in a row ended after one or two steps, as when time goes back and forth."""
+        self.lengths: deque[int] = deque(maxlen=2)
+        """How many steps the last requests had."""
         self.strayed = ""
         """The first call that turned out, too late, to have read another picture's caches."""
         self.lock = threading.RLock()
@@ -105,7 +107,7 @@ class Requests:
 
     def _of(self, handle: Generation) -> Request:
         known = (r for r in self._latest_first() if r.handle is not None and r.handle() is handle)
-        return next(known, None) or self._added(Request(weakref.ref(handle)))
+        return next(known, None) or self._added(Request(weakref.ref(handle), handle.steps or self._expected()))
 
     def _latest_first(self) -> list[Request]:
         """A copy: Python may collect a handle, and so end its request, in the middle of a walk."""
@@ -139,11 +141,21 @@ class Requests:
         thread, unmarked = scope.thread_number(), [r for r in self._latest_first() if r.handle is None]
         last = next((r for r in unmarked if r.tracks[-1].thread == thread), None)
         if last is not None:
+            self._learn_length(last)
             self.short = self.short + 1 if last.number <= 1 else 0
             if not self.interleaved:
                 self.end(last)
                 self.remembered.append(last)
-        return self._added(Request()), _Fit(1.0)
+        return self._added(Request(expected=self._expected())), _Fit(1.0)
+
+    def _learn_length(self, ended: Request) -> None:
+        """Of requests that moved twice: single calls and pairs are no generations."""
+        if ended.number > 1:
+            self.lengths.append(ended.number + 1)
+
+    def _expected(self) -> int | None:
+        """The number of steps of a new request. Of two lengths the shorter, as longer plans have later full steps."""
+        return min(self.lengths, default=None)
 
     def end(self, request: Request) -> None:
         """Drop a request; its caches go back to their owners."""
@@ -161,6 +173,7 @@ class Requests:
         """Drop the requests that the user has ended."""
         with self.lock:
             for request in [request for request in self._latest_first() if request.ended]:
+                self._learn_length(request)
                 self.end(request)
 
     def reset(self) -> None:

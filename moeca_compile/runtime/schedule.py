@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
@@ -29,6 +30,8 @@ class DueSteps:
     every: int = 1
     listed: tuple[int, ...] | None = None
     """In ascending order."""
+    planned: int | None = None
+    """How many steps the list is for: from then on every `every`-th is due, the first at once. None if for any."""
 
     def within(self, last: int, number: int) -> bool:
         """Whether any step after `last` and up to `number` is due. Takes as long for 10,000 steps as for one."""
@@ -36,38 +39,69 @@ class DueSteps:
 
     def and_of(self, other: DueSteps) -> DueSteps:
         """The steps that are due in both."""
+        every = math.lcm(self.every, other.every)
         if self.listed is not None:
-            return DueSteps(listed=tuple(step for step in self.listed if other.within(step - 1, step)))
-        return other.and_of(self) if other.listed is not None else DueSteps(math.lcm(self.every, other.every))
+            both = tuple(step for step in self.listed if other.within(step - 1, step))
+            return DueSteps(every, both, self.planned)
+        return other.and_of(self) if other.listed is not None else DueSteps(every)
 
     def _up_to(self, number: int) -> int:
         """How many steps are due from 0 to `number`."""
-        return number // self.every + 1 if self.listed is None else bisect_right(self.listed, number)
+        if self.listed is None:
+            return number // self.every + 1
+        if self.planned is None or number < self.planned:
+            return bisect_right(self.listed, number)
+        return len(self.listed) + (number - self.planned) // self.every + 1
 
 
 class Schedule:
     """When each part of the model is due.
 
     Each part has its own interval (`attention_every`, `experts_every`). Without one, it follows `full_steps` if that
-    is set, else `full_every`. If Part.WHOLE is among the `cached` parts, only full steps compute anything anew.
+    is set, else `full_every` and `schedule`. If Part.WHOLE is among the `cached` parts, only full steps compute
+    anything anew.
     """
 
     def __init__(self, config: MoecaConfig, cached: Set[Part]) -> None:
-        attention, experts = (_due_steps(config, every) for every in (config.attention_every, config.experts_every))
-        both = attention.and_of(experts)
-        self.attention, self.experts = (both, both) if Part.WHOLE in cached else (attention, experts)
+        self.config, self.whole = config, Part.WHOLE in cached
+        self.due = lru_cache(maxsize=64)(self._due)
 
-    def parts_to_refresh(self, attention_at: int, experts_at: int, number: int) -> RefreshPlan:
+    def parts_to_refresh(
+        self, attention_at: int, experts_at: int, number: int, steps: int | None = None
+    ) -> RefreshPlan:
         """What step `number` computes anew.
 
         Args:
             attention_at, experts_at: the step that last computed each part, -1 where none has. What was due since
                 then is due now, also if it was due at a step at which this stream was not called.
+            steps: how many the generation is expected to have; None where that is not known.
         """
-        return RefreshPlan(self.attention.within(attention_at, number), self.experts.within(experts_at, number))
+        attention, experts = self.due(steps)
+        return RefreshPlan(attention.within(attention_at, number), experts.within(experts_at, number))
+
+    def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
+        config = self.config
+        attention, experts = (
+            _due_steps(config, every, steps) for every in (config.attention_every, config.experts_every)
+        )
+        both = attention.and_of(experts)
+        return (both, both) if self.whole else (attention, experts)
 
 
-def _due_steps(config: MoecaConfig, interval: int | None) -> DueSteps:
+def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> DueSteps:
     if interval is not None:
         return DueSteps(interval)
-    return DueSteps(config.full_every) if config.full_steps is None else DueSteps(listed=config.full_steps)
+    if config.full_steps is not None:
+        return DueSteps(listed=config.full_steps)
+    if config.schedule == "power" and steps is not None:
+        listed = power_steps(steps, math.ceil(steps / config.full_every), config.schedule_exponent)
+        return DueSteps(config.full_every, listed, planned=steps)
+    return DueSteps(config.full_every)
+
+
+def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
+    """The numbers of `full` full steps in a generation of `steps`, the closer together the later they are."""
+    found = [0]
+    for i in range(1, full):
+        found.append(max(found[-1] + 1, round(steps * (1 - (1 - i / full) ** exponent))))
+    return tuple(step for step in found if step < steps)

@@ -35,6 +35,8 @@ class Stream:
     """For each part, the times of its last full steps, the newest first: as many as a forecast reads."""
     last_full: list[int] = field(default_factory=lambda: [-1, -1])
     """For each part, the number of the last step that computed it anew; -1 where none has."""
+    passed: list[float] = field(default_factory=list)
+    """The times of the cache steps since the last full step."""
     capacity: int | None = None
     """The capacity bucket of its cache steps; None before the first."""
     graphs: dict[Any, Any] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Stream:
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
         """Record that step `number` at `time` computed these parts anew."""
+        self.passed = [] if refresh == EVERYTHING else [*self.passed, time]
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
                 self.full_at[part.row] = [time, *self.full_at[part.row]][: forecast.RULE.slots]
@@ -68,7 +71,7 @@ class Stream:
 
     def invalidate(self) -> None:
         """Mark all caches as invalid: a step was interrupted while it changed them, or they may be another's."""
-        self.full_at, self.last_full = [[], []], [-1, -1]
+        self.full_at, self.last_full, self.passed = [[], []], [-1, -1], []
         self.state.filled = [0, 0]
 
 
@@ -162,7 +165,7 @@ class Streams:
         if not position.certain:
             return EVERYTHING
         attention_at, experts_at = stream.last_full
-        return self.schedule.parts_to_refresh(attention_at, experts_at, position.number)
+        return self.schedule.parts_to_refresh(attention_at, experts_at, position.number, position.request.expected)
 
     def warn_if_caches_unused(self, notes: Notes) -> None:
         """Warn if generations are detected, but their caches are hardly ever used."""

@@ -38,6 +38,8 @@ class Tallies:
 
     def __init__(self) -> None:
         self.by_kind: dict[StepKind, Tally] = {}
+        self.corrections = 0
+        """Full steps that made up for cache steps: each ran a cache step besides (runtime.corrector)."""
 
     def add(self, kind: StepKind, counts: Tensor | None) -> None:
         """Count a step, and add its counters (layers, COUNTERS)."""

@@ -74,6 +74,8 @@ class Request:
 
     handle: weakref.ref[Generation] | None = None
     """The user's mark, if any."""
+    expected: int | None = None
+    """How many steps it is expected to have; None where nothing says."""
     tracks: list[Track] = field(default_factory=list)
     time: Timestep | None = None
     direction: float = 0.0
