@@ -120,6 +120,9 @@ def questions() -> tuple[Question, ...]:
         Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
         Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
         Question("intervals", tuple(_intervals()), sets=2),
+        Question("schedules", tuple(_schedules((3, 4, 5, 7), _CORRECTED))),
+        Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
+        Question("schedules-ddpm", tuple(_schedules((4, 6), _SCHEDULED)), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
     )
 
@@ -129,6 +132,23 @@ def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
     for every in intervals:
         for recipe in (name for name in RECIPES if name != "none"):
             yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
+
+
+_SCHEDULED: tuple[dict[str, Any], ...] = ({"schedule": "power"},)
+_CORRECTED: tuple[dict[str, Any], ...] = (
+    *_SCHEDULED,
+    {"corrector": True},
+    {"schedule": "power", "corrector": True},
+)
+
+
+def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
+    """Even full steps, and each of these options, with and without a forecast."""
+    for every in intervals:
+        for recipe in ("stack", "stack-forecast"):
+            for chosen in ({}, *options):
+                name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
+                yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
 
 
 def _fewer_steps(samplers: Sequence[str], counts: Sequence[int] = (25, 17, 13, 9)) -> Iterator[Case]:
@@ -230,7 +250,8 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
 def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
     """[images, 1, 8, 8] from one seed, classes 0 to 9 in turn."""
     labels = (torch.arange(question.images) % 10).to(study.device)
-    images = generate(model, labels, steps=steps, guidance=study.guidance, sampler=sampler, seed=seed)
+    with moeca_compile.generation(steps=steps):
+        images = generate(model, labels, steps=steps, guidance=study.guidance, sampler=sampler, seed=seed)
     return images.cpu()
 
 

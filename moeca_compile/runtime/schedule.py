@@ -64,7 +64,8 @@ class Schedule:
 
     def __init__(self, config: MoecaConfig, cached: Set[Part]) -> None:
         self.config, self.whole = config, Part.WHOLE in cached
-        self.due = lru_cache(maxsize=64)(self._due)
+        self.unplanned = self._due(None)
+        self.planned = lru_cache(maxsize=64)(self._due)
 
     def parts_to_refresh(
         self, attention_at: int, experts_at: int, number: int, steps: int | None = None
@@ -76,7 +77,8 @@ class Schedule:
                 then is due now, also if it was due at a step at which this stream was not called.
             steps: how many the generation is expected to have; None where that is not known.
         """
-        attention, experts = self.due(steps)
+        by_length = steps is not None and self.config.schedule == "power"
+        attention, experts = self.planned(steps) if by_length else self.unplanned
         return RefreshPlan(attention.within(attention_at, number), experts.within(experts_at, number))
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
@@ -93,7 +95,7 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         return DueSteps(interval)
     if config.full_steps is not None:
         return DueSteps(listed=config.full_steps)
-    if config.schedule == "power" and steps is not None:
+    if steps is not None:
         listed = power_steps(steps, math.ceil(steps / config.full_every), config.schedule_exponent)
         return DueSteps(config.full_every, listed, planned=steps)
     return DueSteps(config.full_every)
@@ -103,5 +105,6 @@ def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
     """The numbers of `full` full steps in a generation of `steps`, the closer together the later they are."""
     found = [0]
     for i in range(1, full):
-        found.append(max(found[-1] + 1, round(steps * (1 - (1 - i / full) ** exponent))))
-    return tuple(step for step in found if step < steps)
+        place = round(steps * (1 - (1 - i / full) ** exponent))
+        found.append(min(max(found[-1] + 1, place), steps - full + i))  # so that there is room for the rest
+    return tuple(found)

@@ -376,6 +376,23 @@ def test_guidance_within_an_interval_joined():
     assert max(ages) < 4
 
 
+def test_the_number_of_steps_is_that_of_the_mark_or_else_of_the_last_generations():
+    model = make_streams(schedule="power", full_every=3)
+    expected = []
+    for length in (6, 9, 9, 9):
+        for number in range(length):
+            expected.append(call(model, 1 - number / length).position.request.expected)
+    assert expected == [None] * 6 + [6] * 9 + [6] * 9 + [9] * 9
+    with generation(object(), steps=12):
+        assert call(model, 1.0).position.request.expected == 12
+
+
+def test_single_calls_say_nothing_of_the_number_of_steps():
+    model = make_streams(schedule="power", full_every=3)
+    for time in (0.3, 0.9, 0.1, 0.7):
+        assert call(model, time, x=picture(int(10 * time))).position.request.expected is None
+
+
 def test_a_cancelled_request_and_the_next_one_in_two_threads():
     model = make_streams()
     workers = [in_thread_of() for _ in range(2)]
@@ -405,7 +422,7 @@ def test_requests_in_ever_new_threads_do_not_pile_up():
     model = make_streams(max_generations=2)
     for seed in range(300):
         in_thread(call, model, 1.0, x=picture(seed))
-    assert len(model.requests.live) == 256 and model.nbytes == 2 * model.stream_bytes
+    assert len(model.requests.live) == 8 and model.nbytes == 2 * model.stream_bytes
 
 
 def test_two_requests_that_take_turns_without_marks():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
-from moeca_compile.runtime.schedule import RefreshPlan, Schedule
+from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule, power_steps
 from tests.harness import calls_of
 
 SEVERAL, WHOLE = frozenset({Part.ATTENTION, Part.EXPERTS}), frozenset({Part.WHOLE})
@@ -42,6 +42,38 @@ def parts(steps: int, **options) -> tuple[list[int], list[int]]:
 )
 def test_steps(options, attention, experts):
     assert parts(10, **options) == (attention, experts)
+
+
+def planned(steps: int, length: int | None, **options) -> list[int]:
+    """The full steps of a generation of `length` steps that was expected to have `steps`."""
+    plan = schedule(schedule="power", **options)
+    return [n for n in range(length or steps) if plan.parts_to_refresh(n - 1, n - 1, n, steps) == EVERYTHING]
+
+
+def test_a_power_schedule_has_as_many_full_steps_the_closer_the_later():
+    # S (1 - (1 - i/F)^1.45) for 13 of 50 steps.
+    assert planned(50, None) == [0, 5, 11, 16, 21, 25, 30, 34, 37, 41, 44, 47, 49]
+    assert planned(50, None, schedule_exponent=1.0) == [round(50 * i / 13) for i in range(13)]
+    assert planned(4, None, full_every=1) == [0, 1, 2, 3]
+    assert planned(3, None) == [0]
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "stack"])
+def test_a_generation_longer_than_expected_goes_on_evenly(recipe):
+    assert planned(8, 20, recipe=recipe) == [0, 5, 8, 12, 16]
+
+
+def test_without_a_number_of_steps_it_is_even():
+    assert parts(10, schedule="power") == ([0, 4, 8], [0, 4, 8])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 20), st.floats(1, 4))
+def test_power_steps_ascend_from_0_and_are_as_many_as_asked(steps, every, exponent):
+    full = -(-steps // every)
+    found = power_steps(steps, full, exponent)
+    assert len(found) == full and list(found) == sorted(set(found))
+    assert found[0] == 0 and found[-1] < steps
 
 
 @pytest.mark.parametrize("options", [{}, {"full_every": 7}, {"attention_every": 3}, {"full_steps": [0]}], ids=str)
