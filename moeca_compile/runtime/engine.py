@@ -11,26 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import compiling, is_fake, numeric_modes, version_of
+from moeca_compile._torch_private import compiling, is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
-from moeca_compile.lower.validate import all_finite
 from moeca_compile.notes import Notes
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime.layouts import in_one_layout, shape_key
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.original import Original, warn_of_failure
+from moeca_compile.runtime.revalidation import call_unproven
 from moeca_compile.runtime.streams import Bounds
 from moeca_compile.runtime.tallies import Counted
 
 _log = logging.getLogger(__name__)
 
-NOT_FINITE = (
-    "the model's outputs had infinities or NaNs in its first {0} calls, so the rewritten model could not be "
-    "validated. It runs uncached until its outputs are finite"
-)
-_NOT_FINITE_CALLS = 8
 MANY_SHAPES = (
     "more input shapes alternate than stay compiled (max_shapes = {0}), so steps are compiled anew again and again. "
     "Raise max_shapes, or bring the inputs to fewer sizes"
@@ -100,7 +95,7 @@ class Engine:
         try:
             given = self._converted(inputs) if self.captured.numbers or self.captured.constants else inputs
             loop = self.loop_for(given)
-            return loop(given) if loop.compiled.proven else self._call_unproven(loop, given)
+            return loop(given) if loop.compiled.proven else call_unproven(self, loop, given)
         except ConfigError:
             raise
         except Exception as error:
@@ -154,6 +149,13 @@ class Engine:
             loop.tallies = self.dropped.pop(key).tallies
         return loop
 
+    def forget(self, loop: StepLoop) -> None:
+        """Drop a loop's compiled steps and caches, so that the next call compiles. Counters stay."""
+        with self._lock:
+            for key in [key for key, known in self.loops.items() if known is loop]:
+                self._drop(key)
+            self._last = None
+
     def _make_room(self) -> None:
         while len(self.loops) > self.config.max_shapes:
             key = next(iter(self.loops))
@@ -169,39 +171,6 @@ class Engine:
     def counted(self) -> list[Counted]:
         """What was counted at all input shapes."""
         return [*self.dropped.values(), *(loop.counted() for loop in list(self.loops.values()))]
-
-    # --- validation that has to be made again -------------------------------------------------------------
-
-    def _call_unproven(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """A call where validation said nothing. It is made again once weights have changed or outputs are finite."""
-        regions = loop.compiled.regions
-        if regions.unproven and self._versions(loop, inputs) != loop.validated_with:
-            self._validate_again(loop)
-            loop = self.loop_for(inputs)
-            loop.validated_with = self._versions(loop, inputs)
-            return loop(inputs)
-        outputs = loop(inputs)
-        if loop.validated_with is None:
-            loop.validated_with = self._versions(loop, inputs)
-        if not regions.finite:
-            if all_finite(outputs):
-                self._validate_again(loop)
-            elif loop.tallies.steps >= _NOT_FINITE_CALLS:
-                self.notes.warn(NOT_FINITE.format(_NOT_FINITE_CALLS))
-        return outputs
-
-    def _validate_again(self, loop: StepLoop) -> None:
-        """Drop compiled steps and caches, so that the next call compiles. Counters stay."""
-        with self._lock:
-            for key in [key for key, known in self.loops.items() if known is loop]:
-                self._drop(key)
-            self._last = None
-
-    def _versions(self, loop: StepLoop, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What changes with the weights, but for those that the model itself changes at every call."""
-        own = {*self.of_model, *loop.compiled.mutated}
-        weights = [v for i, v in enumerate(inputs) if i not in own and isinstance(v, Tensor)]
-        return tuple((v.data_ptr(), version_of(v)) for v in weights)
 
     def same_graph(self, other: Engine) -> bool:
         """Whether the other engine's graph computes the same function of its inputs."""

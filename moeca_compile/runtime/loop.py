@@ -73,7 +73,7 @@ class StepLoop:
         self.stateless = Stream(Caches((), device))
         """The stream of all calls where nothing is cached."""
         self.validated_with: tuple[Any, ...] | None = None
-        """The versions of the weights, where validation has to be made again once they change (Engine)."""
+        """The versions of the weights, where they decide when to validate again (runtime.revalidation)."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from moeca_compile.lower import program
+from moeca_compile.lower import program, teacher
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite import rows as rows_module
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -50,6 +50,21 @@ def prepared(graph: Captured, **options: Any) -> tuple[Engine, StepLoop, list[st
 
 def regions_of(graph: Captured) -> Regions:
     return graph.loop(validate=False).compiled.regions
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "fora-forecast"])
+def test_no_layer_runs_again_for_what_its_values_are_compared_with(graph, recipe, monkeypatch):
+    """Values that a check reads are dropped after it, not before: to get them back would run the model anew."""
+    ran: list[fx.Node] = []
+    original = teacher.layer_output
+
+    def noted(step: Any, marker: fx.Node) -> Any:
+        ran.append(marker)
+        return original(step, marker)
+
+    monkeypatch.setattr(teacher, "layer_output", noted)
+    _, loop, _ = prepared(graph, recipe=recipe)
+    assert len(ran) == len(loop.compiled.regions.bodies) > 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

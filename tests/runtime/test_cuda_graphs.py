@@ -74,6 +74,7 @@ def generate(engine: Engine, graph: Captured, model: TinyDiTMoE, seed: int = 1, 
         {"recipe": "moeca-forecast"},
         {"recipe": "moeca-forecast", "budget": 0.25, "overwrite": False},
         {"recipe": "stack-forecast"},
+        {"recipe": "stack-forecast", "corrector": True, "schedule": "power"},
         {"recipe": "fora", "attention_every": 2},
         {"recipe": "none"},
     ],
@@ -92,7 +93,8 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
     assert not engine.notes.warnings
     assert recorder.events.count("rehearse") == kinds
     assert recorder.events.count("record") == kinds + slots - 1  # full steps once for each slot that they fill
-    assert recorder.events.count("replay") == 3 * 13 - kinds
+    assert (loop.tallies.corrections > 0) == engine.config.corrector
+    assert recorder.events.count("replay") == 3 * 13 + loop.tallies.corrections - kinds
     assert engine.notes.errors["replayed"] == 0.0
 
 
