@@ -4,7 +4,7 @@ Here a *policy* is a way to sample images: a compiled model, a sampler and a num
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -35,7 +35,8 @@ class Setting:
     sampler: str = "euler"
     seed: int = 0
     repeats: int = 3
-    full_every: int = 4
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the backend, for recipes that cache."""
 
     @property
     def labels(self) -> Tensor:
@@ -99,14 +100,13 @@ def timed_generation(
     return images, time.perf_counter() - start
 
 
-def compiled_policy(model: nn.Module, name: str, setting: Setting, **options: object) -> Policy:
+def compiled_policy(model: nn.Module, name: str, setting: Setting) -> Policy:
     """``model`` under plain torch.compile (``BASELINE``) or a recipe. It is compiled at the first run."""
     own = private_copy(model)
     if name == BASELINE:
         compiled = torch.compile(own)
     else:
-        schedule = {} if name == UNCACHED else {"full_every": setting.full_every}
-        chosen: dict[str, Any] = {"recipe": name, **schedule, **options}
+        chosen = {"recipe": name, **({} if name == UNCACHED else setting.options)}
         compiled = torch.compile(own, backend="moeca", options=chosen)
     return Policy(name, compiled, setting.steps, setting.sampler)
 

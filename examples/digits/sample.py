@@ -39,7 +39,8 @@ from examples.digits.metrics import frechet_distance
 from examples.digits.model import DigitsDiT
 from examples.digits.picture import save_picture
 from examples.digits.sampling import SAMPLERS, TRAIN_TIMESTEPS
-from moeca_compile.config import RECIPES
+from moeca_compile.config import RECIPES, MoecaConfig
+from moeca_compile.options import ConfigError
 
 DEFAULT_RECIPES = ("moeca", "moeca-forecast")
 HEADERS = (
@@ -72,6 +73,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"a recipe, may be given several times: {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
     )
     parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
+    parser.add_argument("--schedule", choices=("uniform", "power"), default="uniform", help="(uniform)")
+    parser.add_argument(
+        "--corrector",
+        action="store_true",
+        help="full steps make up for the cache steps before them (deterministic samplers)",
+    )
     parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="diffusers' scheduler (euler)")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,6 +95,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
     args = parser.parse_args(argv)
     args.recipe = list(dict.fromkeys(args.recipe or DEFAULT_RECIPES))
+    args.options = {"full_every": args.full_every, "schedule": args.schedule, "corrector": args.corrector}
+    try:
+        for recipe in args.recipe:
+            MoecaConfig.from_options({"recipe": recipe} if recipe == UNCACHED else {"recipe": recipe, **args.options})
+    except ConfigError as error:
+        parser.error(str(error))
     return args
 
 
@@ -157,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
-    setting = Setting(args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.full_every)
+    setting = Setting(args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.options)
     dtype = getattr(torch, args.dtype)
     where = environment(args.device, dtype)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)

@@ -20,6 +20,8 @@ SCRIPTS = Path(sample.__file__).parent
         (["--sampler", "heun"], "'multistep'"),
         (["--guidance", "nan"], "give a number >= 0"),
         (["--full-every", "0"], "at least 1"),
+        (["--recipe", "moeca", "--corrector"], "'corrector' = True: it needs cache steps that recompute nothing"),
+        (["--schedule", "even"], "'power'"),
         (["--device", "abacus"], "give cpu or cuda"),
         (["--out", "picture.gif"], "must end in .png"),
         (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
@@ -36,6 +38,11 @@ def test_defaults():
     args = sample.parse_arguments([])
     assert args.recipe == list(sample.DEFAULT_RECIPES)
     assert args.steps == 50
+
+
+def test_options_of_the_backend():
+    args = sample.parse_arguments(["--recipe", "stack", "--full-every", "7", "--schedule", "power", "--corrector"])
+    assert args.options == {"full_every": 7, "schedule": "power", "corrector": True}
 
 
 def test_recipes_given_twice_run_once():
