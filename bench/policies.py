@@ -120,7 +120,10 @@ def questions() -> tuple[Question, ...]:
         Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
         Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
         Question("intervals", tuple(_intervals()), sets=2),
-        Question("schedules", tuple(_schedules((3, 4, 5, 7), _CORRECTED))),
+        Question(
+            "schedules",
+            (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
+        ),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
         Question("schedules-ddpm", tuple(_schedules((4, 6), _SCHEDULED)), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
