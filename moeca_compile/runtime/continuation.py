@@ -20,6 +20,8 @@ from torch import Tensor
 
 _LEAST = 0.7
 """The least correlation of two successive inputs, sample by sample."""
+_SPREAD = 2.5
+"""Measured on n elements it varies by 1 / sqrt(n) where a sampler adds fresh noise: so many times that may be missing."""
 _COMPARED = 1024
 """So many elements of a sample are compared. The correlation of independent noise is then 0.03."""
 _WITHIN = 0.25
@@ -95,11 +97,13 @@ class Trajectory:
         return (now, before) if now.shape == before.shape else (now[:samples], before[:samples])
 
     def _judged(self, products: Tensor) -> tuple[Answer, Moves]:
+        assert self.last is not None
+        least = _LEAST - _SPREAD / math.sqrt(self.last.shape[1])
         goes_on, moves = True, []
         limits = self.fastest if len(self.fastest) == len(products) else [math.inf] * len(products)
         for ((now, both), (_, before)), fastest in zip(products.tolist(), limits, strict=True):
             moved = math.sqrt(max(0.0, now - 2 * both + before) / before) if before > 0 else math.inf * now
-            alike = both >= _LEAST * math.sqrt(now * before)  # and so no NaN
+            alike = both >= least * math.sqrt(now * before)  # and so no NaN
             goes_on &= alike and moved <= max(_WITHIN, _FASTER * fastest)
             moves.append(moved)
         return (Answer.GOES_ON if goes_on else Answer.OTHER), moves

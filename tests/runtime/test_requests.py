@@ -526,6 +526,21 @@ def variance_preserving(t: float) -> tuple[float, float]:
     return math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
 
 
+def test_many_small_pictures_of_a_stochastic_sampler_go_on():
+    """50 steps of DDPM on pictures of 64 elements: the correlation of successive ones, 0.8, is measured on few."""
+    generator = torch.Generator().manual_seed(0)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    x, chain = torch.randn(200, 1, 8, 8, generator=generator), []
+    for kept in (1 - betas).log().view(50, 20).sum(1).exp().tolist():
+        x = kept**0.5 * x + (1 - kept) ** 0.5 * torch.randn(x.shape, generator=generator)
+        chain.append(x)
+    model = make_streams(full_every=100)
+    made = [call(model, 1 - n / 50, x=x, y=torch.zeros(200)) for n, x in enumerate(reversed(chain))]
+    assert [m.refresh == EVERYTHING for m in made] == [True] + [False] * 49
+    other = torch.randn(200, 1, 8, 8, generator=generator)
+    assert call(model, 0.001, x=other, y=torch.zeros(200)).refresh == EVERYTHING
+
+
 @pytest.mark.parametrize("path", [straight, variance_preserving])
 def test_samplers_of_few_steps_pass_the_check(path):
     """Four steps from noise to a picture that is unlike it."""
