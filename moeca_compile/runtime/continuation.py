@@ -21,7 +21,7 @@ from torch import Tensor
 _LEAST = 0.7
 """The least correlation of two successive inputs, sample by sample."""
 _SPREAD = 2.5
-"""Measured on n elements it varies by 1 / sqrt(n) where a sampler adds fresh noise: so many times that may be missing."""
+"""Of n elements it varies by 1 / sqrt(n) where a sampler adds fresh noise: so many times that may be missing."""
 _COMPARED = 1024
 """So many elements of a sample are compared. The correlation of independent noise is then 0.03."""
 _WITHIN = 0.25
