@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from moeca_compile._torch_private import compiled_module
+
 NO_PIPELINE = (
     "{0} is no diffusers pipeline: it has no components. Give the pipeline itself; for a model by itself write "
     "model = torch.compile(model, backend='moeca', options={{...}})"
@@ -44,7 +46,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     for name, module in components.items():
         if not isinstance(module, nn.Module):
             continue
-        if hasattr(module, "_orig_mod") and _denoises(module._orig_mod):
+        if _denoises(compiled_module(module)) and compiled_module(module) is not module:
             raise ValueError(WRAPPED.format(name, kind))
         if _denoises(module) and not any(module is other for other in found.values()):
             if getattr(module, "is_cache_enabled", False):
