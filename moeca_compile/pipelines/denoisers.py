@@ -46,7 +46,8 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     for name, module in components.items():
         if not isinstance(module, nn.Module):
             continue
-        if _denoises(compiled_module(module)) and compiled_module(module) is not module:
+        inner = compiled_module(module)
+        if inner is not None and inner is not module and _denoises(inner):
             raise ValueError(WRAPPED.format(name, kind))
         if _denoises(module) and not any(module is other for other in found.values()):
             if getattr(module, "is_cache_enabled", False):
@@ -58,7 +59,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _denoises(module: Any) -> bool:
+def _denoises(module: nn.Module) -> bool:
     """Whether it is called at each step, and its output is not an input of another such module (a control net)."""
     # Of the class: hooks, such as those that move weights to a device, replace the instance's.
     names = inspect.signature(type(module).forward).parameters
