@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moeca_compile.backend import moeca_backend as moeca_backend
     from moeca_compile.config import MoecaConfig as MoecaConfig
     from moeca_compile.options import ConfigError as ConfigError
+    from moeca_compile.pipelines.enable import disable as disable
+    from moeca_compile.pipelines.enable import enable as enable
     from moeca_compile.reporting.collect import report as report
     from moeca_compile.reporting.collect import reset as reset
     from moeca_compile.reporting.report import Report as Report
@@ -26,6 +28,8 @@ _MODULES = {
     "ConfigError": "options",
     "MoecaConfig": "config",
     "Report": "reporting.report",
+    "disable": "pipelines.enable",
+    "enable": "pipelines.enable",
     "generation": "runtime.scope",
     "moeca_backend": "backend",
     "report": "reporting.collect",

@@ -41,7 +41,13 @@ from moeca_compile._torch_private.kernels import (
     zero_all,
 )
 from moeca_compile._torch_private.lookup import missing
-from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks, version_of
+from moeca_compile._torch_private.modules import (
+    compiled_call,
+    compiled_module,
+    has_forward_hooks,
+    restore_compiled_call,
+    version_of,
+)
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
@@ -65,6 +71,7 @@ __all__ = [
     "calls_ours",
     "compile_cpp",
     "compile_graph",
+    "compiled_call",
     "compiled_module",
     "compiling",
     "copy_all",
@@ -89,6 +96,7 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "own_modules",
+    "restore_compiled_call",
     "root_module",
     "schema_of",
     "subclass_among",

@@ -16,8 +16,18 @@ def compiled_module(compiled: Any) -> nn.Module | None:
     if inner is None and not isinstance(compiled, nn.Module):
         bound = getattr(getattr(compiled, "_torchdynamo_orig_callable", None), "__self__", None)
         return bound if isinstance(bound, nn.Module) else None
-    in_place = getattr(compiled, "_compiled_call_impl", None) is not None
+    in_place = compiled_call(compiled) is not None
     return inner if inner is not None else compiled if in_place else None
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """What `module.compile()` made last, None where the module is not compiled in place."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def restore_compiled_call(module: nn.Module, earlier: Any) -> None:
+    """Let calls of the module run what `compiled_call` gave earlier. torch has no public way back."""
+    module._compiled_call_impl = earlier
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

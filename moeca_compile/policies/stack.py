@@ -45,10 +45,11 @@ def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: st
 
 
 def _tokens_before(step: Step, first: fx.Node, last: fx.Node) -> Tensor:
-    """The value of `first` on the tokens of `last`; `first` may have other tokens too."""
+    """The value of `first` on the tokens of `last`, and in its dtype; `first` may have other tokens too."""
     start = offset_in(step.regions.axis(first), step.regions.axis(last)) or 0
     stream: Tensor = step[first]
-    return stream[:, start : start + step.layout(last).tokens]
+    # A model in bfloat16 may add positions in float32, and round only then.
+    return stream[:, start : start + step.layout(last).tokens].to(last.meta["val"].dtype)
 
 
 POLICY = Policy(

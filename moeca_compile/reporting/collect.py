@@ -41,7 +41,7 @@ def report(model: Any) -> Report:
     return Report(
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
-        regions=tuple(_regions(last)) if last else (),
+        regions=tuple(regions_of(last)) if last else (),
         cache_bytes=sum(loop.streams.nbytes for loop in loops),
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
         **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
@@ -83,7 +83,7 @@ def _record(model: Any) -> Record | None:
     return find_record(wrapper, module)
 
 
-def _regions(compiled: CompiledGraph) -> list[Region]:
+def regions_of(compiled: CompiledGraph) -> list[Region]:
     """All regions. A region is cached if its output, or a value computed from it alone, comes from a cache."""
     regions, replaced = compiled.regions, compiled.plan.replaced
     idle = AT_EVERY_STEP if compiled.caching else _why_idle(compiled)

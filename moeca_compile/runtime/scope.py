@@ -60,6 +60,10 @@ class Generation:
     def ended(self) -> bool:
         return self._ended.is_set()
 
+    def time(self) -> float | None:
+        """The time of the current step, if whoever samples says it; here nobody does. `step()` goes before it."""
+        return None
+
     def __enter__(self) -> Generation:
         """Raises RuntimeError if it has ended."""
         if self.ended:
@@ -195,9 +199,9 @@ def thread_number() -> int:
 
 
 def current_time() -> float | None:
-    """The time that `step()` marks, if any."""
-    marks = _time.get()
-    return marks[-1] if marks else None
+    """The time that `step()` marks, or else the generation that is entered, if any."""
+    marks, handle = _time.get(), current_generation()
+    return marks[-1] if marks else handle.time() if handle is not None else None
 
 
 def current_stream() -> str | int | None:

@@ -9,7 +9,7 @@ import torch
 
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.policies.block import blocks_of
-from moeca_compile.reporting.collect import AT_EVERY_STEP, _regions
+from moeca_compile.reporting.collect import AT_EVERY_STEP, regions_of
 from tests.harness import Captured, captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
@@ -37,7 +37,7 @@ def test_attentions_and_feed_forwards_without_each_other_are_blocks_too(regions)
 
 
 def test_the_first_block_runs_at_every_step_and_the_report_says_so(graph):
-    found = _regions(graph.loop(recipe="block").compiled)
+    found = regions_of(graph.loop(recipe="block").compiled)
     every_step = {region.name for region in found if region.reason == AT_EVERY_STEP}
     assert every_step == {"blocks.0.attn", "blocks.0.mlp.fc2"}
     assert all(region.status == ("skipped" if region.name in every_step else "cached") for region in found)

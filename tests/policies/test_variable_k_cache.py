@@ -10,7 +10,7 @@ import torch
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import StepKind
-from moeca_compile.reporting.collect import COUPLED, _regions
+from moeca_compile.reporting.collect import COUPLED, regions_of
 from tests.harness import Captured, captured
 from tests.models import TinyDiTMoE, make_inputs
 from tests.policies.reference_variable_k import PairSimulation
@@ -106,6 +106,6 @@ def test_the_pool_has_a_row_for_every_branch(case, eager_steps):
 def test_the_report_says_where_samples_are_coupled(case, eager_steps):
     _, graph = case
     loop = graph.loop()
-    routers = [region for region in _regions(loop.compiled) if region.kind == "router"]
+    routers = [region for region in regions_of(loop.compiled) if region.kind == "router"]
     coupled = loop.compiled.regions.experts[0].coupled
     assert [(r.status, r.reason) for r in routers] == [("cached", COUPLED if coupled else "")] * 2

@@ -1,0 +1,142 @@
+"""Real diffusers pipelines at tiny sizes, from configs and random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "on", "the", "moon"]
+TEXT = 6
+
+
+def seeded(model: Any) -> Any:
+    """The model in eval mode, with weights that are the same whatever was made before, none of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        size = 0.5 * weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3
+        weight.data.normal_(std=size, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer() -> Any:
+    """One number a word."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def text_encoder() -> Any:
+    sizes = {"d_model": 12, "d_kv": 6, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return seeded(transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(WORDS), **sizes)))
+
+
+def pixart(scheduler: Any = None) -> Any:
+    """Text, joined guidance, picture: all of a pipeline, with a dense denoiser."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=4,
+        patch_size=2,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    pipe = diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=seeded(diffusers.AutoencoderKL(**sizes)),
+        transformer=seeded(transformer),
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
+    )
+    return silent(pipe)
+
+
+def flux(kind: Any = diffusers.FluxPipeline, guidance_embeds: bool = True) -> Any:
+    """Cache contexts for guidance, and two inputs that are embedded like timesteps."""
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 2, 2),
+    )
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    vae = diffusers.AutoencoderKL(**sizes, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
+    encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return silent(kind(scheduler=scheduler, vae=seeded(vae), transformer=seeded(transformer), **encoders))
+
+
+def flux_inputs(guided: bool = False) -> dict[str, Any]:
+    texts = {"prompt_embeds": random(1, TEXT, 12, seed=1), "pooled_prompt_embeds": random(1, 10, seed=2)}
+    if guided:
+        texts |= {f"negative_{name}": 0.5 * text for name, text in texts.items()} | {"true_cfg_scale": 2.0}
+    return texts
+
+
+def nucleus() -> Any:
+    """A mixture of experts, and two calls a step without cache contexts."""
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 2, 2),
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=4,
+        moe_intermediate_dim=16,
+        capacity_factors=2.0,
+        mlp_ratio=12.0,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    parts = dict.fromkeys(("vae", "text_encoder", "processor"))
+    pipe = diffusers.NucleusMoEImagePipeline(transformer=seeded(transformer), scheduler=scheduler, **parts)
+    return silent(pipe)
+
+
+def nucleus_inputs() -> dict[str, Any]:
+    mask = torch.ones(1, TEXT, dtype=torch.long)
+    return {
+        "prompt_embeds": random(1, TEXT, 12, seed=1),
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": random(1, TEXT, 12, seed=2),
+        "negative_prompt_embeds_mask": mask,
+        "guidance_scale": 2.0,
+    }
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def silent(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, steps: int, seed: int = 0, side: int = 32, **arguments: Any) -> Tensor:
+    """The latents of a picture of `side` pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"height": side, "width": side} if side else {}
+    given = {**sizes, "generator": generator, "num_inference_steps": steps, "output_type": "latent", **arguments}
+    return pipe(**given, return_dict=False)[0]
