@@ -7,7 +7,8 @@ structure of the experts and kind of call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,11 +43,18 @@ def forget_verdicts() -> None:
     _verdicts.clear()
 
 
+@contextmanager
+def eagerly(module: nn.Module) -> Iterator[None]:
+    """For trying a layer out: no gradients, no compilation of experts inside this one, and the random numbers that
+    the caller will draw stay the same."""
+    devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+        yield
+
+
 def _check(dispatch: Dispatch, original: Original, module: nn.Module, facts: Facts) -> Verdict:
     """Compare original and meaning; any error of the model's own code on the random rows is a verdict too."""
-    devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-    # Experts may be compiled themselves; a compilation inside this one is not wanted.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+    with eagerly(module):
         try:
             return dispatch.compared(original, module, facts)
         except UntrustedError as refusal:
