@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
-from moeca_compile.capture.numerics import UntrustedError, autocast
+from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
 
 Original = Callable[..., Tensor]
 Verdict = Any
-"""What the check found out of a trusted dispatch, or a str: why it is not trusted."""
+"""What the check found out of a trusted dispatch; a str: why it is not trusted; an error: it is none."""
 
 _verdicts: WeakKeyDictionary[type, dict[Any, Verdict]] = WeakKeyDictionary()
 
@@ -35,6 +35,8 @@ def vouch(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fact
     verdict = verdicts[key]
     if isinstance(verdict, str):
         raise UntrustedError(verdict)
+    if isinstance(verdict, NoExpertsError):
+        raise verdict
     return layout.paths, verdict
 
 
@@ -59,5 +61,7 @@ def _check(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fac
             return dispatch.compared(original, module, facts)
         except UntrustedError as refusal:
             return str(refusal)
+        except NoExpertsError as error:
+            return error
         except Exception as error:
             return f"trying it on random rows raised {type(error).__name__}: {error}"

@@ -50,6 +50,7 @@ def with_equivalent(
     written: Any = innermost(original)
     where, name = f"{written.__code__.co_filename}:{written.__code__.co_firstlineno}", written.__qualname__
     reasons: dict[int, dict[int, str]] = {}
+    hints: dict[int, str] = {}
 
     @torch.compiler.assume_constant_result
     def order(identity: int, facts: Facts | str) -> tuple[int, ...]:
@@ -64,8 +65,8 @@ def with_equivalent(
                 if isinstance(of_call, str):
                     raise UntrustedError(of_call)
                 return number, vouch(dispatch, original, module, of_call)
-            except NoExpertsError:
-                continue
+            except NoExpertsError as reason:
+                hints[identity] = str(reason)
             except UntrustedError as reason:
                 refused.setdefault(part, str(reason))
             except Exception as error:
@@ -75,12 +76,13 @@ def with_equivalent(
 
     @torch.compiler.assume_constant_result
     def left_as_it_is(identity: int) -> bool:
-        module, why = traced_self(identity), reasons.pop(identity, {})
+        module, why, hint = traced_self(identity), reasons.pop(identity, {}), hints.pop(identity, "")
         suspected = suspects.holds_modules(module, lists)
         if _IDIOMS in why:
             refuse(Refusal(where, name, why[_IDIOMS]), _REWRITE)
         elif suspected or (_RUNNING in why and not _others_are_wrapped(module)):
-            ran = f". It was run to see what it does, but {why[_RUNNING]}" if _RUNNING in why else ""
+            hint = why.get(_RUNNING, hint)
+            ran = f". It was run to see what it does, but {hint}" if hint else ""
             refuse(Refusal(where, name, suspects.REASON + ran), suspects.ADVICE)
         return True
 
@@ -126,7 +128,7 @@ def _order(module: nn.Module, running: Running | None, recognized: bool, facts: 
         _log.debug("running %s on random arguments failed", type(module).__name__, exc_info=True)
         return (_IDIOMS,)
     known = _known_codes(module)
-    if asked.outside(known):
+    if not asked.codes <= known:
         return (_RUNNING, _IDIOMS)
     return (_IDIOMS, _RUNNING) if recognized or (asked.grouped and not known) else (_IDIOMS,)
 
@@ -138,9 +140,15 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _known_codes(module: nn.Module) -> frozenset[CodeType]:
-    """The code of a module's methods whose dispatch idioms have recognized."""
-    found = (innermost(each) for each in _marked(module, _KNOWN))
-    return frozenset(each.__code__ for each in found if hasattr(each, "__code__"))
+    """The code of a module's methods whose dispatch idioms have recognized, with the functions in it."""
+    pending = [getattr(innermost(each), "__code__", None) for each in _marked(module, _KNOWN)]
+    found: set[CodeType] = set()
+    while pending:
+        code = pending.pop()
+        if code is not None:
+            found.add(code)
+            pending += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return frozenset(found)
 
 
 def _others_are_wrapped(module: nn.Module) -> bool:

@@ -165,32 +165,52 @@ def _names(family: Any) -> list[str]:
 
 
 def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
-    """The experts of a group, whose rows are the `depth`-th thing that their first input is made from."""
+    """The experts of a group, whose rows are the `depth`-th thing that their first inputs are made from."""
     needs = _numbers_needed(graph, group)
-    pieces, bodies = [], []
+    readers: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in needs:
+        for number in {group.number_of[each] for each in node.all_input_nodes if each in group.number_of}:
+            readers[number].append(node)
+    pieces: list[Piece] = []
+    codes: list[_Code] = []
+    own: list[list[Own]] = []
     for number in range(group.count):
-        first = next(
-            (node for node in graph.nodes if node in needs and any(group.number_of.get(each) == number for each in node.all_input_nodes)),
-            None,
-        )
-        if first is None:
+        if number not in readers:
             raise UntrustedError(f"expert {number} got no rows in a random call, so nothing is known of it")
-        rows = _walked_back(graph, first, needs, depth)
+        of_expert = _codes_of(graph, readers[number], needs, number, depth)
+        if not of_expert:
+            return None
+        own.append([(node, None) for node in of_expert[0].tensors])
+        codes += of_expert
+        pieces += [Piece(code.rows, code.out, torch.full((code.length,), number)) for code in of_expert]
+    return Experts(pieces, _common_body(codes), own)
+
+
+def _codes_of(
+    graph: Graph, readers: list[fx.Node], needs: dict[fx.Node, set[int]], number: int, depth: int
+) -> list[_Code]:
+    """An expert's code, as often as it runs; [] where not all that reads its tensors is in such code."""
+    starts = [node for node in readers if not any(each in needs for each in node.all_input_nodes)]
+    found: dict[fx.Node, _Code] = {}
+    for rows in (_walked_back(graph, start, needs, depth) for start in starts):
         if rows is None:
-            return None
-        inside = _inside(graph, rows, lambda node, number=number: needs.get(node, set()) <= {number})
-        own = [node for node in inside if needs.get(node)]
-        out = _way_out(graph, own, rows)
-        if out is None:
-            return None
-        code = _Code(graph, rows, out)
-        used = {node for node in graph.nodes if number in {group.number_of.get(each) for each in node.all_input_nodes} and node in graph.made_of_data}
-        if not used <= set(code.nodes):
-            return None
-        length = len(graph.values[rows])
-        pieces.append(Piece(rows, out, torch.full((length,), number)))
-        bodies.append(code)
-    return Experts(pieces, _common_body(bodies), [[(node, None) for node in code.tensors] for code in bodies])
+            return []
+        if rows not in found:
+            inside = _inside(graph, rows, lambda node: needs.get(node, set()) <= {number})
+            out = _way_out(graph, [node for node in inside if node in needs], rows)
+            if out is None:
+                return []
+            found[rows] = _Code(graph, rows, out)
+    codes = list(found.values())
+    known = {node for code in codes for node in code.nodes}
+    same = all(_same_tensors(graph, codes[0], code) for code in codes[1:])
+    return codes if same and known.issuperset(readers) else []
+
+
+def _same_tensors(graph: Graph, one: _Code, other: _Code) -> bool:
+    return len(one.tensors) == len(other.tensors) and all(
+        a is b or torch.equal(graph.values[a], graph.values[b]) for a, b in zip(one.tensors, other.tensors, strict=True)
+    )
 
 
 def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | None:

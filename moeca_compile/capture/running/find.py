@@ -67,7 +67,8 @@ class _Pairs:
 def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
     """The dispatch of a layer. Raises NoExpertsError where nothing is routed, UntrustedError where it is not clear."""
     reasons: list[str] = []
-    for experts in _candidates(graph, layer, reasons):
+    hints: list[str] = []
+    for experts in _candidates(graph, layer, hints):
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
         for stream, pairs in _streams(graph, experts, same):
@@ -80,10 +81,10 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
             reasons.append(reason)
     if reasons:
         raise UntrustedError(reasons[-1])
-    raise NoExpertsError
+    raise NoExpertsError(*hints[-1:])
 
 
-def _candidates(graph: Graph, layer: nn.Module, reasons: list[str]) -> Iterator[Experts]:
+def _candidates(graph: Graph, layer: nn.Module, hints: list[str]) -> Iterator[Experts]:
     for products in grouped(graph).values():
         for depth in range(DEPTHS):
             found = of_grouped(graph, products, depth)
@@ -95,7 +96,7 @@ def _candidates(graph: Graph, layer: nn.Module, reasons: list[str]) -> Iterator[
                 found = of_group(graph, group, depth)
             except UntrustedError as error:
                 if depth == 0:
-                    reasons.append(str(error))
+                    hints.append(str(error))
                 break
             if found is not None:
                 yield found

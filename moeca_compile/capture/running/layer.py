@@ -46,7 +46,7 @@ class _Functions:
 
 
 FUNCTIONS = _Functions()
-_built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str]]] = WeakKeyDictionary()
+_built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str] | Exception]] = WeakKeyDictionary()
 
 
 def may_run(layer: nn.Module) -> bool:
@@ -106,8 +106,14 @@ class Running:
         built = _built.setdefault(type(module), {})
         key = (self.forward, structure(module), facts, autocast())
         if key not in built:
-            built[key] = self._build(module, facts, tolerance)
-        replacement, name = built[key]
+            try:
+                built[key] = self._build(module, facts, tolerance)
+            except (UntrustedError, NoExpertsError) as reason:
+                built[key] = reason
+        found = built[key]
+        if isinstance(found, Exception):
+            raise found
+        replacement, name = found
         for call in _calls(facts, _ids(module)):
             self._compare(replacement, module, call, tolerance)
         return name, tuple(tuple(each.split(".")) for each in replacement.names)
@@ -121,31 +127,38 @@ class Running:
     # building
 
     def _build(self, module: nn.Module, facts: Facts, tolerance: float) -> tuple[Replacement, str]:
-        asked, ids = Asked(), _ids(module)
         other = with_random_parameters(module)
+        replacement = self._found(module, other, facts, tolerance)
+        asked = Asked()
         for layer in (module, other):
-            for call in _calls(facts, ids):
+            for call in _calls(facts, _ids(module)):
                 _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
         self._ask_more(module, facts, asked)
         line = asked.one_sided()
         if line is not None:
-            raise UntrustedError(f"what it reads at {line} was the same in all random calls, so nothing is known of others")
-        error: UntrustedError | NoExpertsError = NoExpertsError()
+            raise UntrustedError(f"what it reads at {line} was the same in all random calls: nothing is known of others")
+        for call in _calls(facts, _ids(module)):
+            self._compare(replacement, other, call, tolerance)
+        name = f"replacement_{len(vars(FUNCTIONS))}"
+        setattr(FUNCTIONS, name, type(replacement.module).forward)
+        return replacement, name
+
+    def _found(self, module: nn.Module, other: nn.Module, facts: Facts, tolerance: float) -> Replacement:
+        """From the first random call in which all experts have rows: by the layer's own router, or by another."""
+        error: Exception = NoExpertsError()
         for seed in _SEEDS:
-            if seed and isinstance(error, NoExpertsError):
-                break
             for layer in (module, other):
                 try:
-                    replacement = self._built_from(layer, _call(facts, ids, seed), tolerance)
-                except (UntrustedError, NoExpertsError) as reason:
-                    error = reason if isinstance(error, NoExpertsError) else error
-                    continue
-                for call in _calls(facts, ids):
-                    self._compare(replacement, other, call, tolerance)
-                name = f"replacement_{len(vars(FUNCTIONS))}"
-                setattr(FUNCTIONS, name, type(replacement.module).forward)
-                return replacement, name
+                    return self._built_from(layer, _call(facts, _ids(module), seed), tolerance)
+                except UntrustedError as reason:
+                    error = reason
+                except NoExpertsError as reason:
+                    error = error if isinstance(error, UntrustedError) else reason
+                except Exception as reason:  # the layer's own: these are no numbers for it
+                    error = NoExpertsError(f"on random rows it raised {type(reason).__name__}: {reason}")
+            if not str(error):
+                break
         raise error
 
     def _ask_more(self, module: nn.Module, facts: Facts, asked: Asked) -> None:

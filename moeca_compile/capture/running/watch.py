@@ -24,17 +24,14 @@ class Asked:
 
     read: the values of tensors that became Python's there
     sizes: the sizes of tensors that are as large as the data say
-    codes: of the functions that were running in each call, at such a line
+    codes: of the functions that these lines are in
     """
 
     def __init__(self) -> None:
         self.read: dict[str, set[Any]] = defaultdict(set)
         self.sizes: dict[str, set[Any]] = defaultdict(set)
-        self.codes: dict[str, set[CodeType]] = defaultdict(set)
+        self.codes: set[CodeType] = set()
         self.grouped = False
-
-    def anything(self) -> bool:
-        return bool(self.codes) or self.grouped
 
     def one_sided(self) -> str | None:
         """A line that always read the same, so that nobody knows what the layer does otherwise; None if there is none.
@@ -44,10 +41,6 @@ class Asked:
         lines = [where for where, values in self.read.items() if len(values) == 1]
         lines += [where for where, values in self.sizes.items() if len(values) == 1 and 0 in next(iter(values))]
         return min(lines, default=None)
-
-    def outside(self, codes: frozenset[CodeType]) -> bool:
-        """Whether something was asked for while none of these functions ran."""
-        return any(codes.isdisjoint(running) for running in self.codes.values())
 
 
 class Watch(TorchFunctionMode):
@@ -92,16 +85,12 @@ class Watch(TorchFunctionMode):
         self.asked.grouped |= op is torch.ops.aten._grouped_mm.default
 
     def note(self, kept: dict[str, set[Any]] | None, value: Any) -> None:
-        frames = []
         frame = sys._getframe(2)
-        while frame is not None:
-            if not frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_filename != __file__:
-                frames.append(frame)
-            frame = frame.f_back  # type: ignore[assignment]
-        where = f"{frames[0].f_code.co_filename}:{frames[0].f_lineno}" if frames else "?"
-        self.asked.codes[where].update(each.f_code for each in frames)
+        while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
+            frame = frame.f_back
+        self.asked.codes.add(frame.f_code)
         if kept is not None:
-            kept[where].add(value)
+            kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
 
 
 def size_by_data(op: Any, values: Any) -> bool:
