@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -37,6 +39,27 @@ _IDIOMS, _RUNNING = 0, 1
 _REWRITE = "Write it so that this no longer holds, or add an idiom (docs/extending/idiom.md)."
 
 
+class Reason(str):
+    """Why there is no equivalent; `routes`: although there are experts, for all that is known."""
+
+    routes: bool
+
+    def __new__(cls, text: object, routes: bool = False) -> Reason:
+        made = super().__new__(cls, text)
+        made.routes = routes
+        return made
+
+
+class _Noted(threading.local):
+    """The calls of recognized methods while a layer is run: (the method, the arguments of `_confirmed`)."""
+
+    calls: list[tuple[Any, tuple[Any, ...]]] | None = None
+
+
+_noted = _Noted()
+_ran: WeakKeyDictionary[nn.Module, Reason] = WeakKeyDictionary()  # what running said of layers
+
+
 def runs_layers(wrapper: Callable[..., Any]) -> bool:
     """Whether this is a wrapper that may run its layer."""
     return hasattr(wrapper, _RUNS)
@@ -49,41 +72,33 @@ def with_equivalent(
     parts: tuple[tuple[Any, ...], tuple[Any, ...]] = (recognized, (running,) if running else ())
     written: Any = innermost(original)
     where, name = f"{written.__code__.co_filename}:{written.__code__.co_firstlineno}", written.__qualname__
-    reasons: dict[int, dict[int, str]] = {}
-    hints: dict[int, str] = {}
+    reasons: dict[int, str] = {}
 
     @torch.compiler.assume_constant_result
     def order(identity: int, facts: Facts | str) -> tuple[int, ...]:
-        return _order(traced_self(identity), running, bool(recognized), facts)
+        return _order(traced_self(identity), written, running, bool(recognized), facts)
 
     @torch.compiler.assume_constant_result
     def vouched(identity: int, part: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
-        module, refused = traced_self(identity), reasons.setdefault(identity, {})
-        for number, dispatch in enumerate(parts[part]):
-            try:
-                of_call = facts[number]
-                if isinstance(of_call, str):
-                    raise UntrustedError(of_call)
-                return number, vouch(dispatch, original, module, of_call)
-            except NoExpertsError as reason:
-                hints[identity] = str(reason)
-            except UntrustedError as reason:
-                refused.setdefault(part, str(reason))
-            except Exception as error:
-                _log.debug("%s: checking %s failed", where, name, exc_info=True)
-                refused.setdefault(part, f"checking it failed ({first_line(error)})")
+        module = traced_self(identity)
+        found = _confirmed(parts[part], original, module, facts)
+        if not isinstance(found, str):
+            return found
+        if part == _RUNNING:
+            _ran[module] = found
+        elif found:
+            reasons[identity] = found
         return None
 
     @torch.compiler.assume_constant_result
     def left_as_it_is(identity: int) -> bool:
-        module, why, hint = traced_self(identity), reasons.pop(identity, {}), hints.pop(identity, "")
-        suspected = suspects.holds_modules(module, lists)
-        if _IDIOMS in why:
-            refuse(Refusal(where, name, why[_IDIOMS]), _REWRITE)
-        elif suspected or (_RUNNING in why and not _others_are_wrapped(module)):
-            hint = why.get(_RUNNING, hint)
-            ran = f". It was run to see what it does, but {hint}" if hint else ""
-            refuse(Refusal(where, name, suspects.REASON + ran), suspects.ADVICE)
+        module, reason = traced_self(identity), reasons.pop(identity, None)
+        ran = _ran.get(module)
+        if reason is not None:
+            refuse(Refusal(where, name, reason), _REWRITE)
+        elif suspects.holds_modules(module, lists) or (ran and ran.routes and not _others_are_wrapped(module)):
+            more = f". It was run to see what it does: {ran}" if ran else ""
+            refuse(Refusal(where, name, suspects.REASON + more), suspects.ADVICE)
         return True
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +109,8 @@ def with_equivalent(
                     number, trusted = found
                     return parts[part][number].equivalent(trusted, self, args, kwargs)
             left_as_it_is(id(self))
+        elif not torch.compiler.is_dynamo_compiling() and _noted.calls is not None and recognized:
+            _noted.calls.append((written, (recognized, original, self, tuple([e.facts(args, kwargs) for e in recognized]))))
         return original(self, *args, **kwargs)
 
     wrapper = _dressed_as(original, dispatch)
@@ -117,17 +134,43 @@ def with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[..
     return wrapper
 
 
-def _order(module: nn.Module, running: Running | None, recognized: bool, facts: Facts | str) -> tuple[int, ...]:
+def _confirmed(
+    dispatches: tuple[Any, ...], original: Callable[..., Any], module: nn.Module, facts: tuple[Facts | str, ...]
+) -> tuple[int, Trusted] | Reason:
+    """(which of the equivalents is right, what it needs), or why none is."""
+    reason = Reason("")
+    for number, (dispatch, of_call) in enumerate(zip(dispatches, facts, strict=True)):
+        try:
+            if isinstance(of_call, str):
+                raise UntrustedError(of_call)
+            return number, vouch(dispatch, original, module, of_call)
+        except NoExpertsError as error:
+            reason = reason or Reason(error)
+        except UntrustedError as error:
+            reason = reason if reason.routes else Reason(error, True)
+        except Exception as error:
+            _log.debug("checking %s failed", getattr(original, "__qualname__", original), exc_info=True)
+            reason = reason if reason.routes else Reason(f"checking it failed ({first_line(error)})", True)
+    return reason
+
+
+def _order(
+    module: nn.Module, own: Any, running: Running | None, recognized: bool, facts: Facts | str
+) -> tuple[int, ...]:
     """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
     if running is None or isinstance(facts, str) or not may_run(module) or _holds_layers(module):
         return (_IDIOMS,)
+    _noted.calls = calls = []
     try:
         with eagerly(module):
             asked = running.asked(module, facts)
     except Exception:
         _log.debug("running %s on random arguments failed", type(module).__name__, exc_info=True)
         return (_IDIOMS,)
-    known = _known_codes(module)
+    finally:
+        _noted.calls = None
+    refused = {written for written, how in calls if written is not own and isinstance(_confirmed(*how), Reason)}
+    known = _known_codes(module, refused)
     if not asked.codes <= known:
         return (_RUNNING, _IDIOMS)
     return (_IDIOMS, _RUNNING) if recognized or (asked.grouped and not known) else (_IDIOMS,)
@@ -139,9 +182,10 @@ def _holds_layers(module: nn.Module) -> bool:
     return any(_marked(each, _KNOWN) or (_marked(each, _RUNS) and may_run(each)) for each in inner)
 
 
-def _known_codes(module: nn.Module) -> frozenset[CodeType]:
-    """The code of a module's methods whose dispatch idioms have recognized, with the functions in it."""
-    pending = [getattr(innermost(each), "__code__", None) for each in _marked(module, _KNOWN)]
+def _known_codes(module: nn.Module, refused: set[Any]) -> frozenset[CodeType]:
+    """The code of a module's methods whose dispatch idioms know, with the functions in it."""
+    written = (innermost(each) for each in _marked(module, _KNOWN))
+    pending = [getattr(each, "__code__", None) for each in written if each not in refused]
     found: set[CodeType] = set()
     while pending:
         code = pending.pop()
