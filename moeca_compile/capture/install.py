@@ -149,7 +149,7 @@ def _let_run(owner: type) -> None:
         return
     wrapper = _wrapper(getattr(forward, ORIGINAL, forward), runs=True)
     if wrapper is not None:
-        setattr(base, "forward", wrapper)
+        setattr(base, "forward", wrapper)  # noqa: B010  (a type has no forward, says mypy)
 
 
 def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:

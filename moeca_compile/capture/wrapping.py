@@ -68,7 +68,7 @@ def runs_layers(wrapper: Callable[..., Any]) -> bool:
 def with_equivalent(
     original: Callable[..., Any], recognized: tuple[Dispatch, ...], lists: tuple[str, ...], running: Running | None
 ) -> Callable[..., Any]:
-    """recognized: by idioms, of which numbers tell the right one; lists: of self, that suspects.py takes for experts."""
+    """recognized: by idioms, and numbers tell which is right; lists: of self, that suspects.py takes for experts."""
     parts: tuple[tuple[Any, ...], tuple[Any, ...]] = (recognized, (running,) if running else ())
     written: Any = innermost(original)
     where, name = f"{written.__code__.co_filename}:{written.__code__.co_firstlineno}", written.__qualname__
@@ -110,7 +110,9 @@ def with_equivalent(
                     return parts[part][number].equivalent(trusted, self, args, kwargs)
             left_as_it_is(id(self))
         elif not torch.compiler.is_dynamo_compiling() and _noted.calls is not None and recognized:
-            _noted.calls.append((written, (recognized, original, self, tuple([e.facts(args, kwargs) for e in recognized]))))
+            _noted.calls.append(
+                (written, (recognized, original, self, tuple([e.facts(args, kwargs) for e in recognized])))
+            )
         return original(self, *args, **kwargs)
 
     wrapper = _dressed_as(original, dispatch)
@@ -160,7 +162,8 @@ def _order(
     """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
     if running is None or isinstance(facts, str) or not may_run(module) or _holds_layers(module):
         return (_IDIOMS,)
-    _noted.calls = calls = []
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    _noted.calls = calls
     try:
         with eagerly(module):
             asked = running.asked(module, facts)

@@ -1,4 +1,4 @@
-"""Layers whose code no idiom reads are run, and captured by what they computed: one graph, one marker, same numbers."""
+"""Layers whose code no idiom reads are run: one graph, a marker for what they computed, the same numbers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Closure(Loop):
         def scaled(value, by):
             return value * by
 
-        return [scaled(part, 0.5) for part in (out,)][0]
+        return sum(scaled(part, 0.5) for part in (out, out))
 
 
 class ThroughNumpy(MoE):
@@ -271,7 +271,10 @@ class Packed(MoE):
     def __init__(self, inner=20):
         super().__init__(expert=nn.Identity)
         self.inner = inner
-        self.w1, self.w2 = nn.Parameter(torch.randn(WIDTH, EXPERTS * inner)), nn.Parameter(torch.randn(EXPERTS, inner, WIDTH))
+        self.w1, self.w2 = (
+            nn.Parameter(torch.randn(WIDTH, EXPERTS * inner)),
+            nn.Parameter(torch.randn(EXPERTS, inner, WIDTH)),
+        )
 
     def first(self, e):
         return self.w1[:, e * self.inner : (e + 1) * self.inner]
@@ -303,7 +306,9 @@ class InGroups(Packed):
         return index.flatten().argsort(stable=True), torch.bincount(index.flatten()).cumsum(0).to(torch.int32)
 
     def put_back(self, made, order, weight):
-        return made.new_zeros(len(weight), WIDTH).index_add_(0, order // self.top_k, made * weight.flatten()[order, None])
+        return made.new_zeros(len(weight), WIDTH).index_add_(
+            0, order // self.top_k, made * weight.flatten()[order, None]
+        )
 
 
 @pytest.mark.parametrize("layer", [Packed, Viewed])

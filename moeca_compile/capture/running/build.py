@@ -44,7 +44,7 @@ class _Builder:
 
     def replacement(self) -> Replacement:
         found, graph = self.found, self.graph
-        ends = [each for each in _nodes(self.result)]
+        ends = _nodes(self.result)
         own = [node for tensors in found.experts.own for node, _ in tensors]
         read = [found.stream, found.routing.node, *own]
         read += [each for each in (found.base, found.weight.node if found.weight else None) if each is not None]
@@ -65,7 +65,9 @@ class _Builder:
         reason = self.graph.varies(node)
         missing = [each for each in node.all_input_nodes if each not in self.copies]
         if missing or reason:
-            raise UntrustedError(f"outside of its experts it needs {reason or 'what single experts gave'} ({node.target})")
+            raise UntrustedError(
+                f"outside of its experts it needs {reason or 'what single experts gave'} ({node.target})"
+            )
         if node.op == "get_attr":
             return self.constant(self.graph.values[node])
         return self.made.node_copy(node, lambda each: self.copies[each])
@@ -73,7 +75,9 @@ class _Builder:
     def constant(self, value: Tensor) -> fx.Node:
         if value.numel() > _CONSTANTS:
             raise UntrustedError("it makes a large tensor from numbers of the host")
-        return self.made.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype, "device": value.device})
+        return self.made.call_function(
+            torch.tensor, (value.tolist(),), {"dtype": value.dtype, "device": value.device}
+        )
 
     # the experts
 
@@ -83,7 +87,9 @@ class _Builder:
     def table(self, table: Any) -> fx.Node:
         node = self.copies[table.node]
         if table.turned:
-            return self.call(torch.ops.aten.t.default, self.call(torch.ops.aten.reshape.default, node, [table.columns, -1]))
+            return self.call(
+                torch.ops.aten.t.default, self.call(torch.ops.aten.reshape.default, node, [table.columns, -1])
+            )
         return self.call(torch.ops.aten.reshape.default, node, [-1, table.columns])
 
     def experts(self) -> fx.Node:
@@ -105,7 +111,9 @@ class _Builder:
         total = values[found.total]
         out = self.call(aten.reshape.default, self.as_dtype(out, total.dtype), list(total.shape))
         if found.base is not None:
-            base = self.call(aten.reshape.default, self.as_dtype(self.copies[found.base], total.dtype), list(total.shape))
+            base = self.call(
+                aten.reshape.default, self.as_dtype(self.copies[found.base], total.dtype), list(total.shape)
+            )
             out = self.call(aten.add.Tensor, base, out)
         return out
 
@@ -147,13 +155,18 @@ class Meaning(fx.Interpreter):
         out = torch.zeros_like(body_out, dtype=torch.promote_types(body_out.dtype, torch.float32))
         each = len(params) // count
         for number in range(count):
-            token, slot = torch.where(choice == number) if target is _FIXED else (choice[:, number].nonzero()[:, 0], number)
+            token, slot = (
+                torch.where(choice == number) if target is _FIXED else (choice[:, number].nonzero()[:, 0], number)
+            )
             made = self.body(x[token], *params[number * each : (number + 1) * each])
             out.index_add_(0, token, made.to(out.dtype) * weight[token, slot, None].to(out.dtype))
         return out
 
 
 def _nodes(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(value, lambda each: found.append(each) or each)
-    return found
+    """The nodes in a result, however it is nested."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [node for each in value for node in _nodes(each)]
+    return [value] if isinstance(value, fx.Node) else []

@@ -85,8 +85,8 @@ def grouped(graph: Graph) -> dict[int, list[fx.Node]]:
     """The products by groups of rows, by how many groups there are."""
     found: dict[int, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target is GROUPED and node in graph.made_of_data and graph.of_state_alone(node.args[1]):
-            found[len(graph.values[node.args[1]])].append(node)
+        if node.target is GROUPED and node in graph.made_of_data and graph.of_state_alone(_matrices(node)):
+            found[len(graph.values[_matrices(node)])].append(node)
     return found
 
 
@@ -151,7 +151,8 @@ def _address(graph: Graph, node: fx.Node, members: _Members) -> Address:
 def _takes_apart(node: fx.Node) -> bool:
     """Whether the result is a part of the operand: smaller, by numbers."""
     return "getitem" in str(node.target) or any(
-        node.target is op for op in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default)
+        node.target is op
+        for op in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default)
     )
 
 
@@ -209,16 +210,17 @@ def _codes_of(
 
 def _same_tensors(graph: Graph, one: _Code, other: _Code) -> bool:
     return len(one.tensors) == len(other.tensors) and all(
-        a is b or torch.equal(graph.values[a], graph.values[b]) for a, b in zip(one.tensors, other.tensors, strict=True)
+        a is b or torch.equal(graph.values[a], graph.values[b])
+        for a, b in zip(one.tensors, other.tensors, strict=True)
     )
 
 
 def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | None:
     """The experts of products by groups of rows that lie beside each other."""
     rows = _walked_back(graph, products[0], {}, depth)
-    offsets = [node.args[2] if len(node.args) > 2 else node.kwargs.get("offs") for node in products]
-    ends = [graph.tensor(each) if isinstance(each, fx.Node) else None for each in offsets]
-    if rows is None or ends[0] is None or any(each is None or not torch.equal(each, ends[0]) for each in ends):
+    offsets = [each for product in products for each in _offsets(product)]
+    ends = [graph.values[each] for each in offsets]
+    if rows is None or len(ends) != len(products) or not all(torch.equal(each, ends[0]) for each in ends):
         return None
     inside = _inside(graph, rows, lambda node: True, allowed=set(offsets))
     after = graph.after(products)
@@ -226,12 +228,23 @@ def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | N
     if out is None:
         return None
     code = _Code(graph, rows, out)
-    count = len(graph.values[products[0].args[1]])
-    number_of_row = torch.searchsorted(ends[0].cpu().long(), torch.arange(len(graph.values[rows])), right=True)
+    packed = {_matrices(each) for each in products}
+    number_of_row = torch.searchsorted(ends[0].cpu().long(), torch.arange(code.length), right=True)
     own: list[list[Own]] = [
-        [(node, e if node in {each.args[1] for each in products} else None) for node in code.tensors] for e in range(count)
+        [(node, number if node in packed else None) for node in code.tensors] for number in range(len(ends[0]))
     ]
     return Experts([Piece(rows, out, number_of_row)], _common_body([code]), own)
+
+
+def _matrices(product: fx.Node) -> fx.Node:
+    found = product.args[1]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def _offsets(product: fx.Node) -> list[fx.Node]:
+    """Where its groups end."""
+    return [each for each in (*product.args[2:3], product.kwargs.get("offs")) if isinstance(each, fx.Node)]
 
 
 def _numbers_needed(graph: Graph, group: Group) -> dict[fx.Node, set[int]]:
@@ -290,7 +303,8 @@ class _Code:
     def __init__(self, graph: Graph, rows: fx.Node, out: fx.Node) -> None:
         self.rows, self.out, self.length = rows, out, len(graph.values[rows])
         state = [node for node in graph.nodes if graph.of_state_alone(node)]
-        offsets = [each.args[2] for each in graph.before([out], [rows]) if each.target is GROUPED and len(each.args) > 2]
+        products = [each for each in graph.before([out], [rows]) if each.target is GROUPED]
+        offsets = [each for product in products for each in _offsets(product)]
         self.nodes = graph.before([out], [rows, *state, *offsets])
         read = {each: None for node in self.nodes for each in node.all_input_nodes if graph.of_state_alone(each)}
         self.tensors = list(read)

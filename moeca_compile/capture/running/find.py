@@ -1,10 +1,10 @@
 """What the experts of a layer's graph are for, told by values and not by how it was written.
 
-    rows      each row that an expert got is a row of a tensor of the layer: so (token, expert) pairs are known
-    sum       from some node on, all experts' outputs are in it linearly: base[t] + sum over e of w[t, e] * out_e[t],
-              found by other numbers in the place of the outputs, which tell w too
-    routing   a tensor (tokens, k) of ids, or a map (tokens, experts), that says the same pairs
-    weights   a tensor with these w, (tokens, k) or (tokens, experts); or they are all one
+rows      each row that an expert got is a row of a tensor of the layer: so (token, expert) pairs are known
+sum       from some node on, all experts' outputs are in it linearly: base[t] + sum over e of w[t, e] * out_e[t],
+          found by other numbers in the place of the outputs, which tell w too
+routing   a tensor (tokens, k) of ids, or a map (tokens, experts), that says the same pairs
+weights   a tensor with these w, (tokens, k) or (tokens, experts); or they are all one
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Pairs:
 
 
 def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
-    """The dispatch of a layer. Raises NoExpertsError where nothing is routed, UntrustedError where it is not clear."""
+    """A layer's dispatch. Raises NoExpertsError where nothing is routed, UntrustedError where it is not clear how."""
     reasons: list[str] = []
     hints: list[str] = []
     for experts in _candidates(graph, layer, hints):
@@ -106,7 +106,9 @@ def _same_in_another_call(graph: Graph, own: set[fx.Node]) -> dict[fx.Node, bool
     """Whether a node is computed in the same way whatever the data, and before the experts."""
     same: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        same[node] = node not in own and graph.varies(node) is None and all(same[each] for each in node.all_input_nodes)
+        same[node] = (
+            node not in own and graph.varies(node) is None and all(same[each] for each in node.all_input_nodes)
+        )
     return same
 
 
@@ -169,7 +171,10 @@ def _totals(
     width, tokens = graph.values[outs[0]].shape[1], len(pairs.routed)
     generator = torch.Generator().manual_seed(0)
     probes = [
-        {node: scale * torch.randn(graph.values[node].shape, generator=generator).to(graph.values[node]) for node in outs}
+        {
+            node: scale * torch.randn(graph.values[node].shape, generator=generator).to(graph.values[node])
+            for node in outs
+        }
         for scale in (0.0, 1.0, 3.0)
     ]
     missing = {node: set(outs) for node in graph.nodes}
@@ -179,8 +184,7 @@ def _totals(
             missing[node] = missing[node] - {node}
         elif node in own:
             for env in again:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each, env=env: env.get(each, graph.values.get(each)))
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = _again(graph, node, env)
             missing[node] = set.intersection(*(missing[each] for each in node.all_input_nodes))
             value = again[0][node]
             whole = isinstance(value, Tensor) and value.dtype.is_floating_point and value.shape[-1:] == (width,)
@@ -198,7 +202,19 @@ def _totals(
                 yield node, base, weights
 
 
-def _outputs(experts: Experts, pairs: _Pairs, probe: dict[fx.Node, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _again(graph: Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """A node's value where other nodes have the values of `env`."""
+
+    def value(each: fx.Node) -> Any:
+        return env[each] if each in env else graph.values[each]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _outputs(
+    experts: Experts, pairs: _Pairs, probe: dict[fx.Node, Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for piece, token in zip(experts.pieces, pairs.tokens, strict=True):
         yield token, piece.expert.to(token.device), probe[piece.out].double()
 
@@ -238,9 +254,10 @@ def _base(graph: Graph, total: fx.Node, zero: Tensor, same: dict[fx.Node, bool])
         return None
     for node in reversed(graph.before([total])):
         value = graph.tensor(node)
-        if same[node] and value is not None and value.numel() == zero.numel() and value.shape[-1:] == zero.shape[-1:]:
-            if torch.equal(value.reshape(zero.shape).to(zero), zero):
-                return node
+        if not same[node] or value is None or value.numel() != zero.numel() or value.shape[-1:] != zero.shape[-1:]:
+            continue
+        if torch.equal(value.reshape(zero.shape).to(zero), zero):
+            return node
     return None
 
 
@@ -304,7 +321,12 @@ def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
         return None
     for table in _tables(graph, before, tokens, {top_k}):
         ids = table.of(graph.values[table.node])
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool or bool((ids < 0).any()) or bool((ids >= count).any()):
+        if (
+            ids.dtype.is_floating_point
+            or ids.dtype == torch.bool
+            or bool((ids < 0).any())
+            or bool((ids >= count).any())
+        ):
             continue
         if torch.equal(torch.zeros_like(routed).scatter(1, ids.long(), True), routed):
             return table

@@ -1,4 +1,4 @@
-"""What is known of each node of a layer's graph: of what it is made, and whether another call has it in the same way."""
+"""What each node of a layer's graph is made of, and whether another call computes it in the same way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Graph:
         return found
 
     def before(self, ends: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
-        """All that these nodes are made from, themselves included, in order; nothing beyond `stop`, which is left out."""
+        """All that these nodes are made from, themselves included, in order; without `stop` and what is beyond it."""
         met, pending = set(stop), list(ends)
         found = set()
         while pending:

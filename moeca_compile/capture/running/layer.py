@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,7 +33,7 @@ from moeca_compile.capture.numerics import (
 from moeca_compile.capture.running.build import Meaning, Replacement, build
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
-from moeca_compile.capture.running.trace import Call, isolated, run, traced, written
+from moeca_compile.capture.running.trace import Call, run, traced, written
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.structure import named_tensors, structure
 
@@ -96,13 +97,16 @@ class Running:
     def asked(self, module: nn.Module, facts: Facts) -> Asked:
         """What a random call asks the host for."""
         asked = Asked()
-        run(module, self.forward, _call(facts, _ids(module), 0), asked)
+        with suppress(UntrustedError):  # of side effects, once it ran
+            run(module, self.forward, _call(facts, _ids(module), 0), asked)
         return asked
 
     def compared(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:
         if not any(fact[1] for fact in facts):
             raise UntrustedError("none of its arguments is a tensor")
-        tolerance = tolerance_for([*module.parameters(), *(torch.empty(0, dtype=f[3], device=f[4]) for f in facts if f[1])])
+        tolerance = tolerance_for(
+            [*module.parameters(), *(torch.empty(0, dtype=f[3], device=f[4]) for f in facts if f[1])]
+        )
         built = _built.setdefault(type(module), {})
         key = (self.forward, structure(module), facts, autocast())
         if key not in built:
@@ -137,7 +141,9 @@ class Running:
         self._ask_more(module, facts, asked)
         line = asked.one_sided()
         if line is not None:
-            raise UntrustedError(f"what it reads at {line} was the same in all random calls: nothing is known of others")
+            raise UntrustedError(
+                f"what it reads at {line} was the same in all random calls: nothing is known of others"
+            )
         for call in _calls(facts, _ids(module)):
             self._compare(replacement, other, call, tolerance)
         name = f"replacement_{len(vars(FUNCTIONS))}"
@@ -179,7 +185,9 @@ class Running:
         rows = graph.values[found.stream].reshape(-1, graph.values[found.stream].shape[-1])
         if len(rows) < 6:
             raise UntrustedError("it has too few rows to tell whether its experts look at others")
-        own = [graph.values[node] if part is None else graph.values[node][part] for node, part in found.experts.own[0]]
+        own = [
+            graph.values[node] if part is None else graph.values[node][part] for node, part in found.experts.own[0]
+        ]
         require_row_wise(lambda x: found.experts.body(x, *own), [rows], lambda: iter(own), tolerance)
         result = graph.output.args[0]
         coupled = False

@@ -22,7 +22,12 @@ LIMIT = 4 * 2**30
 
 
 _aten = torch.ops.aten
-_FILLED = {_aten.new_zeros.default: 0, _aten.zeros_like.default: 0, _aten.new_ones.default: 1, _aten.ones_like.default: 1}
+_FILLED = {
+    _aten.new_zeros.default: 0,
+    _aten.zeros_like.default: 0,
+    _aten.new_ones.default: 1,
+    _aten.ones_like.default: 1,
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
 def written(before: nn.Module, after: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(module, attribute) for all that holds tensors and that a call has changed: buffers by their own names."""
     for old, new in zip(before.modules(), after.modules(), strict=True):
-        yield from ((old, name) for name, held in new.named_buffers(recurse=False) if _differs(getattr(old, name), held))
+        yield from (
+            (old, name) for name, held in new.named_buffers(recurse=False) if _differs(getattr(old, name), held)
+        )
         for name, held in vars(new).items():
             if not name.startswith("_") and _changed(vars(old).get(name), held):
                 yield old, name
@@ -128,7 +135,9 @@ def _without_templates(module: fx.GraphModule) -> None:
                 if like is None:
                     continue
                 how = {"dtype": like.dtype, "device": like.device}
-                filled = module.graph.call_function(torch.ops.aten.full.default, (list(like.shape), _FILLED[node.target]), how)
+                filled = module.graph.call_function(
+                    torch.ops.aten.full.default, (list(like.shape), _FILLED[node.target]), how
+                )
             node.replace_all_uses_with(filled)
             module.graph.erase_node(node)
     module.recompile()
@@ -146,7 +155,9 @@ class _Limited(fx.Interpreter):
         if isinstance(value, Tensor) and n.op == "call_function":
             self.bytes += value.numel() * value.element_size()
             if self.bytes > LIMIT:
-                raise UntrustedError(f"what it computes takes more than {LIMIT >> 30} GiB, too much to be looked through")
+                raise UntrustedError(
+                    f"what it computes takes more than {LIMIT >> 30} GiB, too much to be looked through"
+                )
         return value
 
 

@@ -34,7 +34,7 @@ class Asked:
         self.grouped = False
 
     def one_sided(self) -> str | None:
-        """A line that always read the same, so that nobody knows what the layer does otherwise; None if there is none.
+        """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
 
         A size counts as such only where there never was anything: `if found.numel():`.
         """
@@ -73,7 +73,7 @@ class Watch(TorchFunctionMode):
             self.of_varying_size.update({id(each): each for each in made})
         if self.asks_size:
             self.note(None, ())
-        if self.asks_value or isinstance(result, (list, np.ndarray)) and not made:
+        if self.asks_value or (isinstance(result, (list, np.ndarray)) and not made):
             self.note(self.asked.read, _plain(result))
         elif varies and isinstance(result, (int, torch.Size)) and not isinstance(result, bool):
             self.note(self.asked.sizes, tuple(result) if isinstance(result, torch.Size) else (result,))
