@@ -44,7 +44,7 @@ from moeca_compile._torch_private.lookup import missing
 from moeca_compile._torch_private.modules import compiled_module, has_forward_hooks, version_of
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
-from moeca_compile._torch_private.running import OpsMode, trace_by_running
+from moeca_compile._torch_private.running import before_each_op, trace_by_running
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
@@ -61,8 +61,8 @@ from moeca_compile._torch_private.tracing import (
 from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_for_ours
 
 __all__ = [
-    "OpsMode",
     "add_backend",
+    "before_each_op",
     "calling_code",
     "calls_ours",
     "compile_cpp",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_compile._torch_private.lookup import Private
 
 _SKIPPED = "MoE layers whose code no idiom can read are left as they are"
 _MAKE_FX = Private("torch.fx.experimental.proxy_tensor.make_fx", _SKIPPED)
 _FUNCTIONALIZE = Private("torch._subclasses.functional_tensor.dispatch_functionalize", _SKIPPED)
+_DISPATCH = Private("torch.utils._python_dispatch.TorchDispatchMode", _SKIPPED)
 _MODE = Private("torch._subclasses.functional_tensor.FunctionalTensorMode", _SKIPPED)
 
 
@@ -32,13 +33,15 @@ def trace_by_running(function: Callable[..., Any], inputs: Sequence[Tensor]) -> 
     return found
 
 
-class OpsMode(TorchDispatchMode):
-    """Calls `before(op, arguments)` for each op that runs while it is on."""
+def before_each_op(what: Callable[[Any, tuple[Any, ...]], None]) -> AbstractContextManager[Any]:
+    """While this is entered, `what(op, arguments)` is called for each op that runs."""
+    if _DISPATCH.value is None:
+        raise RuntimeError("torch has no dispatch mode")
 
-    def __init__(self, before: Callable[[Any, tuple[Any, ...]], None]) -> None:
-        super().__init__()
-        self.before = before
+    class Mode(_DISPATCH.value):  # type: ignore[misc, name-defined]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            what(func, args)
+            return func(*args, **(kwargs or {}))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.before(func, args)
-        return func(*args, **(kwargs or {}))
+    found: AbstractContextManager[Any] = Mode()
+    return found

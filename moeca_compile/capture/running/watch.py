@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moeca_compile._torch_private import OpsMode
+from moeca_compile._torch_private import before_each_op
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -50,7 +50,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.asked = asked
         self.asks_value = self.asks_size = False
-        self.ops = OpsMode(self.before_op)
+        self.ops = before_each_op(self.before_op)
         self.of_varying_size: dict[int, Tensor] = {}
 
     def __enter__(self) -> Watch:
