@@ -38,7 +38,7 @@ def before_each_op(what: Callable[[Any, tuple[Any, ...]], None]) -> AbstractCont
     if _DISPATCH.value is None:
         raise RuntimeError("torch has no dispatch mode")
 
-    class Mode(_DISPATCH.value):  # type: ignore[misc, name-defined]
+    class Mode(_DISPATCH.value):  # type: ignore[name-defined]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             what(func, args)
             return func(*args, **(kwargs or {}))

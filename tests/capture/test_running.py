@@ -405,6 +405,21 @@ class ReadElsewhere(Loop):
         return self.load
 
 
+LEFT: list[Tensor] = []
+
+
+class LeftInAList(Loop):
+    def after(self, out, index):
+        LEFT.append(index)
+        return out
+
+
+class OtherPrecision(Loop):
+    def made(self, y, like):
+        with torch.autocast("cpu", torch.bfloat16):
+            return y + 0 * (like[:1] @ like[:1].T).float()
+
+
 class ModeOfTheHost(Loop):
     """A condition on a buffer, which may be another later."""
 
@@ -425,6 +440,8 @@ NEAR_MISSES = {
     RareCondition: r"test_running.py:\d+ was the same in all random calls",
     RareRows: r"test_running.py:\d+ was the same in all random calls",
     ReadElsewhere: "leaves a tensor in `load`",
+    LeftInAList: "leaves a tensor in `LEFT`",
+    OtherPrecision: "another autocast",
     ModeOfTheHost: r"test_running.py:\d+ was the same in all random calls",
 }
 

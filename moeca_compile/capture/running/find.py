@@ -66,21 +66,22 @@ class _Pairs:
 
 def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
     """A layer's dispatch. Raises NoExpertsError where nothing is routed, UntrustedError where it is not clear how."""
-    reasons: list[str] = []
-    hints: list[str] = []
+    hints: list[str] = []  # what is in the way of taking these for experts
+    reason = ""  # why experts are left as they are
     for experts in _candidates(graph, layer, hints):
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
         for stream, pairs in _streams(graph, experts, same):
-            reason = "no sum of its experts' weighted outputs was found"
+            hints.append("no sum of its experts' weighted outputs was found")
             for total, base, weights in _totals(graph, experts, pairs, own, same, tolerance):
                 try:
                     return _told(graph, experts, stream, pairs, total, base, weights, same, tolerance)
+                except NoExpertsError as error:
+                    hints.append(str(error))
                 except UntrustedError as error:
                     reason = str(error)
-            reasons.append(reason)
-    if reasons:
-        raise UntrustedError(reasons[-1])
+    if reason:
+        raise UntrustedError(reason)
     raise NoExpertsError(*hints[-1:])
 
 
@@ -282,7 +283,7 @@ def _told(
     by_ids = routing is not None
     routing = routing or _map(graph, before, pairs.routed)
     if routing is None:
-        raise UntrustedError("no tensor of the layer says which expert gets which row")
+        raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
     if bool(close(weights[pairs.routed], torch.ones_like(weights[pairs.routed]), tolerance)):
         return Found(experts, stream, total, base, routing, by_ids, None, same)

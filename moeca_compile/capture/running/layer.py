@@ -8,9 +8,10 @@ those of the first one of a structure by random parameters too.
 from __future__ import annotations
 
 import dis
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +34,7 @@ from moeca_compile.capture.numerics import (
 from moeca_compile.capture.running.build import Meaning, Replacement, build
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
-from moeca_compile.capture.running.trace import Call, run, traced, written
+from moeca_compile.capture.running.trace import Call, run, tensors_in, traced, written
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.structure import named_tensors, structure
 
@@ -136,9 +137,12 @@ class Running:
         asked = Asked()
         for layer in (module, other):
             for call in _calls(facts, _ids(module)):
-                _, after = run(layer, self.forward, call, asked)
+                with _nothing_left(self.forward, type(module)):
+                    _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
         self._ask_more(module, facts, asked)
+        if asked.other_modes:
+            raise UntrustedError("a part of it runs under another autocast than the rest")
         line = asked.one_sided()
         if line is not None:
             raise UntrustedError(
@@ -289,6 +293,22 @@ def _other_half(value: Tensor, scale: float | None) -> Tensor:
 
 
 # code
+
+
+@contextmanager
+def _nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
+    """Raises UntrustedError if tensors are left in a list or dict outside of the layer, which others would miss."""
+    held: dict[str, Any] = {}
+    for function in _functions(owner):
+        if function.__code__ in _reached(forward, owner):
+            held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
+            held |= inspect.getclosurevars(function).nonlocals
+    kept = {name: value for name, value in held.items() if isinstance(value, (list, dict, set))}
+    before = {name: [id(each) for each in tensors_in(value)] for name, value in kept.items()}
+    yield
+    for name, value in kept.items():
+        if before[name] != [id(each) for each in tensors_in(value)]:
+            raise UntrustedError(f"it leaves a tensor in `{name}`, outside of the layer")
 
 
 def _functions(owner: type) -> Iterator[FunctionType]:

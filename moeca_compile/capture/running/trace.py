@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from moeca_compile._torch_private import trace_by_running
+from moeca_compile._torch_private import trace_by_running, version_of
 from moeca_compile.capture.idioms.trials import cloned
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.watch import Asked, Watch
@@ -69,6 +69,7 @@ def isolated(layer: nn.Module) -> nn.Module:
 def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) -> tuple[Any, nn.Module]:
     """(what the layer returns, a copy of it after the call). Raises UntrustedError where it has side effects."""
     copied = isolated(layer)
+    versions = [version_of(each) for each in layer.parameters()]
     given = Call(cloned(call.args), dict(zip(call.kwargs, cloned(list(call.kwargs.values())), strict=True)))
     random = _random_states(call)
     if asked is None:
@@ -78,6 +79,8 @@ def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) 
             result = forward(copied, *given.args, **given.kwargs)
     if any(not torch.equal(a, b) for a, b in zip(random, _random_states(call), strict=True)):
         raise UntrustedError("it is random")
+    if versions != [version_of(each) for each in layer.parameters()]:
+        raise UntrustedError("it changes its parameters")
     if any(_differs(a, b) for a, b in zip(call.tensors(), given.tensors(), strict=True)):
         raise UntrustedError("it changes its arguments")
     return result, copied
@@ -87,7 +90,7 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
     """The graph of a call. Raises UntrustedError where there is none."""
     copied = isolated(layer)
     forward_of_copy = _Forward(copied, forward)
-    state = {name: tensor.clone() for name, tensor in named_tensors(copied)}
+    state = dict(named_tensors(copied))  # the copy's own buffers
     tensors, count = [*cloned(call.tensors()), *state.values()], len(call.tensors())
 
     def computed(*given: Tensor) -> Any:
@@ -100,7 +103,7 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
         raise UntrustedError("this version of torch cannot trace it by running it")
     _without_templates(module)
     interpreter = _Limited(module)
-    interpreter.run(*cloned(call.tensors()), *(tensor.clone() for _, tensor in named_tensors(layer)))
+    interpreter.run(*cloned(call.tensors()), *(tensor for _, tensor in named_tensors(isolated(layer))))
     return Trace(module.graph, tuple(state), dict(interpreter.env))
 
 
@@ -166,16 +169,17 @@ def _random_states(call: Call) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value, however nested in containers."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [each for part in value for each in _tensors_in(part)] if isinstance(value, (tuple, list, set)) else []
+    return [each for part in value for each in tensors_in(part)] if isinstance(value, (tuple, list, set)) else []
 
 
 def _changed(old: Any, new: Any) -> bool:
-    was, now = _tensors_in(old), _tensors_in(new)
+    was, now = tensors_in(old), tensors_in(new)
     return len(was) != len(now) or any(_differs(a, b) for a, b in zip(was, now, strict=True))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable
+from traceback import walk_stack
 from types import CodeType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moeca_compile._torch_private import before_each_op
+from moeca_compile.capture.numerics import autocast
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -25,13 +26,15 @@ class Asked:
     read: the values of tensors that became Python's there
     sizes: the sizes of tensors that are as large as the data say
     codes: of the functions that these lines are in
+    grouped: whether there were products by groups of rows
+    other_modes: whether some ops ran under another autocast than the call
     """
 
     def __init__(self) -> None:
         self.read: dict[str, set[Any]] = defaultdict(set)
         self.sizes: dict[str, set[Any]] = defaultdict(set)
         self.codes: set[CodeType] = set()
-        self.grouped = False
+        self.grouped = self.other_modes = False
 
     def one_sided(self) -> str | None:
         """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
@@ -51,6 +54,7 @@ class Watch(TorchFunctionMode):
         self.asked = asked
         self.asks_value = self.asks_size = False
         self.ops = before_each_op(self.before_op)
+        self.autocast = autocast()
         self.of_varying_size: dict[int, Tensor] = {}
 
     def __enter__(self) -> Watch:
@@ -66,6 +70,7 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.asks_value = self.asks_size = False
+        self.asked.other_modes |= autocast() != self.autocast
         result = func(*args, **(kwargs or {}))
         varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
         made = _tensors(result)
@@ -85,9 +90,11 @@ class Watch(TorchFunctionMode):
         self.asked.grouped |= op is torch.ops.aten._grouped_mm.default
 
     def note(self, kept: dict[str, set[Any]] | None, value: Any) -> None:
-        frame = sys._getframe(2)
-        while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
-            frame = frame.f_back
+        frame = next(
+            each
+            for each, _ in walk_stack(None)
+            if each.f_code.co_filename != __file__ and not each.f_code.co_filename.startswith(_TORCH)
+        )
         self.asked.codes.add(frame.f_code)
         if kept is not None:
             kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
