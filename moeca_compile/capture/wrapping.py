@@ -187,7 +187,10 @@ def _holds_layers(module: nn.Module) -> bool:
 
 def _known_codes(module: nn.Module, refused: set[Any]) -> frozenset[CodeType]:
     """The code of a module's methods whose dispatch idioms know, with the functions in it."""
-    written = (innermost(each) for each in _marked(module, _KNOWN))
+    marked = _marked(module, _KNOWN)
+    if all(hasattr(each, BANK) for each in marked):  # they run experts for a caller that no idiom knows
+        return frozenset()
+    written = (innermost(each) for each in marked)
     pending = [getattr(each, "__code__", None) for each in written if each not in refused]
     found: set[CodeType] = set()
     while pending:

@@ -68,11 +68,16 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
     """A layer's dispatch. Raises NoExpertsError where nothing is routed, UntrustedError where it is not clear how."""
     hints: list[str] = []  # what is in the way of taking these for experts
     reason = ""  # why experts are left as they are
+    # Ids or counts are given to a part of a layer, and random ones may not fit its rows.
+    partial = any(not graph.values[each].dtype.is_floating_point for each in graph.arguments)
     for experts in _candidates(graph, layer, hints):
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
         for stream, pairs in _streams(graph, experts, same):
-            hints.append("no sum of its experts' weighted outputs was found")
+            found_no_sum = "no sum of its experts' weighted outputs was found"
+            hints.append(found_no_sum)
+            if not partial:
+                reason = reason or found_no_sum
             for total, base, weights in _totals(graph, experts, pairs, own, same, tolerance):
                 try:
                     return _told(graph, experts, stream, pairs, total, base, weights, same, tolerance)

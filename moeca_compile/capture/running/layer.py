@@ -67,7 +67,7 @@ def _elements(held: nn.Module) -> Iterator[nn.Module]:
 
 
 class Running:
-    """The forward of a class as a `Dispatch`; `known` are functions whose dispatch idioms have recognized."""
+    """The forward of a class as a `Dispatch` (idioms/base.py)."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
