@@ -272,7 +272,7 @@ def _uncached(study: Study, question: Question) -> list[Tensor]:
 def _costs(model: Any) -> Costs:
     report = moeca_compile.report(model)
     assert report.flops is not None, "a compiled case has run"
-    return Costs(report.flops.speedup, report.match_ratio, report.reuse_ratio, report.cache_bytes)
+    return Costs(report.flops.speedup, report.match_ratio, report.reuse_ratio, report.planned_cache_bytes)
 
 
 def _scores(study: Study, question: Question, pictures: list[Tensor]) -> Scores:

@@ -7,11 +7,12 @@ traces, lowers and checks one kind of step, when the runtime first needs it.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_compile import capture, fallback
 from moeca_compile._torch_private import (
@@ -114,6 +115,13 @@ def compile_captured(
     return fallback.compile_original(gm, inputs, record, original)
 
 
+def wrapped_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a forward that something wraps, without self; () where nothing does."""
+    forward = type(module).forward
+    original = inspect.unwrap(forward)
+    return tuple(inspect.signature(original).parameters)[1:] if original is not forward else ()
+
+
 def _cached(
     gm: fx.GraphModule, inputs: Sequence[Any], record: Record, stages: Stages, original: Original
 ) -> Callable[..., Any]:
@@ -133,6 +141,7 @@ def _cached(
         bool(record.breaks),
         constants,
         tuple(map(weakref.ref, modules or ())),
+        wrapped_parameters(modules[0]) if modules else (),
     )
     engine = _engine(captured, [inputs[i] for i in kept], record, stages, called_without(kept, inputs, original))
     run = fallback.noticing_parts(engine, record) if engine.partial else engine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeca_compile._torch_private import is_module_state
-from moeca_compile.backend import backend_with, compile_graph, compile_step
+from moeca_compile.backend import backend_with, compile_graph, compile_step, wrapped_parameters
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
@@ -77,12 +77,16 @@ class Captured:
     gm: fx.GraphModule
     inputs: list[Any]
     user_inputs: list[bool]
+    signature: tuple[str, ...] = ()
 
     def engine(self, **options: Any) -> Engine:
         """The real engine under these options."""
         config = MoecaConfig.from_options({**how.options, **options})
-        captured = CapturedGraph(self.gm, tuple(self.user_inputs))
-        return Engine(captured, self.inputs, config, Notes(), how.stages, bounds_of(config))
+        return Engine(self.graph, self.inputs, config, Notes(), how.stages, bounds_of(config))
+
+    @property
+    def graph(self) -> CapturedGraph:
+        return CapturedGraph(self.gm, tuple(self.user_inputs), signature=self.signature)
 
     def loop(self, **options: Any) -> StepLoop:
         """The engine's step loop for these inputs: the matched graph and its plan."""
@@ -90,9 +94,7 @@ class Captured:
 
     def arguments(self, **values: Any) -> list[Any]:
         """One input per placeholder; `values` are arguments of the model's forward by name."""
-        names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
-        given = {f"l_{name}_": value for name, value in values.items()}
-        return [given.get(name, old) for name, old in zip(names, self.inputs, strict=True)]
+        return [values.get(name, old) for name, old in zip(self.graph.names, self.inputs, strict=True)]
 
 
 def caches_of(loop: StepLoop) -> tuple[Caches, Tensor]:
@@ -109,7 +111,8 @@ def captured(model: nn.Module, *arguments: Any) -> Captured:
         torch.compile(model, backend=backend)(*arguments)
     (gm,), (inputs,) = backend.graphs, backend.inputs
     user_inputs = [not is_module_state(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    return Captured(gm, list(inputs), user_inputs)
+    signature = wrapped_parameters(model) if isinstance(model, nn.Module) else ()
+    return Captured(gm, list(inputs), user_inputs, signature)
 
 
 def _zeros(gm: fx.GraphModule) -> tuple[Any, ...]:

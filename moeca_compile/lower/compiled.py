@@ -34,6 +34,7 @@ class CapturedGraph:
         broken: whether there is a graph break anywhere in the model.
         modules: where Dynamo calls the graph for certain modules alone, these; else empty, and one graph may serve
             several models.
+        signature: the parameters of a forward that something wraps, which Dynamo sees as args and kwargs.
     """
 
     gm: fx.GraphModule
@@ -43,6 +44,7 @@ class CapturedGraph:
     broken: bool = False
     constants: tuple[int, ...] = ()
     modules: tuple[ref[nn.Module], ...] = ()
+    signature: tuple[str, ...] = ()
 
     @property
     def in_parts(self) -> bool:
@@ -55,7 +57,10 @@ class CapturedGraph:
     @property
     def names(self) -> list[str]:
         """The names of the inputs in the model's signature, as far as Dynamo keeps them."""
-        return [n.name.removeprefix("l_").rstrip("_") for n in placeholders(self.gm.graph)]
+        wrapped = {f"args_{place}": name for place, name in enumerate(self.signature)}
+        wrapped |= {f"kwargs_{name}": name for name in self.signature}
+        names = [node.name.removeprefix("l_").rstrip("_") for node in placeholders(self.gm.graph)]
+        return [wrapped.get(name, name) for name in names]
 
 
 @dataclass(frozen=True)

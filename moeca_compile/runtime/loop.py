@@ -84,7 +84,7 @@ class StepLoop:
             position, stream, refresh = self.enter(inputs)
         try:
             kind = self.kind(refresh, stream, position.time, inputs)
-            weight = self.correction(refresh, stream, position.time)
+            weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
             predicted = self.predicted(stream, position.time, inputs) if weight else ()
             outputs = self._run(kind, stream, position.time, inputs)
             stream.note_refreshed(refresh, position.number, position.time)
@@ -132,7 +132,7 @@ class StepLoop:
 
     def correction(self, refresh: RefreshPlan, stream: Stream, time: float) -> float:
         """The weight of the error that a full step makes up for (runtime.corrector); 0 where it makes up for none."""
-        if not self.compiled.config.corrector or refresh != EVERYTHING or stream.empty:
+        if refresh != EVERYTHING or stream.empty:
             return 0.0
         known = stream.full_at[0] if self.compiled.config.forecast else stream.full_at[0][:1]
         return gain(known, stream.passed, time)
