@@ -18,10 +18,7 @@ class UntrustedError(Exception):
 
 
 class NoExpertsError(Exception):
-    """What looked like experts in the code is none in this module: there is nothing to warn of.
-
-    A message is for where other signs say that there are experts.
-    """
+    """What looked like experts in the code is none in this module: there is nothing to warn of."""
 
 
 def require_row_wise(
