@@ -24,7 +24,7 @@ from moeca_compile.passes.analysis.costs import (
 from moeca_compile.passes.analysis.graph import ancestors, between, shape_of
 from moeca_compile.passes.match.experts import ENTRY, body_nodes
 from moeca_compile.passes.match.regions import Attention, ExpertBody, FeedForward, Regions
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
+from moeca_compile.passes.rewrite.kinds import REUSING, CacheSpec, Part, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 
 SAVES_NOTHING = (
@@ -143,8 +143,8 @@ def _capacities(plan: Plan, config: MoecaConfig) -> tuple[int, ...]:
 
 def _pays(plan: Plan, capacity: int, larger: int) -> bool:
     """Whether a bucket saves enough over the next larger one to be worth compiling."""
-    kind, tokens = StepKind(attention=False, experts=False), plan.sizes[1]
-    cost, other = (plan.flops(kind, c / tokens, c / tokens) for c in (capacity, larger))
+    tokens = plan.sizes[1]
+    cost, other = (plan.flops(REUSING, c / tokens, c / tokens) for c in (capacity, larger))
     return cost <= _WORTH_A_GRAPH * other
 
 

@@ -94,6 +94,7 @@ class Captured:
 
     def arguments(self, **values: Any) -> list[Any]:
         """One input per placeholder; `values` are arguments of the model's forward by name."""
+        assert values.keys() <= set(self.graph.names), f"the graph has inputs {self.graph.names}"
         return [values.get(name, old) for name, old in zip(self.graph.names, self.inputs, strict=True)]
 
 

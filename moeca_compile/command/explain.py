@@ -19,7 +19,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
 from moeca_compile.policies import RECIPES
 from moeca_compile.reporting.collect import regions_of, report
 from moeca_compile.reporting.report import GraphBreak, Region
@@ -163,7 +163,7 @@ def explain(subject: Subject, recipes: Sequence[str]) -> Explanation:
         dtype=found.dtype or "no dtype",
         graphs=found.graphs,
         graph_breaks=found.graph_breaks,
-        timesteps=tuple(graph.captured.names[i].removeprefix("kwargs_") for graph in first for i in graph.timesteps),
+        timesteps=tuple(graph.captured.names[i] for graph in first for i in graph.timesteps),
         choices=choices,
         places=_places(subject.model, {region.name for choice in choices for region in choice.regions}),
         warnings=tuple(dict.fromkeys(_ours(told))),
@@ -176,14 +176,13 @@ def _config(recipe: str) -> MoecaConfig:
 
 
 def _choice(recipe: str, graphs: Sequence[CompiledGraph]) -> Choice:
-    cached = StepKind(attention=False, experts=False)
     return Choice(
         recipe,
         tuple(region for graph in graphs for region in regions_of(graph)),
         sum(graph.plan.nbytes for graph in graphs),
         sum(graph.plan.flops(StepKind()) for graph in graphs),
-        sum(graph.plan.flops(cached) for graph in graphs),
-        sum(graph.plan.flops(cached, *_most(graph)) for graph in graphs),
+        sum(graph.plan.flops(REUSING) for graph in graphs),
+        sum(graph.plan.flops(REUSING, *_most(graph)) for graph in graphs),
     )
 
 

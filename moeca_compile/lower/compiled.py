@@ -57,10 +57,9 @@ class CapturedGraph:
     @property
     def names(self) -> list[str]:
         """The names of the inputs in the model's signature, as far as Dynamo keeps them."""
-        wrapped = {f"args_{place}": name for place, name in enumerate(self.signature)}
-        wrapped |= {f"kwargs_{name}": name for name in self.signature}
         names = [node.name.removeprefix("l_").rstrip("_") for node in placeholders(self.gm.graph)]
-        return [wrapped.get(name, name) for name in names]
+        wrapped = {f"args_{place}": name for place, name in enumerate(self.signature)}
+        return [wrapped.get(name, name.removeprefix("kwargs_")) for name in names]
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,7 @@ class Teacher:
         compared = [(r.node, r.source) for r in replacements] + [(r.add, r.stream) for r in regions.residuals]
         for node, source in compared:
             self.beginnings.setdefault(node, []).append(source)
-        kept = [source for sources in self.beginnings.values() for source in sources]
-        self.step = self._step(StepKind(), {}, self.computes, kept)
+        self.step = self._step(StepKind(), {}, self.computes, kept=[source for _, source in compared])
         self.values = self.step.values
         self.values.repeatable = True
         self.output = next(iter(reversed(graph.nodes)))

@@ -29,7 +29,7 @@ from moeca_compile.lower.teacher import Teacher
 from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions, Residual
 from moeca_compile.passes.rewrite.caches import Caches, Untouched
-from moeca_compile.passes.rewrite.kinds import Role, StepKind
+from moeca_compile.passes.rewrite.kinds import REUSING, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.passes.rewrite.step_function import StepResult, step_function
@@ -217,7 +217,7 @@ class _Check:
     def _cache_steps(self, teacher: Teacher) -> list[tuple[str, Step]]:
         """Cache steps on the inputs of the full step, with the name of the check."""
         copies, tokens = Untouched(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
-        found = [("reused", teacher.taught(StepKind(False, False), copies))]
+        found = [("reused", teacher.taught(REUSING, copies))]
         if any(replacement.recomputes for replacement in teacher.replacements.values()):
             activations = {name for name, spec in self.caches.specs.items() if spec.role is Role.ACTIVATION}
             # A step that recomputes everything must not read what was cached.

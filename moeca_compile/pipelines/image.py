@@ -55,9 +55,9 @@ class Clock:
     def time(self) -> float | None:
         """The timestep of the scheduler's current step, in its own unit; None if it does not say."""
         index = self._index()
-        return (
-            self.times[min(index, len(self.times) - 1)] if self.counts and index is not None and self.times else None
-        )
+        if not self.counts or index is None or not self.times:
+            return None
+        return self.times[min(index, len(self.times) - 1)]
 
     def _index(self) -> int | None:
         """The current step, or else the one that the pipeline begins at."""

@@ -54,19 +54,16 @@ class Policy:
 def ignored_by_all(options: Options) -> Mapping[str, str]:
     """Options without effect because of another option's value, whatever the policy."""
     found: dict[str, str] = {}
+    spaced = {"schedule"} | ({"full_every"} if options.score != "staleness" else set())  # it counts in such steps
     if options.full_steps:
-        found["schedule"] = "full_steps lists the full steps, so it has no effect"
-    if options.full_steps or options.schedule == "uniform":
+        found |= dict.fromkeys(spaced, "full_steps lists the full steps, so it has no effect")
+    if options.schedule == "uniform":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
     if options.attention_every or options.experts_every:
         found["corrector"] = "it needs full steps that refresh attention and experts together"
-    if options.full_steps and options.score != "staleness":  # that score counts in steps of full_every
-        found["full_every"] = "full_steps lists the full steps, so it has no effect"
     if options.attention_every and options.experts_every:
         reason = "attention_every and experts_every take its place, so it has no effect"
-        found |= {"full_steps": reason, "schedule": reason} | (
-            {"full_every": reason} if options.score != "staleness" else {}
-        )
+        found |= dict.fromkeys({"full_steps", *spaced}, reason)
     if options.max_cache_bytes is None:
         found["coarser_caches"] = "max_cache_bytes sets no limit, so it has no effect"
     if not options.validate:

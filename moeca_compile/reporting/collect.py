@@ -10,7 +10,7 @@ from torch import fx
 from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
+from moeca_compile.passes.rewrite.kinds import COUNTERS, REUSING, StepKind
 from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
@@ -143,8 +143,7 @@ def _flops(counted: list[Counted]) -> Flops | None:
     calls = sum(steps for _, _, steps in tallies)
     full = sum(steps * flops[StepKind()] for flops, _, steps in tallies)
     spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
-    predicted = StepKind(attention=False, experts=False)
-    spent += sum(n * each.flops[predicted] for each in counted if (n := each.tallies.corrections))
+    spent += sum(n * each.flops[REUSING] for each in counted if (n := each.tallies.corrections))
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

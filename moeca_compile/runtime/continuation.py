@@ -98,7 +98,7 @@ class Trajectory:
 
     def _judged(self, products: Tensor) -> tuple[Answer, Moves]:
         assert self.last is not None
-        least = _LEAST - _SPREAD / math.sqrt(self.last.shape[1])
+        least = _LEAST - _SPREAD * self.last.shape[1] ** -0.5
         goes_on, moves = True, []
         limits = self.fastest if len(self.fastest) == len(products) else [math.inf] * len(products)
         for ((now, both), (_, before)), fastest in zip(products.tolist(), limits, strict=True):

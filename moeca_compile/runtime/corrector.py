@@ -27,13 +27,14 @@ def gain(full: Sequence[float], passed: Sequence[float], time: float) -> float:
         full: the times of the full steps that cached values come from, the newest first; one or two.
         passed: those of the cache steps since then, in order.
         time: that of this full step.
+
+    Returns 0 where there is nothing to make up for: no cache step, or none that took any time.
     """
-    last = passed[-1] if passed else time
-    if time in (last, *full):
+    if not passed or time in (passed[-1], *full):
         return 0.0
     total = 0.0
     for now, later in pairwise([*passed, time]):
-        share = (later - now) / (time - last)
+        share = (later - now) / (time - passed[-1])
         for known in full:
             share *= (now - known) / (time - known)
         total += share

@@ -18,7 +18,7 @@ from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
@@ -85,17 +85,13 @@ class StepLoop:
         try:
             kind = self.kind(refresh, stream, position.time, inputs)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
-            predicted = self.predicted(stream, position.time, inputs) if weight else ()
-            outputs = self._run(kind, stream, position.time, inputs)
+            outputs = self._run(kind, stream, position.time, inputs, weight)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
             raise
         self.streams.finished(position)
-        if not weight:
-            return outputs
-        self.tallies.corrections += 1
-        return corrected(outputs, predicted, weight)
+        return outputs
 
     # --- a call, stage by stage -----------------------------------------------------------------------------
 
@@ -137,21 +133,15 @@ class StepLoop:
         known = stream.full_at[0] if self.compiled.config.forecast else stream.full_at[0][:1]
         return gain(known, stream.passed, time)
 
-    def predicted(self, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The outputs that a cache step would give here. It changes no cache, and is not counted."""
-        placed, kind = self._placed(inputs), StepKind(attention=False, experts=False)
-        outputs = self._result(kind, stream, placed, self.weights(stream, time)).outputs
-        if self.graphs is not None:  # the full step may be recorded over the memory of these
-            outputs = tuple(value.clone() if isinstance(value, Tensor) else value for value in outputs)
-        return outputs[len(self.compiled.mutated) :]
-
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
-        if kind not in self.steps:
+        step = self.steps.get(kind)
+        if step is None:
             with compiling():
                 if kind not in self.steps:  # another thread may have compiled it meanwhile
                     self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
-        return self.steps[kind]
+                step = self.steps[kind]
+        return step
 
     def weights(self, stream: Stream, time: float) -> Tensor:
         """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
@@ -164,15 +154,26 @@ class StepLoop:
         """Run a step without compilation on copies of the state."""
         return run_eagerly(self.compiled, kind, inputs, state, weights)
 
-    def _run(self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    def _run(
+        self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any], correction: float = 0.0
+    ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s step at time %g", kind.name, time)
         placed, weights = self._placed(inputs), self.weights(stream, time)
+        predicted = self._predicted(stream, placed, weights) if correction else ()
         result = self._result(kind, stream, placed, weights)
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
-        return self.compiled.write_back(inputs, result.outputs)
+        outputs = self.compiled.write_back(inputs, result.outputs)
+        if not correction:
+            return outputs
+        self.tallies.corrections += 1
+        return corrected(outputs, predicted, correction)
+
+    def _predicted(self, stream: Stream, placed: Sequence[Any], weights: Tensor) -> tuple[Any, ...]:
+        """The outputs that a cache step would give here. It changes no cache, and is not counted."""
+        return self._result(REUSING, stream, placed, weights).outputs[len(self.compiled.mutated) :]
 
     def _result(self, kind: StepKind, stream: Stream, placed: Sequence[Any], weights: Tensor) -> StepResult:
         """Run a step on the stream's caches, and apply its updates to them."""

@@ -82,8 +82,9 @@ class Requests:
         """Arguments that change from step to step, and so do not tell tracks apart."""
         self.short = 0
         """How many unmarked requests in a row ended after one or two steps, as when time goes back and forth."""
-        self.lengths: deque[int] = deque(maxlen=2)
-        """How many steps the last requests had."""
+        self.lengths: tuple[int, ...] = ()
+        """How many steps the last two requests had that have ended. The next is expected to have the fewer of them:
+        plans for more steps have their full steps later."""
         self.strayed = ""
         """The first call that turned out, too late, to have read another picture's caches."""
         self.lock = threading.RLock()
@@ -107,7 +108,9 @@ class Requests:
 
     def _of(self, handle: Generation) -> Request:
         known = (r for r in self._latest_first() if r.handle is not None and r.handle() is handle)
-        return next(known, None) or self._added(Request(weakref.ref(handle), handle.steps or self._expected()))
+        return next(known, None) or self._added(
+            Request(weakref.ref(handle), handle.steps or min(self.lengths, default=None))
+        )
 
     def _latest_first(self) -> list[Request]:
         """A copy: Python may collect a handle, and so end its request, in the middle of a walk."""
@@ -115,9 +118,11 @@ class Requests:
 
     def _added(self, request: Request) -> Request:
         self.live[id(request)] = request
-        alike = [other for other in self.live.values() if (other.handle is None) == (request.handle is None)]
-        if len(alike) > (self.most if request.handle is None else _MOST_MARKED):
-            self.end(alike[0])
+        most = self.most if request.handle is None else _MOST_MARKED
+        if len(self.live) > most:
+            alike = [other for other in self.live.values() if (other.handle is None) == (request.handle is None)]
+            if len(alike) > most:
+                self.end(alike[0])
         return request
 
     def _continued(self, call: Call) -> tuple[Request, _Fit] | None:
@@ -138,28 +143,21 @@ class Requests:
 
     def _new(self, call: Call) -> tuple[Request, _Fit]:
         """A new request. It takes the place of this thread's last one."""
-        thread, unmarked = scope.thread_number(), [r for r in self._latest_first() if r.handle is None]
-        last = next((r for r in unmarked if r.tracks[-1].thread == thread), None)
+        thread = scope.thread_number()
+        own = (r for r in self._latest_first() if r.handle is None and r.tracks[-1].thread == thread)
+        last = next(own, None)
         if last is not None:
-            self._learn_length(last)
             self.short = self.short + 1 if last.number <= 1 else 0
             if not self.interleaved:
                 self.end(last)
                 self.remembered.append(last)
-        return self._added(Request(expected=self._expected())), _Fit(1.0)
-
-    def _learn_length(self, ended: Request) -> None:
-        """Of requests that moved twice: single calls and pairs are no generations."""
-        if ended.number > 1:
-            self.lengths.append(ended.number + 1)
-
-    def _expected(self) -> int | None:
-        """The number of steps of a new request. Of two lengths the shorter, as longer plans have later full steps."""
-        return min(self.lengths, default=None)
+        return self._added(Request(expected=min(self.lengths, default=None))), _Fit(1.0)
 
     def end(self, request: Request) -> None:
         """Drop a request; its caches go back to their owners."""
         self.live.pop(id(request), None)
+        if request.number > 1:  # single calls and pairs are no generations
+            self.lengths = (*self.lengths[-1:], request.number + 1)
         for track in request.tracks:
             self.release(request, track)
 
@@ -173,7 +171,6 @@ class Requests:
         """Drop the requests that the user has ended."""
         with self.lock:
             for request in [request for request in self._latest_first() if request.ended]:
-                self._learn_length(request)
                 self.end(request)
 
     def reset(self) -> None:

@@ -182,7 +182,8 @@ def _drop_ended() -> None:
 
 def current_generation() -> Generation | None:
     """The generation that the current call belongs to, by its mark. One that has ended marks nothing."""
-    return next((each for each in reversed(_entered.get()) if not each.ended), None)
+    entered = _entered.get()
+    return next((each for each in reversed(entered) if not each.ended), None) if entered else None
 
 
 def note_unmarked_call() -> None:
@@ -200,8 +201,11 @@ def thread_number() -> int:
 
 def current_time() -> float | None:
     """The time that `step()` marks, or else the generation that is entered, if any."""
-    marks, handle = _time.get(), current_generation()
-    return marks[-1] if marks else handle.time() if handle is not None else None
+    marks = _time.get()
+    if marks:
+        return marks[-1]
+    handle = current_generation()
+    return handle.time() if handle is not None else None
 
 
 def current_stream() -> str | int | None:

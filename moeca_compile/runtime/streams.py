@@ -62,7 +62,10 @@ class Stream:
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
         """Record that step `number` at `time` computed these parts anew."""
-        self.passed = [] if refresh == EVERYTHING else [*self.passed, time]
+        if refresh == EVERYTHING:
+            self.passed = []
+        else:
+            self.passed.append(time)
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
                 self.full_at[part.row] = [time, *self.full_at[part.row]][: forecast.RULE.slots]

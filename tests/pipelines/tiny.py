@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.public_models import random, tiny_nucleus
+
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -38,6 +40,11 @@ def text_encoder() -> Any:
     return seeded(transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(WORDS), **sizes)))
 
 
+def vae(**options: Any) -> Any:
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    return seeded(diffusers.AutoencoderKL(**sizes, **options))
+
+
 def pixart(scheduler: Any = None) -> Any:
     """Text, joined guidance, picture: all of a pipeline, with a dense denoiser."""
     transformer = diffusers.PixArtTransformer2DModel(
@@ -52,11 +59,10 @@ def pixart(scheduler: Any = None) -> Any:
         caption_channels=12,
         use_additional_conditions=False,
     )
-    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
     pipe = diffusers.PixArtAlphaPipeline(
         tokenizer=tokenizer(),
         text_encoder=text_encoder(),
-        vae=seeded(diffusers.AutoencoderKL(**sizes)),
+        vae=vae(),
         transformer=seeded(transformer),
         scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
     )
@@ -77,11 +83,10 @@ def flux(kind: Any = diffusers.FluxPipeline, guidance_embeds: bool = True) -> An
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 2, 2),
     )
-    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
-    vae = diffusers.AutoencoderKL(**sizes, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
+    decoder = vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
     encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return silent(kind(scheduler=scheduler, vae=seeded(vae), transformer=seeded(transformer), **encoders))
+    return silent(kind(scheduler=scheduler, vae=decoder, transformer=seeded(transformer), **encoders))
 
 
 def flux_inputs(guided: bool = False) -> dict[str, Any]:
@@ -93,21 +98,7 @@ def flux_inputs(guided: bool = False) -> dict[str, Any]:
 
 def nucleus() -> Any:
     """A mixture of experts, and two calls a step without cache contexts."""
-    transformer = diffusers.NucleusMoEImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 2, 2),
-        dense_moe_strategy="leave_first_block_dense",
-        num_experts=4,
-        moe_intermediate_dim=16,
-        capacity_factors=2.0,
-        mlp_ratio=12.0,
-    )
+    transformer = tiny_nucleus(in_channels=16, out_channels=4, num_layers=2)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("vae", "text_encoder", "processor"))
     pipe = diffusers.NucleusMoEImagePipeline(transformer=seeded(transformer), scheduler=scheduler, **parts)
@@ -123,10 +114,6 @@ def nucleus_inputs() -> dict[str, Any]:
         "negative_prompt_embeds_mask": mask,
         "guidance_scale": 2.0,
     }
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def silent(pipe: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import moeca_compile
 from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import caches_of, captured
+from tests.public_models import random
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
 BATCH, SIDE, STEPS = 2, 4, 6
@@ -36,10 +38,6 @@ def make_model() -> torch.nn.Module:
         llama_layers=[0, 1, 0, 1],
     )
     return model.eval().requires_grad_(False)
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def texts(seed: int = 1) -> tuple[Tensor, ...]:
@@ -101,7 +99,8 @@ def test_forced_recomputation_is_the_model(eager_steps):
     assert loop.compiled.regions.skipped == ()
 
     def inputs(seed: int, time: float) -> list[Any]:
-        return graph.arguments(**{f"args_{i}": value for i, value in enumerate(arguments(seed, time))})
+        bound = inspect.signature(model.forward).bind(*arguments(seed, time)).arguments
+        return graph.arguments(**{name: value for name, value in bound.items() if isinstance(value, Tensor)})
 
     state, weights = caches_of(loop)
     full = loop.eager(StepKind(), inputs(1, 900.0), state, weights)

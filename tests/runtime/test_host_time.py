@@ -41,7 +41,7 @@ def prepared(engine: Engine, calls: list[list[Any]]) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize(("recipe", "most"), [("none", 67), ("stack", 315)])
+@pytest.mark.parametrize(("recipe", "most"), [("none", 66), ("stack", 300)])
 def test_a_step_calls_few_functions(graph, model, recipe, most):
     """Fewer than it has weights and arguments for `none`: what is done for each of them would be seen."""
     calls = generation(graph, model)

@@ -9,8 +9,8 @@ import torch
 
 from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import caches_of, captured
+from tests.public_models import tiny_nucleus
 
-nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
 BATCH, SIDE, TEXT = 2, 4, 5
 pytestmark = [
     pytest.mark.usefixtures("eager_steps"),
@@ -21,21 +21,7 @@ pytestmark = [
 def make_model() -> torch.nn.Module:
     """A dense block, then two with experts that choose their tokens."""
     torch.manual_seed(0)
-    model = nucleus.NucleusMoEImageTransformer2DModel(
-        in_channels=8,
-        out_channels=2,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 2, 2),
-        dense_moe_strategy="leave_first_block_dense",
-        num_experts=4,
-        moe_intermediate_dim=16,
-        capacity_factors=2.0,
-        mlp_ratio=12.0,
-    ).eval()
+    model = tiny_nucleus(in_channels=8, out_channels=2, num_layers=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # its experts are left uninitialized
             if parameter.ndim > 1:

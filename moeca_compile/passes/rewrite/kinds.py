@@ -100,6 +100,9 @@ class StepKind:
         return f"cache{fresh}" + (f"[{self.capacity}]" if self.capacity else "")
 
 
+REUSING = StepKind(attention=False, experts=False)
+"""A cache step that recomputes nothing."""
+
 COUNTERS = ("branches", "matched", "recomputed", "dropped", "needed")
 """What a layer counts on a cache step: its branches, those matched, those recomputed, tokens dropped past the
 capacity, and tokens that needed recomputation."""
