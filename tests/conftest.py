@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """`-m smoke` reads only files that have such tests: the others take long to import, and want more packages."""
     only_smoke = config.option.markexpr == "smoke" and collection_path.suffix == ".py"
     return True if only_smoke and "mark.smoke" not in collection_path.read_text() else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before the cases to run are chosen by their marks
+def pytest_collection_modifyitems(items: Sequence[pytest.Function]) -> None:
+    """Make the cases slow that the mark `sampled` leaves out."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ _UNSTABLE = 0.25
 """If noise moves half of the rows by this much, a fault could not be told from it."""
 _MANY = 64
 """Tensors with fewer rows (counters, the chosen tokens of each sample) say nothing about the noise of most values."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 """So many elements are compared at a time, since errors are computed in float64."""
 
 _MOVES = VIEWS | {

@@ -120,9 +120,8 @@ class FixedKCache(ExpertCache):
         rows = step.rows(chosen, self.layer.residual.stream, self.layer.marker)
         cached_index = _take(step.state[self.lookup], chosen)
         # The chosen tokens are routed again, on their refreshed input.
-        routing = decide.match(
-            self._chosen(rows[self.layer.choice]), self._chosen(rows[self.layer.weight]), cached_index
-        )
+        choice, own = rows.of(self.layer.choice, self.layer.weight)
+        routing = decide.match(self._chosen(choice), self._chosen(own), cached_index)
         mask = (~routing.matched | _take(decision.recompute, chosen)) & valid[..., None]
         weight = _put(decision.routing.weight, chosen, routing.weight, valid[..., None])
         inputs = [rows.aligned(node, self.layer.marker.args[0]) for node in body.rows]  # type: ignore[arg-type]

@@ -102,9 +102,13 @@ class CacheStep:
         attention, step, fresh = parts[0].attention, self.step, self.options.keys_values
         options = sdpa_options(attention.sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
+        whole = fresh == "all" or not attention.by_token
+        if not whole and (fresh == "chosen" or step.kind.forced):
+            for part in parts:  # together, since they come from the same products
+                part.rows.of(attention.query, attention.key, attention.value)
         query = torch.cat([part.rows[attention.query] for part in parts], dim=-2)
         mask = _joined_masks(parts)
-        if fresh == "all" or not attention.by_token:
+        if whole:
             keys, values = step[attention.key], step[attention.value]
             return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=gqa)
         cached = self.caches.keys_values[attention.sdpa]

@@ -13,6 +13,7 @@ from examples import families
 pytestmark = pytest.mark.bench
 
 
+@pytest.mark.slow
 def test_rows_of_a_tiny_model(inductor_replaced, monkeypatch, tmp_path):
     def ways(model, fractions):
         ours = torch.compile(model, backend="moeca", options={"budget": fractions[0], "full_every": speed.PERIOD})

@@ -7,6 +7,7 @@ import pytest
 from bench import coverage
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("family", ["DSMoE", "DiT-MoE", "Diff-MoE", "TC-DiT", "EC-DiT", "DiffMoE"])
 def test_a_family_is_captured_whole(family: str):

@@ -34,6 +34,7 @@ def traced_pair(graph: Captured, kind: StepKind, **options) -> tuple[TracedStep,
     return steps[0], write_in_place(steps[1], state), state, weights
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["moeca-forecast", "fora-forecast", "stack-forecast", "block-forecast", "moeca"])
 def test_a_full_step_reads_no_old_values(graph, recipe):
     """Nor does it read weights. What it reads are statistics and routings, as small as the router's output."""
@@ -78,6 +79,7 @@ def test_with_a_forecast_a_full_step_does_what_it_does_without(graph, recipe):
     assert ops(plain.graph) == ops(forecast.graph)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["moeca-forecast", "fora-forecast", "stack-forecast", "fora"])
 def test_what_a_full_step_writes_is_what_it_would_return(graph, recipe):
     plain, written, state, weights = traced_pair(graph, FULL, recipe=recipe)

@@ -88,6 +88,7 @@ def planted(model: LowPrecision) -> Iterator[tuple[Callable[..., None], Any]]:
     yield from ((off_by_one, feedforward) for feedforward in regions.feedforwards)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fault_of_the_rewrite_is_found_and_named_at_every_region(dtype, recwarn):
     model = small(dtype)
@@ -132,6 +133,7 @@ def _is_gate(node: fx.Node) -> bool:
     return added and shapes == [(BATCH, 1, 32), (BATCH, 16, 32)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fault_of_compiled_code_is_found_wherever_it_is(dtype, recwarn):
     model, seen = small(dtype), set()
@@ -143,6 +145,7 @@ def test_a_fault_of_compiled_code_is_found_wherever_it_is(dtype, recwarn):
     assert seen == {"wrong expert", "row off by one", "swapped weights", "missing gate"}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "stack"])
 def test_code_that_rounds_elsewhere_raises_no_alarm(dtype, recipe, recwarn):

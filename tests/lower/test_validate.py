@@ -177,6 +177,7 @@ def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     torch.testing.assert_close(found, right, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora"])
 def test_caches_in_a_narrower_dtype_are_no_fault(recipe):
     """Sharp attention makes much of the rounding of keys; the noise of validation knows the caches' dtype."""

@@ -56,6 +56,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", PIPELINES)
 def test_each_picture_starts_with_a_full_step_and_full_steps_draw_what_the_pipeline_draws(case, enabled):
     make, recipe, arguments = PIPELINES[case]

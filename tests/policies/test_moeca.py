@@ -180,6 +180,7 @@ def compare(model: TinyDiTMoE, generation: Generation, simulation: Simulation) -
     return steps
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.smoke
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, options):
@@ -189,6 +190,7 @@ def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, optio
     assert any(step.match_ratio < 1 for step in steps if step.match_ratio is not None)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("capacity", [1, 5])
 @pytest.mark.parametrize("options", [FRESH, {"shared": "any", "forecast": ALL}], ids=str)
 def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, graph, eager_steps, capacity, options):
@@ -201,6 +203,7 @@ def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, gr
     assert any(step.counts.get("dropped") for step in steps)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "recipe", ["none", "moeca", "moeca-forecast", "fora", "fora-forecast", "stack", "stack-forecast", "block"]
@@ -212,6 +215,7 @@ def test_full_steps_alone_are_the_model(model, graph, eager_steps, recipe):
         torch.testing.assert_close(output, model(**arguments), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options", [{}, FRESH, {**FRESH, "forecast": ALL}, {"keys_values": "none", "forecast": ALL}], ids=str
 )

@@ -152,6 +152,7 @@ def test_full_steps_only_are_the_model(model, start, forecast):
     assert all(result.match_ratio is None for result in results)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("forecast", [(), ALL])
 @pytest.mark.parametrize("tau0", [0.0, 0.8, 100.0])
 @pytest.mark.parametrize("keys_values", ["all", "chosen", "none"])

@@ -48,6 +48,7 @@ def case(request: pytest.FixtureRequest) -> tuple[TinyDiTMoE, Captured]:
     return mark(model, False), graph
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_generation_is_that_of_the_simulation(case, eager_steps, options):
     model, graph = case
@@ -69,6 +70,7 @@ def test_a_generation_is_that_of_the_simulation(case, eager_steps, options):
     assert min(ratios) < 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [{}, {**FRESH, "forecast": ALL}, {"branches_per_token": 0.5}], ids=str)
 def test_everything_recomputed_is_the_model(case, eager_steps, monkeypatch, options):
     model, graph = case

@@ -85,6 +85,7 @@ def compile_with(model: TinyDiTMoE, recipe: str, full: list[int], **options: obj
     return torch.compile(model, backend="moeca", options=chosen)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["stack", "stack-forecast", "moeca-forecast"])
 def test_a_full_step_returns_its_output_and_a_share_of_what_a_cache_step_would_have_missed(recipe):
     model = make_model()

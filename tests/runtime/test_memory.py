@@ -47,6 +47,7 @@ def test_a_smaller_dtype_of_the_caches_halves_them(graph):
     assert all(small * 2 == large for large, small in activations)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe):
     """Not even until the garbage collector comes."""
@@ -67,6 +68,7 @@ def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe
     assert after == before
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_a_thousand_steps(graph, model, without_inductor):
     engine = graph.engine(recipe="moeca-forecast", validate=False)
     x, y = make_inputs(model)

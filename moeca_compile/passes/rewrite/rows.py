@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from moeca_compile._torch_private import is_fake
 from moeca_compile.ops.aten import RESHAPES, SDPA
 from moeca_compile.ops.markers import MARKERS
 from moeca_compile.passes.analysis.axis import Axis, Layout, offset_in
-from moeca_compile.passes.analysis.graph import is_pointwise, shape_of
+from moeca_compile.passes.analysis.graph import is_pointwise, last_uses, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, sliced_dim
 from moeca_compile.passes.match.attention import sdpa_options
 
@@ -105,16 +106,38 @@ class Rows:
 
     def __getitem__(self, node: fx.Node) -> Any:
         """The value of `node` on the chosen tokens. Raises NotRowWiseError where it cannot be computed from rows."""
-        stack = [node]
+        return self.of(node)[0]
+
+    def of(self, *nodes: fx.Node) -> list[Any]:
+        """The values of `nodes` on the chosen tokens; the same as one by one, but what they share is computed once.
+
+        Values that are computed on the way are dropped after their last use. In a trace they hold no memory and stay,
+        so that nothing is computed twice in the traced step.
+        """
+        work = self._work(nodes)
+        last = last_uses([(node, *inputs) for node, inputs in work.items()], [*nodes, *self.values])
+        for node, dead in zip(work, last, strict=True):
+            self._evaluate(node)
+            if not is_fake(self.chosen):
+                for each in dead:
+                    del self.values[each]
+        return [self.values[node] for node in nodes]
+
+    def _work(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """What is to be computed for `nodes`, in order, with the rows that each reads."""
+        work: dict[fx.Node, list[fx.Node]] = {}
+        stack = [*nodes][::-1]
         while stack:
             current = stack[-1]
-            missing = [arg for arg in self._inputs(current) if arg not in self.values]
-            if current in self.values or not missing:
-                stack.pop()
-                self._evaluate(current)
-            else:
+            inputs = [] if current in work else self._inputs(current)
+            missing = [arg for arg in inputs if arg not in self.values and arg not in work]
+            if missing:
                 stack.extend(missing)
-        return self.values[node]
+                continue
+            stack.pop()
+            if current not in self.values:
+                work.setdefault(current, inputs)
+        return work
 
     def aligned(self, node: fx.Node, like: fx.Node) -> Any:
         """The rows of `node`, which has the layout of `like`. Taken from its whole value where the analysis found no
@@ -128,8 +151,6 @@ class Rows:
         self.values[node] = rows
 
     def _evaluate(self, node: fx.Node) -> None:
-        if node in self.values:
-            return
         if self._gathered(node):
             self.values[node] = take_rows(self.whole(node), self.layouts[node], self._positions(node))
         else:

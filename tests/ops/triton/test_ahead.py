@@ -57,6 +57,7 @@ def check(results: list[dict[str, Any]]) -> None:
             assert found["tensor_cores"] > 0, found
 
 
+@pytest.mark.slow
 def test_what_a_published_model_launches():
     assert architectures_of(compile_ahead("90")) == {90}
 

@@ -126,18 +126,21 @@ cases = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(cases)
 def test_any_refresh(case: Case):
     assert_as_the_reference(case)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("name", list(BODIES))
 def test_refresh_of_every_body(name, slots):
     assert_as_the_reference(make_case(slots=slots, body=BODIES[name]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("k", range(1, 9))
 def test_refresh_at_every_k(k):
     assert_as_the_reference(make_case(k=k, experts=9))
@@ -190,6 +193,7 @@ def test_a_slot_that_does_not_count_may_hold_anything():
     assert found[0].isfinite().all() and rubbish.ring[1].isfinite().all()
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 40),
@@ -224,6 +228,7 @@ def assert_outputs(body: Body, dtype: torch.dtype, index: Tensor, experts: int) 
     assert torch.equal(out[0], found)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", list(BODIES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_full_step_of_every_body(name, dtype):

@@ -63,6 +63,7 @@ def check(tokens, k, experts, depth, columns, dtype, activation="none", gated=Fa
     assert_within(found[where], expected.to(dtype), ROUNDINGS)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 8), st.integers(1, 6), st.integers(1, 70), st.integers(1, 70),
@@ -76,6 +77,7 @@ def test_any_product(
     check(tokens, k, experts, depth, columns, dtype, activation, gated, bias, transposed, gather, scatter)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_block_size(dtype, gated):

@@ -69,6 +69,7 @@ def attention_calls(module: Any) -> list[Callable[[], Any]]:
     return [lambda: module.attend_rows(*case, None, None, False)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["swiglu", "layer norm", "modulated", "one of two"])
 def test_experts(name):
     """A body of products alone, one with a norm, one with a second row a token, one that ends in a view."""

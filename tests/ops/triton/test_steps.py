@@ -82,6 +82,7 @@ def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
     assert_same_steps(graph, seconds, recipe, {"fixed_k_outputs", "refresh_fixed_k", "attend_rows"})
 
 
+@pytest.mark.slow
 def test_expert_choice():
     """A layer of variable k, whose branches are counted by the data."""
     model = reduced("EC-DiT")

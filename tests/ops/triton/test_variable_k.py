@@ -98,6 +98,7 @@ def assert_sums(found: Tensor, expected: Tensor, case: Case) -> None:
     assert_within(found, expected, (BODY_ROUNDINGS + 4) * case.routed.shape[1], case.dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(cases, st.booleans())
 def test_all_branches(case: Case, before: bool):
