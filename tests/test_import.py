@@ -121,6 +121,7 @@ def test_it_compiles_with_transformers_diffusers_and_all_examples_imported(order
 # The backend's name
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "order",

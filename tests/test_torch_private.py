@@ -471,6 +471,7 @@ else:
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("hidden", "wanted"),
     [("optional", "captured"), ("all", "original"), ("torch.fx.experimental.proxy_tensor.make_fx", "original")],

@@ -56,6 +56,7 @@ def recipes_for(family: str) -> tuple[str, ...]:
     return ("moeca-forecast", "fora") if family == "DiT" else ("moeca-forecast",)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.filterwarnings("ignore:moeca. recipe")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_no_step_of_a_family_needs_the_host(family):
@@ -65,6 +66,7 @@ def test_no_step_of_a_family_needs_the_host(family):
         assert_needs_no_host(fake, recipe, cached=family != "DiT" or not recipe.startswith("moeca"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [ExpertsForBoth, DoubleThenSingle, SingleStream])
 def test_nor_where_picture_and_text_attend_together(kind):
     model = kind().eval().requires_grad_(False)
@@ -80,6 +82,7 @@ def tiny() -> OnFakeCuda:
     return OnFakeCuda(model, (noise, torch.ones(2), labels))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,6 +134,7 @@ def two_blocks() -> OnFakeCuda:
     return OnFakeCuda(model, (noise, torch.ones(2), labels))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "own"),
     [

@@ -20,6 +20,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("recipe", ["moeca", "fora-forecast"])
 def test_every_step_is_traced_and_right(name, recipe, recwarn):

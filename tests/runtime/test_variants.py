@@ -205,6 +205,7 @@ def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Step
     return model, graph, graph.loop(**options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
 def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
     model, graph, loop = prepared(variant, keys_values="chosen", shared="any")
@@ -230,6 +231,7 @@ def assert_forced_is_the_model(model: Variant, graph: Any, loop: StepLoop) -> No
     torch.testing.assert_close(again.outputs[0], model(other, t, y), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("variant", [Parallel, Capped], ids=lambda variant: variant.__name__)
 @pytest.mark.parametrize("recipe", ["moeca", "fora", "stack"])
 @pytest.mark.filterwarnings("ignore:moeca")
@@ -253,6 +255,7 @@ def test_attention_and_experts_in_one_branch_are_cached_apart():
     assert attention.name == "blocks.1.attn"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "stack-forecast"])
 def test_other_precisions(dtype, bound, recipe, recwarn):

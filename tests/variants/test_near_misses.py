@@ -195,6 +195,7 @@ class Noisy(nn.Module):
         return self.body(x + 0.1 * torch.randn_like(x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("expert", "reason"),
     [
