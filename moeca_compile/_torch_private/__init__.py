@@ -50,6 +50,7 @@ from moeca_compile._torch_private.modules import (
 )
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
+from moeca_compile._torch_private.running import before_each_op, trace_by_running
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
@@ -67,6 +68,7 @@ from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_
 
 __all__ = [
     "add_backend",
+    "before_each_op",
     "calling_code",
     "calls_ours",
     "compile_cpp",
@@ -104,6 +106,7 @@ __all__ = [
     "tensor_of_number",
     "tensors_of_others",
     "trace_anew_for_ours",
+    "trace_by_running",
     "trace_to_graph",
     "traced_anew",
     "traced_code",

@@ -1,0 +1,123 @@
+"""What a call asks the host for: by which numbers its Python may have gone another way, and at which lines."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from traceback import walk_stack
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moeca_compile._torch_private import before_each_op
+from moeca_compile.capture.numerics import autocast
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+class Asked:
+    """What calls asked, "file:line" by "file:line".
+
+    read: the values of tensors that became Python's there
+    sizes: the sizes of tensors that are as large as the data say
+    codes: of the functions that these lines are in
+    grouped: whether there were products by groups of rows
+    other_modes: whether some ops ran under another autocast than the call
+    """
+
+    def __init__(self) -> None:
+        self.read: dict[str, set[Any]] = defaultdict(set)
+        self.sizes: dict[str, set[Any]] = defaultdict(set)
+        self.codes: set[CodeType] = set()
+        self.grouped = self.other_modes = False
+
+    def one_sided(self) -> str | None:
+        """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
+
+        A size counts as such only where there never was anything: `if found.numel():`.
+        """
+        lines = [where for where, values in self.read.items() if len(values) == 1]
+        lines += [where for where, values in self.sizes.items() if len(values) == 1 and 0 in next(iter(values))]
+        return min(lines, default=None)
+
+
+class Watch(TorchFunctionMode):
+    """Notes in an `Asked` what is asked while it is on."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__()
+        self.asked = asked
+        self.asks_value = self.asks_size = False
+        self.ops = before_each_op(self.before_op)
+        self.autocast = autocast()
+        self.of_varying_size: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Watch:
+        self.ops.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.ops.__exit__(*error)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.asks_value = self.asks_size = False
+        self.asked.other_modes |= autocast() != self.autocast
+        result = func(*args, **(kwargs or {}))
+        varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
+        made = _tensors(result)
+        if made and varies:
+            self.of_varying_size.update({id(each): each for each in made})
+        if self.asks_size:
+            self.note(None, ())
+        if self.asks_value or (isinstance(result, (list, np.ndarray)) and not made):
+            self.note(self.asked.read, _plain(result))
+        elif varies and isinstance(result, (int, torch.Size)) and not isinstance(result, bool):
+            self.note(self.asked.sizes, tuple(result) if isinstance(result, torch.Size) else (result,))
+        return result
+
+    def before_op(self, op: Any, args: tuple[Any, ...]) -> None:
+        self.asks_value |= torch.Tag.data_dependent_output in op.tags
+        self.asks_size |= size_by_data(op, args)
+        self.asked.grouped |= op is torch.ops.aten._grouped_mm.default
+
+    def note(self, kept: dict[str, set[Any]] | None, value: Any) -> None:
+        frame = next(
+            each
+            for each, _ in walk_stack(None)
+            if each.f_code.co_filename != __file__ and not each.f_code.co_filename.startswith(_TORCH)
+        )
+        self.asked.codes.add(frame.f_code)
+        if kept is not None:
+            kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
+
+
+def size_by_data(op: Any, values: Any) -> bool:
+    """Whether the size of an op's result is told by the data in its arguments."""
+    if torch.Tag.dynamic_output_shape not in getattr(op, "tags", ()):
+        return False
+    if op is torch.ops.aten.index.Tensor:  # by numbers, the result is as large as these are
+        return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in values[1])
+    return True
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes()
+    return repr(value)
