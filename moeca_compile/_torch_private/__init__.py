@@ -15,6 +15,7 @@ from moeca_compile._torch_private.compile_start import not_on_compile_start, on_
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
     calling_code,
+    compilation_at_start,
     dynamo_is_running,
     forget_code,
     in_decorated_function,
@@ -71,6 +72,7 @@ __all__ = [
     "before_each_op",
     "calling_code",
     "calls_ours",
+    "compilation_at_start",
     "compile_cpp",
     "compile_graph",
     "compiled_call",

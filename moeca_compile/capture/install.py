@@ -1,9 +1,10 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
 After `install()` each compilation begins with a look through the subclasses of nn.Module that are new, and the
-methods that an idiom recognizes are wrapped. Installing itself reads no class. A wrapped method runs its original
-code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without gradients,
-in eval mode, and its check passed (trust.py), it is traced as its equivalent.
+methods that an idiom recognizes are wrapped. So are the forwards of what may be MoE layers within the model that is
+about to be compiled, which can then be run (running/). Installing itself reads no class. A wrapped method runs its
+original code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without
+gradients, in eval mode, and its check passed (trust.py), it is traced as its equivalent.
 """
 
 from __future__ import annotations
@@ -13,36 +14,37 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
-from moeca_compile._torch_private import not_on_compile_start, on_every_compile_start
+from moeca_compile._torch_private import compilation_at_start, not_on_compile_start, on_every_compile_start
 from moeca_compile.capture import suspects
 from moeca_compile.capture.idioms import IDIOMS
 from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Idiom
-from moeca_compile.capture.running import Running
+from moeca_compile.capture.running import Running, layers_within, modules_among
 from moeca_compile.capture.source import Method, innermost, read_method
-from moeca_compile.capture.wrapping import ORIGINAL, runs_layers, with_equivalent, with_single_experts
+from moeca_compile.capture.wrapping import ORIGINAL, marked_as_known, with_equivalent, with_single_experts
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
+_asks: dict[int, bool] = {}  # of classes in `_seen`: whether methods may ask the host about tensors
 UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
 
 
 def install() -> None:
     """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
-    on_every_compile_start(wrap_new_classes)
+    on_every_compile_start(wrap)
 
 
 def uninstall() -> None:
     """Give every class its own methods back."""
-    not_on_compile_start(wrap_new_classes)
+    not_on_compile_start(wrap)
     with _lock:
         for owner in [found for known in _seen.values() if (found := known()) is not None]:
             for name, function in _methods(owner):
@@ -51,14 +53,15 @@ def uninstall() -> None:
         _seen.clear()
 
 
-def wrap_new_classes(*_: Any) -> None:
-    """Wrap the MoE dispatch of the classes that have come since the last time."""
+def wrap(*_: Any) -> None:
+    """Wrap the MoE dispatch of the classes that have come since the last time, and what may be layers of the model
+    whose compilation begins."""
     with _lock:
         try:
             for owner in _subclasses(nn.Module):
-                if id(owner) not in _seen:
-                    _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
+                if _note(owner):
                     _wrap_methods(owner)
+            _let_layers_run()
         except Exception as error:  # this is called in each compilation of the process, for whatever backend
             _log.debug("looking through the classes failed", exc_info=True)
             _warn_once(UNREAD.format(first_line(error)))
@@ -69,9 +72,18 @@ def _warn_once(text: str) -> None:
     warnings.warn(f"moeca: {text}", stacklevel=3)
 
 
+def _note(owner: type) -> bool:
+    """Whether a class is new."""
+    new = id(owner) not in _seen
+    if new:
+        _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
+    return new
+
+
 def _forget(number: int, _: ref[type]) -> None:
     """A class is gone, and another one may get its number."""
     _seen.pop(number, None)
+    _asks.pop(number, None)
 
 
 def _subclasses(root: type) -> Iterator[type]:
@@ -84,12 +96,12 @@ def _subclasses(root: type) -> Iterator[type]:
             if id(owner) not in met:
                 met.add(id(owner))
                 pending.append(owner)
-                if not _module_of(owner).startswith("torch."):
+                if not _is_torchs(owner):
                     yield owner
 
 
-def _module_of(owner: type) -> str:
-    return str(_namespace(owner).get("__module__", ""))
+def _is_torchs(owner: type) -> bool:
+    return str(_namespace(owner).get("__module__", "")).startswith("torch.")
 
 
 def _namespace(owner: type) -> Mapping[str, Any]:
@@ -112,14 +124,10 @@ def _wrap_methods(owner: type) -> None:
                 setattr(owner, name, wrapper)
         except Exception:
             _log.debug("the method %s of a class stays as it is: reading it failed", name, exc_info=True)
-    try:
-        _let_run(owner)
-    except Exception:
-        _log.debug("the forward of a class stays as it is", exc_info=True)
 
 
-def _wrapper(function: Callable[..., Any], runs: bool = False) -> Callable[..., Any] | None:
-    """What stands for `function` if it is, or looks like, MoE dispatch, or if it is a forward that may be run."""
+def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What stands for `function` if it is, or looks like, MoE dispatch."""
     code = getattr(innermost(function), "__code__", None)
     if code is None:
         return None
@@ -134,22 +142,46 @@ def _wrapper(function: Callable[..., Any], runs: bool = False) -> Callable[..., 
     banks = [each for each in recognized if isinstance(each, Bank)]
     if banks and not dispatches:
         return with_single_experts(function, banks[0])
-    if dispatches or lists or runs:
-        return with_equivalent(function, dispatches, lists, Running(function) if runs else None)
+    if dispatches or lists:
+        running = Running(function) if function.__name__ == "forward" else None
+        return with_equivalent(function, dispatches, lists, running)
     return None
 
 
-def _let_run(owner: type) -> None:
-    """Have the forward of a class run, if methods of its own ask the host about tensors (running/)."""
-    if not any(suspects.may_ask_the_host(innermost(function)) for _, function in _methods(owner)):
+def _let_layers_run() -> None:
+    """Let the layers of the model that is about to be compiled be run, where their code may ask the host.
+
+    A forward that is running, or being compiled, stays as it is: its next call would be that of other code, which
+    Dynamo would compile once more, for a model with caches of its own.
+    """
+    started = compilation_at_start()
+    if started is None:
         return
-    base = next(each for each in owner.__mro__ if "forward" in _namespace(each))
-    forward = _namespace(base)["forward"]
-    if _module_of(base).startswith("torch.") or not isinstance(forward, FunctionType) or runs_layers(forward):
+    for root in modules_among(started.values):
+        for layer in layers_within(root, _may_ask, marked_as_known):
+            try:
+                _let_run(type(layer), started.codes)
+            except Exception:
+                _log.debug("the forward of a class stays as it is", exc_info=True)
+
+
+def _let_run(kind: type, codes: frozenset[CodeType]) -> None:
+    owner = next(each for each in kind.__mro__ if "forward" in _namespace(each))
+    forward = _namespace(owner)["forward"]
+    if _is_torchs(owner) or not isinstance(forward, FunctionType) or hasattr(forward, ORIGINAL):
         return
-    wrapper = _wrapper(getattr(forward, ORIGINAL, forward), runs=True)
-    if wrapper is not None:
-        setattr(base, "forward", wrapper)  # noqa: B010  (a type has no forward, says mypy)
+    if getattr(innermost(forward), "__code__", None) not in codes:
+        setattr(owner, "forward", with_equivalent(forward, (), (), Running(forward)))  # noqa: B010  (mypy: no forward)
+        _note(owner)  # which may be no module
+
+
+def _may_ask(kind: type) -> bool:
+    """Whether the methods of a class, inherited ones too, may ask the host about tensors."""
+    if id(kind) not in _asks:
+        functions = [value for owner in kind.__mro__ if not _is_torchs(owner) for _, value in _methods(owner)]
+        _asks[id(kind)] = any(suspects.may_ask_the_host(innermost(each)) for each in functions)
+        _note(kind)
+    return _asks[id(kind)]
 
 
 def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:

@@ -26,7 +26,7 @@ from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.idioms.held import BANK
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
-from moeca_compile.capture.running import Running, may_run
+from moeca_compile.capture.running import Asking, Running, holds_experts, may_run
 from moeca_compile.capture.source import innermost
 from moeca_compile.capture.trust import eagerly, vouch
 from moeca_compile.text import first_line
@@ -60,9 +60,9 @@ _noted = _Noted()
 _ran: WeakKeyDictionary[nn.Module, Reason] = WeakKeyDictionary()  # what running said of layers
 
 
-def runs_layers(wrapper: Callable[..., Any]) -> bool:
-    """Whether this is a wrapper that may run its layer."""
-    return hasattr(wrapper, _RUNS)
+def marked_as_known(kind: type) -> bool:
+    """Whether a class has a method that an idiom knows."""
+    return bool(_marked(kind, _KNOWN))
 
 
 def with_equivalent(
@@ -160,7 +160,7 @@ def _order(
     module: nn.Module, own: Any, running: Running | None, recognized: bool, facts: Facts | str
 ) -> tuple[int, ...]:
     """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
-    if running is None or isinstance(facts, str) or not may_run(module) or _holds_layers(module):
+    if running is None or isinstance(facts, str) or not may_run(module):
         return (_IDIOMS,)
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     _noted.calls = calls
@@ -173,21 +173,29 @@ def _order(
     finally:
         _noted.calls = None
     refused = {written for written, how in calls if written is not own and isinstance(_confirmed(*how), Reason)}
-    known = _known_codes(module, refused)
-    if not asked.codes <= known:
+    unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
+    if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
-    return (_IDIOMS, _RUNNING) if recognized or (asked.grouped and not known) else (_IDIOMS,)
+    return (_IDIOMS, _RUNNING) if recognized or unknown else (_IDIOMS,)
 
 
-def _holds_layers(module: nn.Module) -> bool:
-    """Whether a module within may be a MoE layer itself: the smallest one decides."""
-    inner = [each for each in module.modules() if each is not module]
-    return any(_marked(each, _KNOWN) or (_marked(each, _RUNS) and may_run(each)) for each in inner)
+def _is_known(asking: Asking, layer: nn.Module, refused: set[Any]) -> bool:
+    """Whether an idiom knows the code that asks, or a module within is a layer itself: the smallest one decides."""
+    inner = asking.module
+    known = _known_codes(layer, refused)
+    if inner is None or inner is layer:
+        return asking.code in known
+    if asking.code in _known_codes(inner, refused):
+        return True
+    if any(hasattr(each, BANK) for each in _marked(type(inner), _KNOWN)):
+        return bool(known)
+    runs = bool(_marked(type(inner), _RUNS)) and may_run(inner)
+    return runs and (holds_experts(inner) or not holds_experts(layer))
 
 
 def _known_codes(module: nn.Module, refused: set[Any]) -> frozenset[CodeType]:
     """The code of a module's methods whose dispatch idioms know, with the functions in it."""
-    marked = _marked(module, _KNOWN)
+    marked = _marked(type(module), _KNOWN)
     if all(hasattr(each, BANK) for each in marked):  # they run experts for a caller that no idiom knows
         return frozenset()
     written = (innermost(each) for each in marked)
@@ -203,11 +211,11 @@ def _known_codes(module: nn.Module, refused: set[Any]) -> frozenset[CodeType]:
 
 def _others_are_wrapped(module: nn.Module) -> bool:
     """Whether another method than the forward is one that is warned of where it stays as it is."""
-    return any(each.__name__ != "forward" for each in _marked(module, ORIGINAL))
+    return any(each.__name__ != "forward" for each in _marked(type(module), ORIGINAL))
 
 
-def _marked(module: nn.Module, mark: str) -> list[Any]:
-    values = (each for owner in type(module).__mro__ for each in vars(owner).values())
+def _marked(kind: type, mark: str) -> list[Any]:
+    values = (each for owner in kind.__mro__ for each in vars(owner).values())
     return [each for each in values if mark in getattr(each, "__dict__", {})]
 
 
@@ -216,7 +224,12 @@ def _caching_is_wanted(module: nn.Module) -> bool:
 
 
 def _dressed_as(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """functools.wraps, without the marks by which Dynamo would skip the wrapper as it does the original."""
+    """functools.wraps, without the marks by which Dynamo would skip the wrapper as it does the original.
+
+    Its code is its own: Dynamo keeps what it compiled, and counts how often, by code.
+    """
     functools.update_wrapper(wrapper, original)
+    code: Any = wrapper
+    code.__code__ = code.__code__.replace(co_name=wrapper.__name__)
     setattr(wrapper, ORIGINAL, original)
     return traced_anew(wrapper)

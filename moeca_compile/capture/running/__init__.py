@@ -1,5 +1,6 @@
 """Capture by running: for MoE layers whose code no idiom can read.
 
+    layers.py   which modules of a model may be such layers
     trace.py    runs a layer: a graph of what it computed, the values in it, what its Python read and changed
     watch.py    what a call asks the host for, and at which lines
     graph.py    what is known of each node of such a graph
@@ -13,6 +14,8 @@ Any spelling will do, since Python runs: what counts is what was computed,
     out = suffix(prefix, base + sum over experts of weight * expert(rows))
 """
 
-from moeca_compile.capture.running.layer import Running, may_run
+from moeca_compile.capture.running.layer import Running
+from moeca_compile.capture.running.layers import holds_experts, layers_within, may_run, modules_among
+from moeca_compile.capture.running.watch import Asking
 
-__all__ = ["Running", "may_run"]
+__all__ = ["Asking", "Running", "holds_experts", "layers_within", "may_run", "modules_among"]

@@ -51,21 +51,6 @@ FUNCTIONS = _Functions()
 _built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str] | Exception]] = WeakKeyDictionary()
 
 
-def may_run(layer: nn.Module) -> bool:
-    """Whether a layer may hold experts: several modules that are built alike, or packed parameters."""
-    alike: dict[Any, int] = defaultdict(int)
-    for child in [*layer.children(), *(each for held in layer.children() for each in _elements(held))]:
-        if any(True for _ in child.parameters()):
-            alike[structure(child)] += 1
-    packed = [each for each in layer.parameters(recurse=False) if each.dim() > 1]
-    return max(alike.values(), default=0) > 1 or bool(packed)
-
-
-def _elements(held: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(held, (nn.ModuleList, nn.ModuleDict)):
-        yield from held.children()
-
-
 class Running:
     """The forward of a class as a `Dispatch` (idioms/base.py)."""
 

@@ -75,6 +75,7 @@ def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) 
     if asked is None:
         result = forward(copied, *given.args, **given.kwargs)
     else:
+        asked.layer = copied
         with Watch(asked):
             result = forward(copied, *given.args, **given.kwargs)
     if any(not torch.equal(a, b) for a, b in zip(random, _random_states(call), strict=True)):

@@ -6,35 +6,45 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from traceback import walk_stack
-from types import CodeType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moeca_compile._torch_private import before_each_op
 from moeca_compile.capture.numerics import autocast
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+_OTHERS = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep)  # whose frames are not the layer's
+
+
+class Asking(NamedTuple):
+    """Who asked: the code, the module of which it is a method or was called by one, whether for a product by groups
+    of rows, which reads how many rows a group has where the host does not see it."""
+
+    code: CodeType
+    module: nn.Module | None
+    grouped: bool
 
 
 class Asked:
     """What calls asked, "file:line" by "file:line".
 
+    layer: the copy that was called last
     read: the values of tensors that became Python's there
     sizes: the sizes of tensors that are as large as the data say
-    codes: of the functions that these lines are in
-    grouped: whether there were products by groups of rows
     other_modes: whether some ops ran under another autocast than the call
     """
 
     def __init__(self) -> None:
+        self.layer = nn.Module()
         self.read: dict[str, set[Any]] = defaultdict(set)
         self.sizes: dict[str, set[Any]] = defaultdict(set)
-        self.codes: set[CodeType] = set()
-        self.grouped = self.other_modes = False
+        self.asking: list[Asking] = []
+        self.other_modes = False
 
     def one_sided(self) -> str | None:
         """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
@@ -87,17 +97,24 @@ class Watch(TorchFunctionMode):
     def before_op(self, op: Any, args: tuple[Any, ...]) -> None:
         self.asks_value |= torch.Tag.data_dependent_output in op.tags
         self.asks_size |= size_by_data(op, args)
-        self.asked.grouped |= op is torch.ops.aten._grouped_mm.default
+        if op is torch.ops.aten._grouped_mm.default:
+            self.note(None, (), grouped=True)
 
-    def note(self, kept: dict[str, set[Any]] | None, value: Any) -> None:
-        frame = next(
-            each
-            for each, _ in walk_stack(None)
-            if each.f_code.co_filename != __file__ and not each.f_code.co_filename.startswith(_TORCH)
-        )
-        self.asked.codes.add(frame.f_code)
+    def note(self, kept: dict[str, set[Any]] | None, value: Any, grouped: bool = False) -> None:
+        frames = [each for each, _ in walk_stack(None) if not each.f_code.co_filename.startswith(_OTHERS)]
+        frame = frames[0]
+        self.asked.asking.append(Asking(frame.f_code, self.asking_module(frames), grouped))
         if kept is not None:
             kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
+
+    def asking_module(self, frames: list[FrameType]) -> nn.Module | None:
+        own = set(self.asked.layer.modules())
+        for frame in frames:
+            names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+            value = frame.f_locals.get(names[0]) if names else None
+            if isinstance(value, nn.Module) and value in own:
+                return value
+        return None
 
 
 def size_by_data(op: Any, values: Any) -> bool:
