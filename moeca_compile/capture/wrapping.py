@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +24,10 @@ from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.idioms.held import BANK
+from moeca_compile.capture.idioms.inline import Inline
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.refusals import Refusal, refuse
-from moeca_compile.capture.running import Asking, Running, holds_experts, may_run
+from moeca_compile.capture.running import Asked, Asking, Running, Watch, holds_experts, isolated, may_run
 from moeca_compile.capture.source import innermost
 from moeca_compile.capture.trust import eagerly, vouch
 from moeca_compile.text import first_line
@@ -50,10 +51,20 @@ class Reason(str):
         return made
 
 
-class _Noted(threading.local):
-    """The calls of recognized methods while a layer is run: (the method, the arguments of `_confirmed`)."""
+class _Called(NamedTuple):
+    """A call of a method that idioms have recognized."""
 
-    calls: list[tuple[Any, tuple[Any, ...]]] | None = None
+    recognized: tuple[Dispatch, ...]
+    original: Callable[..., Any]
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Noted(threading.local):
+    """The calls of recognized methods while a layer is run."""
+
+    calls: list[_Called] | None = None
 
 
 _noted = _Noted()
@@ -76,7 +87,7 @@ def with_equivalent(
 
     @torch.compiler.assume_constant_result
     def order(identity: int, facts: Facts | str) -> tuple[int, ...]:
-        return _order(traced_self(identity), written, running, bool(recognized), facts)
+        return _order(traced_self(identity), original, running, recognized, facts)
 
     @torch.compiler.assume_constant_result
     def vouched(identity: int, part: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
@@ -110,9 +121,7 @@ def with_equivalent(
                     return parts[part][number].equivalent(trusted, self, args, kwargs)
             left_as_it_is(id(self))
         elif not torch.compiler.is_dynamo_compiling() and _noted.calls is not None and recognized:
-            _noted.calls.append(
-                (written, (recognized, original, self, tuple([e.facts(args, kwargs) for e in recognized])))
-            )
+            _noted.calls.append(_Called(recognized, original, self, args, kwargs))
         return original(self, *args, **kwargs)
 
     wrapper = _dressed_as(original, dispatch)
@@ -157,26 +166,48 @@ def _confirmed(
 
 
 def _order(
-    module: nn.Module, own: Any, running: Running | None, recognized: bool, facts: Facts | str
+    module: nn.Module,
+    original: Callable[..., Any],
+    running: Running | None,
+    recognized: tuple[Dispatch, ...],
+    facts: Facts | str,
 ) -> tuple[int, ...]:
     """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
     if running is None or isinstance(facts, str) or not may_run(module):
         return (_IDIOMS,)
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    calls: list[_Called] = []
     _noted.calls = calls
     try:
         with eagerly(module):
-            asked = running.asked(module, facts)
+            call = running.random_call(module, facts)
+            asked = running.asked(module, call)
     except Exception:
         _log.debug("running %s on random arguments failed", type(module).__name__, exc_info=True)
         return (_IDIOMS,)
     finally:
         _noted.calls = None
-    refused = {written for written, how in calls if written is not own and isinstance(_confirmed(*how), Reason)}
+    if recognized:
+        calls.append(_Called(recognized, original, module, tuple(call.args), call.kwargs))
+    refused = {innermost(each.original) for each in calls if not _reads_it_whole(each)}
     unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
     return (_IDIOMS, _RUNNING) if recognized or unknown else (_IDIOMS,)
+
+
+def _reads_it_whole(call: _Called) -> bool:
+    """Whether an idiom's equivalent is right, and asks the host for nothing."""
+    facts = tuple(each.facts(call.args, call.kwargs) for each in call.recognized)
+    found = _confirmed(call.recognized, call.original, call.module, facts)
+    if isinstance(found, Reason):
+        return False
+    number, trusted = found
+    dispatch, asked = call.recognized[number], Asked()
+    if not isinstance(dispatch, Inline):  # nothing but dispatch
+        return True
+    with eagerly(call.module), Watch(asked):
+        dispatch.meant(trusted, isolated(call.module), list(call.args), call.kwargs)
+    return not any(each.direct for each in asked.asking)
 
 
 def _is_known(asking: Asking, layer: nn.Module, refused: set[Any]) -> bool:

@@ -16,6 +16,17 @@ Any spelling will do, since Python runs: what counts is what was computed,
 
 from moeca_compile.capture.running.layer import Running
 from moeca_compile.capture.running.layers import holds_experts, layers_within, may_run, modules_among
-from moeca_compile.capture.running.watch import Asking
+from moeca_compile.capture.running.trace import isolated
+from moeca_compile.capture.running.watch import Asked, Asking, Watch
 
-__all__ = ["Asking", "Running", "holds_experts", "layers_within", "may_run", "modules_among"]
+__all__ = [
+    "Asked",
+    "Asking",
+    "Running",
+    "Watch",
+    "holds_experts",
+    "isolated",
+    "layers_within",
+    "may_run",
+    "modules_among",
+]

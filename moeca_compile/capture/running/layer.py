@@ -80,11 +80,14 @@ class Running:
                 raise UntrustedError("a part of it has forward hooks")
         return Layout((), (id(module), structure(module)))
 
-    def asked(self, module: nn.Module, facts: Facts) -> Asked:
-        """What a random call asks the host for."""
+    def random_call(self, module: nn.Module, facts: Facts) -> Call:
+        return _call(facts, _ids(module), 0)
+
+    def asked(self, module: nn.Module, call: Call) -> Asked:
+        """What a call asks the host for."""
         asked = Asked()
         with suppress(UntrustedError):  # of side effects, once it ran
-            run(module, self.forward, _call(facts, _ids(module), 0), asked)
+            run(module, self.forward, call, asked)
         return asked
 
     def compared(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:

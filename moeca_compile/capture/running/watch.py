@@ -18,15 +18,20 @@ from moeca_compile._torch_private import before_each_op
 from moeca_compile.capture.numerics import autocast
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-_OTHERS = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE + os.sep)  # whose frames are not the layer's
+_WATCHING = (os.path.dirname(torch.__file__) + os.sep, __file__, before_each_op.__code__.co_filename)
 
 
 class Asking(NamedTuple):
-    """Who asked: the code, the module of which it is a method or was called by one, whether for a product by groups
-    of rows, which reads how many rows a group has where the host does not see it."""
+    """Who asked.
+
+    code, module: the layer's own function, and the module of which it is a method or was called by one
+    direct: whether it asked itself, and no code of this package that stands for a part of it
+    grouped: whether it asked for a product by groups of rows, which reads their sizes where the host does not see it
+    """
 
     code: CodeType
     module: nn.Module | None
+    direct: bool
     grouped: bool
 
 
@@ -101,9 +106,10 @@ class Watch(TorchFunctionMode):
             self.note(None, (), grouped=True)
 
     def note(self, kept: dict[str, set[Any]] | None, value: Any, grouped: bool = False) -> None:
-        frames = [each for each, _ in walk_stack(None) if not each.f_code.co_filename.startswith(_OTHERS)]
-        frame = frames[0]
-        self.asked.asking.append(Asking(frame.f_code, self.asking_module(frames), grouped))
+        frames = [each for each, _ in walk_stack(None) if not each.f_code.co_filename.startswith(_WATCHING)]
+        own = [each for each in frames if not each.f_code.co_filename.startswith(_PACKAGE + os.sep)]
+        frame = own[0]
+        self.asked.asking.append(Asking(frame.f_code, self.asking_module(own), frame is frames[0], grouped))
         if kept is not None:
             kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
 
