@@ -33,6 +33,7 @@ from moeca_compile._torch_private.graphs import (
     tensor_of_number,
     trace_to_graph,
 )
+from moeca_compile._torch_private.host_constants import read_constants
 from moeca_compile._torch_private.kernels import (
     copy_all,
     float32_matmul_precision,
@@ -100,6 +101,7 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "own_modules",
+    "read_constants",
     "restore_compiled_call",
     "root_module",
     "schema_of",

@@ -20,7 +20,12 @@ from weakref import ref
 
 from torch import nn
 
-from moeca_compile._torch_private import compilation_at_start, not_on_compile_start, on_every_compile_start
+from moeca_compile._torch_private import (
+    compilation_at_start,
+    not_on_compile_start,
+    on_every_compile_start,
+    read_constants,
+)
 from moeca_compile.capture import suspects
 from moeca_compile.capture.idioms import IDIOMS
 from moeca_compile.capture.idioms.bank import Bank
@@ -40,6 +45,7 @@ UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under 
 def install() -> None:
     """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
     on_every_compile_start(wrap)
+    read_constants()
 
 
 def uninstall() -> None:
