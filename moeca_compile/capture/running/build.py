@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import UntrustedError
-from moeca_compile.capture.running.find import Found
+from moeca_compile.capture.running.find import Choices, Found, Table
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 
@@ -119,8 +121,10 @@ class _Builder:
 
     def marker(self, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
         found, aten = self.found, torch.ops.aten
+        if isinstance(found.routing, Choices):
+            return self.chosen(found.routing, x, body_out, params, count)
         routing = self.table(found.routing)
-        weight = self.table(found.weight) if found.weight is not None else None
+        weight = self.table(found.weight) if isinstance(found.weight, Table) else None
         if not found.by_ids:
             routed = self.call(aten.ne.Scalar, routing, 0)
             weight = weight if weight is not None else self.call(aten.to.dtype, routed, torch.float32)
@@ -128,9 +132,20 @@ class _Builder:
         index = self.call(aten.to.dtype, routing, torch.int64)
         if weight is None:
             weight = self.call(aten.ones_like.default, self.call(aten.to.dtype, index, torch.float32))
-        elif found.weight is not None and found.weight.columns != found.routing.columns:
+        elif isinstance(found.weight, Table) and found.weight.columns != found.routing.columns:
             weight = self.call(aten.gather.default, weight, 1, index)
         return self.call(_FIXED, x, index, weight, body_out, params, count)
+
+    def chosen(self, choices: Choices, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
+        """Experts choose tokens."""
+        index, values = self.copies[choices.node], self.graph.values
+        like = self.copies[self.found.weight.node] if self.found.weight else self.as_dtype(index, torch.float32)
+        tokens = values[self.found.stream].shape[:-1].numel()
+        both = self.call(chosen_routing, index, like, choices.reading, tokens, count)
+        routed, weight = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
+        weight = weight if self.found.weight else self.as_dtype(routed, torch.float32)
+        branches = values[choices.node].numel()
+        return self.call(_VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled)
 
     def tensor(self, node: fx.Node, part: int | None) -> fx.Node:
         return self.copies[node] if part is None else self.call(torch.ops.aten.select.int, self.copies[node], 0, part)

@@ -267,7 +267,7 @@ def _walked_back(graph: Graph, first: fx.Node, needs: Any, depth: int) -> fx.Nod
         if node is None or node in needs:
             return None
     value = graph.tensor(node) if node is not None else None
-    return node if value is not None and value.dim() == 2 else None
+    return node if value is not None and value.dim() >= 2 else None
 
 
 def _inside(graph: Graph, rows: fx.Node, belongs: Any, allowed: Any = frozenset()) -> list[fx.Node]:
@@ -287,10 +287,10 @@ def _way_out(graph: Graph, own: list[fx.Node], rows: fx.Node) -> fx.Node | None:
     if len(outs) != 1:
         return None
     out: fx.Node | None = outs[0]
-    count = len(graph.values[rows])
+    count = graph.values[rows].shape[:-1]
     while out is not None:
         value = graph.tensor(out)
-        if value is not None and value.dim() == 2 and len(value) == count:
+        if value is not None and value.dim() >= 2 and value.shape[:-1] == count:
             return out
         earlier = [each for each in out.all_input_nodes if each in mine]
         out = earlier[0] if len(earlier) == 1 and len(earlier[0].users) == 1 else None
@@ -301,7 +301,7 @@ class _Code:
     """The nodes from `rows` to `out`, and the layer's tensors among what they read, in the order of reading."""
 
     def __init__(self, graph: Graph, rows: fx.Node, out: fx.Node) -> None:
-        self.rows, self.out, self.length = rows, out, len(graph.values[rows])
+        self.rows, self.out, self.length = rows, out, graph.values[rows].shape[:-1].numel()
         state = [node for node in graph.nodes if graph.of_state_alone(node)]
         products = [each for each in graph.before([out], [rows]) if each.target is GROUPED]
         offsets = [each for product in products for each in _offsets(product)]

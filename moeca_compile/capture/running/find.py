@@ -10,12 +10,16 @@ weights   a tensor with these w, (tokens, k) or (tokens, experts); or they are a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from moeca_compile.capture.idioms.choices import MisreadError
+from moeca_compile.capture.idioms.routing import Reading, readings, token_ids
+from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, close
 from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped
 from moeca_compile.capture.running.graph import Graph
@@ -30,7 +34,7 @@ class Found:
 
     stream: its rows are what experts are given; total: the node that has the sum over experts
     base: what the sum is added to, None for zeros
-    routing: ids (tokens, k) where `by_ids`, else a map (tokens, experts)
+    routing: ids (tokens, k) where `by_ids`, a map (tokens, experts), or the experts' choices of tokens
     weight: None where all are one; `turned` tensors have their dimensions in the other order
     """
 
@@ -38,9 +42,9 @@ class Found:
     stream: fx.Node
     total: fx.Node
     base: fx.Node | None
-    routing: Table
+    routing: Table | Choices
     by_ids: bool
-    weight: Table | None
+    weight: Table | Choices | None
     same: dict[fx.Node, bool]
 
 
@@ -54,6 +58,14 @@ class Table:
 
     def of(self, value: Any) -> Any:
         return value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A node with the tokens that each expert takes, which lie as a reading says (idioms/routing.py), or weights."""
+
+    node: fx.Node
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ def _pairs(graph: Graph, experts: Experts, stream: Tensor) -> _Pairs | None:
     tokens = []
     routed = torch.zeros(len(stream), len(experts.own), dtype=torch.bool, device=stream.device)
     for piece in experts.pieces:
-        rows = _fingerprints(graph.values[piece.rows])
+        rows = _fingerprints(graph.values[piece.rows].reshape(-1, stream.shape[1]))
         at = torch.searchsorted(known, rows).clamp(max=len(known) - 1)
         if not torch.equal(known[at], rows):
             return None
@@ -174,7 +186,7 @@ def _totals(
 ) -> Iterator[tuple[fx.Node, fx.Node | None, Tensor]]:
     """(sum over experts, its base, the weights (tokens, experts)), the earliest sum first."""
     outs = [piece.out for piece in experts.pieces]
-    width, tokens = graph.values[outs[0]].shape[1], len(pairs.routed)
+    width, tokens = graph.values[outs[0]].shape[-1], len(pairs.routed)
     generator = torch.Generator().manual_seed(0)
     probes = [
         {
@@ -222,7 +234,7 @@ def _outputs(
     experts: Experts, pairs: _Pairs, probe: dict[fx.Node, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for piece, token in zip(experts.pieces, pairs.tokens, strict=True):
-        yield token, piece.expert.to(token.device), probe[piece.out].double()
+        yield token, piece.expert.to(token.device), probe[piece.out].double().flatten(0, -2)
 
 
 def _weights(experts: Experts, pairs: _Pairs, probe: dict[fx.Node, Tensor], total: Tensor) -> Tensor | None:
@@ -288,6 +300,9 @@ def _told(
     by_ids = routing is not None
     routing = routing or _map(graph, before, pairs.routed)
     if routing is None:
+        choices = _choices(graph, before, pairs.routed, weights, tolerance)
+        if choices is not None:
+            return Found(experts, stream, total, base, choices[0], False, choices[1], same)
         raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
     if bool(close(weights[pairs.routed], torch.ones_like(weights[pairs.routed]), tolerance)):
@@ -343,6 +358,36 @@ def _map(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
     for table in _tables(graph, before, len(routed), {routed.shape[1]}):
         if torch.equal(table.of(graph.values[table.node]) != 0, routed):
             return table
+    return None
+
+
+def _choices(
+    graph: Graph, before: list[fx.Node], routed: Tensor, weights: Tensor, tolerance: float
+) -> tuple[Choices, Choices | None] | None:
+    """The experts' choices of tokens, and their weights, None where all are one."""
+    integers = [each for each in before if graph.values[each].dtype in (torch.int64, torch.int32)]
+    for node in integers:
+        index = graph.values[node]
+        if index.numel() != int(routed.sum()) or node not in graph.made_of_data:
+            continue
+        for reading in readings():
+            try:
+                chosen = token_ids(index, reading, *routed.shape)
+                if bool((chosen < 0).any()) or bool((chosen >= len(routed)).any()):
+                    continue
+                if not torch.equal(torch.zeros_like(routed).scatter(0, chosen, True), routed):
+                    continue
+                if close(weights[routed], torch.ones_like(weights[routed]), tolerance):
+                    return Choices(node, reading), None
+                for other in reversed(before):
+                    value = graph.values[other]
+                    if value.dtype.is_floating_point and other in graph.made_of_data:
+                        with suppress(MisreadError, RuntimeError):
+                            got = chosen_routing(index, value, reading, *routed.shape)[1].where(routed, 0)
+                            if close(got, weights, 4 * tolerance):
+                                return Choices(node, reading), Choices(other, reading)
+            except (MisreadError, RuntimeError):
+                continue
     return None
 
 

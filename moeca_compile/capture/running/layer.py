@@ -12,6 +12,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +33,7 @@ from moeca_compile.capture.numerics import (
     with_random_parameters,
 )
 from moeca_compile.capture.running.build import Meaning, Replacement, build
+from moeca_compile.capture.running.dense import on_all_rows
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.trace import Call, run, tensors_in, traced, written
@@ -41,6 +43,7 @@ from moeca_compile.capture.structure import named_tensors, structure
 _SEEDS = (0, 1, 2, 3)
 _LARGE = 4.0
 _OTHERS = (1.5, -1.5, 8.0)
+_NUMBERS = 3  # that arguments are compared with: each makes one more call
 
 
 class _Functions:
@@ -48,7 +51,7 @@ class _Functions:
 
 
 FUNCTIONS = _Functions()
-_built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str] | Exception]] = WeakKeyDictionary()
+_built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str, Drawn] | Exception]] = WeakKeyDictionary()
 
 
 class Running:
@@ -81,7 +84,7 @@ class Running:
         return Layout((), (id(module), structure(module)))
 
     def random_call(self, module: nn.Module, facts: Facts) -> Call:
-        return _call(facts, _ids(module), 0)
+        return Drawn(_ids(module)).call(facts, 0)
 
     def asked(self, module: nn.Module, call: Call) -> Asked:
         """What a call asks the host for."""
@@ -106,8 +109,8 @@ class Running:
         found = built[key]
         if isinstance(found, Exception):
             raise found
-        replacement, name = found
-        for call in _calls(facts, _ids(module)):
+        replacement, name, drawn = found
+        for call in drawn.calls(facts):
             self._compare(replacement, module, call, tolerance)
         return name, tuple(tuple(each.split(".")) for each in replacement.names)
 
@@ -119,16 +122,18 @@ class Running:
 
     # building
 
-    def _build(self, module: nn.Module, facts: Facts, tolerance: float) -> tuple[Replacement, str]:
+    def _build(self, module: nn.Module, facts: Facts, tolerance: float) -> tuple[Replacement, str, Drawn]:
         other = with_random_parameters(module)
-        replacement = self._found(module, other, facts, tolerance)
+        drawn = Drawn(_ids(module))
+        drawn = Drawn(drawn.ids, tuple(sorted(self.asked(module, drawn.call(facts, 0)).compared)[:_NUMBERS]))
+        replacement = self._found(module, other, facts, drawn, tolerance)
         asked = Asked()
         for layer in (module, other):
-            for call in _calls(facts, _ids(module)):
+            for call in drawn.calls(facts):
                 with _nothing_left(self.forward, type(module)):
                     _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
-        self._ask_more(module, facts, asked)
+        self._ask_more(module, drawn.call(facts, 0), asked)
         if asked.other_modes:
             raise UntrustedError("a part of it runs under another autocast than the rest")
         line = asked.one_sided()
@@ -136,19 +141,21 @@ class Running:
             raise UntrustedError(
                 f"what it reads at {line} was the same in all random calls: nothing is known of others"
             )
-        for call in _calls(facts, _ids(module)):
+        for call in drawn.calls(facts):
             self._compare(replacement, other, call, tolerance)
         name = f"replacement_{len(vars(FUNCTIONS))}"
         setattr(FUNCTIONS, name, type(replacement.module).forward)
-        return replacement, name
+        return replacement, name, drawn
 
-    def _found(self, module: nn.Module, other: nn.Module, facts: Facts, tolerance: float) -> Replacement:
+    def _found(
+        self, module: nn.Module, other: nn.Module, facts: Facts, drawn: Drawn, tolerance: float
+    ) -> Replacement:
         """From the first random call in which all experts have rows: by the layer's own router, or by another."""
         error: Exception = NoExpertsError()
         for seed in _SEEDS:
             for layer in (module, other):
                 try:
-                    return self._built_from(layer, _call(facts, _ids(module), seed), tolerance)
+                    return self._built_from(layer, drawn.call(facts, seed), tolerance)
                 except UntrustedError as reason:
                     error = reason
                 except NoExpertsError as reason:
@@ -159,9 +166,8 @@ class Running:
                 break
         raise error
 
-    def _ask_more(self, module: nn.Module, facts: Facts, asked: Asked) -> None:
+    def _ask_more(self, module: nn.Module, call: Call, asked: Asked) -> None:
         """A call with what is no number, where checks go the other way: some of them raise."""
-        call = _call(facts, _ids(module), 0)
         for value in call.tensors():
             if value.dtype.is_floating_point and value.dim() > 0:
                 value[-1:] = float("nan")
@@ -173,6 +179,15 @@ class Running:
     def _built_from(self, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
         trace = traced(layer, self.forward, call)
         graph = Graph(trace, len(call.tensors()))
+        try:
+            return self._put_together(graph, layer, call, tolerance)
+        except (UntrustedError, NoExpertsError):
+            whole = on_all_rows(graph, trace, tolerance)
+            if whole is None:
+                raise
+        return self._put_together(Graph(whole, len(call.tensors())), layer, call, tolerance)
+
+    def _put_together(self, graph: Graph, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
         found = find(graph, layer, tolerance)
         rows = graph.values[found.stream].reshape(-1, graph.values[found.stream].shape[-1])
         if len(rows) < 6:
@@ -247,28 +262,54 @@ def _ids(layer: nn.Module) -> int:
     return max(sizes, default=2)
 
 
-def _calls(facts: Facts, ids: int) -> Iterator[Call]:
-    """Random arguments, large ones, and rows that are all the same, so that most experts get none."""
-    yield _call(facts, ids, 0)
-    yield _call(facts, ids, 1, scale=_LARGE)
-    yield _call(facts, ids, 2, same=True)
+@dataclass(frozen=True)
+class Drawn:
+    """Random arguments.
 
+    ids: how many experts there may be, for integers that may be their ids
+    numbers: with which the layer compares integers, such as a label that stands for none
+    """
 
-def _call(facts: Facts, ids: int, seed: int, same: bool = False, scale: float = 1.0) -> Call:
-    generator = torch.Generator().manual_seed(seed)
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for key, is_tensor, *described in facts:
-        value: Any = described[0]
-        if is_tensor:
-            number = ids if not described[1].is_floating_point and described[1] != torch.bool else None
-            value = random_argument(described, number, same, generator)
-            value = value * scale if value.dtype.is_floating_point else value
-        if isinstance(key, int):
-            args.append(value)
-        else:
-            kwargs[key] = value
-    return Call(args, kwargs)
+    ids: int
+    numbers: tuple[int, ...] = ()
+
+    def calls(self, facts: Facts) -> Iterator[Call]:
+        """Random arguments, large ones, and rows that are all the same, so that most experts get none.
+
+        Then all integers are one of the numbers, or none of them is.
+        """
+        yield self.call(facts, 0)
+        yield self.call(facts, 1, scale=_LARGE)
+        yield self.call(facts, 2, same=True)
+        for number in self.numbers:
+            yield Drawn(self.ids, (number, number)).call(facts, 3)
+        if self.numbers:
+            yield Drawn(self.ids).call(facts, 4)
+
+    def call(self, facts: Facts, seed: int, same: bool = False, scale: float = 1.0) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for key, is_tensor, *described in facts:
+            value: Any = described[0]
+            if is_tensor:
+                integers = not described[1].is_floating_point and described[1] != torch.bool
+                value = random_argument(described, self.ids if integers else None, same, generator)
+                value = self.with_numbers(value) if integers and self.numbers else value
+                value = value * scale if value.dtype.is_floating_point else value
+            if isinstance(key, int):
+                args.append(value)
+            else:
+                kwargs[key] = value
+        return Call(args, kwargs)
+
+    def with_numbers(self, value: Tensor) -> Tensor:
+        """The numbers in turn, with others between them unless there is but one number, named twice."""
+        numbers = torch.tensor(self.numbers, dtype=value.dtype, device=value.device)
+        place = torch.arange(value.numel(), device=value.device)
+        every = len(self.numbers) > 1 and len(set(self.numbers)) == 1
+        picked = numbers[place // 2 % len(numbers)]
+        return (picked if every else torch.where(place % 2 == 0, picked, value.flatten())).view(value.shape)
 
 
 def _other_half(value: Tensor, scale: float | None) -> Tensor:

@@ -76,7 +76,7 @@ def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) 
         result = forward(copied, *given.args, **given.kwargs)
     else:
         asked.layer = copied
-        with Watch(asked):
+        with Watch(asked, given.tensors()):
             result = forward(copied, *given.args, **given.kwargs)
     if any(not torch.equal(a, b) for a, b in zip(random, _random_states(call), strict=True)):
         raise UntrustedError("it is random")

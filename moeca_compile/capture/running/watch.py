@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -19,6 +19,10 @@ from moeca_compile.capture.numerics import autocast
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _WATCHING = (os.path.dirname(torch.__file__) + os.sep, __file__, before_each_op.__code__.co_filename)
+
+
+_OF_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.argwhere.default)
+_COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 
 class Asking(NamedTuple):
@@ -41,6 +45,7 @@ class Asked:
     layer: the copy that was called last
     read: the values of tensors that became Python's there
     sizes: the sizes of tensors that are as large as the data say
+    compared: numbers that integers among the arguments, such as labels, were compared with
     other_modes: whether some ops ran under another autocast than the call
     """
 
@@ -49,6 +54,7 @@ class Asked:
         self.read: dict[str, set[Any]] = defaultdict(set)
         self.sizes: dict[str, set[Any]] = defaultdict(set)
         self.asking: list[Asking] = []
+        self.compared: set[int] = set()
         self.other_modes = False
 
     def one_sided(self) -> str | None:
@@ -64,13 +70,14 @@ class Asked:
 class Watch(TorchFunctionMode):
     """Notes in an `Asked` what is asked while it is on."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, arguments: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.asked = asked
         self.asks_value = self.asks_size = False
         self.ops = before_each_op(self.before_op)
         self.autocast = autocast()
         self.of_varying_size: dict[int, Tensor] = {}
+        self.of_integers = {id(each): each for each in arguments if _is_integer(each)}
 
     def __enter__(self) -> Watch:
         self.ops.__enter__()
@@ -89,6 +96,10 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
         made = _tensors(result)
+        if args and id(args[0]) in self.of_integers:
+            self.of_integers.update({id(each): each for each in made if _is_integer(each)})
+            if func.__name__.strip("_") in _COMPARES:
+                self.asked.compared |= {each for each in args[1:] if type(each) is int}
         if made and varies:
             self.of_varying_size.update({id(each): each for each in made})
         if self.asks_size:
@@ -126,7 +137,7 @@ class Watch(TorchFunctionMode):
 def size_by_data(op: Any, values: Any) -> bool:
     """Whether the size of an op's result is told by the data in its arguments."""
     if torch.Tag.dynamic_output_shape not in getattr(op, "tags", ()):
-        return False
+        return op in _OF_NONZERO
     if op is torch.ops.aten.index.Tensor:  # by numbers, the result is as large as these are
         return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in values[1])
     return True
@@ -138,6 +149,10 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
+
+
+def _is_integer(value: Tensor) -> bool:
+    return value.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _plain(value: Any) -> Any:
