@@ -62,11 +62,11 @@ class Compilation(NamedTuple):
     """A frame that Dynamo is about to trace.
 
     values: of its variables and of the variables around it, and of the globals that it names
-    codes: its code, and that of all functions that are running
+    codes: its code, and that of all functions that are running. Code that Dynamo has written may have no hash
     """
 
     values: tuple[Any, ...]
-    codes: frozenset[CodeType]
+    codes: tuple[CodeType, ...]
 
 
 def compilation_at_start() -> Compilation | None:
@@ -84,7 +84,7 @@ def compilation_at_start() -> Compilation | None:
             code, names = each.f_locals["code"], each.f_locals["globals"]
             around = [_content(cell) for cell in each.f_locals.get("closure") or ()]
             values = [*each.f_locals["locals"].values(), *around, *(names.get(name) for name in code.co_names)]
-            return Compilation(tuple(values), frozenset([code, *(running.f_code for running in frames)]))
+            return Compilation(tuple(values), (code, *(running.f_code for running in frames)))
     return None
 
 

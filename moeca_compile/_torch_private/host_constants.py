@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeca_compile._torch_private.graphs import tensor_of_number
 from moeca_compile._torch_private.lookup import Private
 from moeca_compile._torch_private.tracing import tracing_backend
 
@@ -108,7 +109,8 @@ def _is_pure(node: fx.Node) -> bool:
     if isinstance(example, Tensor) and not example.numel() <= _LARGEST:
         return False
     if node.op == "call_function":
-        return (node.target in _MADE_BY or node.target in _OPERATORS) and "out" not in node.kwargs
+        known = node.target in _MADE_BY or node.target in _OPERATORS or node.target is tensor_of_number
+        return known and "out" not in node.kwargs
     return node.op == "call_method" and node.target in _METHODS
 
 

@@ -171,12 +171,13 @@ def _let_layers_run() -> None:
                 _log.debug("the forward of a class stays as it is", exc_info=True)
 
 
-def _let_run(kind: type, codes: frozenset[CodeType]) -> None:
+def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:
     owner = next(each for each in kind.__mro__ if "forward" in _namespace(each))
     forward = _namespace(owner)["forward"]
     if _is_torchs(owner) or not isinstance(forward, FunctionType) or hasattr(forward, ORIGINAL):
         return
-    if getattr(innermost(forward), "__code__", None) not in codes:
+    code = getattr(innermost(forward), "__code__", None)
+    if not any(code is each for each in codes):
         setattr(owner, "forward", with_equivalent(forward, (), (), Running(forward)))  # noqa: B010  (mypy: no forward)
         _note(owner)  # which may be no module
 

@@ -25,10 +25,11 @@ from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.idioms.held import BANK
 from moeca_compile.capture.idioms.inline import Inline
-from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
+from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.running import Asked, Asking, Running, Watch, holds_experts, isolated, may_run
 from moeca_compile.capture.source import innermost
+from moeca_compile.capture.structure import structure
 from moeca_compile.capture.trust import eagerly, vouch
 from moeca_compile.text import first_line
 
@@ -68,6 +69,7 @@ class _Noted(threading.local):
 
 
 _noted = _Noted()
+_orders: WeakKeyDictionary[type, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 _ran: WeakKeyDictionary[nn.Module, Reason] = WeakKeyDictionary()  # what running said of layers
 
 
@@ -87,7 +89,15 @@ def with_equivalent(
 
     @torch.compiler.assume_constant_result
     def order(identity: int, facts: Facts | str) -> tuple[int, ...]:
-        return _order(traced_self(identity), original, running, recognized, facts)
+        module = traced_self(identity)
+        known, key = _orders.setdefault(type(module), {}), (original, structure(module), facts, autocast())
+        if key not in known:
+            try:
+                known[key] = _order(module, original, running, recognized, facts)
+            except Exception:  # of the layer's own code, on random arguments
+                _log.debug("running %s on random arguments failed", type(module).__name__, exc_info=True)
+                known[key] = (_IDIOMS,)
+        return known[key]
 
     @torch.compiler.assume_constant_result
     def vouched(identity: int, part: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
@@ -181,9 +191,6 @@ def _order(
         with eagerly(module):
             call = running.random_call(module, facts)
             asked = running.asked(module, call)
-    except Exception:
-        _log.debug("running %s on random arguments failed", type(module).__name__, exc_info=True)
-        return (_IDIOMS,)
     finally:
         _noted.calls = None
     if recognized:
@@ -215,8 +222,8 @@ def _is_known(asking: Asking, layer: nn.Module, refused: set[Any]) -> bool:
     inner = asking.module
     known = _known_codes(layer, refused)
     if inner is None or inner is layer:
-        return asking.code in known
-    if asking.code in _known_codes(inner, refused):
+        return id(asking.code) in known
+    if id(asking.code) in _known_codes(inner, refused):
         return True
     if any(hasattr(each, BANK) for each in _marked(type(inner), _KNOWN)):
         return bool(known)
@@ -224,20 +231,20 @@ def _is_known(asking: Asking, layer: nn.Module, refused: set[Any]) -> bool:
     return runs and (holds_experts(inner) or not holds_experts(layer))
 
 
-def _known_codes(module: nn.Module, refused: set[Any]) -> frozenset[CodeType]:
-    """The code of a module's methods whose dispatch idioms know, with the functions in it."""
+def _known_codes(module: nn.Module, refused: set[Any]) -> set[int]:
+    """The id() of the code of a module's methods whose dispatch idioms know, and of the functions in it."""
     marked = _marked(type(module), _KNOWN)
     if all(hasattr(each, BANK) for each in marked):  # they run experts for a caller that no idiom knows
-        return frozenset()
+        return set()
     written = (innermost(each) for each in marked)
     pending = [getattr(each, "__code__", None) for each in written if each not in refused]
-    found: set[CodeType] = set()
+    found: set[int] = set()
     while pending:
         code = pending.pop()
         if code is not None:
-            found.add(code)
+            found.add(id(code))
             pending += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return frozenset(found)
+    return found
 
 
 def _others_are_wrapped(module: nn.Module) -> bool:
