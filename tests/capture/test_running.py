@@ -336,6 +336,135 @@ def test_running_changes_nothing_of_the_layer_and_draws_no_random_numbers():
     assert not model[0].moe.used.any() and torch.equal(torch.get_rng_state(), state)
 
 
+class OnlyActive(nn.Module):
+    """An idiom knows it but for the branches that are left out, as many as the weights say."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.router = nn.Linear(width, EXPERTS)
+        self.w1, self.w2 = (nn.Parameter((torch.randn(EXPERTS, width, width) / 4).bfloat16()) for _ in range(2))
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        weight, index = self.router(rows).softmax(-1).topk(2, -1)
+        flat, factor = index.flatten(), weight.where(weight > 0.3, 0).bfloat16().flatten()
+        active = torch.where(factor != 0)[0]
+        order = active[flat[active].argsort(stable=True)]
+        ends = torch.bincount(flat[active], minlength=EXPERTS).cumsum(0).to(torch.int32)
+        h = torch._grouped_mm(rows[order // 2].bfloat16(), self.w1, offs=ends)
+        made = torch._grouped_mm(F.silu(h), self.w2, offs=ends)
+        out = torch.zeros_like(rows).bfloat16()
+        out.index_add_(0, order // 2, made * factor[order, None])
+        return out.view_as(x).float()
+
+
+def test_branches_of_weight_zero_that_are_left_out():
+    model, x = nn.Sequential(nn.LayerNorm(16), OnlyActive()).eval(), torch.randn(2, 10, 16)
+    found, backend = compiled(model)
+    with torch.no_grad():
+        for each in (x, 5 * x):
+            torch.testing.assert_close(found(each), model(each), rtol=0.05, atol=0.05)
+    (graph,) = backend.graphs
+    assert len([*nodes_of(graph, FIXED), *nodes_of(graph, VARIABLE)]) == 1 and capture.refusals() == ()
+
+
+# rows and samples apart, by labels
+
+NONE = 10
+
+
+class Labelled(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, labels):
+        return x + self.layer(x, labels)
+
+
+class RouterOfSome(Loop):
+    """The router sees samples with a label only; the others go to the last expert."""
+
+    def forward(self, x, labels):
+        rows, null = x.flatten(0, 1), (labels == NONE).repeat_interleave(x.shape[1])
+        weight, index = rows.new_zeros(len(rows), self.top_k), rows.new_zeros(len(rows), self.top_k).long()
+        if null.any():
+            weight[null, 0] = 1.0
+            index[null] = torch.tensor([EXPERTS - 1, 0])
+        if (~null).any():
+            at = torch.where(~null)[0]
+            weight[at], index[at] = self.scores(rows[at]).topk(self.top_k, -1)
+        return self.route_to_experts(rows, index, weight).view_as(x)
+
+    def scores(self, rows):
+        return self.router(F.normalize(rows, dim=-1)).softmax(-1)
+
+
+class ChoiceOfSome(MoE):
+    """Experts choose among the tokens of samples with a label; one expert is there for the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.null = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
+
+    def forward(self, x, labels):
+        out, some = torch.zeros_like(x), labels != NONE
+        if some.any():
+            out[some] = self.chosen(x[some])
+        if (~some).any():
+            out[~some] = self.null(x[~some])
+        else:
+            out = out + 0 * self.null(torch.zeros(1, 1, WIDTH)).sum()
+        return out
+
+    def chosen(self, x):
+        weight, index = self.router(x).softmax(-1).transpose(1, 2).topk(4, -1)
+        hot = F.one_hot(index, x.shape[1]).to(x)
+        rows = torch.einsum("becs,bsd->becd", hot, x)
+        made = torch.stack([expert(rows[:, e]) for e, expert in enumerate(self.experts)], 1)
+        return torch.einsum("becs,bec,becd->bsd", hot, weight, made)
+
+
+@pytest.mark.parametrize(("layer", "marker"), [(RouterOfSome, FIXED), (ChoiceOfSome, VARIABLE)])
+def test_what_runs_on_samples_with_a_label_runs_on_all_rows(layer, marker):
+    model = Labelled(layer()).eval()
+    found, backend = compiled(model)
+    with torch.no_grad():
+        for labels in ([3, NONE], [NONE, 0], [NONE, NONE], [1, 2]):
+            given = torch.tensor(labels)
+            torch.testing.assert_close(found(tokens(), given), model(tokens(), given))
+    assert capture.refusals() == ()
+    (graph,) = backend.graphs
+    assert len(nodes_of(graph, marker)) == 1
+
+
+class MixesPickedRows(RouterOfSome):
+    """On all rows, it would see others."""
+
+    def scores(self, rows):
+        return self.router(rows - rows.mean(0)).softmax(-1)
+
+
+class RareLabels(RouterOfSome):
+    def scores(self, rows):
+        return self.router(rows).softmax(-1)
+
+    def forward(self, x, labels):
+        return super().forward(x, labels) * (2 if labels.sum() > 1000 else 1)
+
+
+@pytest.mark.parametrize("layer", [MixesPickedRows, RareLabels])
+def test_near_misses_of_rows_apart(layer):
+    """The router stays as it is, and the graph breaks there."""
+    model = Labelled(layer()).eval()
+    found, backend = compiled(model)
+    with torch.no_grad():
+        for labels in ([3, NONE], [NONE, NONE], [900, 900]):
+            given = torch.tensor(labels)
+            torch.testing.assert_close(found(tokens(), given), model(tokens(), given))
+    assert len(backend.graphs) > 1
+
+
 # near misses
 
 

@@ -137,9 +137,9 @@ class _Dense:
             return
         whole = self.graph.values[before]
         if node.target is _aten.index_put.default and self.is_own(node.args[1][0]):  # type: ignore[index]
-            if node.args[2] not in self.rows:
-                return  # one value for all: static as it is
-            new = self.rows[node.args[2]].node  # type: ignore[index]
+            new = self.on_all(node, mask)[0][2]
+            if self.values[new].dim() >= whole.dim() and self.values[new].numel() != whole.numel():
+                return
             if self.values[new].numel() == whole.numel():
                 new = self.call(_aten.reshape.default, new, list(whole.shape))
         else:

@@ -305,7 +305,8 @@ def _told(
             return Found(experts, stream, total, base, choices[0], False, choices[1], same)
         raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
-    if bool(close(weights[pairs.routed], torch.ones_like(weights[pairs.routed]), tolerance)):
+    whole = not by_ids or routing.columns * tokens == int(pairs.routed.sum())
+    if whole and bool(close(weights[pairs.routed], torch.ones_like(weights[pairs.routed]), tolerance)):
         return Found(experts, stream, total, base, routing, by_ids, None, same)
     wanted = weights
     if by_ids:
@@ -336,9 +337,9 @@ def _with_siblings(graph: Graph, before: list[fx.Node], total: fx.Node, same: di
 
 
 def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
-    counts = routed.sum(1)
-    tokens, count, top_k = *routed.shape, int(counts[0])
-    if bool((counts != top_k).any()) or top_k == 0:
+    """The ids of each token's experts, of which some may get no rows: those of weight zero."""
+    tokens, count, top_k = *routed.shape, int(routed.sum(1).max())
+    if top_k == 0:
         return None
     for table in _tables(graph, before, tokens, {top_k}):
         ids = table.of(graph.values[table.node])
@@ -349,7 +350,8 @@ def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
             or bool((ids >= count).any())
         ):
             continue
-        if torch.equal(torch.zeros_like(routed).scatter(1, ids.long(), True), routed):
+        chosen = torch.zeros_like(routed).scatter(1, ids.long(), True)
+        if int(chosen.sum()) == tokens * top_k and not bool((routed & ~chosen).any()):
             return table
     return None
 
