@@ -155,24 +155,29 @@ class _Builder:
 
 
 class Meaning(fx.Interpreter):
-    """Runs a replacement; the marker is a plain loop over experts. `seen` has what the last marker was given."""
+    """Runs a replacement; the marker is a plain loop over experts.
+
+    seen: what the last marker was given; used: which experts got rows there, with a weight
+    """
 
     def __init__(self, replacement: Replacement) -> None:
         super().__init__(replacement.module)
         self.body = replacement.body
         self.seen: tuple[Any, ...] = ()
+        self.used = torch.zeros(0, dtype=torch.bool)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not _FIXED and target is not _VARIABLE:
             return super().call_function(target, args, kwargs)
         x, choice, weight, body_out, params, count = args[:6]
-        self.seen = (choice, weight)
+        self.seen, self.used = (choice, weight), torch.zeros(count, dtype=torch.bool)
         out = torch.zeros_like(body_out, dtype=torch.promote_types(body_out.dtype, torch.float32))
         each = len(params) // count
         for number in range(count):
             token, slot = (
                 torch.where(choice == number) if target is _FIXED else (choice[:, number].nonzero()[:, 0], number)
             )
+            self.used[number] = bool((weight[token, slot] != 0).any())
             made = self.body(x[token], *params[number * each : (number + 1) * each])
             out.index_add_(0, token, made.to(out.dtype) * weight[token, slot, None].to(out.dtype))
         return out

@@ -51,10 +51,13 @@ class Experts:
 
 
 class Group:
-    """Nodes that are tensors of experts, with the expert's number; `count` experts."""
+    """Nodes that are tensors of experts, with the expert's number; `count` experts.
 
-    def __init__(self, number_of: dict[fx.Node, int], count: int) -> None:
-        self.number_of, self.count = number_of, count
+    others: for a tensor of an expert, that of another one, where they are modules that are built alike
+    """
+
+    def __init__(self, number_of: dict[fx.Node, int], count: int, others: _Others) -> None:
+        self.number_of, self.count, self.others = number_of, count, others
 
 
 def groups(graph: Graph, layer: nn.Module) -> Iterator[Group]:
@@ -70,15 +73,16 @@ def groups(graph: Graph, layer: nn.Module) -> Iterator[Group]:
             lists[of_list.pop()][node] = numbers[0]
         elif numbers:
             parts[family][node] = numbers
+    others = _Others(graph, members)
     for name, number_of in lists.items():
-        yield Group(number_of, members.count_of[name])
+        yield Group(number_of, members.count_of[name], others)
     packed: dict[int, dict[fx.Node, int]] = defaultdict(dict)
     for found in parts.values():
         order = {key: number for number, key in enumerate(sorted(set(found.values())))}
         packed[len(order)].update({node: order[key] for node, key in found.items()})
     for count, number_of in packed.items():
         if count > 1:
-            yield Group(number_of, count)
+            yield Group(number_of, count, others)
 
 
 def grouped(graph: Graph) -> dict[int, list[fx.Node]]:
@@ -99,6 +103,18 @@ class _Members:
     def __init__(self) -> None:
         self.number: dict[str, tuple[str, int]] = {}
         self.count_of: dict[str, int] = {}
+
+
+class _Others:
+    """The tensors of modules that are built alike, by what they are to each other."""
+
+    def __init__(self, graph: Graph, members: _Members) -> None:
+        self.address = {node: _address(graph, node, members) for node in graph.state}
+        self.at = {address: node for node, address in self.address.items()}
+
+    def of(self, node: fx.Node, number: int) -> fx.Node | None:
+        family, numbers = self.address.get(node, (None, ()))
+        return self.at.get((family, (number,))) if len(numbers) == 1 else node if family and not numbers else None
 
 
 def _members(layer: nn.Module) -> _Members:
@@ -174,17 +190,27 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
             readers[number].append(node)
     pieces: list[Piece] = []
     codes: list[_Code] = []
-    own: list[list[Own]] = []
-    for number in range(group.count):
-        if number not in readers:
-            raise UntrustedError(f"expert {number} got no rows in a random call, so nothing is known of it")
+    own: dict[int, list[fx.Node]] = {}
+    for number in sorted(readers):
         of_expert = _codes_of(graph, readers[number], needs, number, depth)
         if not of_expert:
             return None
-        own.append([(node, None) for node in of_expert[0].tensors])
+        own[number] = of_expert[0].tensors
         codes += of_expert
         pieces += [Piece(code.rows, code.out, torch.full((code.length,), number)) for code in of_expert]
-    return Experts(pieces, _common_body(codes), own)
+    if not own:
+        return None
+    for number in set(range(group.count)) - own.keys():
+        own[number] = _of_idle(group, codes[0].tensors, number)
+    return Experts(pieces, _common_body(codes), [[(node, None) for node in own[e]] for e in range(group.count)])
+
+
+def _of_idle(group: Group, tensors: list[fx.Node], number: int) -> list[fx.Node]:
+    """The tensors of an expert that got no rows, as those of another one."""
+    found = [group.others.of(each, number) for each in tensors]
+    if None in found:
+        raise UntrustedError(f"expert {number} got no rows in a random call, so nothing is known of it")
+    return [each for each in found if each is not None]
 
 
 def _codes_of(

@@ -41,8 +41,10 @@ from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.structure import named_tensors, structure
 
 _SEEDS = (0, 1, 2, 3)
+_MORE_SEEDS = range(10, 40)  # until each expert has been compared
 _LARGE = 4.0
 _OTHERS = (1.5, -1.5, 8.0)
+_ROWS = 8  # more than the call may have, to tell whether experts look at others
 _NUMBERS = 3  # that arguments are compared with: each makes one more call
 
 
@@ -141,8 +143,14 @@ class Running:
             raise UntrustedError(
                 f"what it reads at {line} was the same in all random calls: nothing is known of others"
             )
-        for call in drawn.calls(facts):
-            self._compare(replacement, other, call, tolerance)
+        used = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
+        for seed in _MORE_SEEDS:
+            if bool(torch.stack(used).any(0).all()):
+                break
+            used.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
+        idle = torch.stack(used).any(0).logical_not().nonzero()
+        if len(idle):
+            raise UntrustedError(f"expert {int(idle[0])} got no rows in random calls, so nothing is known of it")
         name = f"replacement_{len(vars(FUNCTIONS))}"
         setattr(FUNCTIONS, name, type(replacement.module).forward)
         return replacement, name, drawn
@@ -190,8 +198,8 @@ class Running:
     def _put_together(self, graph: Graph, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
         found = find(graph, layer, tolerance)
         rows = graph.values[found.stream].reshape(-1, graph.values[found.stream].shape[-1])
-        if len(rows) < 6:
-            raise UntrustedError("it has too few rows to tell whether its experts look at others")
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.cat([rows, torch.randn(_ROWS, rows.shape[1], generator=generator).to(rows)])
         own = [
             graph.values[node] if part is None else graph.values[node][part] for node, part in found.experts.own[0]
         ]
@@ -218,10 +226,12 @@ class Running:
 
     # checking
 
-    def _compare(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> None:
+    def _compare(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> Tensor:
+        """Which experts got rows. Raises UntrustedError where the results differ."""
         result, after = run(layer, self.forward, call)
         want = leaves(result)
-        got = leaves(Meaning(replacement).run(*call.tensors(), *_state(layer, replacement)))
+        meaning = Meaning(replacement)
+        got = leaves(meaning.run(*call.tensors(), *_state(layer, replacement)))
         if [kind(each) for each in got] != [kind(each) for each in want]:
             raise UntrustedError("it returns another shape or type than was found by running it")
         if not all(finite(each) for each in want):
@@ -232,6 +242,7 @@ class Running:
         read = {name for name in replacement.names if name.rpartition(".")[2] in buffers}
         if read:
             raise UntrustedError(f"its result depends on {min(read)}, which it changes")
+        return meaning.used
 
     def _require_harmless(self, before: nn.Module, after: nn.Module) -> None:
         """Tensors that a call leaves in attributes are not made when it is captured: nothing else may read them."""
