@@ -160,15 +160,18 @@ def _let_layers_run() -> None:
     A forward that is running, or being compiled, stays as it is: its next call would be that of other code, which
     Dynamo would compile once more, for a model with caches of its own.
     """
-    started = compilation_at_start()
-    if started is None:
+    try:
+        started = compilation_at_start()
+        roots = list(modules_among(started.values)) if started is not None else []
+        layers = [each for root in roots for each in layers_within(root, _may_ask, marked_as_known)]
+    except Exception:
+        _log.debug("looking for layers of the model failed, so none is run", exc_info=True)
         return
-    for root in modules_among(started.values):
-        for layer in layers_within(root, _may_ask, marked_as_known):
-            try:
-                _let_run(type(layer), started.codes)
-            except Exception:
-                _log.debug("the forward of a class stays as it is", exc_info=True)
+    for layer in layers:
+        try:
+            _let_run(type(layer), started.codes if started is not None else ())
+        except Exception:
+            _log.debug("the forward of a class stays as it is", exc_info=True)
 
 
 def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:

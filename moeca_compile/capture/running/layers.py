@@ -15,6 +15,8 @@ from torch import nn
 
 from moeca_compile.capture.structure import structure
 
+_DEPTH = 3  # how far a function that holds the model may be called from the one that is compiled
+
 
 def may_run(layer: nn.Module) -> bool:
     """Whether a layer may hold experts: several modules that are built alike, or packed parameters."""
@@ -59,32 +61,35 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
 
 def modules_among(values: Iterable[Any]) -> Iterator[nn.Module]:
     """The modules among the variables of a function, in what they hold, and in the functions that it calls."""
-    pending, met = list(values), set()
+    pending, met = [(value, 0) for value in values], set()
     while pending:
-        value = pending.pop()
+        value, depth = pending.pop()
         if isinstance(value, nn.Module):
-            yield value
-        elif id(value) not in met:
-            met.add(id(value))
-            pending += _held(value)
+            if id(value) not in met:
+                yield value
+        elif id(value) not in met and depth < _DEPTH:
+            pending += [(each, depth + 1) for each in _held(value)]
+        met.add(id(value))
 
 
 def _held(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
-        if value.__module__ is not None and value.__module__.partition(".")[0] == "torch":
+        if str(value.__module__).partition(".")[0] == "torch":
             return []
         cells = value.__closure__ or ()
         return [*_contents(cells), *(value.__globals__.get(name) for name in value.__code__.co_names)]
-    if isinstance(value, dict):
-        return [each for each in value.values() if isinstance(each, nn.Module)]
-    if isinstance(value, (list, tuple)):
-        return [each for each in value if isinstance(each, nn.Module)]
+    if isinstance(value, (dict, list, tuple)):
+        return [each for each in (value.values() if isinstance(value, dict) else value) if _is_module(each)]
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict) and not isinstance(value, type):
-        return [each for each in attributes.values() if isinstance(each, nn.Module)]
+        return [each for each in attributes.values() if _is_module(each)]
     return []
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
 
 
 def _contents(cells: Iterable[Any]) -> Iterator[Any]:
