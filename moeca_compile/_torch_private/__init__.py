@@ -15,6 +15,7 @@ from moeca_compile._torch_private.compile_start import not_on_compile_start, on_
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
     calling_code,
+    compilation_at_start,
     dynamo_is_running,
     forget_code,
     in_decorated_function,
@@ -32,6 +33,7 @@ from moeca_compile._torch_private.graphs import (
     tensor_of_number,
     trace_to_graph,
 )
+from moeca_compile._torch_private.host_constants import read_constants
 from moeca_compile._torch_private.kernels import (
     copy_all,
     float32_matmul_precision,
@@ -50,6 +52,7 @@ from moeca_compile._torch_private.modules import (
 )
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
+from moeca_compile._torch_private.running import before_each_op, trace_by_running
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
@@ -67,8 +70,10 @@ from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_
 
 __all__ = [
     "add_backend",
+    "before_each_op",
     "calling_code",
     "calls_ours",
+    "compilation_at_start",
     "compile_cpp",
     "compile_graph",
     "compiled_call",
@@ -96,6 +101,7 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "own_modules",
+    "read_constants",
     "restore_compiled_call",
     "root_module",
     "schema_of",
@@ -104,6 +110,7 @@ __all__ = [
     "tensor_of_number",
     "tensors_of_others",
     "trace_anew_for_ours",
+    "trace_by_running",
     "trace_to_graph",
     "traced_anew",
     "traced_code",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +56,43 @@ def _calling_frames() -> list[FrameType]:
 
 def _users(frames: list[FrameType]) -> list[FrameType]:
     return [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+
+
+class Compilation(NamedTuple):
+    """A frame that Dynamo is about to trace.
+
+    values: of its variables and of the variables around it, and of the globals that it names
+    codes: its code, and that of all functions that are running. Code that Dynamo has written may have no hash
+    """
+
+    values: tuple[Any, ...]
+    codes: tuple[CodeType, ...]
+
+
+def compilation_at_start() -> Compilation | None:
+    """The compilation that has just begun in this thread, for a callback at its start; None where it is not found.
+
+    Read from the variables of Dynamo's own function, which has had these names since torch 2.0.
+    """
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    for each in frames:
+        if each.f_code.co_filename == _DYNAMO and {"code", "locals", "globals"} <= each.f_locals.keys():
+            code, names = each.f_locals["code"], each.f_locals["globals"]
+            around = [_content(cell) for cell in each.f_locals.get("closure") or ()]
+            values = [*each.f_locals["locals"].values(), *around, *(names.get(name) for name in code.co_names)]
+            return Compilation(tuple(values), (code, *(running.f_code for running in frames)))
+    return None
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
 
 
 def in_decorated_function() -> bool:

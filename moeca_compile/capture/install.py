@@ -1,9 +1,10 @@
 """Puts traceable equivalents of MoE dispatch before Dynamo, for this package's backend alone.
 
 After `install()` each compilation begins with a look through the subclasses of nn.Module that are new, and the
-methods that an idiom recognizes are wrapped. Installing itself reads no class. A wrapped method runs its original
-code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without gradients,
-in eval mode, and its check passed (trust.py), it is traced as its equivalent.
+methods that an idiom recognizes are wrapped. So are the forwards of what may be MoE layers within the model that is
+about to be compiled, which can then be run (running/). Installing itself reads no class. A wrapped method runs its
+original code, in eager and under every other backend; only where Dynamo traces it for a backend of ours, without
+gradients, in eval mode, and its check passed (trust.py), it is traced as its equivalent.
 """
 
 from __future__ import annotations
@@ -13,62 +14,60 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import nn
 
 from moeca_compile._torch_private import (
+    compilation_at_start,
     not_on_compile_start,
     on_every_compile_start,
-    traced_anew,
-    traced_self,
+    read_constants,
 )
 from moeca_compile.capture import suspects
-from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms import IDIOMS
 from moeca_compile.capture.idioms.bank import Bank
-from moeca_compile.capture.idioms.base import Dispatch, Facts, Idiom, Trusted
-from moeca_compile.capture.idioms.held import BANK
-from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
-from moeca_compile.capture.refusals import Refusal, refuse
+from moeca_compile.capture.idioms.base import Dispatch, Idiom
+from moeca_compile.capture.running import Running, layers_within, modules_among
 from moeca_compile.capture.source import Method, innermost, read_method
-from moeca_compile.capture.trust import vouch
+from moeca_compile.capture.wrapping import ORIGINAL, marked_as_known, with_equivalent, with_single_experts
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
+_asks: dict[int, bool] = {}  # of classes in `_seen`: whether methods may ask the host about tensors
 UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
-_ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wraps
 
 
 def install() -> None:
     """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
-    on_every_compile_start(wrap_new_classes)
+    on_every_compile_start(wrap)
+    read_constants()
 
 
 def uninstall() -> None:
     """Give every class its own methods back."""
-    not_on_compile_start(wrap_new_classes)
+    not_on_compile_start(wrap)
     with _lock:
         for owner in [found for known in _seen.values() if (found := known()) is not None]:
             for name, function in _methods(owner):
-                if hasattr(function, _ORIGINAL):
-                    setattr(owner, name, getattr(function, _ORIGINAL))
+                if hasattr(function, ORIGINAL):
+                    setattr(owner, name, getattr(function, ORIGINAL))
         _seen.clear()
 
 
-def wrap_new_classes(*_: Any) -> None:
-    """Wrap the MoE dispatch of the classes that have come since the last time."""
+def wrap(*_: Any) -> None:
+    """Wrap the MoE dispatch of the classes that have come since the last time, and what may be layers of the model
+    whose compilation begins."""
     with _lock:
         try:
             for owner in _subclasses(nn.Module):
-                if id(owner) not in _seen:
-                    _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
+                if _note(owner):
                     _wrap_methods(owner)
+            _let_layers_run()
         except Exception as error:  # this is called in each compilation of the process, for whatever backend
             _log.debug("looking through the classes failed", exc_info=True)
             _warn_once(UNREAD.format(first_line(error)))
@@ -79,9 +78,18 @@ def _warn_once(text: str) -> None:
     warnings.warn(f"moeca: {text}", stacklevel=3)
 
 
+def _note(owner: type) -> bool:
+    """Whether a class is new."""
+    new = id(owner) not in _seen
+    if new:
+        _seen[id(owner)] = ref(owner, functools.partial(_forget, id(owner)))
+    return new
+
+
 def _forget(number: int, _: ref[type]) -> None:
     """A class is gone, and another one may get its number."""
     _seen.pop(number, None)
+    _asks.pop(number, None)
 
 
 def _subclasses(root: type) -> Iterator[type]:
@@ -94,12 +102,12 @@ def _subclasses(root: type) -> Iterator[type]:
             if id(owner) not in met:
                 met.add(id(owner))
                 pending.append(owner)
-                if not _module_of(owner).startswith("torch."):
+                if not _is_torchs(owner):
                     yield owner
 
 
-def _module_of(owner: type) -> str:
-    return str(_namespace(owner).get("__module__", ""))
+def _is_torchs(owner: type) -> bool:
+    return str(_namespace(owner).get("__module__", "")).startswith("torch.")
 
 
 def _namespace(owner: type) -> Mapping[str, Any]:
@@ -117,7 +125,7 @@ def _wrap_methods(owner: type) -> None:
     is, and neither its compilation nor those of others fail for it."""
     for name, function in _methods(owner):
         try:
-            wrapper = _wrapper(function) if not hasattr(function, _ORIGINAL) else None
+            wrapper = _wrapper(function) if not hasattr(function, ORIGINAL) else None
             if wrapper is not None:
                 setattr(owner, name, wrapper)
         except Exception:
@@ -130,18 +138,60 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
     if code is None:
         return None
     idioms = [idiom for idiom in IDIOMS if idiom.plausible(code)]
-    suspicious = suspects.may_be_suspect(code)
-    method = read_method(function) if idioms or suspicious else None
-    if method is None:
-        return None
-    recognized = [each for each in (_recognized(idiom, method) for idiom in idioms) if each is not None]
+    method = read_method(function) if idioms or suspects.may_be_suspect(code) else None
+    recognized: list[Dispatch | Bank] = []
+    lists: tuple[str, ...] = ()
+    if method is not None:
+        recognized = [each for each in (_recognized(idiom, method) for idiom in idioms) if each is not None]
+        lists = suspects.expert_lists(method)
     dispatches = tuple(each for each in recognized if not isinstance(each, Bank))
-    if dispatches:
-        return _with_equivalent(function, method, dispatches)
-    for bank in recognized:
-        return _with_single_experts(function, bank)  # type: ignore[arg-type]
-    lists = suspects.expert_lists(method)
-    return _with_warning(function, method, lists) if lists else None
+    banks = [each for each in recognized if isinstance(each, Bank)]
+    if banks and not dispatches:
+        return with_single_experts(function, banks[0])
+    if dispatches or lists:
+        running = Running(function) if function.__name__ == "forward" else None
+        return with_equivalent(function, dispatches, lists, running)
+    return None
+
+
+def _let_layers_run() -> None:
+    """Let the layers of the model that is about to be compiled be run, where their code may ask the host.
+
+    A forward that is running, or being compiled, stays as it is: its next call would be that of other code, which
+    Dynamo would compile once more, for a model with caches of its own.
+    """
+    try:
+        started = compilation_at_start()
+        roots = list(modules_among(started.values)) if started is not None else []
+        layers = [each for root in roots for each in layers_within(root, _may_ask, marked_as_known)]
+    except Exception:
+        _log.debug("looking for layers of the model failed, so none is run", exc_info=True)
+        return
+    for layer in layers:
+        try:
+            _let_run(type(layer), started.codes if started is not None else ())
+        except Exception:
+            _log.debug("the forward of a class stays as it is", exc_info=True)
+
+
+def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:
+    owner = next(each for each in kind.__mro__ if "forward" in _namespace(each))
+    forward = _namespace(owner)["forward"]
+    if _is_torchs(owner) or not isinstance(forward, FunctionType) or hasattr(forward, ORIGINAL):
+        return
+    code = getattr(innermost(forward), "__code__", None)
+    if not any(code is each for each in codes):
+        setattr(owner, "forward", with_equivalent(forward, (), (), Running(forward)))  # noqa: B010  (mypy: no forward)
+        _note(owner)  # which may be no module
+
+
+def _may_ask(kind: type) -> bool:
+    """Whether the methods of a class, inherited ones too, may ask the host about tensors."""
+    if id(kind) not in _asks:
+        functions = [value for owner in kind.__mro__ if not _is_torchs(owner) for _, value in _methods(owner)]
+        _asks[id(kind)] = any(suspects.may_ask_the_host(innermost(each)) for each in functions)
+        _note(kind)
+    return _asks[id(kind)]
 
 
 def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
@@ -151,78 +201,3 @@ def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:
     except Exception:
         _log.debug("%s: reading %s for the idiom %r failed", method.where, method.name, idiom.name, exc_info=True)
         return None
-
-
-def _with_equivalent(
-    original: Callable[..., Any], method: Method, recognized: tuple[Dispatch, ...]
-) -> Callable[..., Any]:
-    """Several idioms may see their dispatch in a method: numbers tell which of them is right."""
-
-    @torch.compiler.assume_constant_result
-    def vouched(identity: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
-        module, reasons = traced_self(identity), []
-        for number, dispatch in enumerate(recognized):
-            try:
-                of_call = facts[number]
-                if isinstance(of_call, str):
-                    raise UntrustedError(of_call)
-                return number, vouch(dispatch, original, module, of_call)
-            except NoExpertsError:
-                continue
-            except UntrustedError as reason:
-                reasons.append(str(reason))
-            except Exception as error:
-                _log.debug("%s: checking %s failed", method.where, method.name, exc_info=True)
-                reasons.append(f"checking it failed ({first_line(error)})")
-        if reasons:
-            advice = "Write it so that this no longer holds, or add an idiom (docs/extending/idiom.md)."
-            refuse(Refusal(method.where, method.name, reasons[0]), advice)
-        return None
-
-    def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            found = vouched(id(self), tuple([each.facts(args, kwargs) for each in recognized]))
-            if found is not None:
-                number, trusted = found
-                return recognized[number].equivalent(trusted, self, args, kwargs)
-        return original(self, *args, **kwargs)
-
-    return _dressed_as(original, dispatch)
-
-
-def _with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[..., Any]:
-    """A bank that runs one expert on all rows for a caller that asks for it, in the caller's trace or check."""
-
-    def run_experts(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        asked = bank.asked(args, kwargs)
-        return original(self, *args, **kwargs) if asked is None else bank.expert(asked, self, args, kwargs)
-
-    wrapper = _dressed_as(original, run_experts)
-    setattr(wrapper, BANK, bank)
-    return wrapper
-
-
-def _with_warning(original: Callable[..., Any], method: Method, lists: tuple[str, ...]) -> Callable[..., Any]:
-    @torch.compiler.assume_constant_result
-    def warned(identity: int) -> bool:
-        if suspects.holds_modules(traced_self(identity), lists):
-            refuse(Refusal(method.where, method.name, suspects.REASON), suspects.ADVICE)
-        return True
-
-    def suspect(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and _caching_is_wanted(self) and tracing_for_moeca():
-            warned(id(self))
-        return original(self, *args, **kwargs)
-
-    return _dressed_as(original, suspect)
-
-
-def _caching_is_wanted(module: nn.Module) -> bool:
-    return not torch.is_grad_enabled() and not module.training
-
-
-def _dressed_as(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """functools.wraps, without the marks by which Dynamo would skip the wrapper as it does the original."""
-    functools.update_wrapper(wrapper, original)
-    setattr(wrapper, _ORIGINAL, original)
-    return traced_anew(wrapper)

@@ -18,7 +18,10 @@ class UntrustedError(Exception):
 
 
 class NoExpertsError(Exception):
-    """What looked like experts in the code is none in this module: there is nothing to warn of."""
+    """What looked like experts in the code is none in this module: there is nothing to warn of.
+
+    A message is for where other signs say that there are experts.
+    """
 
 
 def require_row_wise(

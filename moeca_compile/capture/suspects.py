@@ -8,7 +8,8 @@ them on all rows, or always on the same: no suspect.
 from __future__ import annotations
 
 import dis
-from types import CodeType
+from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -22,12 +23,31 @@ _DATA_DEPENDENT = frozenset({"bincount", "nonzero", "one_hot", "unique", "argwhe
 _COMPARISONS = frozenset({"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "eq"})
 _PICKS = ("index_select", "masked_select", "gather", "split", "tensor_split")
 _FOR = dis.opmap["FOR_ITER"]
+_COMPARES = dis.opmap["COMPARE_OP"]
+_ASKS = frozenset({"all", "numpy", "masked_select", "grouped_mm", "_grouped_mm"})
 _HINTS = _DATA_DEPENDENT | {"any", "sum", "item", "tolist", "argsort", "sort"}
 
 
 def may_be_suspect(code: CodeType) -> bool:
     """Cheap: whether it is worth reading the source."""
     return not _HINTS.isdisjoint(code.co_names) and _FOR in code.co_code[::2]
+
+
+def may_ask_the_host(function: Any) -> bool:
+    """Cheap: whether a function's code, or that of functions within it and of its module, may depend on the data."""
+    codes, met = [getattr(function, "__code__", None)], set()
+    names = getattr(function, "__globals__", {})
+    while codes:
+        code = codes.pop()
+        if code is None or code in met:
+            continue
+        met.add(code)
+        if not (_HINTS | _ASKS).isdisjoint(code.co_names) or {_FOR, _COMPARES} <= set(code.co_code[::2]):
+            return True
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        others = (names.get(name) for name in code.co_names)
+        codes += [each.__code__ for each in others if isinstance(each, FunctionType)]
+    return False
 
 
 def expert_lists(method: Method) -> tuple[str, ...]:

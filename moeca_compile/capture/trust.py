@@ -7,7 +7,8 @@ structure of the experts and kind of call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
-from moeca_compile.capture.numerics import UntrustedError, autocast
+from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
 
 Original = Callable[..., Tensor]
 Verdict = Any
-"""What the check found out of a trusted dispatch, or a str: why it is not trusted."""
+"""What the check found out of a trusted dispatch; a str: why it is not trusted; an error: it is none."""
 
 _verdicts: WeakKeyDictionary[type, dict[Any, Verdict]] = WeakKeyDictionary()
 
@@ -34,6 +35,8 @@ def vouch(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fact
     verdict = verdicts[key]
     if isinstance(verdict, str):
         raise UntrustedError(verdict)
+    if isinstance(verdict, NoExpertsError):
+        raise verdict
     return layout.paths, verdict
 
 
@@ -42,14 +45,23 @@ def forget_verdicts() -> None:
     _verdicts.clear()
 
 
+@contextmanager
+def eagerly(module: nn.Module) -> Iterator[None]:
+    """For trying a layer out: no gradients, no compilation of experts inside this one, and the random numbers that
+    the caller will draw stay the same."""
+    devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+        yield
+
+
 def _check(dispatch: Dispatch, original: Original, module: nn.Module, facts: Facts) -> Verdict:
     """Compare original and meaning; any error of the model's own code on the random rows is a verdict too."""
-    devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-    # Experts may be compiled themselves; a compilation inside this one is not wanted.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+    with eagerly(module):
         try:
             return dispatch.compared(original, module, facts)
         except UntrustedError as refusal:
             return str(refusal)
+        except NoExpertsError as error:
+            return error
         except Exception as error:
             return f"trying it on random rows raised {type(error).__name__}: {error}"

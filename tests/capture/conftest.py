@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeca_compile import capture
-from moeca_compile.capture.install import wrap_new_classes
+from moeca_compile.capture.install import wrap
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.capture.trust import forget_verdicts
 
@@ -17,4 +17,4 @@ def fresh_capture() -> None:
     forget_refusals()
     forget_verdicts()
     capture.install()
-    wrap_new_classes()
+    wrap()

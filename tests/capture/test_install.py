@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moeca_compile import capture
-from moeca_compile.capture.install import wrap_new_classes
+from moeca_compile.capture.install import wrap
 from moeca_compile.capture.source import innermost
 from tests.capture.layers import NumpyEnds, RunningStart, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
@@ -87,7 +87,7 @@ def test_a_class_defined_after_a_reset_is_captured():
 def test_installing_again_wraps_nothing_twice():
     wrapped = NumpyEnds.moe_infer
     capture.install()
-    wrap_new_classes()
+    wrap()
     assert NumpyEnds.moe_infer is wrapped
 
 
@@ -134,13 +134,13 @@ def test_a_class_that_cannot_be_read_stays_as_it_is_and_others_are_wrapped():
         pass
 
     unwrapped = vars(Sealed)["moe_infer"]
-    wrap_new_classes()
-    assert vars(Sealed)["moe_infer"] is unwrapped and not hasattr(Unlocal.forward, "__wrapped__")
+    wrap()
+    assert vars(Sealed)["moe_infer"] is unwrapped
 
     class After(NumpyEnds):
         moe_infer = NumpyEnds.moe_infer.__wrapped__
 
-    wrap_new_classes()
+    wrap()
     assert hasattr(After.moe_infer, "__wrapped__")
     assert torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(2)).shape == (2,)
     assert all(issubclass(each, nn.Module) for each in (Riddle, Hidden))
@@ -157,7 +157,7 @@ def test_uninstall_gives_the_methods_back():
         assert markers(stack(NumpyEnds()), tokens()) == 0
     finally:
         capture.install()
-        wrap_new_classes()
+        wrap()
     assert NumpyEnds.moe_infer.__wrapped__ is wrapped.__wrapped__
 
 

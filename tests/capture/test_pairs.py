@@ -213,7 +213,7 @@ class AtLeastThree(Predicted):
         return out.view_as(x)
 
 
-@pytest.mark.parametrize("layer", [ElsewherePut, SquaredGates, OverItsTokens, OnlyHits, AtLeastThree])
+@pytest.mark.parametrize("layer", [ElsewherePut, SquaredGates, OverItsTokens, AtLeastThree])
 def test_what_numbers_do_not_confirm_runs_as_it_is_with_one_warning(layer):
     model, backend = stack(layer(), layer()), RecordingBackend()
     with torch.no_grad(), pytest.warns(capture.CaptureWarning, match=f"{layer.__name__}.forward") as caught:
@@ -221,6 +221,14 @@ def test_what_numbers_do_not_confirm_runs_as_it_is_with_one_warning(layer):
         torch.testing.assert_close(got, model(tokens()))
     assert len([each for each in caught if each.category is capture.CaptureWarning]) == 1
     assert not any(nodes_of(gm, PAIRS) for gm in backend.graphs)
+
+
+def test_a_loop_over_the_experts_that_were_hit_is_run():
+    model = stack(OnlyHits(), OnlyHits())
+    backend = RecordingBackend(run=lambda gm: lambda *args: run_with_markers(gm, args))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(tokens()), model(tokens()))
+    assert len(nodes_of(backend.graphs[0], PAIRS)) == 2 and capture.refusals() == ()
 
 
 def selected_tokens(self, x):

@@ -44,6 +44,7 @@ from tests.references import run_with_markers
 from tests.test_backend import assert_near, told
 
 install = importlib.import_module("moeca_compile.capture.install")
+wrapping = importlib.import_module("moeca_compile.capture.wrapping")
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 STEPS = 4
 
@@ -86,7 +87,7 @@ def fails(*_: Any, **__: Any) -> Any:
 
 FAULTS: dict[str, tuple[Any, str]] = {
     "looking through the classes": (install, "_subclasses"),
-    "checking the dispatch": (install, "vouch"),
+    "checking the dispatch": (wrapping, "vouch"),
     "asking whether to run the original": (fallback, "why_original"),
     "noting graph breaks": (fallback, "note_breaks"),
     "looking at the graph": (fallback, "worth_rewriting"),
@@ -127,7 +128,7 @@ def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch
     expected = generate(model)
     monkeypatch.setattr(*FAULTS[stage], fails)
     # Classes that were looked through before this fault are captured all the same: then all steps must be full.
-    fast = compiled(model, full_every=1 if FAULTS[stage][0] is install else 4)
+    fast = compiled(model, full_every=1 if FAULTS[stage][0] in (install, wrapping) else 4)
     with told() as texts:
         for _ in range(2):
             assert_near(generate(fast), expected)

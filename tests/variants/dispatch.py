@@ -6,6 +6,7 @@ tokens, often x itself; a further row for each token, which some experts take.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -371,6 +372,66 @@ class DensePacked(Packed):
         return self.with_shared((y * gates.unsqueeze(-1)).sum(dim=1).view(x.shape), x)
 
 
+# What no idiom reads: found by running
+
+
+class HostSet(Layer):
+    """A loop over the experts that were hit, as a set on the host."""
+
+    def forward(self, x, seen, extra):
+        rows = x.reshape(-1, x.shape[-1])
+        index, weight = (each.reshape(-1, self.top_k) for each in self.gate(seen))
+        out = rows.new_zeros(rows.shape)
+        for e in sorted(set(index.flatten().tolist())):
+            token, slot = torch.where(index == e)
+            out[token] += self.experts[e](rows[token]) * weight[token, slot].unsqueeze(1)
+        return self.with_shared(out.view(x.shape), x)
+
+
+class PutBack(Layer):
+    """Rows sorted, run and put back by three methods, by gathers."""
+
+    def forward(self, x, seen, extra):
+        index, weight = (each.reshape(-1, self.top_k) for each in self.gate(seen))
+        order = index.flatten().argsort(stable=True)
+        made = self.run(x.reshape(-1, x.shape[-1])[order // self.top_k], index)
+        return self.with_shared(self.joined(made, order, weight).view(x.shape), x)
+
+    def run(self, rows, index):
+        parts = rows.split(torch.bincount(index.flatten(), minlength=self.num_experts).tolist())
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+
+    def joined(self, made, order, weight):
+        return (made[order.argsort()].unflatten(0, weight.shape) * weight.unsqueeze(-1)).sum(1)
+
+
+class Beside(Layer):
+    """A mask loop among statements that do not touch its result; `kept` says which of them there are."""
+
+    def forward(self, x, seen, extra):
+        rows = x.reshape(-1, x.shape[-1])
+        index, weight = (each.reshape(-1, self.top_k) for each in self.gate(seen))
+        kept, out = self.how.hidden // 8 + self.how.routing.experts, torch.zeros_like(rows)
+        if kept % 2:
+            self.last = index.detach()
+        if kept % 3 == 0 and not rows.isfinite().all():
+            logging.getLogger(__name__).warning("not finite")
+        seen_by = []
+        try:
+            for e, expert in enumerate(self.experts):
+                token, slot = torch.where(index == e)
+                seen_by.append(token)
+                out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+        finally:
+            self.calls = getattr(self, "calls", 0) + 1
+        return self.with_shared(out.view(x.shape), x)
+
+
+BY_RUNNING: dict[str, type[Layer]] = {
+    "host_set": HostSet,
+    "put_back": PutBack,
+    "beside": Beside,
+}
 WITH_MODULES: dict[str, type[Layer]] = {
     "sorted_numpy": SortedNumpy,
     "sorted_list": SortedList,
@@ -391,4 +452,4 @@ PACKED: dict[str, type[Layer]] = {
     "gathered_einsum": GatheredEinsum,
     "dense_packed": DensePacked,
 }
-DISPATCHES = WITH_MODULES | WITH_EXTRAS | PACKED
+DISPATCHES = WITH_MODULES | WITH_EXTRAS | PACKED | BY_RUNNING

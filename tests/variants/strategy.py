@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.variants.attention import Attending
 from tests.variants.blocks import Blocking, Modelling
-from tests.variants.dispatch import GROUPED, PACKED, WITH_EXTRAS, WITH_MODULES, Layering
+from tests.variants.dispatch import BY_RUNNING, GROUPED, PACKED, WITH_EXTRAS, WITH_MODULES, Layering
 from tests.variants.experts import BODIES
 from tests.variants.pairs import PAIRED
 from tests.variants.routing import Routing
@@ -30,14 +30,16 @@ def routings(draw: st.DrawFn) -> Routing:
 
 @st.composite
 def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
-    kinds = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED]
+    kinds, routing = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED], draw(routings())
+    if dtype == torch.float32 and routing.top_k < routing.experts:  # with all experts on all tokens nothing is routed
+        kinds += BY_RUNNING
     if dtype not in (torch.float32, torch.bfloat16):  # there is no grouped product for them on a CPU
         kinds = [kind for kind in kinds if kind not in GROUPED]
     dispatch = draw(st.sampled_from(kinds))
     packed = dispatch in PACKED
     return Layering(
         dispatch,
-        draw(routings()),
+        routing,
         "swiglu" if packed else draw(st.sampled_from(list(BODIES))),
         draw(st.sampled_from([8, 16, 24])),
         False if packed else draw(st.booleans()),

@@ -349,7 +349,7 @@ class Membership(MoE):
         out = torch.zeros_like(rows)
         for e, expert in enumerate(self.experts):
             token, slot = torch.isin(index, e).nonzero(as_tuple=True)
-            out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+            out.index_add_(0, token, (expert(rows[token]) * weight[token, slot, None]).tanh())
         return out.view_as(x)
 
 

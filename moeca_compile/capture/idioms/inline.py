@@ -8,6 +8,7 @@ marker ops' meaning, as a plain loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -89,6 +90,17 @@ class Inline:
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the method returns, its dispatch as marker ops."""
         return self.method.function(Markers(*trusted, self.method.may_miss), module, *args, **kwargs)
+
+    def meant(self, trusted: Trusted, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Run the rewritten method once, with its markers' meaning: what else it asks the host is left to Dynamo."""
+        for dtype_of in DTYPES_OF:
+            meaning = self._meaning(dtype_of, trusted[1])
+            with suppress(Exception):  # of a dtype that does not fit
+                self.method.function(meaning, module, *cloned(args), **kwargs)
+                return
+
+    def _meaning(self, dtype_of: str, _: Any) -> Meaning:
+        return Meaning(dtype_of, 1.0, float("inf"))
 
     def _candidates(self, module: nn.Module) -> Iterator[nn.Module]:
         """The module, and copies for where its numbers tell nothing: random ones, with loud experts at last."""

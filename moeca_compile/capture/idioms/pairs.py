@@ -73,6 +73,9 @@ class Pairs(Inline):
         paths, (dtype, reading, coupled) = trusted
         return self.method.function(Markers(paths, dtype, False, reading, coupled), module, *args, **kwargs)
 
+    def _meaning(self, dtype_of: str, verdict: Any) -> Meaning:
+        return Meaning(dtype_of, 1.0, float("inf"), verdict[1])
+
     def _trials(self, facts: Facts, num_experts: int) -> Iterator[Arguments]:
         """Random arguments, then large ones: choices among tokens that are alike are the op's own affair."""
         for number, scale in enumerate((1.0, _LARGE)):

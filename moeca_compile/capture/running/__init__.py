@@ -1,0 +1,32 @@
+"""Capture by running: for MoE layers whose code no idiom can read.
+
+    layers.py   which modules of a model may be such layers
+    trace.py    runs a layer: a graph of what it computed, the values in it, what its Python read and changed
+    watch.py    what a call asks the host for, and at which lines
+    graph.py    what is known of each node of such a graph
+    experts.py  the experts in it: equal subgraphs that read parameters of one expert each
+    find.py     by values: who got which rows, the sum over experts, its weights, the tensor that says the routing
+    build.py    the same computation with a marker op in the place of the experts
+    layer.py    all of this as a `Dispatch`, checked with numbers as the idioms' equivalents are
+
+Any spelling will do, since Python runs: what counts is what was computed,
+
+    out = suffix(prefix, base + sum over experts of weight * expert(rows))
+"""
+
+from moeca_compile.capture.running.layer import Running
+from moeca_compile.capture.running.layers import holds_experts, layers_within, may_run, modules_among
+from moeca_compile.capture.running.trace import isolated
+from moeca_compile.capture.running.watch import Asked, Asking, Watch
+
+__all__ = [
+    "Asked",
+    "Asking",
+    "Running",
+    "Watch",
+    "holds_experts",
+    "isolated",
+    "layers_within",
+    "may_run",
+    "modules_among",
+]

@@ -1,0 +1,384 @@
+"""Running as a `Dispatch`: a layer is run, its graph taken apart and put together, and compared with the layer.
+
+What the host read must have been different among the random calls, one of which has NaN in it, at each line that
+reads: else nobody knows what the layer does when it is. Calls of all layers are compared, by their own numbers;
+those of the first one of a structure by random parameters too.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from moeca_compile._torch_private import has_forward_hooks, has_static_value, outermost_module
+from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
+from moeca_compile.capture.idioms.routed import tensor_at
+from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves, random_argument
+from moeca_compile.capture.numerics import (
+    NoExpertsError,
+    UntrustedError,
+    autocast,
+    require_row_wise,
+    tolerance_for,
+    with_random_parameters,
+)
+from moeca_compile.capture.running.build import Meaning, Replacement, build
+from moeca_compile.capture.running.dense import on_all_rows
+from moeca_compile.capture.running.find import find
+from moeca_compile.capture.running.graph import Graph
+from moeca_compile.capture.running.trace import Call, run, tensors_in, traced, written
+from moeca_compile.capture.running.watch import Asked
+from moeca_compile.capture.structure import named_tensors, structure
+
+_SEEDS = (0, 1, 2, 3)
+_MORE_SEEDS = range(10, 40)  # until each expert has been compared
+_LARGE = 4.0
+_OTHERS = (1.5, -1.5, 8.0)
+_ROWS = 8  # more than the call may have, to tell whether experts look at others
+_NUMBERS = 3  # that arguments are compared with: each makes one more call
+
+
+class _Functions:
+    """The replacements' functions as attributes: Dynamo guards the one that it reads, and not how many there are."""
+
+
+FUNCTIONS = _Functions()
+_built: WeakKeyDictionary[type, dict[Any, tuple[Replacement, str, Drawn] | Exception]] = WeakKeyDictionary()
+
+
+class Running:
+    """The forward of a class as a `Dispatch` (idioms/base.py)."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def facts(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool = True) -> Facts | str:
+        """Traceable: the kind of each argument; all sizes as numbers where `whole`, None for one that varies else."""
+        given: list[tuple[Any, ...]] = []
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if isinstance(value, Tensor):
+                sizes = [len(range(size)) if whole or has_static_value(size) else None for size in value.shape]
+                if 0 in sizes:
+                    return "an argument has no rows"
+                given.append((key, True, tuple(sizes), value.dtype, value.device))
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                given.append((key, False, value))
+            else:
+                return f"one of its arguments is a {type(value).__name__}, neither a tensor nor a number"
+        return tuple(given)
+
+    def layout(self, module: nn.Module) -> Layout:
+        for each in module.modules():
+            if each.training:
+                raise UntrustedError("a part of it is in training mode")
+            if has_forward_hooks(each):
+                raise UntrustedError("a part of it has forward hooks")
+        return Layout((), (id(module), structure(module)))
+
+    def random_call(self, module: nn.Module, facts: Facts) -> Call:
+        return Drawn(_ids(module)).call(facts, 0)
+
+    def asked(self, module: nn.Module, call: Call) -> Asked:
+        """What a call asks the host for."""
+        asked = Asked()
+        with suppress(UntrustedError):  # of side effects, once it ran
+            run(module, self.forward, call, asked)
+        return asked
+
+    def compared(self, original: Callable[..., Any], module: nn.Module, facts: Facts) -> Any:
+        if not any(fact[1] for fact in facts):
+            raise UntrustedError("none of its arguments is a tensor")
+        tolerance = tolerance_for(
+            [*module.parameters(), *(torch.empty(0, dtype=f[3], device=f[4]) for f in facts if f[1])]
+        )
+        built = _built.setdefault(type(module), {})
+        key = (self.forward, structure(module), facts, autocast())
+        if key not in built:
+            try:
+                built[key] = self._build(module, facts, tolerance)
+            except (UntrustedError, NoExpertsError) as reason:
+                built[key] = reason
+        found = built[key]
+        if isinstance(found, Exception):
+            raise found
+        replacement, name, drawn = found
+        for call in drawn.calls(facts):
+            self._compare(replacement, module, call, tolerance)
+        return name, tuple(tuple(each.split(".")) for each in replacement.names)
+
+    def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Traceable: what the layer returns, through a marker op."""
+        _, (name, paths) = trusted
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        return getattr(FUNCTIONS, name)(None, *tensors, *[tensor_at(module, path) for path in paths])
+
+    # building
+
+    def _build(self, module: nn.Module, facts: Facts, tolerance: float) -> tuple[Replacement, str, Drawn]:
+        other = with_random_parameters(module)
+        drawn = Drawn(_ids(module))
+        drawn = Drawn(drawn.ids, tuple(sorted(self.asked(module, drawn.call(facts, 0)).compared)[:_NUMBERS]))
+        replacement = self._found(module, other, facts, drawn, tolerance)
+        asked = Asked()
+        for layer in (module, other):
+            for call in drawn.calls(facts):
+                with _nothing_left(self.forward, type(module)):
+                    _, after = run(layer, self.forward, call, asked)
+                self._require_harmless(layer, after)
+        self._ask_more(module, drawn.call(facts, 0), asked)
+        if asked.other_modes:
+            raise UntrustedError("a part of it runs under another autocast than the rest")
+        line = asked.one_sided()
+        if line is not None:
+            raise UntrustedError(
+                f"what it reads at {line} was the same in all random calls: nothing is known of others"
+            )
+        used = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
+        for seed in _MORE_SEEDS:
+            if bool(torch.stack(used).any(0).all()):
+                break
+            used.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
+        idle = torch.stack(used).any(0).logical_not().nonzero()
+        if len(idle):
+            raise UntrustedError(f"expert {int(idle[0])} got no rows in random calls, so nothing is known of it")
+        name = f"replacement_{len(vars(FUNCTIONS))}"
+        setattr(FUNCTIONS, name, type(replacement.module).forward)
+        return replacement, name, drawn
+
+    def _found(
+        self, module: nn.Module, other: nn.Module, facts: Facts, drawn: Drawn, tolerance: float
+    ) -> Replacement:
+        """From the first random call in which all experts have rows: by the layer's own router, or by another."""
+        error: Exception = NoExpertsError()
+        for seed in _SEEDS:
+            for layer in (module, other):
+                try:
+                    return self._built_from(layer, drawn.call(facts, seed), tolerance)
+                except UntrustedError as reason:
+                    error = reason
+                except NoExpertsError as reason:
+                    error = error if isinstance(error, UntrustedError) else reason
+                except Exception as reason:  # the layer's own: these are no numbers for it
+                    error = NoExpertsError(f"on random rows it raised {type(reason).__name__}: {reason}")
+            if not str(error):
+                break
+        raise error
+
+    def _ask_more(self, module: nn.Module, call: Call, asked: Asked) -> None:
+        """A call with what is no number, where checks go the other way: some of them raise."""
+        for value in call.tensors():
+            if value.dtype.is_floating_point and value.dim() > 0:
+                value[-1:] = float("nan")
+        try:
+            run(module, self.forward, call, asked)
+        except Exception:  # the layer's own
+            return
+
+    def _built_from(self, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
+        trace = traced(layer, self.forward, call)
+        graph = Graph(trace, len(call.tensors()))
+        try:
+            return self._put_together(graph, layer, call, tolerance)
+        except (UntrustedError, NoExpertsError):
+            whole = on_all_rows(graph, trace, tolerance)
+            if whole is None:
+                raise
+        return self._put_together(Graph(whole, len(call.tensors())), layer, call, tolerance)
+
+    def _put_together(self, graph: Graph, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
+        found = find(graph, layer, tolerance)
+        rows = graph.values[found.stream].reshape(-1, graph.values[found.stream].shape[-1])
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.cat([rows, torch.randn(_ROWS, rows.shape[1], generator=generator).to(rows)])
+        own = [
+            graph.values[node] if part is None else graph.values[node][part] for node, part in found.experts.own[0]
+        ]
+        require_row_wise(lambda x: found.experts.body(x, *own), [rows], lambda: iter(own), tolerance)
+        result = graph.output.args[0]
+        coupled = False
+        replacement = build(graph, found, result, coupled)
+        if not found.by_ids and self._coupled(replacement, layer, call, tolerance):
+            replacement = build(graph, found, result, True)
+        return replacement
+
+    def _coupled(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> bool:
+        """Whether the routing of the first half of a batch changes with the second."""
+        seen = []
+        for scale in (None, *_OTHERS):
+            tensors = [_other_half(each, scale) for each in call.tensors()]
+            meaning = Meaning(replacement)
+            meaning.run(*tensors, *_state(layer, replacement))
+            routed, weight = meaning.seen
+            half = len(routed) // 2
+            seen.append((routed[:half], (weight * routed)[:half]))
+        (routed, weight), *others = seen
+        return any(not torch.equal(routed, r) or not equal(weight, w, tolerance) for r, w in others)
+
+    # checking
+
+    def _compare(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> Tensor:
+        """Which experts got rows. Raises UntrustedError where the results differ."""
+        result, after = run(layer, self.forward, call)
+        want = leaves(result)
+        meaning = Meaning(replacement)
+        got = leaves(meaning.run(*call.tensors(), *_state(layer, replacement)))
+        if [kind(each) for each in got] != [kind(each) for each in want]:
+            raise UntrustedError("it returns another shape or type than was found by running it")
+        if not all(finite(each) for each in want):
+            raise UntrustedError("its numbers are not finite, so nothing can be told from them")
+        if not all(equal(a, b, tolerance) for a, b in zip(got, want, strict=True)):
+            raise UntrustedError("with other numbers its result is not what was found by running it")
+        buffers = {name for held, name in written(layer, after)}
+        read = {name for name in replacement.names if name.rpartition(".")[2] in buffers}
+        if read:
+            raise UntrustedError(f"its result depends on {min(read)}, which it changes")
+        return meaning.used
+
+    def _require_harmless(self, before: nn.Module, after: nn.Module) -> None:
+        """Tensors that a call leaves in attributes are not made when it is captured: nothing else may read them."""
+        names = {name for _, name in written(before, after)}
+        if not names:
+            return
+        root = outermost_module()
+        own = _reached(self.forward, type(before))
+        for module in root.modules() if root is not None else [before]:
+            for function in _functions(type(module)):
+                read = names & _attributes_read(function.__code__)
+                if read and function.__code__ not in own:
+                    raise UntrustedError(f"it leaves a tensor in `{min(read)}`, which {function.__qualname__} reads")
+
+
+def _state(layer: nn.Module, replacement: Replacement) -> list[Tensor]:
+    held = dict(named_tensors(layer))
+    return [held[name] for name in replacement.names]
+
+
+# arguments
+
+
+def _ids(layer: nn.Module) -> int:
+    """How many experts there may be, for arguments that may be their ids."""
+    sizes = [len(held) for held in layer.children() if isinstance(held, (nn.ModuleList, nn.ModuleDict))]
+    sizes += [len(each) for each in layer.parameters(recurse=False) if each.dim() == 3]
+    return max(sizes, default=2)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random arguments.
+
+    ids: how many experts there may be, for integers that may be their ids
+    numbers: with which the layer compares integers, such as a label that stands for none
+    """
+
+    ids: int
+    numbers: tuple[int, ...] = ()
+
+    def calls(self, facts: Facts) -> Iterator[Call]:
+        """Random arguments, large ones, and rows that are all the same, so that most experts get none.
+
+        Then all integers are one of the numbers, or none of them is.
+        """
+        yield self.call(facts, 0)
+        yield self.call(facts, 1, scale=_LARGE)
+        yield self.call(facts, 2, same=True)
+        for number in self.numbers:
+            yield Drawn(self.ids, (number, number)).call(facts, 3)
+        if self.numbers:
+            yield Drawn(self.ids).call(facts, 4)
+
+    def call(self, facts: Facts, seed: int, same: bool = False, scale: float = 1.0) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for key, is_tensor, *described in facts:
+            value: Any = described[0]
+            if is_tensor:
+                integers = not described[1].is_floating_point and described[1] != torch.bool
+                value = random_argument(described, self.ids if integers else None, same, generator)
+                value = self.with_numbers(value) if integers and self.numbers else value
+                value = value * scale if value.dtype.is_floating_point else value
+            if isinstance(key, int):
+                args.append(value)
+            else:
+                kwargs[key] = value
+        return Call(args, kwargs)
+
+    def with_numbers(self, value: Tensor) -> Tensor:
+        """The numbers in turn, with others between them unless there is but one number, named twice."""
+        numbers = torch.tensor(self.numbers, dtype=value.dtype, device=value.device)
+        place = torch.arange(value.numel(), device=value.device)
+        every = len(self.numbers) > 1 and len(set(self.numbers)) == 1
+        picked = numbers[place // 2 % len(numbers)]
+        return (picked if every else torch.where(place % 2 == 0, picked, value.flatten())).view(value.shape)
+
+
+def _other_half(value: Tensor, scale: float | None) -> Tensor:
+    if scale is None or value.dim() == 0 or not value.dtype.is_floating_point:
+        return value
+    changed = value.clone()
+    first = len(value) - len(value) // 2
+    changed[first:] = scale * value[first:].flip(-1) + 0.5
+    return changed
+
+
+# code
+
+
+@contextmanager
+def _nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
+    """Raises UntrustedError if tensors are left in a list or dict outside of the layer, which others would miss."""
+    held: dict[str, Any] = {}
+    for function in _functions(owner):
+        if function.__code__ in _reached(forward, owner):
+            held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
+            held |= inspect.getclosurevars(function).nonlocals
+    kept = {name: value for name, value in held.items() if isinstance(value, (list, dict, set))}
+    before = {name: [id(each) for each in tensors_in(value)] for name, value in kept.items()}
+    yield
+    for name, value in kept.items():
+        if before[name] != [id(each) for each in tensors_in(value)]:
+            raise UntrustedError(f"it leaves a tensor in `{name}`, outside of the layer")
+
+
+def _functions(owner: type) -> Iterator[FunctionType]:
+    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
+    for each in owner.__mro__:
+        if not each.__module__.startswith("torch.") and each is not object:
+            for value in vars(each).values():
+                while hasattr(value, "__wrapped__"):
+                    value = value.__wrapped__
+                if isinstance(value, FunctionType):
+                    yield value
+
+
+def _reached(forward: Callable[..., Any], owner: type) -> set[CodeType]:
+    """The code of the forward, and of the methods that it names, and so on."""
+    by_name: dict[str, list[CodeType]] = defaultdict(list)
+    for function in _functions(owner):
+        by_name[function.__name__].append(function.__code__)
+    found: set[CodeType] = set()
+    pending = by_name["forward"]
+    while pending:
+        code = pending.pop()
+        if code not in found:
+            found.add(code)
+            pending = pending + [each for name in code.co_names for each in by_name.get(name, [])]
+            pending += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return found
+
+
+def _attributes_read(code: CodeType) -> set[str]:
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    read = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    return read.union(*map(_attributes_read, inner))

@@ -1,0 +1,120 @@
+"""Which modules of a model may be MoE layers, before anything is run: told by how they are built.
+
+An MoE layer has several modules that are built alike, or packed parameters, and code that may ask the host about
+tensors. Modules that hold such layers themselves are blocks, and no experts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from moeca_compile.capture.structure import structure
+
+_DEPTH = 3  # how far a function that holds the model may be called from the one that is compiled
+
+
+def may_run(layer: nn.Module) -> bool:
+    """Whether a layer may hold experts: several modules that are built alike, or packed parameters."""
+    return bool(_alike(layer)) or any(each.dim() > 1 for each in layer.parameters(recurse=False))
+
+
+def holds_experts(layer: nn.Module) -> bool:
+    """The same of a layer that is no mere product with a matrix, as a router is."""
+    return bool(_alike(layer)) or any(each.dim() > 2 for each in layer.parameters(recurse=False))
+
+
+def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable[[type], bool]) -> list[nn.Module]:
+    """The modules inside a module that may be MoE layers, one of each class.
+
+    Args:
+        asks: whether a class has code that may ask the host about tensors.
+        known: whether a class has a method that an idiom knows.
+    """
+    found: dict[int, nn.Module] = {}
+    holds: dict[int, bool] = {}
+
+    def visit(module: nn.Module) -> bool:
+        """Whether a module is such a layer or holds one."""
+        if id(module) not in holds:
+            holds[id(module)] = False  # a module may hold itself
+            inner = any([visit(child) for child in module.children()])
+            own = module is not root and _is_layer(module)
+            holds[id(module)] = inner or own or known(type(module))
+        return holds[id(module)]
+
+    def _is_layer(module: nn.Module) -> bool:
+        kind = id(type(module))
+        if kind not in found and asks(type(module)) and may_run(module):
+            blocks = any(_has_inside(member, holds) for member in _alike(module))
+            if not blocks:
+                found[kind] = module
+        return kind in found
+
+    visit(root)
+    return list(found.values())
+
+
+def modules_among(values: Iterable[Any]) -> Iterator[nn.Module]:
+    """The modules among the variables of a function, in what they hold, and in the functions that it calls."""
+    pending, met = [(value, 0) for value in values], set()
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, nn.Module):
+            if id(value) not in met:
+                yield value
+        elif id(value) not in met and depth < _DEPTH:
+            pending += [(each, depth + 1) for each in _held(value)]
+        met.add(id(value))
+
+
+def _held(value: Any) -> list[Any]:
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        if str(value.__module__).partition(".")[0] == "torch":
+            return []
+        cells = value.__closure__ or ()
+        return [*_contents(cells), *(value.__globals__.get(name) for name in value.__code__.co_names)]
+    if isinstance(value, (dict, list, tuple)):
+        return [each for each in (value.values() if isinstance(value, dict) else value) if _is_module(each)]
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict) and not isinstance(value, type):
+        return [each for each in attributes.values() if _is_module(each)]
+    return []
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _contents(cells: Iterable[Any]) -> Iterator[Any]:
+    for cell in cells:
+        try:
+            yield cell.cell_contents
+        except ValueError:  # nothing yet
+            continue
+
+
+def _has_inside(member: nn.Module, holds: dict[int, bool]) -> bool:
+    inner = any(holds.get(id(child), False) for child in member.children())
+    return inner or (holds.get(id(member), False) and holds_experts(member))
+
+
+def _alike(layer: nn.Module) -> list[nn.Module]:
+    """The modules directly in a layer, or in its lists, of which there are others that are built the same."""
+    groups: dict[Any, list[nn.Module]] = defaultdict(list)
+    children = list(layer.children())
+    for child in [*children, *(each for held in children for each in _elements(held))]:
+        if any(True for _ in child.parameters()):
+            groups[structure(child)].append(child)
+    return [each for group in groups.values() if len(group) > 1 for each in group]
+
+
+def _elements(held: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(held, (nn.ModuleList, nn.ModuleDict)):
+        yield from held.children()
