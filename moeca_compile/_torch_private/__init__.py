@@ -48,6 +48,13 @@ from moeca_compile._torch_private.modules import (
     restore_compiled_call,
     version_of,
 )
+from moeca_compile._torch_private.on_disk import (
+    cache_folder,
+    compiled_before,
+    inductor_identity,
+    record_artifact,
+    register_artifacts,
+)
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
@@ -67,10 +74,12 @@ from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_
 
 __all__ = [
     "add_backend",
+    "cache_folder",
     "calling_code",
     "calls_ours",
     "compile_cpp",
     "compile_graph",
+    "compiled_before",
     "compiled_call",
     "compiled_module",
     "compiling",
@@ -86,6 +95,7 @@ __all__ = [
     "has_kernel_for",
     "has_static_value",
     "in_decorated_function",
+    "inductor_identity",
     "is_fake",
     "is_module_state",
     "is_size",
@@ -96,6 +106,8 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "own_modules",
+    "record_artifact",
+    "register_artifacts",
     "restore_compiled_call",
     "root_module",
     "schema_of",
