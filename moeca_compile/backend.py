@@ -29,6 +29,7 @@ from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
 from moeca_compile.lower.found_before import (
     check_key,
+    exported,
     keep_traced,
     rewrite_key,
     step_key,
@@ -187,9 +188,9 @@ def compile_graph(
     device, dump = device_of(inputs), open_dump(config.dump)
     with notes.timed("capture"):
         dump.graph("dynamo", captured.gm)
-        exported = export(captured.gm, inputs)
-        dump.graph("exported", exported)
-        module, uploaded = to_one_device(exported, inputs, captured.arguments, device)
+        graph = exported(export, captured.gm, inputs, config, device, notes)
+        dump.graph("exported", graph)
+        module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
         inputs = upload_all(inputs, uploaded, device)
     with notes.timed("match"):
         notes.add_matches(normalize(module.graph, dump.after_pass))

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 # ruff: isort: split
 from moeca_compile.backend import compile_graph  # registers the ops and installs capture
+from moeca_compile.disk import store
 from moeca_compile.lower import program
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime.engine import Stages
@@ -38,6 +39,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def seeded() -> None:
     """Models and inputs are the same in whatever order, and on however many processes, the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an earlier test, or run of the tests, has validated or traced is taken over."""
+    monkeypatch.setattr(store, "folder", lambda: None)
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ A form says all that a graph computes, so equal forms are equal computations: a 
 from __future__ import annotations
 
 import base64
+import builtins
 import dataclasses
+import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -28,7 +31,7 @@ _NAMESPACES = ("aten", "prim", "prims", "mkldnn", "moeca")
 _LARGEST = 1 << 20
 """Bytes of a constant that a form may hold."""
 _NAMED = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
-_OP = type(torch.ops.aten.relu.default)
+_OP, _PACKET = type(torch.ops.aten.relu.default), type(torch.ops.aten.relu)
 
 
 class NoFormError(ValueError):
@@ -50,6 +53,8 @@ def form_of(value: Any, number: Mapping[fx.Node, int] | None = None) -> Form:
             return {name: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
+    if value is Ellipsis:
+        return {"ellipsis": None}
     if isinstance(value, slice):
         return {"slice": [form_of(each, number) for each in (value.start, value.stop, value.step)]}
     raise NoFormError(f"{type(value).__name__} has no form")
@@ -81,6 +86,7 @@ def _named(kind: type) -> Callable[[Any, list[fx.Node]], Any]:
 _VALUES: dict[str, Callable[[Any, list[fx.Node]], Any]] = {
     "node": lambda content, nodes: nodes[content],
     "tuple": lambda content, nodes: tuple(value_of(each, nodes) for each in content),
+    "ellipsis": lambda content, nodes: ...,
     "device": lambda content, nodes: torch.device(content),
     "slice": lambda content, nodes: slice(*(value_of(each, nodes) for each in content)),
 } | {name: _named(kind) for kind, name in _NAMED.items()}
@@ -137,25 +143,41 @@ def _tensor_of(form: Form) -> Tensor:
 
 
 def graph_form(gm: fx.GraphModule) -> Form:
-    """The form of a graph of ops with values on its nodes. Raises NoFormError where it has none."""
+    """The form of a graph of ops with values on its nodes. Raises NoFormError where it has none.
+
+    Values are numbered: most nodes have one of a few shapes.
+    """
     number: dict[fx.Node, int] = {}
-    lines = []
+    lines, values = [], dict[str, tuple[int, Form]]()
     for node in gm.graph.nodes:
-        lines.append(_line(gm, node, number))
+        value = described(node.meta.get("val"))
+        place, _ = values.setdefault(repr(value), (len(values), value))
+        lines.append([*_line(gm, node, number), _path(node), place])
         number[node] = len(number)
-    return lines
+    return [lines, [value for _, value in values.values()]]
 
 
-def _line(gm: fx.GraphModule, node: fx.Node, number: Mapping[fx.Node, int]) -> Form:
-    value = described(node.meta.get("val"))
+def computation(form: Form) -> Form:
+    """What of a graph's form says what it computes: not the names of its nodes."""
+    lines, values = form
+    return [[[op, target if op == "call_function" else "", *more] for op, _, target, *more in lines], values]
+
+
+def _path(node: fx.Node) -> str:
+    """The path of the module that a node was traced from, as `module_path` reads it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(entry[0]) for entry in reversed(list(stack.values()))), "")
+
+
+def _line(gm: fx.GraphModule, node: fx.Node, number: Mapping[fx.Node, int]) -> list[Form]:
     if node.op in ("placeholder", "output"):
-        return [node.op, node.name, str(node.target), form_of(node.args, number), value]
+        return [node.op, node.name, str(node.target), form_of(node.args, number)]
     if node.op == "get_attr" and "." not in str(node.target):
-        return [node.op, node.name, str(node.target), content_of(getattr(gm, str(node.target))), value]
+        return [node.op, node.name, str(node.target), content_of(getattr(gm, str(node.target)))]
     if node.op != "call_function":
         raise NoFormError(f"{node.op} has no form")
     kwargs = {name: form_of(arg, number) for name, arg in node.kwargs.items()}
-    return [node.op, node.name, _target_form(node.target), [form_of(node.args, number), kwargs], value]
+    return [node.op, node.name, _target_form(node.target), [form_of(node.args, number), kwargs]]
 
 
 def _target_form(target: Any) -> str:
@@ -188,7 +210,10 @@ def graph_of(form: Form) -> fx.GraphModule:
 
 def _graph_of(form: Form) -> fx.GraphModule:
     graph, root, nodes = fx.Graph(), torch.nn.Module(), list[fx.Node]()
-    for op, name, target, arguments, _ in form:
+    lines, values = form
+    with fake_mode_of(()):
+        examples = [None if value is None else _example(value) for value in values]
+    for op, name, target, arguments, path, place in lines:
         args, kwargs = (), dict[str, Any]()
         if op == "call_function":
             args = value_of(arguments[0], nodes)
@@ -201,12 +226,56 @@ def _graph_of(form: Form) -> fx.GraphModule:
         else:
             raise NoFormError(f"{op} is no op of a graph")
         nodes.append(graph.create_node(op, target, args, kwargs, name))
-    with fake_mode_of(()):
-        for node, (*_, value) in zip(nodes, form, strict=True):
-            if value is not None:
-                node.meta["val"] = _example(value)
+        if examples[place] is not None:
+            nodes[-1].meta["val"] = examples[place]
+        if path:
+            nodes[-1].meta["nn_module_stack"] = {path: (path, "")}
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+# --- what Dynamo traced --------------------------------------------------------------------------------------------
+
+
+def dynamo_form(gm: fx.GraphModule) -> Form:
+    """The form of Dynamo's graph, for a key: nothing is made from it again. Raises NoFormError where it has none.
+
+    Its functions must be torch's, Python's or ours, which versions and sources say all about.
+    """
+    number: dict[fx.Node, int] = {}
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            target = _function_form(node.target)
+        elif node.op == "get_attr" and "." not in str(node.target):
+            target = content_of(getattr(gm, str(node.target)))
+        elif node.op in ("placeholder", "call_method", "output"):
+            target = str(node.target)
+        else:
+            raise NoFormError(f"{node.op} has no form")
+        kwargs = {name: form_of(arg, number) for name, arg in node.kwargs.items()}
+        lines.append([node.op, target, form_of(node.args, number), kwargs, _path(node)])
+        number[node] = len(number)
+    return lines
+
+
+_HOLDERS = (torch, torch.nn.functional, torch.Tensor, operator, builtins, math)
+
+
+def _function_form(target: Any) -> str:
+    if isinstance(target, _OP):
+        return _target_form(target)
+    if isinstance(target, _PACKET) and str(target).partition(".")[0] in _NAMESPACES:
+        return str(target)
+    name = getattr(target, "__name__", "")
+    module = getattr(target, "__module__", None) or ""
+    holders = [*_HOLDERS]
+    if module.partition(".")[0] in ("torch", "moeca_compile"):
+        holders.append(sys.modules.get(module))
+    for holder in holders:
+        if getattr(holder, name, None) is target:
+            return f"{getattr(holder, '__name__', '')}:{name}"
+    raise NoFormError(f"{target} may change unseen")
 
 
 # --- records -------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import moeca_compile
 from moeca_compile._torch_private import inductor_identity, is_fake, numeric_modes
 from moeca_compile.config import MoecaConfig
-from moeca_compile.disk.form import Form, NoFormError, described, graph_form, record_form
+from moeca_compile.disk.form import Form, NoFormError, computation, described, dynamo_form, graph_form, record_form
 from moeca_compile.passes.match.regions import Regions
 
 _SMALL = 1 << 24
@@ -80,11 +81,21 @@ def _triton_version() -> str | None:
     return version
 
 
+def captured_key(gm: fx.GraphModule, inputs: Sequence[Any], device: torch.device) -> str:
+    """A key of Dynamo's graph and of all that its export depends on. Raises NoFormError."""
+    first: dict[int, int] = {}  # inputs that are given twice, or that share memory, are traced as such
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    memory = [StorageWeakRef(value.untyped_storage()).cdata for value in tensors]
+    same = [[first.setdefault(each, i) for i, each in enumerate(many)] for many in (map(id, tensors), memory)]
+    grad = [value.requires_grad for value in tensors]
+    return digest(environment(device), dynamo_form(gm), inputs_form(inputs), same, grad)
+
+
 def graph_key(module: fx.GraphModule, regions: Regions, config: MoecaConfig, device: torch.device) -> str:
     """A key of all that the steps of a graph are made from, but for how their inputs lie. Raises NoFormError."""
     number = {node: i for i, node in enumerate(module.graph.nodes)}
     options = {name: str(value) for name, value in asdict(config).items() if name not in _ELSEWHERE}
-    known = [graph_form(module), record_form(regions, number), options, str(device)]
+    known = [computation(graph_form(module)), record_form(regions, number), options, str(device)]
     return digest(environment(device), *known)
 
 

@@ -1,4 +1,4 @@
-"""Entries on disk, in `moeca_compile/` of Inductor's cache directory: a file of JSON each, by kind and key.
+"""Entries on disk, in `moeca_compile/` of Inductor's cache directory: two lines of JSON each, by kind and key.
 
 A file that is damaged, or not one of ours, counts as none. Files are complete when they appear: two processes may
 fill one directory at once.
@@ -51,8 +51,8 @@ def read(kind: str, key: str) -> Any:
 def write(kind: str, key: str, value: Any) -> None:
     """Keep a value (plain, not None). What cannot be written is not kept."""
     name = f"{kind}-{key}.json"
-    text = json.dumps(value)
-    content = json.dumps({"format": _FORMAT, "name": name, "sum": _sum(text), "value": text}).encode()
+    body = json.dumps(value, separators=(",", ":")).encode()
+    content = json.dumps(_head(body, name)).encode() + b"\n" + body
     if folder() is not None:
         _put(name, content)
         record_artifact(FOLDER, name, content)
@@ -78,15 +78,15 @@ def _put(name: str, content: bytes) -> None:
 def _value_in(content: bytes, name: str) -> Any:
     """The value in a file's content; None where it is not what `write` wrote under this name."""
     try:
-        entry = json.loads(content)
-        known = entry["format"] == _FORMAT and entry["name"] == name and entry["sum"] == _sum(entry["value"])
-        return json.loads(entry["value"]) if known else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        head, _, body = content.partition(b"\n")
+        return json.loads(body) if json.loads(head) == _head(body, name) else None
+    except (ValueError, RecursionError):
         return None
 
 
-def _sum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _head(body: bytes, name: str) -> dict[str, Any]:
+    """What the first line of a file says of the second."""
+    return {"format": _FORMAT, "name": name, "sum": hashlib.sha256(body).hexdigest()}
 
 
 register_artifacts(FOLDER, _put)

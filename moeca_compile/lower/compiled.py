@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
-from moeca_compile.disk.form import NoFormError
 from moeca_compile.disk.keys import graph_key
 from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
@@ -90,15 +89,9 @@ class CompiledGraph:
     dump: Dump = field(default_factory=Dump)
 
     @cached_property
-    def key(self) -> str | None:
-        """What all its steps are made from, for what is kept on disk; None where nothing is."""
-        # A dump shows how steps come about. Recorded steps are rewritten by what memory their values share.
-        if not self.config.disk_cache or self.config.dump is not None or self.recorded:
-            return None
-        try:
-            return graph_key(self.module, self.regions, self.config, self.device)
-        except NoFormError:
-            return None
+    def key(self) -> str:
+        """What all its steps are made from, for what is kept on disk. Raises NoFormError where it has no key."""
+        return graph_key(self.module, self.regions, self.config, self.device)
 
     @property
     def caching(self) -> bool:
