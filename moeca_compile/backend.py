@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from moeca_compile import capture, fallback
 from moeca_compile._torch_private import (
+    graphs_from_disk,
     is_module_state,
     own_modules,
     root_module,
@@ -242,7 +243,10 @@ def compile_step(
             traced = write_in_place(traced, state)
         # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
         whole = not (kind.attention or kind.experts or kind.capacity)
-        step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
+        before, on_code = graphs_from_disk(), compiled.dump.code_of(kind.name)
+        step = lower_step(traced, compiled.config.lowering, whole, on_code, notes.progress.part)
+        notes.parts += step.distinct
+        notes.from_disk["compiled parts"] += graphs_from_disk() - before
     with notes.timed("validate"):
         check = partial(same_step, compiled, kind, step, inputs, state, weights, notes)
         sound = validated(check_key(compiled, kind, step, inputs), notes, check, passed=True)

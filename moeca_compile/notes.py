@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from moeca_compile.passes.runner import PassResult
+from moeca_compile.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ class Notes:
     warnings: list[str] = field(default_factory=list)
 
     from_disk: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """What earlier processes had found out, by kind: how many validations and traced steps."""
+    """How much of what was found out or compiled was on disk from before, by kind."""
+    parts: int = 0
+    """How many parts of steps were compiled."""
+    progress: Progress = field(default_factory=Progress)
     _outcomes: list[Outcome] = field(default_factory=list)
 
     @contextmanager
@@ -51,6 +55,7 @@ class Notes:
     def timed(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to a stage of the compilation."""
         start = time.perf_counter()
+        self.progress.enter(stage)
         try:
             yield
         finally:

@@ -50,7 +50,7 @@ from moeca_compile._torch_private.modules import (
 )
 from moeca_compile._torch_private.on_disk import (
     cache_folder,
-    compiled_before,
+    graphs_from_disk,
     inductor_identity,
     record_artifact,
     register_artifacts,
@@ -79,7 +79,6 @@ __all__ = [
     "calls_ours",
     "compile_cpp",
     "compile_graph",
-    "compiled_before",
     "compiled_call",
     "compiled_module",
     "compiling",
@@ -90,6 +89,7 @@ __all__ = [
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
+    "graphs_from_disk",
     "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
