@@ -23,6 +23,7 @@ from moeca_compile._torch_private import (
     graphs,
     kernels,
     lookup,
+    on_disk,
     one_at_a_time,
     tracing,
     wrapped_backend,
@@ -289,6 +290,30 @@ def test_the_cpp_compiler_is_an_error_that_says_so_where_it_is_missing(hide):
     hide(graphs._CPP)
     with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):
         private.compile_cpp("")
+
+
+@pytest.mark.parametrize("name", ["_FOLDER", "_SOURCES", "_FUNCTORCH", "_COMPILER", "_COMPILER_VERSION"])
+def test_nothing_is_kept_on_disk_where_it_could_not_be_told_when_it_is_stale(hide, name):
+    assert private.cache_folder() is not None
+    hide(getattr(on_disk, name))
+    assert private.cache_folder() is None
+
+
+def test_without_torchs_artifacts_none_is_recorded_and_without_its_counters_nothing_is_counted(hide):
+    hide(on_disk._MANAGER, on_disk._COUNTERS)
+    private.register_artifacts("for_this_test", lambda name, content: None)
+    private.record_artifact("for_this_test", "name", b"content")
+    assert private.graphs_from_disk() == 0
+
+
+def test_where_there_is_no_cpp_compiler_that_is_what_code_depends_on(monkeypatch):
+    before = private.inductor_identity()
+
+    def none() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(vars(on_disk._COMPILER), "value", none)
+    assert private.inductor_identity() != before is not None
 
 
 def test_inputs_are_told_apart_by_their_names_where_they_have_no_source(graph: Captured):

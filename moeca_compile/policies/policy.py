@@ -13,8 +13,6 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 ALWAYS = frozenset(
     {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
 )
-    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
-)
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS
