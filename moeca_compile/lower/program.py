@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
+from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
@@ -139,6 +140,11 @@ def _examples(state: Caches, inputs: Sequence[Any]) -> list[Tensor]:
         ]
 
 
+def _cache_key_tag() -> str:
+    """The user's tag, with a hash of our ops: Inductor's keys have their names alone, not what they do."""
+    return f"{torch.compiler.config.cache_key_tag} moeca_compile ops {source_digest('ops')}".strip()
+
+
 def _without_unread_caches(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, ...]:
     """Remove the inputs for caches that the graph does not read; returns the names of the others."""
     caches = placeholders(gm.graph)[-1 - len(names) : -1]
@@ -181,8 +187,9 @@ def lower_step(
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     random = any(map(draws_random_numbers, traced.graph.graph.nodes))
     compiled: dict[Subgraph, Compiled] = {}
-    for number, each in enumerate(distinct, start=1):
-        on_part(number, len(distinct))
-        compiled[each] = compile_graph(each.module(), each.examples(), on_code, random)
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
+        for number, each in enumerate(distinct, start=1):
+            on_part(number, len(distinct))
+            compiled[each] = compile_graph(each.module(), each.examples(), on_code, random)
     partitions = tuple((call, compiled[call.subgraph]) for call in calls)
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)
