@@ -318,6 +318,7 @@ def test_strides_are_the_same_whether_sympy_simplifies_an_index_or_not():
                 assert sympy.simplify(strides_of(index, var) - wanted) == 0
 
 
+@pytest.mark.slow
 def test_inductors_code_is_the_same_with_and_without_quick_strides(hide):
     def function(x: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:
         y = nn.functional.layer_norm(x, (64,)) * (1 + s[:, None])
