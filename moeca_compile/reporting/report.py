@@ -193,7 +193,8 @@ def _cache_lines(report: Report) -> list[str]:
     if report.compile_seconds:
         stages = ", ".join(f"{stage} {seconds(time)}" for stage, time in report.compile_seconds.items())
         lines.append(f"compile time: {seconds(sum(report.compile_seconds.values()))} ({stages})")
-    found = [f"{number} {kind}" for kind, number in report.from_disk.items() if number and kind != PARTS]
+    known = [(number, kind) for kind, number in report.from_disk.items() if number and kind != PARTS]
+    found = [plural(number, kind.removesuffix("s")) for number, kind in known]
     if report.compiled_parts:
         found.append(f"{report.from_disk.get(PARTS, 0)} of {report.compiled_parts} {PARTS}")
     if any(report.from_disk.values()):
