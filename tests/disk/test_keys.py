@@ -65,19 +65,22 @@ def other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_machine", lambda device: ["another"])
 
 
-def other_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "enable_unsafe_math_opt_flag", True)
-
-
 def other_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "numeric_modes", lambda: ["float64"])
 
 
-@pytest.mark.parametrize("change", [other_version, other_sources, other_machine, other_inductor, other_default_dtype])
+@pytest.mark.parametrize("change", [other_version, other_sources, other_machine, other_default_dtype])
 def test_another_environment_has_another_key(change: Callable[..., None], monkeypatch):
     before = environment(CPU)
     change(monkeypatch)
     assert environment(CPU) != before
+
+
+def test_another_configuration_of_inductor_has_another_key():
+    before = environment(CPU)
+    with torch._inductor.config.patch({"cpp.enable_unsafe_math_opt_flag": True}):
+        assert environment(CPU) != before
+    assert environment(CPU) == before
 
 
 def test_a_function_of_the_users_in_inductor_has_no_key():

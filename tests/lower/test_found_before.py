@@ -63,6 +63,16 @@ def test_nothing_is_kept_without_the_option_nor_beside_a_dump(small_graph: Captu
     assert not folder.exists()
 
 
+def test_what_fails_in_keeping_stops_no_compilation(small_graph: Captured, folder: Path, monkeypatch):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("nobody expected this")
+
+    for name in ("captured_key", "graph_form", "described"):
+        monkeypatch.setattr(found_before, name, fail)
+    assert len(outputs(small_graph)[0]) == len(TIMES)
+    assert not list(folder.glob("step*")) + list(folder.glob("export*"))
+
+
 def spoiled(value: Any) -> Any:
     """A value of another form under a right checksum, as another version might have written it."""
     return [["nonsense", value], 5, None]
