@@ -138,7 +138,7 @@ def _once(case: Case) -> Seconds:
     model = families.assemble(families.FAMILIES[case.family], case.sizes)
     x, t, y = families.inputs_for(model)
     watch = Stopwatch(rewrites=case.target is not None)
-    options = {"recipe": "moeca", "lowering": "eager"}
+    options = {"recipe": "moeca", "lowering": "eager", "disk_cache": False}
     compiled = torch.compile(model, backend=backend_with(watch.stages), options=options)
     with torch.no_grad():
         for at in (t, t - 100) if case.target else (t,):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from moeca_compile import capture, fallback
 from moeca_compile._torch_private import (
+    graphs_from_disk,
     is_module_state,
     own_modules,
     root_module,
@@ -26,6 +28,15 @@ from moeca_compile._torch_private import (
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
+from moeca_compile.lower.found_before import (
+    check_key,
+    exported,
+    keep_traced,
+    rewrite_key,
+    step_key,
+    traced_before,
+    validated,
+)
 from moeca_compile.lower.in_place import write_in_place
 from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.lower.upload import upload_all
@@ -178,9 +189,9 @@ def compile_graph(
     device, dump = device_of(inputs), open_dump(config.dump)
     with notes.timed("capture"):
         dump.graph("dynamo", captured.gm)
-        exported = export(captured.gm, inputs)
-        dump.graph("exported", exported)
-        module, uploaded = to_one_device(exported, inputs, captured.arguments, device)
+        graph = exported(export, captured.gm, inputs, config, device, notes)
+        dump.graph("exported", graph)
+        module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
         inputs = upload_all(inputs, uploaded, device)
     with notes.timed("match"):
         notes.add_matches(normalize(module.graph, dump.after_pass))
@@ -190,7 +201,9 @@ def compile_graph(
         config = config_that_fits(module.graph, regions, config, device, notes)
         regions = regions_that_pay(module.graph, regions, config)
     with notes.timed("validate"):
-        regions = sound_regions(module.graph, regions, config, inputs, notes)
+        key = rewrite_key(module, regions, config, inputs, captured.arguments, device)
+        check = partial(sound_regions, module.graph, regions, config, inputs, notes)
+        regions = validated(key, notes, check, passed=regions)
     with notes.timed("plan"):
         plan = plan_steps(module.graph, regions, config)
         plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
@@ -218,7 +231,11 @@ def compile_step(
     if not compiled.regions.finite:  # nothing could be compared: a later call compiles
         return function
     with notes.timed("rewrite"):
-        traced = trace_step(function, inputs, state, weights)
+        key = step_key(compiled, kind, inputs, state, weights)
+        traced = traced_before(key, notes)
+        if traced is None:
+            traced = trace_step(function, inputs, state, weights)
+            keep_traced(key, traced)
         names = compiled.input_names(traced.state_names, inputs)
         compiled.dump.graph(f"step {kind.name}", traced.graph, inputs=names)
     with notes.timed("lower"):
@@ -226,7 +243,11 @@ def compile_step(
             traced = write_in_place(traced, state)
         # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
         whole = not (kind.attention or kind.experts or kind.capacity)
-        step = lower_step(traced, compiled.config.lowering, whole, compiled.dump.code_of(kind.name))
+        before, on_code = graphs_from_disk(), compiled.dump.code_of(kind.name)
+        step = lower_step(traced, compiled.config.lowering, whole, on_code, notes.progress.part)
+        notes.parts += step.distinct
+        notes.from_disk["compiled parts"] += graphs_from_disk() - before
     with notes.timed("validate"):
-        sound = same_step(compiled, kind, step, inputs, state, weights, notes)
+        check = partial(same_step, compiled, kind, step, inputs, state, weights, notes)
+        sound = validated(check_key(compiled, kind, step, inputs), notes, check, passed=True)
     return step if sound else function

@@ -11,8 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from moeca_compile.passes.runner import PassResult
+from moeca_compile.progress import Progress
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What a validation noted: its errors by check, and whether it warned of anything, for the first time or not."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    warned: bool = False
 
 
 @dataclass
@@ -25,10 +34,28 @@ class Notes:
     """How many places each normalizing pass rewrote."""
     warnings: list[str] = field(default_factory=list)
 
+    from_disk: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """How much of what was found out or compiled was on disk from before, by kind."""
+    parts: int = 0
+    """How many parts of steps were compiled."""
+    progress: Progress = field(default_factory=Progress)
+    _outcomes: list[Outcome] = field(default_factory=list)
+
+    @contextmanager
+    def watched(self) -> Iterator[Outcome]:
+        """What is noted inside."""
+        outcome = Outcome()
+        self._outcomes.append(outcome)
+        try:
+            yield outcome
+        finally:
+            self._outcomes.remove(outcome)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to a stage of the compilation."""
         start = time.perf_counter()
+        self.progress.enter(stage)
         try:
             yield
         finally:
@@ -42,10 +69,13 @@ class Notes:
             self.matches[result.name] += result.matches
 
     def warn(self, text: str) -> None:
+        for outcome in self._outcomes:
+            outcome.warned = True
         if text not in self.warnings:
             self.warnings.append(text)
             warnings.warn(f"moeca: {text}", stacklevel=3)
 
     def worst(self, check: str, error: float) -> None:
         """Record an error of a check; the largest one counts."""
-        self.errors[check] = max(error, self.errors.get(check, 0.0))
+        for errors in (self.errors, *(outcome.errors for outcome in self._outcomes)):
+            errors[check] = max(error, errors.get(check, 0.0))

@@ -381,6 +381,19 @@ class Options:
         """"inductor" compiles the traced steps. "eager" runs them op by op, for debugging: it is ready in seconds
         rather than minutes, and slow.""",
     )
+    disk_cache: bool = setting(
+        True,
+        flag,
+        COMPILATION,
+        """Keep traced steps and passed validations in Inductor's cache directory, for later processes with the same
+        model, shapes, options, versions and machine. False finds them out anew.""",
+    )
+    progress: bool = setting(
+        True,
+        flag,
+        COMPILATION,
+        """Show on a terminal how far compilation is, where rich is installed; else the log has it, at level INFO.""",
+    )
     dump: str | None = setting(
         None,
         optional(folder),

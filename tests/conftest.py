@@ -18,12 +18,13 @@ if not torch.cuda.is_available():
 
 # ruff: isort: split
 from moeca_compile.backend import compile_graph  # registers the ops and installs capture
+from moeca_compile.disk import store
 from moeca_compile.lower import program
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime.engine import Stages
 from tests import harness
 from tests.harness import Captured, captured
-from tests.models import TinyDiTMoE, make_inputs, make_model
+from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 # The models are tiny: threads would only wait for each other, for long where the machine is busy.
 torch.set_num_threads(1)
@@ -52,6 +53,20 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Function]) -> None:
 def seeded() -> None:
     """Models and inputs are the same in whatever order, and on however many processes, the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an earlier test, or run of the tests, has validated or traced is taken over."""
+    monkeypatch.setattr(store, "folder", lambda: None)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a test keeps what was found out."""
+    found = tmp_path / "kept"
+    monkeypatch.setattr(store, "folder", lambda: found)
+    return found
 
 
 @pytest.fixture
@@ -92,6 +107,14 @@ def export_once() -> Callable[..., Any]:
 def model() -> TinyDiTMoE:
     """A DiT-MoE of 4 blocks, the second and fourth with experts. Treat it as constant."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def small_graph() -> Captured:
+    """A smaller model of two blocks, the second with experts, as the backend gets it."""
+    model = make_model(SMALL)
+    noise, labels = make_inputs(model)
+    return captured(model, noise, torch.ones(len(noise)), labels)
 
 
 @pytest.fixture(scope="session")

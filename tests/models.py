@@ -30,6 +30,10 @@ class Sizes(dit.Sizes):
     expert_width: int = 48
 
 
+SMALL = Sizes(width=16, depth=2, heads=2, experts=3, expert_width=16)
+"""The smallest that has all parts, for tests that compile several times."""
+
+
 class MoE(dit.MoE):
     def __init__(self, sizes: Sizes) -> None:
         router = Router(sizes.width, sizes.experts, sizes.top_k, scale=1.5)

@@ -64,6 +64,8 @@ WRONG = [
     ("cache_dtype", torch.int64, "torch.bfloat16"),
     ("cuda_graphs", "auto", "True | False"),
     ("lowering", "triton", "'eager'"),
+    ("disk_cache", 1, "True | False"),
+    ("progress", "no", "True | False"),
     ("dump", "", "a folder"),
     ("dump", "a\0b", "a folder"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 import moeca_compile
 from moeca_compile import _torch_private as private
@@ -23,7 +26,9 @@ from moeca_compile._torch_private import (
     graphs,
     kernels,
     lookup,
+    on_disk,
     one_at_a_time,
+    strides,
     tracing,
     wrapped_backend,
 )
@@ -285,10 +290,80 @@ def test_sizes_are_constants_in_inductors_code():
     assert not re.search(r"\bks\d|_size\[\d\]", code)
 
 
+def strides_of(index: sympy.Expr, var: sympy.Symbol) -> Any:
+    """The stride that Inductor finds for 16 steps of a variable, not one that it has found before."""
+    sizevars = pkgutil.resolve_name("torch._inductor.sizevars")
+    return getattr(sizevars.stride_at_vec_range, "__wrapped__", sizevars.stride_at_vec_range)(index, var, 16)
+
+
+def test_strides_are_the_same_whether_sympy_simplifies_an_index_or_not():
+    x, y, z = sympy.symbols("x y z", integer=True, nonnegative=True)
+    divided = pkgutil.resolve_name("torch.utils._sympy.functions.FloorDiv")
+    modular = pkgutil.resolve_name("torch.utils._sympy.functions.ModularIndexing")
+    indices = [
+        sympy.Integer(3),
+        x,
+        384 * x + y,
+        64 * x + 64 * y,
+        x + 98304 * z - 384 * (y + 2 * x),
+        5 * y * x + x,
+        2 * (x + y) * (z + 1),
+        divided(x, 32) + y,
+        y * modular(x, 1, 64),
+    ]
+    for index in indices:
+        for var in (x, y, z):
+            wanted = strides_of(index, var)
+            with strides.quick_strides():
+                assert sympy.simplify(strides_of(index, var) - wanted) == 0
+
+
+@pytest.mark.slow
+def test_inductors_code_is_the_same_with_and_without_quick_strides(hide):
+    def function(x: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:
+        y = nn.functional.layer_norm(x, (64,)) * (1 + s[:, None])
+        return [torch.cat([-y[..., 32:], y[..., :32]], -1).view(2, 4, 8, 64).transpose(1, 2).mean(-1), y.softmax(1)]
+
+    x, s, codes = torch.randn(2, 32, 64), torch.randn(2, 64), []
+    traced = private.trace_to_graph(function, x, s)
+    for _ in range(2):
+        with fresh_cache():
+            private.compile_graph(traced, [x, s], lambda path: codes.append(Path(path).read_text()))
+        for name in ("stride_at_vec_range", "simplify_index_in_vec_range"):
+            getattr(pkgutil.resolve_name(f"torch._inductor.sizevars.{name}"), "cache_clear", lambda: None)()
+        hide(strides._SIMPLIFY)
+    one, other = (code.partition("\n")[2] for code in codes)  # the first line counts graphs
+    assert one == other and "cpp_fused" in one
+
+
 def test_the_cpp_compiler_is_an_error_that_says_so_where_it_is_missing(hide):
     hide(graphs._CPP)
     with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):
         private.compile_cpp("")
+
+
+@pytest.mark.parametrize("name", ["_FOLDER", "_SOURCES", "_FUNCTORCH", "_COMPILER", "_COMPILER_VERSION"])
+def test_nothing_is_kept_on_disk_where_it_could_not_be_told_when_it_is_stale(hide, name):
+    assert private.cache_folder() is not None
+    hide(getattr(on_disk, name))
+    assert private.cache_folder() is None
+
+
+def test_without_torchs_artifacts_none_is_recorded_and_without_its_counters_nothing_is_counted(hide):
+    hide(on_disk._MANAGER, on_disk._COUNTERS)
+    private.register_artifacts("for_this_test", lambda name, content: None)
+    private.record_artifact("for_this_test", "name", b"content")
+    assert private.graphs_from_disk() == 0
+
+
+def test_where_there_is_no_cpp_compiler_that_is_what_code_depends_on(monkeypatch):
+    before = private.inductor_identity()
+
+    def none() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(vars(on_disk._COMPILER), "value", none)
+    assert private.inductor_identity() != before is not None
 
 
 def test_inputs_are_told_apart_by_their_names_where_they_have_no_source(graph: Captured):

@@ -50,6 +50,13 @@ from moeca_compile._torch_private.modules import (
     restore_compiled_call,
     version_of,
 )
+from moeca_compile._torch_private.on_disk import (
+    cache_folder,
+    graphs_from_disk,
+    inductor_identity,
+    record_artifact,
+    register_artifacts,
+)
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.running import before_each_op, trace_by_running
@@ -71,6 +78,7 @@ from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_
 __all__ = [
     "add_backend",
     "before_each_op",
+    "cache_folder",
     "calling_code",
     "calls_ours",
     "compilation_at_start",
@@ -86,11 +94,13 @@ __all__ = [
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
+    "graphs_from_disk",
     "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
     "has_static_value",
     "in_decorated_function",
+    "inductor_identity",
     "is_fake",
     "is_module_state",
     "is_size",
@@ -102,6 +112,8 @@ __all__ = [
     "outermost_module",
     "own_modules",
     "read_constants",
+    "record_artifact",
+    "register_artifacts",
     "restore_compiled_call",
     "root_module",
     "schema_of",

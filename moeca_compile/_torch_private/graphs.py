@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private.lookup import Private
+from moeca_compile._torch_private.strides import quick_strides
 
 _NOTHING_CACHED = "nothing is cached: models run as under plain torch.compile"
 
@@ -127,7 +128,7 @@ def compile_graph(
     """
     inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
     random = _CONFIG.value.patch(fallback_random=True) if eager_random and _CONFIG.value else nullcontext()
-    with torch.no_grad(), random, _static_shapes() as mode:
+    with torch.no_grad(), random, quick_strides(), _static_shapes() as mode:
         with mode:
             inputs = [torch.empty_strided(e.size(), e.stride(), dtype=e.dtype, device=e.device) for e in examples]
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):

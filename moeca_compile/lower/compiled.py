@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.disk.keys import graph_key
 from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
@@ -86,6 +87,11 @@ class CompiledGraph:
     config: MoecaConfig
     waits: str | None = None
     dump: Dump = field(default_factory=Dump)
+
+    @cached_property
+    def key(self) -> str:
+        """What all its steps are made from, for what is kept on disk. Raises NoFormError where it has no key."""
+        return graph_key(self.module, self.regions, self.config, self.device)
 
     @property
     def caching(self) -> bool:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
+from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_selections import fuse_selections
-from moeca_compile.lower.partition import Call, partition_graph, whole_graph
+from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
 from moeca_compile.passes.analysis.graph import draws_random_numbers, placeholders
@@ -100,6 +101,11 @@ class CompiledStep:
     partitions: tuple[tuple[Call, Compiled], ...] = ()
     """The calls that `code` makes, with the compiled code of each."""
 
+    @property
+    def distinct(self) -> int:
+        """How many parts Inductor compiled."""
+        return len({id(code) for _, code in self.partitions})
+
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         return self.traced.result(self.code(*self.traced.inputs(inputs, state, weights)))
 
@@ -134,6 +140,11 @@ def _examples(state: Caches, inputs: Sequence[Any]) -> list[Tensor]:
         ]
 
 
+def _cache_key_tag() -> str:
+    """The user's tag, with a hash of our ops: Inductor's keys have their names alone, not what they do."""
+    return f"{torch.compiler.config.cache_key_tag} moeca_compile ops {source_digest('ops')}".strip()
+
+
 def _without_unread_caches(gm: fx.GraphModule, names: Sequence[str]) -> tuple[str, ...]:
     """Remove the inputs for caches that the graph does not read; returns the names of the others."""
     caches = placeholders(gm.graph)[-1 - len(names) : -1]
@@ -153,7 +164,11 @@ def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> 
 
 
 def lower_step(
-    traced: TracedStep, lowering: str, whole: bool, on_code: Callable[[str], None] | None = None
+    traced: TracedStep,
+    lowering: str,
+    whole: bool,
+    on_code: Callable[[str], None] | None = None,
+    on_part: Callable[[int, int], None] = lambda number, count: None,
 ) -> CompiledStep:
     """Compile the traced graph.
 
@@ -161,6 +176,7 @@ def lower_step(
         lowering: "inductor", or "eager" to run the graph op by op.
         whole: compile it as one graph; else partition it and compile equal partitions once.
         on_code: called with the path of each file of code that Inductor wrote.
+        on_part: called before each distinct part is compiled, with its number from 1 and how many there are.
     """
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
@@ -170,6 +186,10 @@ def lower_step(
     distinct = dict.fromkeys(call.subgraph for call in calls)
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     random = any(map(draws_random_numbers, traced.graph.graph.nodes))
-    compiled = {each: compile_graph(each.module(), each.examples(), on_code, random) for each in distinct}
+    compiled: dict[Subgraph, Compiled] = {}
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
+        for number, each in enumerate(distinct, start=1):
+            on_part(number, len(distinct))
+            compiled[each] = compile_graph(each.module(), each.examples(), on_code, random)
     partitions = tuple((call, compiled[call.subgraph]) for call in calls)
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)

@@ -10,7 +10,9 @@ from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 
-ALWAYS = frozenset({"validate", "tolerance", "cuda_graphs", "lowering", "dump", "max_shapes"})
+ALWAYS = frozenset(
+    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
+)
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS

@@ -46,6 +46,8 @@ def report(model: Any) -> Report:
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
         **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
         compile_seconds=dict(notes.seconds),
+        from_disk=dict(notes.from_disk),
+        compiled_parts=notes.parts,
         pass_matches=dict(notes.matches),
         steps=_steps(counted),
         match_ratio=_ratio(counts["matched"], counts["branches"]),

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeca_compile.text import binary_bytes, count, flop_count, percent, plural, seconds
 
+PARTS = "compiled parts"
 KINDS = ("router", "experts", "attention", "feedforward")
 
 
@@ -79,6 +80,8 @@ class Report:
         peak_bytes: the most bytes that tensors took at a time, beside the model's weights; None where nobody counts.
         peak_measured: how that was measured, or why it was not.
         compile_seconds: seconds of each stage of compilation, in order.
+        from_disk: how much of what was compiled or found out was on disk from an earlier process, by kind.
+        compiled_parts: how many parts of steps were compiled, those on disk among them.
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
         corrections: number of full steps that made up for the cache steps before them (option `corrector`).
@@ -101,6 +104,8 @@ class Report:
     peak_bytes: int | None = None
     peak_measured: str = ""
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
+    from_disk: Mapping[str, int] = field(default_factory=dict)
+    compiled_parts: int = 0
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     corrections: int = 0
@@ -188,6 +193,12 @@ def _cache_lines(report: Report) -> list[str]:
     if report.compile_seconds:
         stages = ", ".join(f"{stage} {seconds(time)}" for stage, time in report.compile_seconds.items())
         lines.append(f"compile time: {seconds(sum(report.compile_seconds.values()))} ({stages})")
+    known = [(number, kind) for kind, number in report.from_disk.items() if number and kind != PARTS]
+    found = [plural(number, kind.removesuffix("s")) for number, kind in known]
+    if report.compiled_parts:
+        found.append(f"{report.from_disk.get(PARTS, 0)} of {report.compiled_parts} {PARTS}")
+    if any(report.from_disk.values()):
+        lines.append(f"from disk: {', '.join(found)}")
     return lines
 
 

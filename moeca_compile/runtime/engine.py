@@ -143,7 +143,8 @@ class Engine:
         if key in self.evicted:
             self.notes.warn(MANY_SHAPES.format(self.config.max_shapes))
         given = in_one_layout(inputs, [i for i in self.of_model if isinstance(inputs[i], Tensor)])
-        compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
+        with self.notes.progress.of("model"):
+            compiled = self.stages.compile_graph(self.captured, given, self.config, self.notes)
         loop = StepLoop(compiled, self.stages.compile_step, self.notes, self.bounds)
         if key in self.dropped:
             loop.tallies = self.dropped.pop(key).tallies

@@ -139,7 +139,8 @@ class StepLoop:
         if step is None:
             with compiling():
                 if kind not in self.steps:  # another thread may have compiled it meanwhile
-                    self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
+                    with self.notes.progress.of(f"{kind.name} step"):
+                        self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
                 step = self.steps[kind]
         return step
 

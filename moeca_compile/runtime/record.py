@@ -37,6 +37,9 @@ class Record:
     stale_calls: int = 0
     """Calls of parts of a model that breaks no graph, since it was last captured whole."""
 
+    def __post_init__(self) -> None:
+        self.notes.progress.quiet = not self.config.progress
+
     @cached_property
     def bounds(self) -> Bounds:
         """Of the caches of all its graphs that are the whole model, with their requests."""

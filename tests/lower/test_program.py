@@ -10,6 +10,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
+from moeca_compile.lower import program
+from moeca_compile.lower.program import lower_step, trace_step
+from moeca_compile.passes.rewrite.caches import Caches
+from moeca_compile.passes.rewrite.step_function import StepResult
 
 
 def function(x: torch.Tensor) -> list[torch.Tensor]:
@@ -48,3 +52,24 @@ def test_a_graph_compiled_before_comes_from_inductors_cache():
         counters.clear()
         compile_graph(trace_to_graph(function, x), [x])
         assert counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
+def test_the_sources_of_our_ops_are_part_of_inductors_keys(monkeypatch):
+    """Its keys have the names of ops alone, and code that was compiled for an op as it was must not be used."""
+    tags = []
+
+    def compiled(gm, *_):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm
+
+    def step(inputs, *_):
+        return StepResult((inputs[0].sin(),), {}, None)
+
+    monkeypatch.setattr(program, "compile_graph", compiled)
+    x = torch.ones(2)
+    with torch.compiler.config.patch(cache_key_tag="user's"):
+        for digest in ("one", "one", "other"):
+            monkeypatch.setattr(program, "source_digest", lambda folder, digest=digest: f"{folder} {digest}")
+            lower_step(trace_step(step, [x], Caches((), x.device), x), "inductor", whole=True)
+        assert torch.compiler.config.cache_key_tag == "user's"
+    assert tags[0] == tags[1] != tags[2] and all("user's" in tag for tag in tags)

@@ -1,0 +1,174 @@
+"""How long a model takes until it is compiled: plain torch.compile and moeca, cold, warm, and at another batch size.
+
+python -m bench.compile_time                                # DSMoE-S-E16, three times; see --help for other models
+python -m bench.compile_time --plot                         # docs/images/compile-time.png from the rows at hand
+
+Each start is a process of its own, which imports torch and builds the model before the clock starts. A cold one has
+an empty cache directory, the warm one after it has what the cold one left. The ways take turns, so that a busy
+machine affects all alike; `cpu` counts the processor's seconds of the process and of the compilers that it started.
+
+full     until the first step is done, which is a full one
+cache    from there until the first cache step is done
+another  the first full step at another batch size
+ours     the part of our own code in `full` and `cache`: matching, validation, planning, rewriting, without lowering
+
+Rows are appended to bench/results/compile_time.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+
+from bench.speed import append
+from examples import families
+from examples.digits.arguments import whole_number
+from examples.digits.compare import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "compile_time.csv"
+PICTURE = ROOT / "docs" / "images" / "compile-time.png"
+WAYS: Mapping[str, Mapping[str, Any] | None] = {
+    "torch.compile": None,
+    "none": {"recipe": "none"},
+    "stack-forecast": {"recipe": "stack-forecast"},
+    "moeca 0.0625": {"recipe": "moeca", "budget": 1 / 16},
+}
+OURS = ("match", "validate", "plan", "rewrite")
+_UNTIL_CACHED = 3
+"""The direction of time is known at the second step, so the third is the first cache step."""
+
+
+def _clock() -> tuple[float, float]:
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def start(name: str, way: str, batch: int) -> dict[str, float]:
+    """In a process of its own: seconds until each kind of step has run once, less those of a step that is ready."""
+    import moeca_compile
+
+    options = WAYS[way]
+    model = families.reduced("DSMoE") if name == "tiny" else families.build(name)
+    compiled = torch.compile(model) if options is None else torch.compile(model, backend="moeca", options=options)
+    found: dict[str, float] = {}
+
+    def timed(step: str, count: int, samples: int, since: int) -> None:
+        x, t, y = families.inputs_for(model, batch=samples)
+        before = _clock()
+        for number in range(since, since + count):
+            compiled(x, t - number, y)
+        wall, cpu = (after - first for after, first in zip(_clock(), before, strict=True))
+        found[step], found[f"{step}_cpu"] = wall, cpu
+
+    with torch.no_grad():
+        timed("full", 1, batch, 0)
+        timed("cache", _UNTIL_CACHED - 1, batch, 1)
+        if options is not None:
+            stages = moeca_compile.report(compiled).compile_seconds
+            found["ours"] = sum(stages.get(stage, 0.0) for stage in OURS)
+        timed("another", 1, batch + 1, _UNTIL_CACHED)
+    return found
+
+
+def in_a_process(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
+    """The same, with this folder for all caches."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "bench.compile_time", "--start", way, "--model", name, "--batch", str(batch)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(name: str, ways: Sequence[str], args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Rows with the medians over all repeats."""
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in range(args.repeats):
+        for way in ways:
+            with tempfile.TemporaryDirectory() as folder:
+                for state in ("cold", "warm"):
+                    found = in_a_process(name, way, args.batch, args.threads, Path(folder))
+                    runs.setdefault((way, state), []).append(found)
+                    shown = ", ".join(f"{step} {value:.1f}" for step, value in found.items())
+                    console.print(f"  {way}, {state}: {shown}")
+    where = environment(torch.device("cpu"), torch.float32) | {"threads": args.threads}
+    steps = ("full", "full_cpu", "cache", "cache_cpu", "another", "another_cpu", "ours")
+    return [
+        {"model": name, "batch": args.batch, "way": way, "state": state}
+        | {step: round(median(run.get(step, 0.0) for run in found), 2) for step in steps}
+        | {"repeats": len(found), **where}
+        for (way, state), found in runs.items()
+    ]
+
+
+def plot(path: Path, picture: Path) -> None:
+    """Bars of the latest rows: processor seconds over those of plain torch.compile's cold start."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with path.open(newline="") as file:
+        rows = {(row["model"], row["way"], row["state"]): row for row in csv.DictReader(file)}
+    models = list(dict.fromkeys(model for model, _, _ in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.2), squeeze=False, layout="constrained")
+    for model, axis in zip(models, axes[0], strict=True):
+        base = sum(float(rows[model, "torch.compile", "cold"][step]) for step in ("full_cpu", "cache_cpu"))
+        names = [(way, state) for known, way, state in rows if known == model]
+        left = [0.0] * len(names)
+        for step, label in (("full_cpu", "first step"), ("cache_cpu", "first cache step")):
+            values = [float(rows[(model, *name)][step]) / base for name in names]
+            axis.barh([" ".join(reversed(name)) for name in names], values, left=left, label=label)
+            left = [one + other for one, other in zip(left, values, strict=True)]
+        axis.invert_yaxis()
+        axis.set_title(model)
+        axis.set_xlabel("processor seconds over plain torch.compile, cold")
+        axis.legend()
+    figure.savefig(picture, dpi=110)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", action="append", choices=[*families.PUBLISHED, "tiny"], help="(DSMoE-S-E16)")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="several times (all)")
+    parser.add_argument("--batch", type=whole_number(1), default=4, help="samples (4)")
+    parser.add_argument("--repeats", type=whole_number(1), default=3, help="starts of each kind (3)")
+    parser.add_argument("--threads", type=whole_number(1), default=2, help="threads of torch (2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
+    parser.add_argument("--plot", action="store_true", help="measure nothing, and draw the latest rows")
+    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PNG", help=f"({PICTURE})")
+    parser.add_argument("--start", choices=list(WAYS), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, console = parse_arguments(argv), Console(highlight=False)
+    models = args.model or ["DSMoE-S-E16"]
+    if args.start:
+        print(json.dumps(start(models[0], args.start, args.batch)))
+    elif args.plot:
+        plot(args.out, args.picture)
+    else:
+        for name in models:
+            console.print(f"{name}, batch {args.batch}")
+            append(measure(name, args.way or list(WAYS), args, console), args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
