@@ -56,7 +56,7 @@ def read_constants() -> None:
 
 def _with_numbers(argument: Any) -> Any:
     """An argument, with numbers in the place of integer tensors that hold one constant."""
-    items = vars(argument).get("items")
+    items = getattr(argument, "__dict__", {}).get("items")
     if isinstance(items, list):
         changed = [_with_numbers(each) for each in items]
         same = all(a is b for a, b in zip(changed, items, strict=True))

@@ -37,6 +37,7 @@ def assert_captured(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **
     torch.testing.assert_close(got, want, **tolerance)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("layer", [*MASK_LOOPS, *SORTED, *PACKED, *DENSE])
 def test_one_graph_with_the_numbers_of_eager(layer):

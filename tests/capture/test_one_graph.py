@@ -44,6 +44,7 @@ def plain_loop(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + torch.stack(branches).reshape(x.shape)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("spelling", "expert", "top_k"),

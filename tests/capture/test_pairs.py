@@ -44,6 +44,7 @@ def captured_pairs(model: nn.Module, *inputs: torch.Tensor, layers: int = 1, **t
     return markers
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("layer", PER_SAMPLE)
 def test_choice_within_a_sample(layer):
@@ -82,6 +83,7 @@ def test_a_top_k_of_fixed_size_in_the_loop():
     assert marker.args[6:] == (5 * 8, True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [GatherStack, PackedEinsum, DiffMoE, Threshold])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions(layer, dtype):
@@ -259,6 +261,7 @@ def test_near_misses_are_not_recognized(near_miss, idiom):
     assert idiom.recognize(read_method(near_miss)) is None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [GatherStack, PackedBmm, DiffMoE, Threshold])
 def test_the_passes_match_what_is_captured(layer):
     model = make_model(Sizes(width=WIDTH, heads=1, depth=2))

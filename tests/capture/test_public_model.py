@@ -29,6 +29,7 @@ def test_hidreams_feed_forward_is_one_graph():
 nucleus = pytest.importorskip("diffusers.models.transformers.transformer_nucleusmoe_image")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_grouped_mm", [False, True])
 @pytest.mark.parametrize("use_sigmoid", [False, True])
 def test_nucleus_layer_of_expert_choice_is_one_graph(use_grouped_mm, use_sigmoid):

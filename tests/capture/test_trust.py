@@ -160,6 +160,7 @@ FOUND_BY_RUNNING = [
 """No idiom's equivalent is right for them; running them shows what is."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("make", "reason"), REFUSED)
 def test_what_is_not_trusted_runs_as_it_is_with_one_warning(make, reason):
     layer = make()
