@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from moeca_compile._torch_private import has_static_value
 from moeca_compile.capture.source import Method
 from moeca_compile.capture.structure import Path
 
@@ -24,6 +25,25 @@ the dtype of the result and more (pairs.py)."""
 
 Facts = tuple[Any, ...]
 """Constants about the arguments of one call, known while tracing: sizes, dtypes, layouts, device."""
+
+
+def facts_of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool = False) -> Facts | str:
+    """Traceable: the kind of each argument, or why such a call is not supported.
+
+    Of a tensor its sizes, where one that varies is None, or the size of this call where they are wanted `whole`.
+    """
+    given: list[tuple[Any, ...]] = []
+    for key, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor):
+            sizes = [len(range(size)) if whole or has_static_value(size) else None for size in value.shape]
+            if 0 in sizes:
+                return "an argument has no rows"
+            given.append((key, True, tuple(sizes), value.dtype, value.device))
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            given.append((key, False, value))
+        else:
+            return f"one of its arguments is a {type(value).__name__}, neither a tensor nor a number"
+    return tuple(given)
 
 
 @dataclass(frozen=True)

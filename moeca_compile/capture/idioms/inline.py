@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeca_compile._torch_private import has_static_value
 from moeca_compile.capture.dataflow import Flow
-from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
+from moeca_compile.capture.idioms.base import Facts, Layout, Trusted, facts_of_arguments
 from moeca_compile.capture.idioms.held import counted, item_paths, representative, shared_paths, structure_of
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
@@ -53,18 +52,7 @@ class Inline:
 
     def facts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts | str:
         """Traceable: what kind of argument each is, or why a call is not supported."""
-        given: list[tuple[Any, ...]] = []
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            if isinstance(value, Tensor):
-                sizes = [len(range(size)) if has_static_value(size) else None for size in value.shape]
-                if 0 in sizes:
-                    return "an argument has no rows"
-                given.append((key, True, tuple(sizes), value.dtype, value.device))
-            elif value is None or isinstance(value, (bool, int, float, str)):
-                given.append((key, False, value))
-            else:
-                return f"one of its arguments is a {type(value).__name__}, neither a tensor nor a number"
-        return tuple(given)
+        return facts_of_arguments(args, kwargs)
 
     def layout(self, module: nn.Module) -> Layout:
         items, shared = self._held(module)

@@ -20,8 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moeca_compile._torch_private import has_forward_hooks, has_static_value, outermost_module
-from moeca_compile.capture.idioms.base import Facts, Layout, Trusted
+from moeca_compile._torch_private import has_forward_hooks, outermost_module
+from moeca_compile.capture.idioms.base import Facts, Layout, Trusted, facts_of_arguments
 from moeca_compile.capture.idioms.routed import tensor_at
 from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves, random_argument
 from moeca_compile.capture.numerics import (
@@ -64,18 +64,7 @@ class Running:
 
     def facts(self, args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool = True) -> Facts | str:
         """Traceable: the kind of each argument; all sizes as numbers where `whole`, None for one that varies else."""
-        given: list[tuple[Any, ...]] = []
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            if isinstance(value, Tensor):
-                sizes = [len(range(size)) if whole or has_static_value(size) else None for size in value.shape]
-                if 0 in sizes:
-                    return "an argument has no rows"
-                given.append((key, True, tuple(sizes), value.dtype, value.device))
-            elif value is None or isinstance(value, (bool, int, float, str)):
-                given.append((key, False, value))
-            else:
-                return f"one of its arguments is a {type(value).__name__}, neither a tensor nor a number"
-        return tuple(given)
+        return facts_of_arguments(args, kwargs, whole)
 
     def layout(self, module: nn.Module) -> Layout:
         for each in module.modules():
