@@ -27,9 +27,11 @@ from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.timestep import find_times_of_tokens
 from moeca_compile.passes.rewrite.without_markers import markers
 from moeca_compile.plan import Plan
+from moeca_compile.runtime import scope
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.original import Original
 from moeca_compile.runtime.record import Record
+from moeca_compile.runtime.timesteps import NO_TIMESTEP
 
 _log = logging.getLogger(__name__)
 
@@ -58,14 +60,11 @@ NOTHING_FOUND = (
     "faster. moeca_compile.report(model) says what was found"
 )
 WITHOUT_EXPERTS = ". For a model without experts, choose the recipe fora, stack or block"
-NO_TIMESTEP = (
-    "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
-    "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
-)
 TIMES_OF_TOKENS = (
     "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
     "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. "
-    "If all its tokens have the same time, pass the timestep with the shape (batch,)"
+    "If all its tokens have the same time, pass the timestep with the shape (batch,), or mark each call with "
+    "moeca_compile.step(time)"
 )
 MODE = (
     "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
@@ -116,7 +115,7 @@ def compile_original(
 def uncached_without_timestep(
     plan: Plan, captured: CapturedGraph, graph: fx.Graph, config: MoecaConfig, notes: Notes
 ) -> Plan:
-    """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
+    """The plan, without its caches where nothing says the time. Warns where the model then runs uncached."""
     if not config.policy.caches:
         return plan
     if not plan.replacements:
@@ -127,11 +126,14 @@ def uncached_without_timestep(
         return plan
     if plan.regions.timesteps:
         return plan
-    if not captured.partial:  # the warning about the graph break explains it already
+    if captured.partial:  # the warning about the graph break explains it already
+        return replace(plan, replacements=(), capacities=(0,))
+    if scope.current_time() is None:
         times = find_times_of_tokens(captured.argument_nodes(graph))
         shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
         notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
-    return replace(plan, replacements=(), capacities=(0,))
+        return replace(plan, replacements=(), capacities=(0,), untimed=True)
+    return plan
 
 
 def note_breaks(record: Record) -> None:
