@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.scope import current_time, generation, step, stream
 from moeca_compile.runtime.timesteps import TimestepInput, TimestepReader
 from tests.harness import captured
@@ -139,10 +140,20 @@ class Ready(Logarithm):
         self.time = nn.Identity()
 
 
-def steps_of(engine) -> dict[str, int]:
-    """How many steps were full, and how many were not."""
+class WithoutLabels(Ready):
+    def embed_inputs(self, x, t, y):
+        h, c = super().embed_inputs(x, t, torch.zeros(2, dtype=torch.long))
+        return h, c + y[:, None]
+
+
+def loop_of(engine) -> StepLoop:
     (loop,) = engine.loops.values()
-    return {kind.name: tally.steps for kind, tally in loop.tallies.items()}
+    return loop
+
+
+def steps_of(engine) -> dict[str, int]:
+    """How many steps of each kind ran."""
+    return {kind.name: tally.steps for kind, tally in loop_of(engine).tallies.items()}
 
 
 def sampled(model, made, count=4, marked=False, by_time=lambda t: torch.full((2,), t)):
@@ -162,17 +173,27 @@ def test_a_model_without_sines_is_cached(eager_steps):
     assert steps_of(engine) == {"full": 2, "cache": 2} and not engine.notes.warnings
 
 
+def vector(time: float) -> Tensor:
+    return torch.full((2, SMALL.width), time)
+
+
 def test_a_model_whose_time_is_not_found_is_cached_once_its_steps_are_marked(eager_steps):
-    model = Ready().eval().requires_grad_(False)
-
-    def vector(time: float) -> Tensor:
-        return torch.full((2, SMALL.width), time)
-
-    with pytest.warns(UserWarning, match="moeca_compile.step"):
+    model = WithoutLabels().eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="no timestep was found .* moeca_compile.step"):
         engine = sampled(model, None, 3, by_time=vector)
     assert steps_of(engine) == {"full": 3}
+    assert not loop_of(engine).compiled.caching
     sampled(model, engine, 5, marked=True, by_time=vector)
-    assert steps_of(engine)["cache"] > 0
+    assert loop_of(engine).compiled.caching and steps_of(engine)["cache"] > 0
+
+
+def test_labels_that_stay_are_no_timestep_and_a_warning_says_what_to_do(eager_steps):
+    model = Ready().eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="'y', which may be the timestep, did not move .* moeca_compile.step"):
+        engine = sampled(model, None, 16, by_time=vector)
+    assert steps_of(engine) == {"full": 16}
+    marked = sampled(model, None, 6, marked=True, by_time=vector)
+    assert steps_of(marked)["cache"] > 0 and not marked.notes.warnings
 
 
 @pytest.fixture(scope="module")
