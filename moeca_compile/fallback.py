@@ -55,6 +55,15 @@ BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
     "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
 )
+HOST_READ = (
+    "{0}: the graph breaks here, because Python needs the value of a tensor ({1}). The model is compiled in parts "
+    "and nothing is cached across the break, so sampling is slower than it could be. If the value depends on "
+    "arguments alone (lengths of texts, a mask, positions), read it before the model is called and pass it as a "
+    "number, or compute with the tensor and a mask (torch.where, masked_fill) in place of Python's if, for and "
+    "slices. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
+)
+_READS = ("Tensor.item()", "Data dependent", "Data-dependent", "generic_jump TensorVariable")
+"""What Dynamo's reasons contain where Python reads a tensor's value."""
 NOTHING_FOUND = (
     "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "
     "faster. moeca_compile.report(model) says what was found"
@@ -149,7 +158,8 @@ def note_breaks(record: Record) -> None:
         record.breaks.append(broken)
         refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
         if broken[0].rpartition(":")[0] not in refused:  # the warning about that dispatch explains it already
-            record.notes.warn(BREAK.format(*broken))
+            read = any(words in broken[1] for words in _READS)
+            record.notes.warn((HOST_READ if read else BREAK).format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
         record.untouched, record.breaks, record.stale_calls = 0, [], 0
