@@ -27,9 +27,11 @@ from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.timestep import find_times_of_tokens
 from moeca_compile.passes.rewrite.without_markers import markers
 from moeca_compile.plan import Plan
+from moeca_compile.runtime import scope
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.original import Original
 from moeca_compile.runtime.record import Record
+from moeca_compile.runtime.timesteps import NO_TIMESTEP
 
 _log = logging.getLogger(__name__)
 
@@ -53,19 +55,25 @@ BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
     "sampling is slower than it could be. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
 )
+HOST_READ = (
+    "{0}: the graph breaks here, because Python needs the value of a tensor ({1}). The model is compiled in parts "
+    "and nothing is cached across the break, so sampling is slower than it could be. If the value depends on "
+    "arguments alone (lengths of texts, a mask, positions), read it before the model is called and pass it as a "
+    "number, or compute with the tensor and a mask (torch.where, masked_fill) in place of Python's if, for and "
+    "slices. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
+)
+_READS = ("Tensor.item()", "Data dependent", "Data-dependent", "generic_jump TensorVariable")
+"""What Dynamo's reasons contain where Python reads a tensor's value."""
 NOTHING_FOUND = (
     "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "
     "faster. moeca_compile.report(model) says what was found"
 )
 WITHOUT_EXPERTS = ". For a model without experts, choose the recipe fora, stack or block"
-NO_TIMESTEP = (
-    "no timestep was found among the model's inputs, so steps and generations cannot be detected. The model runs "
-    "uncached, so sampling is no faster. Pass the timestep as a tensor argument that reaches a sinusoidal embedding"
-)
 TIMES_OF_TOKENS = (
     "no argument was found with one timestep for each sample, only {0}, with a number for each token. Steps are "
     "detected from one timestep for all tokens of a sample, so the model runs uncached, and sampling is no faster. "
-    "If all its tokens have the same time, pass the timestep with the shape (batch,)"
+    "If all its tokens have the same time, pass the timestep with the shape (batch,), or mark each call with "
+    "moeca_compile.step(time)"
 )
 MODE = (
     "mode={0!r} has no effect with backend='moeca', which compiles every step by Inductor's default mode and records "
@@ -116,7 +124,7 @@ def compile_original(
 def uncached_without_timestep(
     plan: Plan, captured: CapturedGraph, graph: fx.Graph, config: MoecaConfig, notes: Notes
 ) -> Plan:
-    """The plan, without its caches where no timestep was found. Warns where the model then runs uncached."""
+    """The plan, without its caches where nothing says the time. Warns where the model then runs uncached."""
     if not config.policy.caches:
         return plan
     if not plan.replacements:
@@ -127,11 +135,14 @@ def uncached_without_timestep(
         return plan
     if plan.regions.timesteps:
         return plan
-    if not captured.partial:  # the warning about the graph break explains it already
+    if captured.partial:  # the warning about the graph break explains it already
+        return replace(plan, replacements=(), capacities=(0,))
+    if scope.current_time() is None:
         times = find_times_of_tokens(captured.argument_nodes(graph))
         shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
         notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
-    return replace(plan, replacements=(), capacities=(0,))
+        return replace(plan, replacements=(), capacities=(0,), untimed=True)
+    return plan
 
 
 def note_breaks(record: Record) -> None:
@@ -147,7 +158,8 @@ def note_breaks(record: Record) -> None:
         record.breaks.append(broken)
         refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
         if broken[0].rpartition(":")[0] not in refused:  # the warning about that dispatch explains it already
-            record.notes.warn(BREAK.format(*broken))
+            read = any(words in broken[1] for words in _READS)
+            record.notes.warn((HOST_READ if read else BREAK).format(*broken))
     elif not record.partial:
         record.engines = [engine for engine in record.engines if not engine.partial]
         record.untouched, record.breaks, record.stale_calls = 0, [], 0

@@ -47,6 +47,7 @@ class Plan:
             N (tokens of the stream whose tokens are chosen), c (fraction of them chosen) and r (fraction of branches
             recomputed).
         sizes: the values of B and N for this graph.
+        untimed: whether it lacks nothing but the time of a call, and so has no replacements.
     """
 
     regions: Regions
@@ -54,6 +55,7 @@ class Plan:
     capacities: tuple[int, ...]
     costs: Mapping[tuple[bool, bool], sympy.Expr]
     sizes: tuple[int, int]
+    untimed: bool = False
 
     @cached_property
     def caches(self) -> tuple[CacheSpec, ...]:

@@ -138,6 +138,13 @@ class CompiledGraph:
         return [position[node] for node in self.regions.timesteps]
 
     @cached_property
+    def perhaps_labels(self) -> set[int]:
+        """Those of the inputs that may be the timestep which may as well be class labels: integers, of which no sines
+        are taken."""
+        guesses = self.timesteps if self.regions.guessed else []
+        return {i for i in guesses if not self.placeholders[i].meta["val"].dtype.is_floating_point}
+
+    @cached_property
     def picture(self) -> int | None:
         """The position of the input that a sampler changes from step to step; None if there is no such input.
 
@@ -159,8 +166,11 @@ class CompiledGraph:
 
     @cached_property
     def told_by(self) -> dict[str, int]:
-        """The arguments that tell streams and requests apart: all but the timestep and the picture, by name."""
-        others = {*self.timesteps, self.picture}
+        """The arguments that tell streams and requests apart: all but the timestep and the picture, by name.
+
+        Class labels do, so what may be one or the timestep is among them.
+        """
+        others = {self.picture, *self.timesteps} - self.perhaps_labels
         names, own = self.captured.names, self._arguments
         return {names[i]: i for i, node in enumerate(self.placeholders) if node in own and i not in others}
 

@@ -146,7 +146,8 @@ def step_key(
     def key() -> str:
         cached = {name: described(value) for name, value in state.items()}
         given = [(i, value) for i, value in enumerate(inputs) if not isinstance(value, Tensor)]
-        return digest(compiled.key, repr(kind), inputs_form(inputs), repr(given), cached, described(weights))
+        known = compiled.key, compiled.caching, repr(kind)
+        return digest(*known, inputs_form(inputs), repr(given), cached, described(weights))
 
     return _or_none(f"the traced {kind.name} step", key)
 

@@ -17,6 +17,7 @@ from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.step_function import StepFunction
+from moeca_compile.runtime import scope
 from moeca_compile.runtime.layouts import in_one_layout, shape_key
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.original import Original, warn_of_failure
@@ -95,6 +96,9 @@ class Engine:
         try:
             given = self._converted(inputs) if self.captured.numbers or self.captured.constants else inputs
             loop = self.loop_for(given)
+            if loop.compiled.plan.untimed and scope.current_time() is not None:
+                self.forget(loop)
+                loop = self.loop_for(given)
             return loop(given) if loop.compiled.proven else call_unproven(self, loop, given)
         except ConfigError:
             raise

@@ -97,17 +97,18 @@ class StepLoop:
 
     def enter(self, inputs: Sequence[Any]) -> tuple[Position, Stream, RefreshPlan]:
         """The position and stream of a call, and what it computes anew: everything, until the timestep is known."""
-        known = self.times.known
+        before = self.times.input.found
         time = self.times.read(inputs)
+        found = self.times.input.found != before
         requests = self.streams.requests
-        if time is not None and not known:
+        if found:
             requests.reset()  # earlier calls were cached without a time
         position = requests.enter(self.brought(time, inputs))
         stream = self.streams.of(position)
         self.streams.warn_if_caches_unused(self.notes)
         if time is None:
             return position, stream, EVERYTHING
-        if not known:
+        if found:
             position.request.direction = self.times.direction
         return position, stream, self.streams.refresh_plan(position, stream)
 
@@ -115,7 +116,8 @@ class StepLoop:
         """What a call brings that tells whose it is."""
         compiled = self.compiled
         picture = inputs[compiled.picture] if compiled.picture is not None and compiled.config.check_inputs else None
-        marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items()}
+        own = self.times.position
+        marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items() if i != own}
         return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
 
     def kind(self, refresh: RefreshPlan, stream: Stream, time: float, inputs: Sequence[Any]) -> StepKind:

@@ -147,8 +147,9 @@ def stream(name: str | int) -> Iterator[None]:
 def step(time: float) -> Iterator[None]:
     """All calls inside are at the timestep `time`; the timestep argument of the model is not read.
 
-    Needed on an accelerator, where reading that argument makes the host wait for the device at every call. `time` is
-    a Python number. It must change in proportion to the timestep, since forecasts extrapolate along it.
+    Needed on an accelerator, where reading that argument makes the host wait for the device at every call, and where
+    no argument is recognized as the timestep. `time` is a Python number. It must change in proportion to the
+    timestep, since forecasts extrapolate along it.
 
     Raises ValueError for a number that is not finite.
     """

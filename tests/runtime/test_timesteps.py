@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch import Tensor, nn
 
+from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.scope import current_time, generation, step, stream
 from moeca_compile.runtime.timesteps import TimestepInput, TimestepReader
 from tests.harness import captured
-from tests.models import make_inputs
+from tests.models import SMALL, TinyDiTMoE, make_inputs
 from tests.runtime.joint_models import WithGuidance, make_text
 
 
@@ -64,6 +68,132 @@ def test_generations_are_compared_apart():
         with generation():
             assert read(times, (1.0, 5.0), (1.0, 7.0)) == [None, None]
         assert read(times, (0.8, 3.0)) == [(0.8,)]
+
+
+# --- guesses by form --------------------------------------------------------------------------------------------
+
+
+def read_all(times: TimestepInput, *calls: tuple[tuple[float, ...], ...]) -> list[tuple[float, ...] | None]:
+    return [times.read([lambda value=value: value for value in call]) for call in calls]
+
+
+def test_a_single_number_is_taken_at_once_and_watched():
+    times = TimestepInput(1, guessed=True)
+    assert read_all(times, ((1.0,),), ((1.0,),), ((0.9,),)) == [(1.0,), (1.0,), (0.9,)]
+    assert times.unsure == 3
+    read_all(times, ((0.8,),))
+    assert times.sure and times.unsure == 0
+
+
+def test_labels_that_change_do_not_matter_beside_a_number():
+    """Separate conditional and unconditional passes."""
+    times = TimestepInput(2, guessed=True, labels={1})
+    calls = [((1 - i / 10,), (label,)) for i in range(3) for label in (5, 0)]
+    assert read_all(times, *calls) == [time for time, _ in calls]
+    assert times.sure and not times.unclear
+
+
+def test_an_integer_that_falls_twice_is_the_timestep():
+    times = TimestepInput(2, guessed=True, labels={0, 1})
+    calls = [((900 - i,) * 2, (3, 5)) for i in range(4)]
+    assert read_all(times, *calls) == [None, None, (898, 898), (897, 897)]
+
+
+@pytest.mark.parametrize(
+    "labels", [[(1, 1), (2, 2), (3, 3)], [(9, 8), (7, 6), (5, 4)], [(3, 3), (1, 1), (2, 2)]], ids=str
+)
+def test_labels_are_no_timestep(labels):
+    times = TimestepInput(1, guessed=True, labels={0})
+    assert read_all(times, *((label,) for label in labels)) == [None] * 3
+
+
+def test_nothing_is_sure_where_a_number_stays_and_an_integer_falls():
+    """A guidance scale, and a timestep that is looked up in a table; or a label, and one step for each."""
+    times = TimestepInput(2, guessed=True, labels={1})
+    assert read_all(times, *(((3.5,), (900 - i,)) for i in range(4))) == [(3.5,), (3.5,), None, None]
+    assert times.unclear >= 3
+
+
+class Logarithm(TinyDiTMoE):
+    """The time enters as log(sigma) / 4 through a linear layer."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(SMALL)
+        self.time = Level(SMALL.width)
+
+
+class Level(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.linear((t + 0.1).log()[:, None] / 4)
+
+
+class Ready(Logarithm):
+    """It gets the vector of the time, and not the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Identity()
+
+
+class WithoutLabels(Ready):
+    def embed_inputs(self, x, t, y):
+        h, c = super().embed_inputs(x, t, torch.zeros(2, dtype=torch.long))
+        return h, c + y[:, None]
+
+
+def loop_of(engine) -> StepLoop:
+    (loop,) = engine.loops.values()
+    return loop
+
+
+def steps_of(engine) -> dict[str, int]:
+    """How many steps of each kind ran."""
+    return {kind.name: tally.steps for kind, tally in loop_of(engine).tallies.items()}
+
+
+def sampled(model, made, count=4, marked=False, by_time=lambda t: torch.full((2,), t)):
+    """An engine after some steps."""
+    x, y = make_inputs(model)
+    graph = captured(model, x, by_time(1.0), y)
+    engine = graph.engine(recipe="stack", full_every=3) if made is None else made
+    for number in range(count):
+        time, x = 1 - number / 10, 0.99 * x
+        with step(time) if marked else nullcontext():
+            engine(*graph.arguments(x=x, t=by_time(time), y=y))
+    return engine
+
+
+def test_a_model_without_sines_is_cached(eager_steps):
+    engine = sampled(Logarithm().eval().requires_grad_(False), None)
+    assert steps_of(engine) == {"full": 2, "cache": 2} and not engine.notes.warnings
+
+
+def vector(time: float) -> Tensor:
+    return torch.full((2, SMALL.width), time)
+
+
+def test_a_model_whose_time_is_not_found_is_cached_once_its_steps_are_marked(eager_steps):
+    model = WithoutLabels().eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="no timestep was found .* moeca_compile.step"):
+        engine = sampled(model, None, 3, by_time=vector)
+    assert steps_of(engine) == {"full": 3}
+    assert not loop_of(engine).compiled.caching
+    sampled(model, engine, 5, marked=True, by_time=vector)
+    assert loop_of(engine).compiled.caching and steps_of(engine)["cache"] > 0
+
+
+def test_labels_that_stay_are_no_timestep_and_a_warning_says_what_to_do(eager_steps):
+    model = Ready().eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="'y', which may be the timestep, did not move .* moeca_compile.step"):
+        engine = sampled(model, None, 16, by_time=vector)
+    assert steps_of(engine) == {"full": 16}
+    marked = sampled(model, None, 6, marked=True, by_time=vector)
+    assert steps_of(marked)["cache"] > 0 and not marked.notes.warnings
 
 
 @pytest.fixture(scope="module")

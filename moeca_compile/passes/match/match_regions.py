@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from torch import fx
 
@@ -12,7 +13,7 @@ from moeca_compile.passes.match.attention import attention_nodes, match_attentio
 from moeca_compile.passes.match.experts import expert_body, expert_nodes, match_experts
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions, Residual, Skipped
 from moeca_compile.passes.match.residuals import residual_at, residuals_around
-from moeca_compile.passes.match.timestep import find_timesteps
+from moeca_compile.passes.match.timestep import find_timesteps, guess_timesteps
 from moeca_compile.passes.normalize.fuse_attention import unclear_attentions
 
 _log = logging.getLogger(__name__)
@@ -28,19 +29,26 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     layouts, mixed = _layouts(graph)
     if not layouts:
         return Regions(bodies=bodies, timesteps=timesteps, skipped=_everything_skipped(graph))
-    found = [part for node in attention_nodes(graph) for part in match_attention(node, layouts, mixed)]
-    attentions = tuple(a for a in found if isinstance(a, Attention))
+    matched = [part for node in attention_nodes(graph) for part in match_attention(node, layouts, mixed)]
+    attentions = tuple(a for a in matched if isinstance(a, Attention))
     layers = [match_experts(node, body, layouts, attentions) for node, body in bodies.items()]
     experts = tuple(e for e in layers if isinstance(e, Experts))
     residuals = _residual_chain(graph, layouts, [a.residual for a in attentions] + [e.residual for e in experts])
     feedforwards = _feedforwards(graph, residuals)
-    skipped = tuple(s for s in (*found, *_unclear(graph), *layers) if isinstance(s, Skipped))
+    skipped = tuple(s for s in (*matched, *_unclear(graph), *layers) if isinstance(s, Skipped))
     regions = (residuals, attentions, experts, feedforwards)
     _log.debug(
         "%d attentions, %d MoE layers, %d feed-forwards, %d skipped",
         *map(len, (attentions, experts, feedforwards, skipped)),
     )
-    return _repeatable(Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, skipped))
+    found = Regions(*regions, bodies, layouts, frozenset(mixed), timesteps, skipped=skipped)
+    return _repeatable(found if timesteps else _with_guesses(found, user_inputs))
+
+
+def _with_guesses(regions: Regions, user_inputs: set[fx.Node]) -> Regions:
+    """With the inputs that have the form of a timestep, where no sines say which it is."""
+    guesses = guess_timesteps(user_inputs, regions.main.samples) if regions.main else ()
+    return replace(regions, timesteps=guesses, guessed=bool(guesses))
 
 
 def _repeatable(regions: Regions) -> Regions:

@@ -123,6 +123,8 @@ class Regions:
     """Values that mix tokens yet have a row for each token: computed whole, then their rows are gathered."""
     timesteps: tuple[fx.Node, ...] = ()
     """The inputs that may be the timestep; the calls show which one is."""
+    guessed: bool = False
+    """Whether these are guesses by their form, since no sines are taken of any input."""
     skipped: tuple[Skipped, ...] = ()
     finite: bool = True
     """Whether the model's outputs were finite when the rewrite was to be validated; else it was not."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeca_compile.passes.match.timestep import find_timesteps
+from moeca_compile.passes.match.timestep import find_timesteps, guess_timesteps
 from tests.harness import exported, placeholders
 
 X, T, OTHER, LABEL = torch.randn(2, 8), torch.rand(2), torch.rand(2), torch.tensor([1, 2])
@@ -77,3 +77,57 @@ def test_a_buffer_is_no_timestep():
     """Frequencies reach a sine and a cosine as well, but are none of the model's arguments."""
     assert found(lambda x, t, o, y, w, e, f: rotary(x, f), arguments=slice(0, 7)) == [6]
     assert found(lambda x, t, o, y, w, e, f: rotary(x, f)) == []
+
+
+# --- guesses by form, where no sines are taken -------------------------------------------------------------------
+
+
+def guessed(function, inputs=INPUTS, samples=2) -> list[int]:
+    gm = exported(function, *inputs)
+    nodes = placeholders(gm)
+    return [nodes.index(node) for node in guess_timesteps(set(nodes[:4]), samples)]
+
+
+def linear(t: Tensor, w: Tensor) -> Tensor:
+    return F.linear(t.reshape(-1, 1), w[:, :1])
+
+
+GUESSES = {
+    "log(sigma) through a linear layer": (lambda x, t, o, y, w, e, f: x + linear(t.log() / 4, w), [1]),
+    "a product of matrices": (lambda x, t, o, y, w, e, f: x + t[:, None] @ w[:1], [1]),
+    "a row of a table": (lambda x, t, o, y, w, e, f: x + F.silu(F.linear(w, w))[t.long()], [1]),
+    "a learned embedding": (lambda x, t, o, y, w, e, f: x + F.embedding(t.long(), e), [1]),
+    "one that also scales the picture": (lambda x, t, o, y, w, e, f: x / t[:, None] + linear(t, w), [1]),
+    "beside a label": (lambda x, t, o, y, w, e, f: x + linear(t, w) + F.embedding(y, e), [1, 3]),
+    "beside another number": (lambda x, t, o, y, w, e, f: x + linear(t, w) + linear(o, w), [1, 2]),
+    "a label alone": (lambda x, t, o, y, w, e, f: x + F.embedding(y, e), [3]),
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_guess(name):
+    function, expected = GUESSES[name]
+    assert guessed(function) == expected
+
+
+NO_GUESSES = {
+    "a scale of the picture": lambda x, t, o, y, w, e, f: F.linear(x * t[:, None], w),
+    "a scale of what a linear layer gives": lambda x, t, o, y, w, e, f: F.linear(x, w) * t[:, None],
+    "samples in another order": lambda x, t, o, y, w, e, f: F.linear(x[y], w),
+    "the picture": lambda x, t, o, y, w, e, f: F.linear(x, w),
+    "a label that is compared": lambda x, t, o, y, w, e, f: torch.where((y == 1)[:, None], x, F.linear(x, w)),
+}
+
+
+@pytest.mark.parametrize("name", NO_GUESSES)
+def test_no_guess(name):
+    assert guessed(NO_GUESSES[name]) == []
+
+
+def test_a_number_for_each_token_is_no_guess():
+    assert guessed(GUESSES["log(sigma) through a linear layer"][0], samples=3) == []
+
+
+def test_a_label_is_no_guess_beside_times_of_tokens():
+    inputs = (X, torch.rand(2, 8), *INPUTS[2:])
+    assert guessed(lambda x, t, o, y, w, e, f: x + t.sin() + t.cos() + F.embedding(y, e), inputs) == []
