@@ -30,9 +30,9 @@ def routings(draw: st.DrawFn) -> Routing:
 
 @st.composite
 def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
-    kinds, routing = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED], draw(routings())
-    if dtype == torch.float32 and routing.top_k < routing.experts:  # with all experts on all tokens nothing is routed
-        kinds += BY_RUNNING
+    kinds, routing = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED, *BY_RUNNING], draw(routings())
+    if routing.top_k == routing.experts:  # a set of ids that is always the same says nothing of another one
+        kinds.remove("host_set")
     if dtype not in (torch.float32, torch.bfloat16):  # there is no grouped product for them on a CPU
         kinds = [kind for kind in kinds if kind not in GROUPED]
     dispatch = draw(st.sampled_from(kinds))
