@@ -153,6 +153,7 @@ class Running:
         for seed in _MORE_SEEDS:
             if bool(torch.stack(rows).any(0).all()):
                 break
+            other = other if seed % 10 else with_random_parameters(module)  # one that never chooses it may be unlucky
             rows.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
         for seed in _SINGLE_SEEDS:
             if bool((torch.stack(rows) == 1).any()):
