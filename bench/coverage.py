@@ -255,7 +255,7 @@ def look_at(subject: Subject) -> Row:
 
 def _read(row: Row, report: Report, warned: Sequence[str], model: nn.Module, attentions: int) -> None:
     cached = [region.kind for region in report.regions if region.status == "cached"]
-    layers = sum("experts" in module._modules for module in model.modules())
+    layers = _layers_with_experts(model)
     row.graphs = report.graphs
     row.breaks = [f"{Path(b.where).name}: {b.reason}" for b in report.graph_breaks]
     row.experts = cached.count("experts"), layers
@@ -266,6 +266,14 @@ def _read(row: Row, report: Report, warned: Sequence[str], model: nn.Module, att
         reasons = " ".join(row.skipped)
         row.skipped += [_without_folder(warning) for warning in warned if warning.rpartition(": ")[2] not in reasons]
     row.validation = dict(report.validation_errors)
+
+
+def _layers_with_experts(model: nn.Module) -> int:
+    """Modules that hold experts, and those whose own parameters are packed experts, (experts, ...)."""
+    listed = [each for each in model.modules() if "experts" in each._modules]
+    inside = {each for layer in listed for each in layer.modules()}
+    own = {each: list(each.parameters(recurse=False)) for each in model.modules() if each not in inside}
+    return len(listed) + sum(any(one.dim() == 3 and len(one) > 1 for one in held) for held in own.values())
 
 
 def _refusals() -> set[str]:

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeca_compile import capture
+from moeca_compile.capture.numerics import UntrustedError
+from moeca_compile.capture.running import Running
+from moeca_compile.capture.trust import eagerly
 from tests.capture.layers import EXPERTS, WIDTH, MoE, stack, tokens
 from tests.harness import RecordingBackend, nodes_of
 from tests.references import run_with_markers
@@ -587,3 +590,136 @@ def test_near_misses_stay_as_they_are(layer, reason):
         assert re.search(reason, capture.refusals()[0].reason)
     else:
         assert re.search(reason, refusal_of(model))
+
+
+# layers that random calls might not tell: how they would be captured is tried without compiling them
+
+
+class ComparesANumber(Loop):
+    def before(self, rows, index):
+        return index * 0 if rows.abs().max().item() > 1e3 else index
+
+
+class ComparesWhatItMade(Loop):
+    def before(self, rows, index):
+        counts = torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
+        return index * 0 if max(counts) - 1 == 17 else index
+
+
+class TwoOnALine(Loop):
+    def before(self, rows, index):
+        return index * 0 if (index == 0).any() and (rows > 1e3).any() else index
+
+
+class Asks(Loop):
+    """The same question of several tensors."""
+
+    def before(self, rows, index):
+        self.has(index == 0)
+        return index * 0 if self.has(rows > 1e3) else index
+
+    def has(self, mask):
+        return bool(mask.any())
+
+
+class FloatOfATensor(Loop):
+    def before(self, rows, index):
+        return index * 0 if float(rows.abs().max()) > 1e3 else index
+
+
+class SkipsSingleRows(Loop):
+    def route_to_experts(self, rows, index, weight):
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(index == e)
+            if len(token) > 1:
+                out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+        return out
+
+
+class MakesNumbers(Loop):
+    def forward(self, x):
+        if x.isnan().any():
+            x = x.nan_to_num()
+        return super().forward(x)
+
+
+class KeepsTheFirstRouting(Loop):
+    kept = None
+
+    def before(self, rows, index):
+        self.kept = index if self.kept is None else self.kept
+        return self.kept
+
+
+class EverySeventhCall(Loop):
+    calls = 0
+
+    def after(self, out, index):
+        self.calls = self.calls + 1
+        return out * 2 if self.calls % 7 == 0 else out
+
+
+CALLS = {"number": 0}
+
+
+class CountsOutside(Loop):
+    def after(self, out, index):
+        CALLS["number"] += 1
+        return out * 2 if CALLS["number"] > 200 else out
+
+
+class Full(Loop):
+    """Experts take so many rows and no more."""
+
+    def route_to_experts(self, rows, index, weight):
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = (each[:15] for each in torch.where(index == e))
+            out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+        return out
+
+
+SILENT = {
+    ComparesANumber: "the same in all random calls",
+    ComparesWhatItMade: "the same in all random calls",
+    TwoOnALine: "the same in all random calls",
+    Asks: "the same in all random calls",
+    FloatOfATensor: "the same in all random calls",
+    SkipsSingleRows: "with other numbers its result is not",
+    MakesNumbers: "no number",
+    KeepsTheFirstRouting: "what an earlier call left",
+    EverySeventhCall: "what an earlier call left",
+    CountsOutside: "leaves something in `CALLS`",
+    Full: "with other numbers its result is not",
+}
+
+
+@pytest.mark.parametrize(("layer", "reason"), SILENT.items())
+def test_what_random_calls_might_not_tell(layer, reason):
+    torch.manual_seed(0)
+    module, running = layer().eval(), Running(layer.forward)
+    with eagerly(module), pytest.raises(UntrustedError, match=reason):
+        running.compared(layer.forward, module, running.facts((tokens(),), {}))
+
+
+class OfNumbers(Loop):
+    """What it computes says numbers in the layer, which may be others later."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self._scales = 2.0, [1.0, 2.0]
+
+    def after(self, out, index):
+        return out * self.factor * self._scales[1]
+
+
+def test_numbers_in_a_layer_that_change_are_seen():
+    model = stack(OfNumbers())
+    found, _ = compiled(model)
+    with torch.no_grad():
+        for change in (None, ("factor", 3.0), ("_scales", [1.0, 4.0])):
+            if change:
+                setattr(model[0].moe, *change)
+            torch.testing.assert_close(found(tokens()), model(tokens()))
+    assert capture.refusals() == ()

@@ -427,10 +427,27 @@ class Beside(Layer):
         return self.with_shared(out.view(x.shape), x)
 
 
+class IdleOnes(Layer):
+    """Experts without tokens run on a row of zeros, and count for nothing."""
+
+    def forward(self, x, seen, extra):
+        rows = x.reshape(-1, x.shape[-1])
+        index, weight = (each.reshape(-1, self.top_k) for each in self.gate(seen))
+        out = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(index == e)
+            if len(token):
+                out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+            else:
+                out = out + 0 * expert(rows.new_zeros(1, rows.shape[1])).sum()
+        return self.with_shared(out.view(x.shape), x)
+
+
 BY_RUNNING: dict[str, type[Layer]] = {
     "host_set": HostSet,
     "put_back": PutBack,
     "beside": Beside,
+    "idle_ones": IdleOnes,
 }
 WITH_MODULES: dict[str, type[Layer]] = {
     "sorted_numpy": SortedNumpy,

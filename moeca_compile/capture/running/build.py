@@ -155,29 +155,31 @@ class _Builder:
 
 
 class Meaning(fx.Interpreter):
-    """Runs a replacement; the marker is a plain loop over experts.
+    """Runs a replacement; the marker is a plain loop over experts, each on the rows that have a weight for it.
 
-    seen: what the last marker was given; used: which experts got rows there, with a weight
+    seen: what the last marker was given; rows: how many each expert got there, with a weight
     """
 
     def __init__(self, replacement: Replacement) -> None:
         super().__init__(replacement.module)
         self.body = replacement.body
         self.seen: tuple[Any, ...] = ()
-        self.used = torch.zeros(0, dtype=torch.bool)
+        self.rows = torch.zeros(0, dtype=torch.int64)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not _FIXED and target is not _VARIABLE:
             return super().call_function(target, args, kwargs)
         x, choice, weight, body_out, params, count = args[:6]
-        self.seen, self.used = (choice, weight), torch.zeros(count, dtype=torch.bool)
+        self.seen, self.rows = (choice, weight), torch.zeros(count, dtype=torch.int64)
         out = torch.zeros_like(body_out, dtype=torch.promote_types(body_out.dtype, torch.float32))
         each = len(params) // count
         for number in range(count):
             token, slot = (
-                torch.where(choice == number) if target is _FIXED else (choice[:, number].nonzero()[:, 0], number)
+                torch.where((choice == number) & (weight != 0))
+                if target is _FIXED
+                else ((choice[:, number] & (weight[:, number] != 0)).nonzero()[:, 0], number)
             )
-            self.used[number] = bool((weight[token, slot] != 0).any())
+            self.rows[number] = len(token)
             made = self.body(x[token], *params[number * each : (number + 1) * each])
             out.index_add_(0, token, made.to(out.dtype) * weight[token, slot, None].to(out.dtype))
         return out

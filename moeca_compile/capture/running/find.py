@@ -88,7 +88,7 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
         for stream, pairs in _streams(graph, experts, same):
             found_no_sum = "no sum of its experts' weighted outputs was found"
             hints.append(found_no_sum)
-            if not partial:
+            if not partial and not bool(pairs.routed.all()):
                 reason = reason or found_no_sum
             for total, base, weights in _totals(graph, experts, pairs, own, same, tolerance):
                 try:
@@ -164,7 +164,7 @@ def _pairs(graph: Graph, experts: Experts, stream: Tensor) -> _Pairs | None:
             return None
         routed[token, expert] = True
         tokens.append(token)
-    if sum(map(len, tokens)) != int(routed.sum()) or bool(routed.all()):
+    if sum(map(len, tokens)) != int(routed.sum()):
         return None
     return _Pairs(tokens, routed)
 
@@ -184,7 +184,11 @@ def _fingerprints(rows: Tensor) -> Tensor:
 def _totals(
     graph: Graph, experts: Experts, pairs: _Pairs, own: set[fx.Node], same: dict[fx.Node, bool], tolerance: float
 ) -> Iterator[tuple[fx.Node, fx.Node | None, Tensor]]:
-    """(sum over experts, its base, the weights (tokens, experts)), the earliest sum first."""
+    """(sum over experts, its base, the weights (tokens, experts)), the earliest sum first.
+
+    With one expert a token, what is not weighted yet looks like a sum, too: so such come last.
+    """
+    unweighted = []
     outs = [piece.out for piece in experts.pieces]
     width, tokens = graph.values[outs[0]].shape[-1], len(pairs.routed)
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +221,16 @@ def _totals(
                 continue
             base = _base(graph, node, again[0][node], same)
             if base is not None or not bool(zero.any()):
-                yield node, base, weights
+                if _all_one(weights, pairs, tolerance):
+                    unweighted.append((node, base, weights))
+                else:
+                    yield node, base, weights
+    yield from unweighted
+
+
+def _all_one(weights: Tensor, pairs: _Pairs, tolerance: float) -> bool:
+    of_pairs = weights[pairs.routed]
+    return close(of_pairs, torch.ones_like(of_pairs), tolerance)
 
 
 def _again(graph: Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -298,6 +311,8 @@ def _told(
     before = _with_siblings(graph, before, total, same)
     routing = _ids(graph, before, pairs.routed)
     by_ids = routing is not None
+    if routing is None and bool(pairs.routed.all()):
+        raise NoExpertsError("all of them get all rows")
     routing = routing or _map(graph, before, pairs.routed)
     if routing is None:
         choices = _choices(graph, before, pairs.routed, weights, tolerance)
@@ -306,7 +321,7 @@ def _told(
         raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
     whole = not by_ids or routing.columns * tokens == int(pairs.routed.sum())
-    if whole and bool(close(weights[pairs.routed], torch.ones_like(weights[pairs.routed]), tolerance)):
+    if whole and _all_one(weights, pairs, tolerance):
         return Found(experts, stream, total, base, routing, by_ids, None, same)
     wanted = weights
     if by_ids:

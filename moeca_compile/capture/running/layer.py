@@ -36,15 +36,18 @@ from moeca_compile.capture.running.build import Meaning, Replacement, build
 from moeca_compile.capture.running.dense import on_all_rows
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
-from moeca_compile.capture.running.trace import Call, run, tensors_in, traced, written
+from moeca_compile.capture.running.trace import Call, counted, run, snapshot, tensors_in, traced, written
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.structure import named_tensors, structure
 
 _SEEDS = (0, 1, 2, 3)
 _MORE_SEEDS = range(10, 40)  # until each expert has been compared
+_SINGLE_SEEDS = range(40, 48)  # until an expert had a single row
 _LARGE = 4.0
+_LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
 _OTHERS = (1.5, -1.5, 8.0)
 _ROWS = 8  # more than the call may have, to tell whether experts look at others
+_COUNTS = (*range(1, 18), 49, 99, 999, 10**6)  # of earlier calls
 _NUMBERS = 3  # that arguments are compared with: each makes one more call
 
 
@@ -72,7 +75,7 @@ class Running:
                 raise UntrustedError("a part of it is in training mode")
             if has_forward_hooks(each):
                 raise UntrustedError("a part of it has forward hooks")
-        return Layout((), (id(module), structure(module)))
+        return Layout((), (id(module), structure(module), repr(_plain_attributes(module))))
 
     def random_call(self, module: nn.Module, facts: Facts) -> Call:
         return Drawn(_ids(module)).call(facts, 0)
@@ -91,7 +94,7 @@ class Running:
             [*module.parameters(), *(torch.empty(0, dtype=f[3], device=f[4]) for f in facts if f[1])]
         )
         built = _built.setdefault(type(module), {})
-        key = (self.forward, structure(module), facts, autocast())
+        key = (self.forward, structure(module), repr(_plain_attributes(module)), facts, autocast())
         if key not in built:
             try:
                 built[key] = self._build(module, facts, tolerance)
@@ -103,11 +106,13 @@ class Running:
         replacement, name, drawn = found
         for call in drawn.calls(facts):
             self._compare(replacement, module, call, tolerance)
-        return name, tuple(tuple(each.split(".")) for each in replacement.names)
+        return name, tuple(tuple(each.split(".")) for each in replacement.names), _plain_attributes(module)
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the layer returns, through a marker op."""
-        _, (name, paths) = trusted
+        _, (name, paths, plain) = trusted
+        for path, value in plain:  # Dynamo guards what is read
+            assert _is_same(tensor_at(module, path), value)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         return getattr(FUNCTIONS, name)(None, *tensors, *[tensor_at(module, path) for path in paths])
 
@@ -124,7 +129,7 @@ class Running:
                 with _nothing_left(self.forward, type(module)):
                     _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
-        self._ask_more(module, drawn.call(facts, 0), asked)
+        self._compare_without_numbers(replacement, module, drawn.call(facts, 0), tolerance, asked)
         if asked.other_modes:
             raise UntrustedError("a part of it runs under another autocast than the rest")
         line = asked.one_sided()
@@ -132,12 +137,19 @@ class Running:
             raise UntrustedError(
                 f"what it reads at {line} was the same in all random calls: nothing is known of others"
             )
-        used = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
+        rows = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
+        self._require_forgetful(module, list(drawn.calls(facts)), tolerance)
         for seed in _MORE_SEEDS:
-            if bool(torch.stack(used).any(0).all()):
+            if bool(torch.stack(rows).any(0).all()):
                 break
-            used.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
-        idle = torch.stack(used).any(0).logical_not().nonzero()
+            other = other if seed % 10 else with_random_parameters(module)  # one that never chooses it may be unlucky
+            rows.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
+        for seed in _SINGLE_SEEDS:
+            if bool((torch.stack(rows) == 1).any()):
+                break
+            call = _single(drawn.call(facts, seed, scale=_LARGE))
+            rows.append(self._compare(replacement, other, call, tolerance))
+        idle = torch.stack(rows).any(0).logical_not().nonzero()
         if len(idle):
             raise UntrustedError(f"expert {int(idle[0])} got no rows in random calls, so nothing is known of it")
         name = f"replacement_{len(vars(FUNCTIONS))}"
@@ -163,15 +175,23 @@ class Running:
                 break
         raise error
 
-    def _ask_more(self, module: nn.Module, call: Call, asked: Asked) -> None:
-        """A call with what is no number, where checks go the other way: some of them raise."""
+    def _compare_without_numbers(
+        self, replacement: Replacement, module: nn.Module, call: Call, tolerance: float, asked: Asked
+    ) -> None:
+        """A call with what is no number, where checks go the other way: some raise, and some make numbers of it."""
         for value in call.tensors():
             if value.dtype.is_floating_point and value.dim() > 0:
                 value[-1:] = float("nan")
         try:
-            run(module, self.forward, call, asked)
+            want = leaves(run(module, self.forward, call, asked)[0])
         except Exception:  # the layer's own
             return
+        got = leaves(Meaning(replacement).run(*call.tensors(), *_state(module, replacement)))
+        for a, b in zip(got, want, strict=True):
+            if isinstance(b, Tensor) and b.dtype.is_floating_point:
+                known = b.isfinite()
+                if not equal(a.where(known, 0), b.where(known, 0), tolerance):
+                    raise UntrustedError("what it does with what is no number (NaN) was not found by running it")
 
     def _built_from(self, layer: nn.Module, call: Call, tolerance: float) -> Replacement:
         trace = traced(layer, self.forward, call)
@@ -216,7 +236,7 @@ class Running:
     # checking
 
     def _compare(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> Tensor:
-        """Which experts got rows. Raises UntrustedError where the results differ."""
+        """How many rows each expert got. Raises UntrustedError where the results differ."""
         result, after = run(layer, self.forward, call)
         want = leaves(result)
         meaning = Meaning(replacement)
@@ -231,7 +251,7 @@ class Running:
         read = {name for name in replacement.names if name.rpartition(".")[2] in buffers}
         if read:
             raise UntrustedError(f"its result depends on {min(read)}, which it changes")
-        return meaning.used
+        return meaning.rows
 
     def _require_harmless(self, before: nn.Module, after: nn.Module) -> None:
         """Tensors that a call leaves in attributes are not made when it is captured: nothing else may read them."""
@@ -245,6 +265,24 @@ class Running:
                 read = names & _attributes_read(function.__code__)
                 if read and function.__code__ not in own:
                     raise UntrustedError(f"it leaves a tensor in `{min(read)}`, which {function.__qualname__} reads")
+
+    def _require_forgetful(self, layer: nn.Module, calls: list[Call], tolerance: float) -> None:
+        """What a call leaves in the layer must not change what later calls return, nor may a count of calls."""
+
+        def require(used: nn.Module, call: Call) -> nn.Module:
+            want, (found, after) = run(layer, self.forward, call)[0], run(used, self.forward, call)
+            if not all(equal(a, b, tolerance) for a, b in zip(leaves(found), leaves(want), strict=True)):
+                raise UntrustedError("its result depends on what an earlier call left in it")
+            return after
+
+        used = layer
+        for call in [*calls, calls[0]]:
+            used = require(used, call)
+        counts = list(counted(layer, used))
+        for number in _COUNTS if counts else ():
+            for held, name in counts:
+                setattr(held, name, type(getattr(held, name))(number))
+            require(used, calls[0])
 
 
 def _state(layer: nn.Module, replacement: Replacement) -> list[Tensor]:
@@ -274,12 +312,13 @@ class Drawn:
     numbers: tuple[int, ...] = ()
 
     def calls(self, facts: Facts) -> Iterator[Call]:
-        """Random arguments, large ones, and rows that are all the same, so that most experts get none.
+        """Random arguments, large ones of which some come often, and rows that are all the same: experts with any
+        number of rows, with one, and with none.
 
         Then all integers are one of the numbers, or none of them is.
         """
         yield self.call(facts, 0)
-        yield self.call(facts, 1, scale=_LARGE)
+        yield _uneven(self.call(facts, 1, scale=_LARGE))
         yield self.call(facts, 2, same=True)
         for number in self.numbers:
             yield Drawn(self.ids, (number, number)).call(facts, 3)
@@ -312,6 +351,26 @@ class Drawn:
         return (picked if every else torch.where(place % 2 == 0, picked, value.flatten())).view(value.shape)
 
 
+def _uneven(call: Call) -> Call:
+    """The first row of each tensor once, the second two times, the third four times, and so on."""
+    return _with_rows(call, lambda count: torch.arange(1, count + 1).log2().long())
+
+
+def _single(call: Call) -> Call:
+    """The first row of each tensor once, the second in the place of all others."""
+    return _with_rows(call, lambda count: torch.arange(count).clamp(max=1))
+
+
+def _with_rows(call: Call, numbers: Callable[[int], Tensor]) -> Call:
+    def picked(value: Tensor) -> Tensor:
+        if value.dim() < 2 or not value.dtype.is_floating_point:
+            return value
+        rows = value.flatten(0, -2)
+        return rows[numbers(len(rows)).to(rows.device)].view_as(value)
+
+    return call.with_tensors([picked(each) for each in call.tensors()])
+
+
 def _other_half(value: Tensor, scale: float | None) -> Tensor:
     if scale is None or value.dim() == 0 or not value.dtype.is_floating_point:
         return value
@@ -326,18 +385,21 @@ def _other_half(value: Tensor, scale: float | None) -> Tensor:
 
 @contextmanager
 def _nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
-    """Raises UntrustedError if tensors are left in a list or dict outside of the layer, which others would miss."""
+    """Raises UntrustedError if tensors or numbers are left outside of the layer, which others would miss."""
     held: dict[str, Any] = {}
-    for function in _functions(owner):
-        if function.__code__ in _reached(forward, owner):
-            held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
-            held |= inspect.getclosurevars(function).nonlocals
-    kept = {name: value for name, value in held.items() if isinstance(value, (list, dict, set))}
-    before = {name: [id(each) for each in tensors_in(value)] for name, value in kept.items()}
+    reached = _reached(forward, owner)
+    functions = [each for each in _functions(owner) if each.__code__ in reached]
+    for function in functions:
+        held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
+        held |= inspect.getclosurevars(function).nonlocals
+    before = {name: snapshot(value) for name, value in held.items()}
     yield
-    for name, value in kept.items():
-        if before[name] != [id(each) for each in tensors_in(value)]:
-            raise UntrustedError(f"it leaves a tensor in `{name}`, outside of the layer")
+    for function in functions:
+        held |= {name: function.__globals__.get(name) for name in held.keys() & function.__globals__.keys()}
+    for name, value in held.items():
+        if before[name] != snapshot(value):
+            what = "a tensor" if tensors_in(value) else "something"
+            raise UntrustedError(f"it leaves {what} in `{name}`, outside of the layer")
 
 
 def _functions(owner: type) -> Iterator[FunctionType]:
@@ -367,7 +429,48 @@ def _reached(forward: Callable[..., Any], owner: type) -> set[CodeType]:
     return found
 
 
+def _plain_attributes(layer: nn.Module) -> tuple[tuple[tuple[str, ...], Any], ...]:
+    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads: they are in what
+    was built. Not those that a call changes."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for path, module in layer.named_modules():
+        codes = [each.__code__ for each in _functions(type(module))]
+        changed = set().union(*(_attributes(each, _STORES) for each in codes if each.co_name != "__init__"))
+        read = set().union(*map(_attributes_read, codes)) - changed
+        held = {name: vars(module)[name] for name in sorted(read & vars(module).keys())}
+        found += [
+            ((*path.split("."), name) if path else (name,), _frozen(value))
+            for name, value in held.items()
+            if _is_plain(value)
+        ]
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_same(held: Any, value: Any) -> bool:
+    """Traceable: whether what is held now is what was frozen."""
+    if not isinstance(value, tuple):
+        return bool(held == value)
+    for number, each in enumerate(value):
+        if not _is_same(held[number], each):
+            return False
+    return len(held) == len(value)
+
+
 def _attributes_read(code: CodeType) -> set[str]:
+    return _attributes(code, _LOADS)
+
+
+def _attributes(code: CodeType, ops: tuple[str, ...]) -> set[str]:
     inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    read = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")}
-    return read.union(*map(_attributes_read, inner))
+    found = {each.argval for each in dis.get_instructions(code) if each.opname in ops}
+    return found.union(*(_attributes(each, ops) for each in inner))

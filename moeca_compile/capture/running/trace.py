@@ -119,6 +119,23 @@ def written(before: nn.Module, after: nn.Module) -> Iterator[tuple[nn.Module, st
                 yield old, name
 
 
+def counted(before: nn.Module, after: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(module after the call, attribute) for the numbers that calls have changed."""
+    for old, new in zip(before.modules(), after.modules(), strict=True):
+        for name, value in vars(new).items():
+            if type(value) in (int, float) and vars(old).get(name) != value:
+                yield new, name
+
+
+def snapshot(value: Any) -> Any:
+    """What is equal as long as a value and all that it contains are the same."""
+    if isinstance(value, dict):
+        return [(key, snapshot(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return [snapshot(each) for each in value]
+    return value if value is None or type(value) in (bool, int, float, str) else id(value)
+
+
 class _Forward(nn.Module):
     """A layer's own forward as a module's, under whatever name the layer has it."""
 

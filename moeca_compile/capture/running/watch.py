@@ -16,13 +16,25 @@ from torch.overrides import TorchFunctionMode
 
 from moeca_compile._torch_private import before_each_op
 from moeca_compile.capture.numerics import autocast
+from moeca_compile.capture.running.numbers import decides, noting
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-_WATCHING = (os.path.dirname(torch.__file__) + os.sep, __file__, before_each_op.__code__.co_filename)
+_WATCHING = (
+    os.path.dirname(torch.__file__) + os.sep,
+    __file__,
+    noting.__code__.co_filename,
+    before_each_op.__code__.co_filename,
+)
 
 
 _OF_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.argwhere.default)
 _COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+_NUMBERS = frozenset({"item", "tolist"})
+
+_UNKNOWN = "a number with a fraction"
+
+Place = tuple[tuple[str, int], ...]
+"""Where something was asked: ("file:line", the instruction), and where that was called, and so on."""
 
 
 class Asking(NamedTuple):
@@ -40,10 +52,10 @@ class Asking(NamedTuple):
 
 
 class Asked:
-    """What calls asked, "file:line" by "file:line".
+    """What calls asked, place by place.
 
     layer: the copy that was called last
-    read: the values of tensors that became Python's there
+    read: the values of tensors that became Python's there, and the outcomes of comparing these
     sizes: the sizes of tensors that are as large as the data say
     compared: numbers that integers among the arguments, such as labels, were compared with
     other_modes: whether some ops ran under another autocast than the call
@@ -51,8 +63,8 @@ class Asked:
 
     def __init__(self) -> None:
         self.layer = nn.Module()
-        self.read: dict[str, set[Any]] = defaultdict(set)
-        self.sizes: dict[str, set[Any]] = defaultdict(set)
+        self.read: dict[Place, set[Any]] = defaultdict(set)
+        self.sizes: dict[Place, set[Any]] = defaultdict(set)
         self.asking: list[Asking] = []
         self.compared: set[int] = set()
         self.other_modes = False
@@ -64,7 +76,7 @@ class Asked:
         """
         lines = [where for where, values in self.read.items() if len(values) == 1]
         lines += [where for where, values in self.sizes.items() if len(values) == 1 and 0 in next(iter(values))]
-        return min(lines, default=None)
+        return min(lines)[0][0] if lines else None
 
 
 class Watch(TorchFunctionMode):
@@ -105,7 +117,8 @@ class Watch(TorchFunctionMode):
         if self.asks_size:
             self.note(None, ())
         if self.asks_value or (isinstance(result, (list, np.ndarray)) and not made):
-            self.note(self.asked.read, _plain(result))
+            self.note(self.asked.read, _UNKNOWN if _is_lost(func, result) else _plain(result))
+            result = noting(result, self.compared) if func.__name__ in _NUMBERS else result
         elif varies and isinstance(result, (int, torch.Size)) and not isinstance(result, bool):
             self.note(self.asked.sizes, tuple(result) if isinstance(result, torch.Size) else (result,))
         return result
@@ -116,13 +129,17 @@ class Watch(TorchFunctionMode):
         if op is torch.ops.aten._grouped_mm.default:
             self.note(None, (), grouped=True)
 
-    def note(self, kept: dict[str, set[Any]] | None, value: Any, grouped: bool = False) -> None:
-        frames = [each for each, _ in walk_stack(None) if not each.f_code.co_filename.startswith(_WATCHING)]
-        own = [each for each in frames if not each.f_code.co_filename.startswith(_PACKAGE + os.sep)]
-        frame = own[0]
-        self.asked.asking.append(Asking(frame.f_code, self.asking_module(own), frame is frames[0], grouped))
+    def compared(self, outcome: bool) -> None:
+        own = _own(_frames())
+        if decides(own[0].f_code, own[0].f_lasti):
+            self.asked.read[_place(own)].add(outcome)
+
+    def note(self, kept: dict[Place, set[Any]] | None, value: Any, grouped: bool = False) -> None:
+        frames = _frames()
+        own = _own(frames)
+        self.asked.asking.append(Asking(own[0].f_code, self.asking_module(own), own[0] is frames[0], grouped))
         if kept is not None:
-            kept[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(value)
+            kept[_place(own)].add(value)
 
     def asking_module(self, frames: list[FrameType]) -> nn.Module | None:
         own = set(self.asked.layer.modules())
@@ -132,6 +149,18 @@ class Watch(TorchFunctionMode):
             if isinstance(value, nn.Module) and value in own:
                 return value
         return None
+
+
+def _frames() -> list[FrameType]:
+    return [each for each, _ in walk_stack(None) if not each.f_code.co_filename.startswith(_WATCHING)]
+
+
+def _own(frames: list[FrameType]) -> list[FrameType]:
+    return [each for each in frames if not each.f_code.co_filename.startswith(_PACKAGE + os.sep)]
+
+
+def _place(frames: list[FrameType]) -> Place:
+    return tuple((f"{each.f_code.co_filename}:{each.f_lineno}", each.f_lasti) for each in frames)
 
 
 def size_by_data(op: Any, values: Any) -> bool:
@@ -153,6 +182,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _is_integer(value: Tensor) -> bool:
     return value.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def _is_lost(func: Callable[..., Any], result: Any) -> bool:
+    """Whether a number with a fraction is read in a way that does not tell what it is compared with."""
+    fractions = isinstance(result, float) or (isinstance(result, np.ndarray) and result.dtype.kind == "f")
+    return fractions and func.__name__ not in _NUMBERS
 
 
 def _plain(value: Any) -> Any:
