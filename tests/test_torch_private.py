@@ -402,6 +402,23 @@ def test_without_dynamos_context_no_caller_is_known_and_code_is_not_forgotten(hi
     private.forget_code(backend.__code__)
 
 
+@pytest.mark.filterwarnings("ignore:.*sdp_kernel")
+def test_the_older_choice_of_an_attention_kernel_is_told_what_to_write_instead():
+    seen: list[tuple[str, str] | None] = []
+
+    def backend(gm, inputs):
+        seen.append(private.graph_break())
+        return gm.forward
+
+    def attend(x):
+        x = x + 1
+        with torch.backends.cuda.sdp_kernel(enable_flash=False):
+            return x * 2
+
+    torch.compile(attend, backend=backend)(torch.ones(2))
+    assert seen[0] is not None and "use torch.nn.attention.sdpa_kernel" in seen[0][1]
+
+
 def test_callers_that_run_as_plain_python_are_known_by_the_wrapper_around_them():
     seen: list[list[str]] = []
 

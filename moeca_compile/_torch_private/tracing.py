@@ -88,6 +88,12 @@ def _made_by_torch_compile(backends: Iterable[Any]) -> Any:
     return next((each for each in backends if type(each).__name__ == "_TorchCompileWrapper"), None)
 
 
+_INSTEAD = {
+    "<function sdp_kernel ": "; use torch.nn.attention.sdpa_kernel in place of torch.backends.cuda.sdp_kernel",
+}
+"""What to write in place of a function that Dynamo does not trace, by how it names that function."""
+
+
 def graph_break() -> tuple[str, str] | None:
     """(file:line, reason) where Dynamo ends the graph that it is handing over before the function's end."""
     try:
@@ -96,7 +102,8 @@ def graph_break() -> tuple[str, str] | None:
             return None
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown"
-        return where, reason.reason.split("\n")[0]
+        advice = next((text for name, text in _INSTEAD.items() if name in reason.reason), "")
+        return where, reason.reason.split("\n")[0] + advice
     except AttributeError:
         return None
 

@@ -19,6 +19,7 @@ from torch import fx
 
 from moeca_compile.passes.normalize.collapse_views import collapse_views
 from moeca_compile.passes.normalize.drop_idle_dropouts import drop_idle_dropouts
+from moeca_compile.passes.normalize.drop_unread_operands import drop_unread_operands
 from moeca_compile.passes.normalize.fuse_attention import fuse_attention
 from moeca_compile.passes.normalize.name_attention_arguments import name_attention_arguments
 from moeca_compile.passes.normalize.reshape_views import reshape_views
@@ -33,6 +34,7 @@ Pass = Callable[[fx.Graph], int]
 PASSES: tuple[Pass, ...] = (
     drop_idle_dropouts,
     split_products_from_sums,
+    drop_unread_operands,
     collapse_views,
     split_to_slices,
     unflatten_linears,

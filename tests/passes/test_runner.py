@@ -65,6 +65,7 @@ def test_the_order_and_the_counts_of_a_model(graph: Captured):
     assert [(result.name, result.matches) for result in results] == [
         ("drop_idle_dropouts", 0),
         ("split_products_from_sums", 0),
+        ("drop_unread_operands", 0),
         ("collapse_views", 4),
         ("split_to_slices", 42),
         ("unflatten_linears", 0),

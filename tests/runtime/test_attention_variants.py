@@ -141,6 +141,11 @@ SPELLED: dict[str, Attend] = {
             torch.bmm(merged(v).mT, (torch.bmm(merged(q), merged(k).mT) * 0.3).softmax(2).permute(0, 2, 1)).mT
         )
     ),
+    "the dtype of the queries": by(
+        lambda model, q, k, v: flat(F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))).type_as(
+            q
+        )
+    ),
     "one head of keys": by_head(lambda model, q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v[:, :1]),
     "a module": lambda model, block, z: model.whole(z, z, z, need_weights=False)[0],
     "a module with weights": lambda model, block, z: model.whole(z, z, z)[0],
@@ -396,6 +401,12 @@ def chunked_by_four(model: Sampler, block: Block, h: Tensor, m: tuple[Tensor, ..
     return h + gate2.tanh() * block.norm2(block.mlp(block.norm2(h) * (1 + scale2)))
 
 
+def norms_written_out(model: Sampler, block: Block, h: Tensor, m: tuple[Tensor, ...]) -> Tensor:
+    """Before and after each branch."""
+    h = h + m[2].tanh()[:, None] * plain_rms(model.attend(block, plain_rms(h) * (1 + m[1][:, None])))
+    return h + m[5].tanh()[:, None] * plain_rms(block.mlp(plain_rms(h) * (1 + m[4][:, None])))
+
+
 def chunked_by_two(model: Sampler, block: Block, h: Tensor, m: tuple[Tensor, ...]) -> Tensor:
     """Modulated norms before the branches, no gates."""
     shift, scale = model.gates(model.condition)[:, : 2 * D].chunk(2, dim=1)
@@ -429,6 +440,7 @@ BLOCKS = {
     "four chunks": chunked_by_four,
     "twelve chunks": chunked_by_twelve,
     "post-norm": post_norm,
+    "norms written out": norms_written_out,
 }
 
 

@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 T = TypeVar("T", bound=Hashable)
 
-_COPIES = CASTS | {aten.zeros_like.default, aten.ones_like.default, torch.ops.moeca.expert_rows.default}
+_LIKES = frozenset({aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default})
+_COPIES = CASTS | _LIKES | {torch.ops.moeca.expert_rows.default}
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -44,7 +44,8 @@ def match_attention(sdpa: fx.Node, layouts: Layouts, mixed: Set[fx.Node] = froze
 
 
 def _loses_rows(sdpa: fx.Node, output: fx.Node, layouts: Layouts, mixed: Set[fx.Node]) -> bool:
-    return output not in layouts or bool((between(sdpa, [output]) | {output}) & mixed)
+    path = between(sdpa, [output]) | {output}
+    return not path <= layouts.keys() or bool(path & mixed)
 
 
 def sdpa_options(sdpa: fx.Node) -> dict[str, Any]:

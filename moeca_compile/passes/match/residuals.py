@@ -29,21 +29,26 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
     """The residual branches of `anchor`, in graph order: one for each token stream.
 
     Walks forward from the anchor to the addition whose other operand the anchor was computed from. The output of a
-    joint attention may be cut into the tokens of several streams, each with a path of its own. Returns no branches
-    where paths fork in any other way, or where one of them ends in no such addition. Where several anchors share a
-    branch (attention and experts side by side), `output` is this anchor's part of their sum.
+    joint attention may be cut into the tokens of several streams, each with a path of its own. A path that forks and
+    meets again (a norm spelled as `y * rsqrt(mean(y * y))`) goes on from there. Returns no branches where paths fork
+    in any other way, or where one of them ends in no such addition. Where several anchors share a branch (attention
+    and experts side by side), `output` is this anchor's part of their sum.
     """
     found: dict[fx.Node, Residual] = {}
     paths: list[tuple[fx.Node, set[fx.Node], fx.Node | None]] = [(anchor, {anchor}, None)]
     while paths:
         node, path, part = paths.pop()
         users = list(node.users)
+        fork = _fork(node, anchor) if len(users) > 1 else None
+        if fork is not None:
+            paths.append((max(fork), path | fork, part))
+            continue
         if not users or (len(users) > 1 and not _cut_apart(users)):
             return []
         for add in users:
-            other = _other_operand(add, node, ADD)
-            stream = _uncast(other) if other is not None else None
-            if stream is None or shape_of(stream) != shape_of(add) or not _leads_to(anchor, stream):
+            stream = _stream(add, node, anchor)
+            if stream is None:
+                other = _other_operand(add, node, ADD)
                 shared = part is None and other is not None and _has_anchor(other, anchor)
                 paths.append((add, path | {add}, _before_gate(node, path) if shared else part))
             elif add in found:
@@ -51,6 +56,30 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
             else:
                 found[add] = Residual(stream, part or _before_gate(node, path), add)
     return [found[add] for add in sorted(found)]
+
+
+def _stream(add: fx.Node, branch: fx.Node, anchor: fx.Node) -> fx.Node | None:
+    """The stream to which `add` adds `branch`, a value computed from `anchor`; None where it does not."""
+    other = _other_operand(add, branch, ADD)
+    stream = _uncast(other) if other is not None else None
+    known = stream is not None and shape_of(stream) == shape_of(add) and _leads_to(anchor, stream)
+    return stream if known else None
+
+
+def _fork(start: fx.Node, anchor: fx.Node) -> set[fx.Node] | None:
+    """What lies between `start` and the node where all paths from it meet again, which is the last one.
+
+    None where one of them reaches an addition to the stream, or an attention or MoE layer, before they have met.
+    """
+    inside, ahead = {start}, set(start.users)
+    while (node := min(ahead)).users and node.target not in ANCHORS:  # none of the others leads to the first one
+        if len(ahead) == 1:
+            return inside | ahead
+        if any(_stream(node, branch, anchor) is not None for branch in inside.intersection(node.all_input_nodes)):
+            return None
+        inside.add(node)
+        ahead = (ahead - {node}) | set(node.users)
+    return None
 
 
 def _has_anchor(node: fx.Node, anchor: fx.Node) -> bool:

@@ -41,7 +41,7 @@ class Inserted:
             name: self.anchor.meta[name] for name in ("nn_module_stack", "stack_trace") if name in self.anchor.meta
         }
         values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        fake_mode = next(arg.meta["val"].fake_mode for arg in node.all_input_nodes)
+        fake_mode = next(arg.meta["val"].fake_mode for arg in (*node.all_input_nodes, self.anchor))
         with torch.no_grad(), fake_mode:
             node.meta["val"] = target(*values[0], **values[1])
         return node

@@ -75,6 +75,7 @@ RULES: dict[str, tuple[Function, Layout]] = {
     "contiguous": (lambda h: h.transpose(0, 1).contiguous(), Layout(1, 0, B, N)),
     "zeros_like": (lambda h: torch.zeros_like(h), SPLIT),
     "ones_like": (lambda h: torch.ones_like(h), SPLIT),
+    "full_like": (lambda h: torch.full_like(h, 2.0), SPLIT),
     "layer_norm": (lambda h: F.layer_norm(h, (D,)), SPLIT),
     "native_layer_norm": (lambda h: torch.native_layer_norm(h, (D,), None, None, 1e-6)[0], SPLIT),
     "rms_norm": (lambda h: F.rms_norm(h, (D,)), SPLIT),

@@ -128,6 +128,25 @@ def test_match(name):
     assert attention.by_token == (name not in NOT_BY_TOKEN)
 
 
+def of_query_dtype(x, table, text, qkv, proj, mask):
+    """Query and output hold the same tokens in different dims."""
+    q, k, v = fused(x, qkv)
+    return x + F.linear(flat(F.scaled_dot_product_attention(q, k, v)).type_as(q), proj)
+
+
+def into_new_memory(x, table, text, qkv, proj, mask):
+    q, k, v = fused(x, qkv)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return x + F.linear(out.new_zeros(B, N, D) + flat(out), proj)
+
+
+@pytest.mark.parametrize("block", [of_query_dtype, into_new_memory])
+def test_a_value_whose_dtype_is_read_is_not_read(block):
+    (attention,), gm = matched(block)
+    assert isinstance(attention, Attention)
+    assert attention.residual.output is nodes_of(gm, torch.ops.aten.linear)[-1]
+
+
 def test_options_are_given_by_name_with_defaults():
     (attention,), _ = matched(MATCHES["scaled"])
     expected = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": 0.1, "enable_gqa": False}
@@ -143,6 +162,12 @@ def no_residual(x, table, text, qkv, proj, mask):
 def mixed_output(x, table, text, qkv, proj, mask):
     out = flat(F.scaled_dot_product_attention(*fused(x, qkv)))
     return x + F.linear(out.softmax(1), proj)
+
+
+def squeezed_output(x, table, text, qkv, proj, mask):
+    """Channels weighted by their mean over the tokens."""
+    out = F.linear(flat(F.scaled_dot_product_attention(*fused(x, qkv))), proj)
+    return x + out * out.mean(1, keepdim=True).sigmoid()
 
 
 def over_heads(x, table, text, qkv, proj, mask):
@@ -168,6 +193,7 @@ NEAR_MISSES = {
     "queries of another stream": (from_text, "queries are not computed"),
     "no residual": (no_residual, "no residual addition"),
     "an output that mixes tokens": (mixed_output, "not computed token by token"),
+    "an output that is scaled by a mean over tokens": (squeezed_output, "not computed token by token"),
     "attention over heads": (over_heads, ""),
     "attention over all samples": (over_rows, ""),
 }

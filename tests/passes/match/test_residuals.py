@@ -153,6 +153,54 @@ def test_an_anchor_without_a_residual(function):
     assert residual_around(nodes_of(gm, aten.linear)[0]) is None
 
 
+def rms(y: Tensor) -> Tensor:
+    return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def layer_norm(y: Tensor) -> Tensor:
+    centered = y - y.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+FORKS = {
+    "a norm by the root of the mean square": lambda x, g, w, o: x + rms(branch(x, w)),
+    "a norm with a weight and a gate": lambda x, g, w, o: x + g.tanh().unsqueeze(1) * (rms(branch(x, w)) * w[0]),
+    "a norm in higher precision": lambda x, g, w, o: x + (rms((y := branch(x, w)).double()) * w[0]).to(y.dtype),
+    "a norm with a mean": lambda x, g, w, o: x + g.unsqueeze(1) * layer_norm(branch(x, w)),
+    "two norms": lambda x, g, w, o: rms(layer_norm(branch(x, w))) + x,
+    "a network of its own": lambda x, g, w, o: x + ((y := branch(x, w)) + F.linear(y, w).relu()),
+    "halves that gate each other": lambda x, g, w, o: (
+        x + F.linear((y := branch(x, w))[..., :2] * y[..., 2:].sigmoid(), w[:, :2])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_path_that_forks_and_meets_again_is_one_branch(name):
+    gm, layouts, add = traced(FORKS[name])
+    residual = residual_around(nodes_of(gm, aten.linear)[0])
+    assert residual is not None
+    assert (residual.stream, residual.add) == (placeholders(gm)[0], add)
+    assert residual == residual_at(add, layouts)
+
+
+FORKS_THAT_STAY = {
+    "read beside the addition": lambda x, g, w, o: torch.cat([x + rms(y := branch(x, w)), y], -1),
+    "read after the addition": lambda x, g, w, o: (x + rms(y := branch(x, w))) * y.sigmoid() + x,
+    "an addition to the stream within": lambda x, g, w, o: x + ((x + (y := branch(x, w))) * y.sigmoid()),
+    "an attention within": lambda x, g, w, o: x + ((y := branch(x, w)) + attend(y)),
+    "queries and keys of an attention": lambda x, g, w, o: (
+        x + F.scaled_dot_product_attention(y := branch(x, w)[:, None], y * 2, y)[:, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORKS_THAT_STAY)
+def test_near_miss_of_a_fork(name):
+    gm, _, _ = traced(FORKS_THAT_STAY[name])
+    assert residual_around(nodes_of(gm, aten.linear)[0]) is None
+
+
 def joint(x: Tensor, g: Tensor, w: Tensor, o: Tensor, cut=lambda z: (z[:, :N], z[:, N:])) -> Tensor:
     """One product over the tokens of both x and o, each of which gets its part."""
     one, other = cut(F.linear(torch.cat([x, o], 1), w))
