@@ -16,7 +16,7 @@ from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running import Running
 from moeca_compile.capture.trust import eagerly
 from tests.capture.layers import EXPERTS, WIDTH, MoE, stack, tokens
-from tests.harness import RecordingBackend, nodes_of
+from tests.harness import RecordingBackend, eager_backend, nodes_of
 from tests.references import run_with_markers
 
 FIXED, VARIABLE = torch.ops.moeca.experts_fixed_k, torch.ops.moeca.experts_variable_k
@@ -204,6 +204,7 @@ STATEMENTS = [KeepsTheRouting, CountsUse, LogsAndChecks, Casts, Closure]
 SPELLINGS = [ThroughNumpy, Split, TouchesIdleOnes, Unweighted, OntoTheRows]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [*STATEMENTS, *SPELLINGS])
 def test_what_stands_beside_a_dispatch_and_how_it_is_spelled_do_not_matter(layer):
     assert_captured(stack(layer(), layer()))
@@ -578,6 +579,7 @@ NEAR_MISSES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("layer", "reason"), NEAR_MISSES.items())
 def test_near_misses_stay_as_they_are(layer, reason):
     model = stack(layer())
@@ -695,12 +697,25 @@ SILENT = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("layer", "reason"), SILENT.items())
 def test_what_random_calls_might_not_tell(layer, reason):
     torch.manual_seed(0)
     module, running = layer().eval(), Running(layer.forward)
     with eagerly(module), pytest.raises(UntrustedError, match=reason):
         running.compared(layer.forward, module, running.facts((tokens(),), {}))
+
+
+@pytest.mark.parametrize("layer", [Full, SkipsSingleRows])
+def test_idioms_that_read_such_a_loop_see_experts_of_many_rows_and_of_one(layer):
+    torch.manual_seed(0)
+    model = stack(layer())
+    found = torch.compile(model, backend=eager_backend, options={"recipe": "none", "lowering": "eager"})
+    x = routings()[2]
+    x[0, :3] = torch.randn(3, WIDTH)
+    with torch.no_grad(), pytest.warns(capture.CaptureWarning, match="not the sum of its experts' weighted outputs"):
+        for each in (*routings(), x):
+            torch.testing.assert_close(found(each), model(each), rtol=1e-5, atol=1e-5)
 
 
 class OfNumbers(Loop):

@@ -28,6 +28,7 @@ from moeca_compile.capture.idioms.trials import (
     kind,
     leaves,
     random_argument,
+    with_one_apart,
     without_side_effects,
 )
 from moeca_compile.capture.numerics import UntrustedError, tolerance_for, with_random_parameters
@@ -137,9 +138,13 @@ class Inline:
         return meaning.dtype if told and all(finite(each) for each in want) else None
 
     def _trials(self, facts: Facts, num_experts: int) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-        """Random arguments; then tokens that are all the same, so that most experts get none."""
+        """Random arguments; then experts with as many rows as can be and with none, as tokens are all the same; then
+        experts with a single row, as all tokens but one are."""
         for same in (False, True):
             yield self._arguments(facts, num_experts, same, TRIAL_SEED)
+        args, kwargs = self._arguments(facts, num_experts, False, TRIAL_SEED)
+        apart = {name: with_one_apart(value) for name, value in kwargs.items()}
+        yield [with_one_apart(value) for value in args], apart
 
     def _arguments(self, facts: Facts, num_experts: int, same: bool, seed: int) -> tuple[list[Any], dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed)

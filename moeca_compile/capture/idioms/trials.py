@@ -18,14 +18,16 @@ def random_argument(
 ) -> Tensor:
     """A random argument of (sizes, dtype, device); expert ids if there is a number of experts.
 
-    same: all tokens are alike, or, for expert ids, the experts but one are used.
+    same: all tokens are alike, and have the same experts: these take as many rows as any can, and others none.
     """
     sizes, dtype, device = described
     shape = [TRIAL_SIZE if size is None else size for size in sizes]
     count = torch.Size(shape).numel()
     if num_experts is not None:
-        spare = num_experts > 1 and (len(shape) < 2 or shape[-1] < num_experts)
-        order = torch.randperm(num_experts, generator=generator)[: num_experts - 1 if same and spare else None]
+        used = num_experts
+        if same:  # of ids in one dimension nobody knows how many a token has
+            used = min(shape[-1], used) if len(shape) > 1 else max(used - 1, 1)
+        order = torch.randperm(num_experts, generator=generator)[:used]
         return order[torch.arange(count) % len(order)].reshape(shape).to(device, dtype)
     if not dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(device, dtype)
@@ -33,6 +35,14 @@ def random_argument(
     if same and len(shape) > 1:
         value = value.reshape(-1, shape[-1])[:1].expand(count // shape[-1], -1).reshape(shape).clone()
     return value.to(device, dtype)
+
+
+def with_one_apart(value: Any) -> Any:
+    """The first row of a tensor, and its second one in the place of all others."""
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    rows = value.flatten(0, -2)
+    return rows[torch.arange(len(rows), device=rows.device).clamp(max=1)].view_as(value)
 
 
 def without_side_effects(
