@@ -113,6 +113,7 @@ def test_importing_reads_no_class_and_loads_no_compiler():
     run(READS_NOTHING)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("order", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_it_compiles_with_transformers_diffusers_and_all_examples_imported(order: str):
     run(BESIDE_OTHERS, order)

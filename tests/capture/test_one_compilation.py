@@ -58,6 +58,7 @@ def bound(model: nn.Module, **how: Any) -> Callable[..., Any]:
     return torch.compile(model.guided, **how)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("compiled", [torch.compile, in_place, bound, as_function])
 @pytest.mark.parametrize("layer", [Keeps, NumpyEnds, lambda: nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))])
 def test_one_graph_over_three_calls(layer, compiled):

@@ -120,6 +120,7 @@ def test_the_functional_export_keeps_both_markers(spelling):
     torch.testing.assert_close(run_with_markers(exported, backend.inputs[0])[0], want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("spelling", [NumpyEnds, RunningStart])
 def test_another_backend_traces_the_original(spelling):

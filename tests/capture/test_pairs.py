@@ -215,6 +215,7 @@ class AtLeastThree(Predicted):
         return out.view_as(x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [ElsewherePut, SquaredGates, OverItsTokens, AtLeastThree])
 def test_what_numbers_do_not_confirm_runs_as_it_is_with_one_warning(layer):
     model, backend = stack(layer(), layer()), RecordingBackend()

@@ -62,6 +62,7 @@ def captured(model, *inputs, ours=True, run=None):
         return torch.compile(model, backend=backend)(*inputs), backend
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [OneHotLoop, MaskLoop])
 def test_a_suspect_that_is_met_is_warned_of_once(layer):
     model, x = stack(layer(), layer()), tokens()

@@ -100,6 +100,7 @@ def test_a_user_is_told_when_another_backend_runs_between_the_steps_of_a_generat
             torch.testing.assert_close(fast(x, t, y), plain(x, t, y))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("earlier", ["live", "are gone"])
 def test_the_tenth_model_of_a_class_is_cached_as_the_first(earlier):
     models = []

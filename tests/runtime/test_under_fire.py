@@ -123,6 +123,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stage", FAULTS)
 def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch, stage):
     expected = generate(model)
@@ -136,6 +137,7 @@ def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch
     assert len(planted) == 1, texts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", ["facts", "equivalent"])
 def test_dispatch_whose_equivalent_fails_runs_as_it_is(model, monkeypatch, part):
     """While Dynamo traces it: the graph breaks there."""
@@ -252,6 +254,7 @@ def together(*works: Callable[[], Any]) -> tuple[list[Any], list[BaseException]]
     return results, errors
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_may_make_the_first_calls_together(model, threads):
     expected = generate(compiled(make_model(SIZES)))
@@ -306,6 +309,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("outside", [True, False], ids=["compile(DDP)", "DDP(compile)"])
 @pytest.mark.parametrize("width", [16, 128], ids=["one bucket", "several buckets"])
 def test_ddp(one_process, outside, width):
@@ -432,6 +436,7 @@ def test_weights_that_hold_other_tensors_are_left_to_torch_compile_with_one_warn
     assert f"{linears[0][0]}.weight is a Int8" in texts[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["moeca", "fora"])
 def test_dynamic_shapes_are_cached(model, recipe):
     expected = generate(compiled(model, recipe=recipe))
@@ -468,6 +473,7 @@ def by_torch_save(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
 def test_a_copy_of_a_compiled_model_has_a_record_of_its_own(model, copied, called):
