@@ -18,6 +18,7 @@ from moeca_compile._torch_private.lookup import Private
 _SIMPLIFY = Private(
     "torch._inductor.sizevars.simplify_index_in_vec_range",
     "Inductor takes half as long again to write code for a CPU",
+    before="torch._inductor.codegen.cpp.simplify_index_in_vec_range",
 )
 _PLAIN = (sympy.Add, sympy.Mul, sympy.Symbol, sympy.Integer)
 
