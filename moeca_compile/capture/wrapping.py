@@ -73,6 +73,11 @@ _orders: WeakKeyDictionary[type, dict[Any, tuple[int, ...]]] = WeakKeyDictionary
 _ran: WeakKeyDictionary[nn.Module, Reason] = WeakKeyDictionary()  # what running said of layers
 
 
+def forget_orders() -> None:
+    """Forget what is tried first for which layer, so that it is found out again. For tests."""
+    _orders.clear()
+
+
 def marked_as_known(kind: type) -> bool:
     """Whether a class has a method that an idiom knows."""
     return bool(_marked(kind, _KNOWN))

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moeca_compile import capture
-from moeca_compile.capture import wrapping
 from moeca_compile.capture.install import wrap
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.capture.trust import forget_verdicts
+from moeca_compile.capture.wrapping import forget_orders
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,6 @@ def fresh_capture() -> None:
     torch._dynamo.reset()
     forget_refusals()
     forget_verdicts()
-    wrapping._orders.clear()
+    forget_orders()
     capture.install()
     wrap()
