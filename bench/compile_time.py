@@ -37,7 +37,7 @@ from rich.console import Console
 from bench.speed import append
 from examples import families
 from examples.digits.arguments import whole_number
-from examples.digits.compare import environment
+from examples.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "compile_time.csv"
@@ -86,9 +86,9 @@ def start(name: str, way: str, batch: int) -> dict[str, float]:
 
 def in_a_process(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
     """The same, with this folder for all caches."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": str(threads)}
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "bench.compile_time", "--start", way, "--model", name, "--batch", str(batch)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -70,6 +70,7 @@ from moeca_compile._torch_private.tracing import (
     traced_code,
     traced_self,
     traced_wrapper,
+    traces_for_us,
     tracing_backend,
     wrapper_of,
 )
@@ -128,6 +129,7 @@ __all__ = [
     "traced_code",
     "traced_self",
     "traced_wrapper",
+    "traces_for_us",
     "tracing_backend",
     "version_of",
     "wrapper_of",

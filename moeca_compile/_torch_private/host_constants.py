@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from moeca_compile._torch_private.graphs import tensor_of_number
 from moeca_compile._torch_private.lookup import Private
-from moeca_compile._torch_private.tracing import tracing_backend
+from moeca_compile._torch_private.tracing import traces_for_us
 
 _BREAKS = "the graph breaks where the host reads a tensor that is made of constants"
 _TENSOR = Private("torch._dynamo.variables.tensor.TensorVariable", _BREAKS)
@@ -70,8 +70,7 @@ def _number(variable: Any) -> Any:
     try:
         node = variable.as_proxy().node
         example = node.meta["example_value"]
-        ours = any(getattr(each, "_moeca_backend", False) is True for each in tracing_backend())
-        if not ours or not isinstance(example, Tensor) or example.numel() != 1:
+        if not traces_for_us() or not isinstance(example, Tensor) or example.numel() != 1:
             return None
         made_from = _constants(node)
         return _computed(node, made_from).item() if made_from is not None else None

@@ -33,6 +33,11 @@ def tracing_backend() -> Iterator[Any]:
     return _unwrapped(getattr(_output(), "compiler_fn", None))
 
 
+def traces_for_us() -> bool:
+    """Whether Dynamo is tracing for a backend of ours (`_moeca_backend = True`), within whatever wrappers."""
+    return any(getattr(each, "_moeca_backend", False) is True for each in tracing_backend())
+
+
 def hand_over_whole() -> None:
     """Have Dynamo hand over the graph as one, which DDP's backend would split to send gradients early.
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moeca_compile._torch_private.frames import calling_code
 from moeca_compile._torch_private.lookup import Private
-from moeca_compile._torch_private.tracing import traced_code, tracing_backend
+from moeca_compile._torch_private.tracing import traced_code, traces_for_us, tracing_backend
 
 _PARTS = "a backend of the user's that calls ours gets models with MoE layers in parts"
 _PASSED_ON = Private("torch._dynamo.exc.TensorifyScalarRestartAnalysis", _PARTS)
@@ -31,8 +31,7 @@ def calls_ours() -> bool:
 def trace_anew_for_ours() -> None:
     """If ours was called by another backend, let Dynamo trace this code once more. Called where ours is."""
     backends, code = list(tracing_backend()), traced_code()
-    ours = any(getattr(each, "_moeca_backend", False) is True for each in backends)
-    if not backends or code is None or ours or calls_ours() or torch.is_grad_enabled():
+    if not backends or code is None or traces_for_us() or calls_ours() or torch.is_grad_enabled():
         return
     if _PASSED_ON.value is None or _FORGETTING.value is None:
         return

@@ -10,7 +10,7 @@ from moeca_compile._torch_private import (
     missing,
     outermost_module,
     subclass_weight,
-    tracing_backend,
+    traces_for_us,
 )
 
 
@@ -21,8 +21,7 @@ def tracing_for_moeca() -> bool:
     Dynamo runs this at trace time and takes the answer for a constant; its caches are kept per backend. Never where
     the backend leaves the model to torch.compile, because torch lacks what it needs or a weight is no plain tensor.
     """
-    ours = any(getattr(backend, "_moeca_backend", False) is True for backend in tracing_backend())
-    if not (ours or calls_ours()) or missing() or subclass_weight(outermost_module()) is not None:
+    if not (traces_for_us() or calls_ours()) or missing() or subclass_weight(outermost_module()) is not None:
         return False
     hand_over_whole()
     return True

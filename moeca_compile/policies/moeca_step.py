@@ -103,7 +103,8 @@ class CacheStep:
         options = sdpa_options(attention.sdpa)
         scale, gqa = options["scale"], options["enable_gqa"]
         whole = fresh == "all" or not attention.by_token
-        if not whole and (fresh == "chosen" or step.kind.forced):
+        from_cache = fresh == "none" and not step.kind.forced
+        if not whole and not from_cache:
             for part in parts:  # together, since they come from the same products
                 part.rows.of(attention.query, attention.key, attention.value)
         query = torch.cat([part.rows[attention.query] for part in parts], dim=-2)
@@ -117,7 +118,7 @@ class CacheStep:
         queries = by_head(query, len(keys))
         if mask is not None and query.ndim != queries.ndim:
             mask = by_head(mask.expand(*query.shape[:-2], -1, -1), len(keys))
-        if fresh == "none" and not step.kind.forced:
+        if from_cache:
             out = attend(queries, keys, values, mask, scale, gqa)
         else:
             key, value, chosen, valid = self._fresh_keys_values(parts)

@@ -56,7 +56,7 @@ class TimestepReader:
         self.compiled, self.notes = compiled, notes
         labels = {place for place, i in enumerate(compiled.timesteps) if i in compiled.perhaps_labels}
         self.input = TimestepInput(len(compiled.timesteps), compiled.regions.guessed, labels)
-        self.position: int | None = None if self.input.found is None else compiled.timesteps[self.input.found]
+        self.position = self._position()
         """The position of the input that is the timestep; None while that is not known."""
 
     @property
@@ -68,12 +68,21 @@ class TimestepReader:
         marked = scope.current_time()
         if marked is not None:
             return (marked,)
+        sure = self.input.sure
         time = self.input.read([partial(self.value, inputs[i]) for i in self.compiled.timesteps])
-        self.position = None if self.input.found is None else self.compiled.timesteps[self.input.found]
-        reason = self._why_unknown(time is not None)
+        if not sure:
+            self._learn(time is not None)
+        return time
+
+    def _learn(self, taken: bool) -> None:
+        """Take over what the call has shown, or warn that the calls so far should have shown it."""
+        self.position = self._position()
+        reason = self._why_unknown(taken)
         if reason is not None:
             self.notes.warn(reason)
-        return time
+
+    def _position(self) -> int | None:
+        return None if self.input.found is None else self.compiled.timesteps[self.input.found]
 
     def _why_unknown(self, taken: bool) -> str | None:
         """Why the timestep is not known, once the calls so far should have shown it."""

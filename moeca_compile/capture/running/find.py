@@ -221,15 +221,15 @@ def _totals(
                 continue
             base = _base(graph, node, again[0][node], same)
             if base is not None or not bool(zero.any()):
-                if _all_one(weights, pairs, tolerance):
+                if _all_one(weights, pairs.routed, tolerance):
                     unweighted.append((node, base, weights))
                 else:
                     yield node, base, weights
     yield from unweighted
 
 
-def _all_one(weights: Tensor, pairs: _Pairs, tolerance: float) -> bool:
-    of_pairs = weights[pairs.routed]
+def _all_one(weights: Tensor, routed: Tensor, tolerance: float) -> bool:
+    of_pairs = weights[routed]
     return close(of_pairs, torch.ones_like(of_pairs), tolerance)
 
 
@@ -321,7 +321,7 @@ def _told(
         raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
     whole = not by_ids or routing.columns * tokens == int(pairs.routed.sum())
-    if whole and _all_one(weights, pairs, tolerance):
+    if whole and _all_one(weights, pairs.routed, tolerance):
         return Found(experts, stream, total, base, routing, by_ids, None, same)
     wanted = weights
     if by_ids:
@@ -394,7 +394,7 @@ def _choices(
                     continue
                 if not torch.equal(torch.zeros_like(routed).scatter(0, chosen, True), routed):
                     continue
-                if close(weights[routed], torch.ones_like(weights[routed]), tolerance):
+                if _all_one(weights, routed, tolerance):
                     return Choices(node, reading), None
                 for other in reversed(before):
                     value = graph.values[other]

@@ -20,12 +20,17 @@ _DEPTH = 3  # how far a function that holds the model may be called from the one
 
 def may_run(layer: nn.Module) -> bool:
     """Whether a layer may hold experts: several modules that are built alike, or packed parameters."""
-    return bool(_alike(layer)) or any(each.dim() > 1 for each in layer.parameters(recurse=False))
+    return bool(_alike(layer)) or _is_packed(layer, 1)
 
 
 def holds_experts(layer: nn.Module) -> bool:
     """The same of a layer that is no mere product with a matrix, as a router is."""
-    return bool(_alike(layer)) or any(each.dim() > 2 for each in layer.parameters(recurse=False))
+    return bool(_alike(layer)) or _is_packed(layer, 2)
+
+
+def _is_packed(layer: nn.Module, dims: int) -> bool:
+    """Whether a parameter of the layer's own has more than so many dimensions."""
+    return any(each.dim() > dims for each in layer.parameters(recurse=False))
 
 
 def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable[[type], bool]) -> list[nn.Module]:
@@ -37,6 +42,12 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
     """
     found: dict[int, nn.Module] = {}
     holds: dict[int, bool] = {}
+    known_kinds: dict[int, bool] = {}  # by identity: a class may be of a metaclass that cannot be hashed
+
+    def is_known(kind: type) -> bool:
+        if id(kind) not in known_kinds:
+            known_kinds[id(kind)] = known(kind)
+        return known_kinds[id(kind)]
 
     def visit(module: nn.Module) -> bool:
         """Whether a module is such a layer or holds one."""
@@ -44,14 +55,15 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
             holds[id(module)] = False  # a module may hold itself
             inner = any([visit(child) for child in module.children()])
             own = module is not root and _is_layer(module)
-            holds[id(module)] = inner or own or known(type(module))
+            holds[id(module)] = inner or own or is_known(type(module))
         return holds[id(module)]
 
     def _is_layer(module: nn.Module) -> bool:
         kind = id(type(module))
-        if kind not in found and asks(type(module)) and may_run(module):
-            blocks = any(_has_inside(member, holds) for member in _alike(module))
-            if not blocks:
+        if kind not in found and asks(type(module)):
+            members = _alike(module)
+            blocks = any(_has_inside(member, holds) for member in members)
+            if (members or _is_packed(module, 1)) and not blocks:
                 found[kind] = module
         return kind in found
 
