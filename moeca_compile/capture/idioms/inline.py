@@ -7,7 +7,7 @@ marker ops' meaning, as a plain loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -22,13 +22,15 @@ from moeca_compile.capture.idioms.held import counted, item_paths, representativ
 from moeca_compile.capture.idioms.marking import Markers
 from moeca_compile.capture.idioms.meaning import Meaning
 from moeca_compile.capture.idioms.trials import (
+    arguments_like,
     cloned,
     equal,
     finite,
     kind,
     leaves,
+    one_apart,
     random_argument,
-    with_one_apart,
+    with_rows,
     without_side_effects,
 )
 from moeca_compile.capture.numerics import UntrustedError, tolerance_for, with_random_parameters
@@ -143,23 +145,17 @@ class Inline:
         for same in (False, True):
             yield self._arguments(facts, num_experts, same, TRIAL_SEED)
         args, kwargs = self._arguments(facts, num_experts, False, TRIAL_SEED)
-        apart = {name: with_one_apart(value) for name, value in kwargs.items()}
-        yield [with_one_apart(value) for value in args], apart
+        apart = {name: with_rows(value, one_apart) for name, value in kwargs.items()}
+        yield [with_rows(value, one_apart) for value in args], apart
 
     def _arguments(self, facts: Facts, num_experts: int, same: bool, seed: int) -> tuple[list[Any], dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed)
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for key, is_tensor, *described in facts:
-            value: Any = described[0]
-            if is_tensor:
-                ids = self._name(key) is not None and self._name(key) == self.method.index
-                value = random_argument(described, num_experts if ids else None, same, generator)
-            if isinstance(key, int):
-                args.append(value)
-            else:
-                kwargs[key] = value
-        return args, kwargs
+
+        def random(key: int | str, described: Sequence[Any]) -> Tensor:
+            ids = self._name(key) is not None and self._name(key) == self.method.index
+            return random_argument(described, num_experts if ids else None, same, generator)
+
+        return arguments_like(facts, random)
 
     def _name(self, key: int | str) -> str | None:
         if isinstance(key, str):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_compile.capture.idioms.base import Facts
 from moeca_compile.capture.numerics import UntrustedError, close
 
 TRIAL_SIZE = 3  # of a dimension that varies from call to call
@@ -37,12 +38,32 @@ def random_argument(
     return value.to(device, dtype)
 
 
-def with_one_apart(value: Any) -> Any:
-    """The first row of a tensor, and its second one in the place of all others."""
+def arguments_like(
+    facts: Facts, tensor_for: Callable[[int | str, Sequence[Any]], Tensor]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and named arguments for a call of these facts; `tensor_for` makes the tensors."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for key, is_tensor, *described in facts:
+        value = tensor_for(key, described) if is_tensor else described[0]
+        if isinstance(key, int):
+            args.append(value)
+        else:
+            kwargs[key] = value
+    return args, kwargs
+
+
+def with_rows(value: Any, numbers: Callable[[int], Tensor]) -> Any:
+    """A tensor of so many rows with those of these `numbers` in their places; any other value as it is."""
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     rows = value.flatten(0, -2)
-    return rows[torch.arange(len(rows), device=rows.device).clamp(max=1)].view_as(value)
+    return rows[numbers(len(rows)).to(rows.device)].view_as(value)
+
+
+def one_apart(count: int) -> Tensor:
+    """The first row once, and the second in the place of all others."""
+    return torch.arange(count).clamp(max=1)
 
 
 def without_side_effects(

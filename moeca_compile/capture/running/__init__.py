@@ -8,6 +8,8 @@
     experts.py  the experts in it: equal subgraphs that read parameters of one expert each
     find.py     by values: who got which rows, the sum over experts, its weights, the tensor that says the routing
     build.py    the same computation with a marker op in the place of the experts
+    drawn.py    the random calls by which all of this is found and checked
+    own_code.py what the layer's own code reads and leaves
     layer.py    all of this as a `Dispatch`, checked with numbers as the idioms' equivalents are
 
 Any spelling will do, since Python runs: what counts is what was computed,

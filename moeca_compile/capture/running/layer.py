@@ -7,13 +7,8 @@ those of the first one of a structure by random parameters too.
 
 from __future__ import annotations
 
-import dis
-import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from types import CodeType, FunctionType
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +18,7 @@ from torch import Tensor, nn
 from moeca_compile._torch_private import has_forward_hooks, outermost_module
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted, facts_of_arguments
 from moeca_compile.capture.idioms.routed import tensor_at
-from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves, random_argument
+from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves
 from moeca_compile.capture.numerics import (
     NoExpertsError,
     UntrustedError,
@@ -34,17 +29,24 @@ from moeca_compile.capture.numerics import (
 )
 from moeca_compile.capture.running.build import Meaning, Replacement, build
 from moeca_compile.capture.running.dense import on_all_rows
+from moeca_compile.capture.running.drawn import LARGE, Drawn, ids_for, other_half, single
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
-from moeca_compile.capture.running.trace import Call, counted, run, snapshot, tensors_in, traced, written
+from moeca_compile.capture.running.own_code import (
+    attributes_read,
+    functions_of,
+    is_same,
+    nothing_left,
+    numbers_read,
+    reached_from,
+)
+from moeca_compile.capture.running.trace import Call, counted, run, traced, written
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.structure import named_tensors, structure
 
 _SEEDS = (0, 1, 2, 3)
 _MORE_SEEDS = range(10, 40)  # until each expert has been compared
 _SINGLE_SEEDS = range(40, 48)  # until an expert had a single row
-_LARGE = 4.0
-_LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
 _OTHERS = (1.5, -1.5, 8.0)
 _ROWS = 8  # more than the call may have, to tell whether experts look at others
 _COUNTS = (*range(1, 18), 49, 99, 999, 10**6)  # of earlier calls
@@ -75,10 +77,10 @@ class Running:
                 raise UntrustedError("a part of it is in training mode")
             if has_forward_hooks(each):
                 raise UntrustedError("a part of it has forward hooks")
-        return Layout((), (id(module), structure(module), repr(_plain_attributes(module))))
+        return Layout((), (id(module), structure(module), repr(numbers_read(module))))
 
     def random_call(self, module: nn.Module, facts: Facts) -> Call:
-        return Drawn(_ids(module)).call(facts, 0)
+        return Drawn(ids_for(module)).call(facts, 0)
 
     def asked(self, module: nn.Module, call: Call) -> Asked:
         """What a call asks the host for."""
@@ -94,7 +96,8 @@ class Running:
             [*module.parameters(), *(torch.empty(0, dtype=f[3], device=f[4]) for f in facts if f[1])]
         )
         built = _built.setdefault(type(module), {})
-        key = (self.forward, structure(module), repr(_plain_attributes(module)), facts, autocast())
+        plain = numbers_read(module)
+        key = (self.forward, structure(module), repr(plain), facts, autocast())
         if key not in built:
             try:
                 built[key] = self._build(module, facts, tolerance)
@@ -106,13 +109,13 @@ class Running:
         replacement, name, drawn = found
         for call in drawn.calls(facts):
             self._compare(replacement, module, call, tolerance)
-        return name, tuple(tuple(each.split(".")) for each in replacement.names), _plain_attributes(module)
+        return name, tuple(tuple(each.split(".")) for each in replacement.names), plain
 
     def equivalent(self, trusted: Trusted, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Traceable: what the layer returns, through a marker op."""
         _, (name, paths, plain) = trusted
         for path, value in plain:  # Dynamo guards what is read
-            assert _is_same(tensor_at(module, path), value)
+            assert is_same(tensor_at(module, path), value)
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         return getattr(FUNCTIONS, name)(None, *tensors, *[tensor_at(module, path) for path in paths])
 
@@ -120,13 +123,13 @@ class Running:
 
     def _build(self, module: nn.Module, facts: Facts, tolerance: float) -> tuple[Replacement, str, Drawn]:
         other = with_random_parameters(module)
-        drawn = Drawn(_ids(module))
+        drawn = Drawn(ids_for(module))
         drawn = Drawn(drawn.ids, tuple(sorted(self.asked(module, drawn.call(facts, 0)).compared)[:_NUMBERS]))
         replacement = self._found(module, other, facts, drawn, tolerance)
         asked = Asked()
         for layer in (module, other):
             for call in drawn.calls(facts):
-                with _nothing_left(self.forward, type(module)):
+                with nothing_left(self.forward, type(module)):
                     _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
         self._compare_without_numbers(replacement, module, drawn.call(facts, 0), tolerance, asked)
@@ -143,11 +146,11 @@ class Running:
             if bool(torch.stack(rows).any(0).all()):
                 break
             other = other if seed % 10 else with_random_parameters(module)  # one that never chooses it may be unlucky
-            rows.append(self._compare(replacement, other, drawn.call(facts, seed, scale=_LARGE), tolerance))
+            rows.append(self._compare(replacement, other, drawn.call(facts, seed, scale=LARGE), tolerance))
         for seed in _SINGLE_SEEDS:
             if bool((torch.stack(rows) == 1).any()):
                 break
-            call = _single(drawn.call(facts, seed, scale=_LARGE))
+            call = single(drawn.call(facts, seed, scale=LARGE))
             rows.append(self._compare(replacement, other, call, tolerance))
         idle = torch.stack(rows).any(0).logical_not().nonzero()
         if len(idle):
@@ -224,7 +227,7 @@ class Running:
         """Whether the routing of the first half of a batch changes with the second."""
         seen = []
         for scale in (None, *_OTHERS):
-            tensors = [_other_half(each, scale) for each in call.tensors()]
+            tensors = [other_half(each, scale) for each in call.tensors()]
             meaning = Meaning(replacement)
             meaning.run(*tensors, *_state(layer, replacement))
             routed, weight = meaning.seen
@@ -259,10 +262,10 @@ class Running:
         if not names:
             return
         root = outermost_module()
-        own = _reached(self.forward, type(before))
+        own = reached_from(self.forward, type(before))
         for module in root.modules() if root is not None else [before]:
-            for function in _functions(type(module)):
-                read = names & _attributes_read(function.__code__)
+            for function in functions_of(type(module)):
+                read = names & attributes_read(function.__code__)
                 if read and function.__code__ not in own:
                     raise UntrustedError(f"it leaves a tensor in `{min(read)}`, which {function.__qualname__} reads")
 
@@ -288,189 +291,3 @@ class Running:
 def _state(layer: nn.Module, replacement: Replacement) -> list[Tensor]:
     held = dict(named_tensors(layer))
     return [held[name] for name in replacement.names]
-
-
-# arguments
-
-
-def _ids(layer: nn.Module) -> int:
-    """How many experts there may be, for arguments that may be their ids."""
-    sizes = [len(held) for held in layer.children() if isinstance(held, (nn.ModuleList, nn.ModuleDict))]
-    sizes += [len(each) for each in layer.parameters(recurse=False) if each.dim() == 3]
-    return max(sizes, default=2)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Random arguments.
-
-    ids: how many experts there may be, for integers that may be their ids
-    numbers: with which the layer compares integers, such as a label that stands for none
-    """
-
-    ids: int
-    numbers: tuple[int, ...] = ()
-
-    def calls(self, facts: Facts) -> Iterator[Call]:
-        """Random arguments, large ones of which some come often, and rows that are all the same: experts with any
-        number of rows, with one, and with none.
-
-        Then all integers are one of the numbers, or none of them is.
-        """
-        yield self.call(facts, 0)
-        yield _uneven(self.call(facts, 1, scale=_LARGE))
-        yield self.call(facts, 2, same=True)
-        for number in self.numbers:
-            yield Drawn(self.ids, (number, number)).call(facts, 3)
-        if self.numbers:
-            yield Drawn(self.ids).call(facts, 4)
-
-    def call(self, facts: Facts, seed: int, same: bool = False, scale: float = 1.0) -> Call:
-        generator = torch.Generator().manual_seed(seed)
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for key, is_tensor, *described in facts:
-            value: Any = described[0]
-            if is_tensor:
-                integers = not described[1].is_floating_point and described[1] != torch.bool
-                value = random_argument(described, self.ids if integers else None, same, generator)
-                value = self.with_numbers(value) if integers and self.numbers else value
-                value = value * scale if value.dtype.is_floating_point else value
-            if isinstance(key, int):
-                args.append(value)
-            else:
-                kwargs[key] = value
-        return Call(args, kwargs)
-
-    def with_numbers(self, value: Tensor) -> Tensor:
-        """The numbers in turn, with others between them unless there is but one number, named twice."""
-        numbers = torch.tensor(self.numbers, dtype=value.dtype, device=value.device)
-        place = torch.arange(value.numel(), device=value.device)
-        every = len(self.numbers) > 1 and len(set(self.numbers)) == 1
-        picked = numbers[place // 2 % len(numbers)]
-        return (picked if every else torch.where(place % 2 == 0, picked, value.flatten())).view(value.shape)
-
-
-def _uneven(call: Call) -> Call:
-    """The first row of each tensor once, the second two times, the third four times, and so on."""
-    return _with_rows(call, lambda count: torch.arange(1, count + 1).log2().long())
-
-
-def _single(call: Call) -> Call:
-    """The first row of each tensor once, the second in the place of all others."""
-    return _with_rows(call, lambda count: torch.arange(count).clamp(max=1))
-
-
-def _with_rows(call: Call, numbers: Callable[[int], Tensor]) -> Call:
-    def picked(value: Tensor) -> Tensor:
-        if value.dim() < 2 or not value.dtype.is_floating_point:
-            return value
-        rows = value.flatten(0, -2)
-        return rows[numbers(len(rows)).to(rows.device)].view_as(value)
-
-    return call.with_tensors([picked(each) for each in call.tensors()])
-
-
-def _other_half(value: Tensor, scale: float | None) -> Tensor:
-    if scale is None or value.dim() == 0 or not value.dtype.is_floating_point:
-        return value
-    changed = value.clone()
-    first = len(value) - len(value) // 2
-    changed[first:] = scale * value[first:].flip(-1) + 0.5
-    return changed
-
-
-# code
-
-
-@contextmanager
-def _nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
-    """Raises UntrustedError if tensors or numbers are left outside of the layer, which others would miss."""
-    held: dict[str, Any] = {}
-    reached = _reached(forward, owner)
-    functions = [each for each in _functions(owner) if each.__code__ in reached]
-    for function in functions:
-        held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
-        held |= inspect.getclosurevars(function).nonlocals
-    before = {name: snapshot(value) for name, value in held.items()}
-    yield
-    for function in functions:
-        held |= {name: function.__globals__.get(name) for name in held.keys() & function.__globals__.keys()}
-    for name, value in held.items():
-        if before[name] != snapshot(value):
-            what = "a tensor" if tensors_in(value) else "something"
-            raise UntrustedError(f"it leaves {what} in `{name}`, outside of the layer")
-
-
-def _functions(owner: type) -> Iterator[FunctionType]:
-    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
-    for each in owner.__mro__:
-        if not each.__module__.startswith("torch.") and each is not object:
-            for value in vars(each).values():
-                while hasattr(value, "__wrapped__"):
-                    value = value.__wrapped__
-                if isinstance(value, FunctionType):
-                    yield value
-
-
-def _reached(forward: Callable[..., Any], owner: type) -> set[CodeType]:
-    """The code of the forward, and of the methods that it names, and so on."""
-    by_name: dict[str, list[CodeType]] = defaultdict(list)
-    for function in _functions(owner):
-        by_name[function.__name__].append(function.__code__)
-    found: set[CodeType] = set()
-    pending = by_name["forward"]
-    while pending:
-        code = pending.pop()
-        if code not in found:
-            found.add(code)
-            pending = pending + [each for name in code.co_names for each in by_name.get(name, [])]
-            pending += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return found
-
-
-def _plain_attributes(layer: nn.Module) -> tuple[tuple[tuple[str, ...], Any], ...]:
-    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads: they are in what
-    was built. Not those that a call changes."""
-    found: list[tuple[tuple[str, ...], Any]] = []
-    for path, module in layer.named_modules():
-        codes = [each.__code__ for each in _functions(type(module))]
-        changed = set().union(*(_attributes(each, _STORES) for each in codes if each.co_name != "__init__"))
-        read = set().union(*map(_attributes_read, codes)) - changed
-        held = {name: vars(module)[name] for name in sorted(read & vars(module).keys())}
-        found += [
-            ((*path.split("."), name) if path else (name,), _frozen(value))
-            for name, value in held.items()
-            if _is_plain(value)
-        ]
-    return tuple(found)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _is_same(held: Any, value: Any) -> bool:
-    """Traceable: whether what is held now is what was frozen."""
-    if not isinstance(value, tuple):
-        return bool(held == value)
-    for number, each in enumerate(value):
-        if not _is_same(held[number], each):
-            return False
-    return len(held) == len(value)
-
-
-def _attributes_read(code: CodeType) -> set[str]:
-    return _attributes(code, _LOADS)
-
-
-def _attributes(code: CodeType, ops: tuple[str, ...]) -> set[str]:
-    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    found = {each.argval for each in dis.get_instructions(code) if each.opname in ops}
-    return found.union(*(_attributes(each, ops) for each in inner))

@@ -1,0 +1,113 @@
+"""What a layer's own code reads and leaves, by what is written in it: attributes, and variables around it."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from moeca_compile.capture.numerics import UntrustedError
+from moeca_compile.capture.running.trace import snapshot, tensors_in
+
+_LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
+
+
+@contextmanager
+def nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
+    """Raises UntrustedError if tensors or numbers are left outside of the layer, which others would miss."""
+    held: dict[str, Any] = {}
+    reached = reached_from(forward, owner)
+    functions = [each for each in functions_of(owner) if each.__code__ in reached]
+    for function in functions:
+        held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
+        held |= inspect.getclosurevars(function).nonlocals
+    before = {name: snapshot(value) for name, value in held.items()}
+    yield
+    for function in functions:
+        held |= {name: function.__globals__.get(name) for name in held.keys() & function.__globals__.keys()}
+    for name, value in held.items():
+        if before[name] != snapshot(value):
+            what = "a tensor" if tensors_in(value) else "something"
+            raise UntrustedError(f"it leaves {what} in `{name}`, outside of the layer")
+
+
+def functions_of(owner: type) -> Iterator[FunctionType]:
+    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
+    for each in owner.__mro__:
+        if not each.__module__.startswith("torch.") and each is not object:
+            for value in vars(each).values():
+                while hasattr(value, "__wrapped__"):
+                    value = value.__wrapped__
+                if isinstance(value, FunctionType):
+                    yield value
+
+
+def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
+    """The code of the forward, and of the methods that it names, and so on."""
+    by_name: dict[str, list[CodeType]] = defaultdict(list)
+    for function in functions_of(owner):
+        by_name[function.__name__].append(function.__code__)
+    found: set[CodeType] = set()
+    pending = by_name["forward"]
+    while pending:
+        code = pending.pop()
+        if code not in found:
+            found.add(code)
+            pending = pending + [each for name in code.co_names for each in by_name.get(name, [])]
+            pending += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return found
+
+
+def numbers_read(layer: nn.Module) -> tuple[tuple[tuple[str, ...], Any], ...]:
+    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads: they are in what
+    was built. Not those that a call changes."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for path, module in layer.named_modules():
+        codes = [each.__code__ for each in functions_of(type(module))]
+        changed = set().union(*(_attributes(each, _STORES) for each in codes if each.co_name != "__init__"))
+        read = set().union(*map(attributes_read, codes)) - changed
+        held = {name: vars(module)[name] for name in sorted(read & vars(module).keys())}
+        found += [
+            ((*path.split("."), name) if path else (name,), _frozen(value))
+            for name, value in held.items()
+            if _is_plain(value)
+        ]
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def is_same(held: Any, value: Any) -> bool:
+    """Traceable: whether what is held now is what was frozen."""
+    if not isinstance(value, tuple):
+        return bool(held == value)
+    for number, each in enumerate(value):
+        if not is_same(held[number], each):
+            return False
+    return len(held) == len(value)
+
+
+def attributes_read(code: CodeType) -> frozenset[str]:
+    return _attributes(code, _LOADS)
+
+
+@cache
+def _attributes(code: CodeType, ops: tuple[str, ...]) -> frozenset[str]:
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    found = {each.argval for each in dis.get_instructions(code) if each.opname in ops}
+    return frozenset(found.union(*(_attributes(each, ops) for each in inner)))
