@@ -156,9 +156,8 @@ def note_breaks(record: Record) -> None:
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
-        file = broken[0].rpartition(":")[0]
-        if not any(file == each.where.rpartition(":")[0] or f"{file}:" in each.reason for each in capture.refusals()):
-            # else the warning about that dispatch explains it already
+        refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
+        if broken[0].rpartition(":")[0] not in refused:  # the warning about that dispatch explains it already
             read = any(words in broken[1] for words in _READS)
             record.notes.warn((HOST_READ if read else BREAK).format(*broken))
     elif not record.partial:
