@@ -145,9 +145,8 @@ def step_key(
 
     def key() -> str:
         cached = {name: described(value) for name, value in state.items()}
-        given = [(i, value) for i, value in enumerate(inputs) if not isinstance(value, Tensor)]
         known = compiled.key, compiled.caching, repr(kind)
-        return digest(*known, inputs_form(inputs), repr(given), cached, described(weights))
+        return digest(*known, inputs_form(inputs), cached, described(weights))
 
     return _or_none(f"the traced {kind.name} step", key)
 
