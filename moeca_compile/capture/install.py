@@ -155,7 +155,7 @@ def _wrapper(function: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def _let_layers_run() -> None:
-    """Let the layers of the model that is about to be compiled be run, where their code may ask the host.
+    """Let the layers of the model that is about to be compiled be run.
 
     A forward that is running, or being compiled, stays as it is: its next call would be that of other code, which
     Dynamo would compile once more, for a model with caches of its own.

@@ -187,7 +187,9 @@ def _order(
     recognized: tuple[Dispatch, ...],
     facts: Facts | str,
 ) -> tuple[int, ...]:
-    """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
+    """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too, and is all
+    where none knows what chooses.
+    """
     if running is None or isinstance(facts, str) or not may_run(module):
         return (_IDIOMS,)
     calls: list[_Called] = []
@@ -204,7 +206,9 @@ def _order(
     unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
-    return (_IDIOMS, _RUNNING) if recognized or unknown else (_IDIOMS,)
+    if recognized or unknown:
+        return (_IDIOMS, _RUNNING)
+    return (_RUNNING,) if asked.chose and holds_experts(module) and not calls else (_IDIOMS,)
 
 
 def _reads_it_whole(call: _Called) -> bool:

@@ -12,6 +12,7 @@ from tests.variants.conditioning import CLASSES, TEXT_WIDTH, AdaLN, Condition, M
 from tests.variants.dispatch import DISPATCHES, Layer, Layering
 from tests.variants.experts import BODIES
 from tests.variants.pairs import PAIRED
+from tests.variants.statements import with_statements
 
 CHANNELS = 2
 
@@ -85,7 +86,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=learned, eps=1e-6)
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if how.convolution else None
         if isinstance(how.feedforward, Layering):
-            self.mlp: nn.Module = (DISPATCHES | PAIRED)[how.feedforward.dispatch](how.feedforward, width)
+            kind = with_statements((DISPATCHES | PAIRED)[how.feedforward.dispatch], how.feedforward.beside)
+            self.mlp: nn.Module = kind(how.feedforward, width)
         else:
             self.mlp = BODIES[how.feedforward](width, 2 * width)
         if model.text:

@@ -28,6 +28,7 @@ class Layering:
     reads: what the router reads: "same", "timed" (beside the timestep embedding), "unmodulated", "both"
     extra: None, "time" or "context" (the mean over tokens), where the dispatch hands experts a further row
     flat: whether the layer is called with (T, width)
+    beside: statements beside its dispatch, names in statements.STATEMENTS
     """
 
     dispatch: str = "sorted_numpy"
@@ -39,6 +40,7 @@ class Layering:
     reads: str = "same"
     extra: str | None = None
     flat: bool = False
+    beside: tuple[str, ...] = ()
 
 
 class Layer(nn.Module):

@@ -13,6 +13,7 @@ from tests.variants.dispatch import BY_RUNNING, GROUPED, PACKED, WITH_EXTRAS, WI
 from tests.variants.experts import BODIES
 from tests.variants.pairs import PAIRED
 from tests.variants.routing import Routing
+from tests.variants.statements import STATEMENTS
 
 ALL = ("attention", "experts", "shared")
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -50,6 +51,7 @@ def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
         draw(st.sampled_from(["same", "same", "timed", "unmodulated", "both"])),
         draw(st.sampled_from(["time", "context"])) if dispatch in WITH_EXTRAS else None,
         draw(st.booleans()) and dispatch not in PAIRED,
+        tuple(draw(st.lists(st.sampled_from(list(STATEMENTS)), max_size=3, unique=True))),
     )
 
 

@@ -309,6 +309,8 @@ def _told(
     """The nodes that hold the routing and the weights."""
     before = [node for node in graph.before([total]) if same[node] and graph.tensor(node) is not None]
     before = _with_siblings(graph, before, total, same)
+    if bool(pairs.routed.all()):  # experts that are run on all rows, and weighed
+        pairs = _Pairs(pairs.tokens, weights.abs() > 4 * tolerance * weights.abs().max())
     routing = _ids(graph, before, pairs.routed)
     by_ids = routing is not None
     if routing is None and bool(pairs.routed.all()):

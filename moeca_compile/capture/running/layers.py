@@ -28,6 +28,12 @@ def holds_experts(layer: nn.Module) -> bool:
     return bool(_alike(layer)) or _is_packed(layer, 2)
 
 
+def _holds_networks(layer: nn.Module) -> bool:
+    """The same of a layer whose experts are more than products, by code that is not torch's."""
+    wrapped = not type(layer).__module__.startswith("torch.")
+    return wrapped and (any(any(True for _ in each.children()) for each in _alike(layer)) or _is_packed(layer, 2))
+
+
 def _is_packed(layer: nn.Module, dims: int) -> bool:
     """Whether a parameter of the layer's own has more than so many dimensions."""
     return any(each.dim() > dims for each in layer.parameters(recurse=False))
@@ -37,7 +43,8 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
     """The modules inside a module that may be MoE layers, one of each class.
 
     Args:
-        asks: whether a class has code that may ask the host about tensors.
+        asks: whether a class has code that may ask the host about tensors. Without any, products side by side, as
+            for queries and keys, are no experts.
         known: whether a class has a method that an idiom knows.
     """
     found: dict[int, nn.Module] = {}
@@ -60,7 +67,7 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
 
     def _is_layer(module: nn.Module) -> bool:
         kind = id(type(module))
-        if kind not in found and asks(type(module)):
+        if kind not in found and (_holds_networks(module) or asks(type(module))):
             members = _alike(module)
             blocks = any(_has_inside(member, holds) for member in members)
             if (members or _is_packed(module, 1)) and not blocks:

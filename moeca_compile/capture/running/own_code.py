@@ -22,20 +22,23 @@ _LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
 @contextmanager
 def nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
     """Raises UntrustedError if tensors or numbers are left outside of the layer, which others would miss."""
-    held: dict[str, Any] = {}
     reached = reached_from(forward, owner)
     functions = [each for each in functions_of(owner) if each.__code__ in reached]
-    for function in functions:
-        held |= {name: function.__globals__.get(name) for name in function.__code__.co_names}
-        held |= inspect.getclosurevars(function).nonlocals
-    before = {name: snapshot(value) for name, value in held.items()}
+    before = {place: snapshot(value) for place, value in _variables_around(functions)}
     yield
-    for function in functions:
-        held |= {name: function.__globals__.get(name) for name in held.keys() & function.__globals__.keys()}
-    for name, value in held.items():
-        if before[name] != snapshot(value):
+    for place, value in _variables_around(functions):
+        if before[place] != snapshot(value):
             what = "a tensor" if tensors_in(value) else "something"
-            raise UntrustedError(f"it leaves {what} in `{name}`, outside of the layer")
+            raise UntrustedError(f"it leaves {what} in `{place[1]}`, outside of the layer")
+
+
+def _variables_around(functions: list[FunctionType]) -> Iterator[tuple[tuple[int, str], Any]]:
+    """((number, name), value) of what each function names outside of itself: functions may be of several files."""
+    for number, function in enumerate(functions):
+        for name in function.__code__.co_names:
+            yield (number, name), function.__globals__.get(name)
+        for name, value in inspect.getclosurevars(function).nonlocals.items():
+            yield (number, name), value
 
 
 def functions_of(owner: type) -> Iterator[FunctionType]:

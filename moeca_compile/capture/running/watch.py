@@ -28,6 +28,22 @@ _WATCHING = (
 
 
 _OF_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.argwhere.default)
+_CHOOSES = (
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+    torch.ops.aten.argsort.default,
+    torch.ops.aten.argmax.default,
+    torch.ops.aten.max.dim,
+    torch.ops.aten.gt.Tensor,
+    torch.ops.aten.gt.Scalar,
+    torch.ops.aten.ge.Tensor,
+    torch.ops.aten.ge.Scalar,
+    torch.ops.aten.lt.Tensor,
+    torch.ops.aten.lt.Scalar,
+    torch.ops.aten.le.Tensor,
+    torch.ops.aten.le.Scalar,
+)
 _COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _NUMBERS = frozenset({"item", "tolist"})
 
@@ -58,6 +74,7 @@ class Asked:
     read: the values of tensors that became Python's there, and the outcomes of comparing these
     sizes: the sizes of tensors that are as large as the data say
     compared: numbers that integers among the arguments, such as labels, were compared with
+    chose: whether anything was ranked or held against another number, as routers do
     other_modes: whether some ops ran under another autocast than the call
     """
 
@@ -67,7 +84,7 @@ class Asked:
         self.sizes: dict[Place, set[Any]] = defaultdict(set)
         self.asking: list[Asking] = []
         self.compared: set[int] = set()
-        self.other_modes = False
+        self.other_modes = self.chose = False
 
     def one_sided(self) -> str | None:
         """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
@@ -126,6 +143,7 @@ class Watch(TorchFunctionMode):
     def before_op(self, op: Any, args: tuple[Any, ...]) -> None:
         self.asks_value |= torch.Tag.data_dependent_output in op.tags
         self.asks_size |= size_by_data(op, args)
+        self.asked.chose |= op in _CHOOSES
         if op is torch.ops.aten._grouped_mm.default:
             self.note(None, (), grouped=True)
 
