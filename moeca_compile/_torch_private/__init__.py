@@ -34,6 +34,7 @@ from moeca_compile._torch_private.graphs import (
     trace_to_graph,
 )
 from moeca_compile._torch_private.host_constants import read_constants
+from moeca_compile._torch_private.idle_logging import pass_idle_logging
 from moeca_compile._torch_private.kernels import (
     copy_all,
     float32_matmul_precision,
@@ -112,6 +113,7 @@ __all__ = [
     "onednn_linear",
     "outermost_module",
     "own_modules",
+    "pass_idle_logging",
     "read_constants",
     "record_artifact",
     "register_artifacts",

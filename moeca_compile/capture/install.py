@@ -24,6 +24,7 @@ from moeca_compile._torch_private import (
     compilation_at_start,
     not_on_compile_start,
     on_every_compile_start,
+    pass_idle_logging,
     read_constants,
 )
 from moeca_compile.capture import suspects
@@ -46,6 +47,7 @@ def install() -> None:
     """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
     on_every_compile_start(wrap)
     read_constants()
+    pass_idle_logging()
 
 
 def uninstall() -> None:

@@ -12,7 +12,7 @@ import itertools
 import linecache
 import logging
 import textwrap
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 class Statement(NamedTuple):
-    """Code before a dispatch, in each turn of its loop (where it has one), and after it; {x} is the first argument."""
+    """Code before a dispatch, in each turn of its loop, and after it; {x} is the layer's first argument."""
 
     before: str = ""
     inside: str = ""
@@ -53,7 +53,7 @@ def with_statements(kind: Kind, names: tuple[str, ...]) -> Kind:
     """The class with these statements in its forward, which inspect finds the source of."""
     if not names:
         return kind
-    written = kind.forward
+    written = inspect.unwrap(kind.forward)
     tree = ast.parse(textwrap.dedent(inspect.getsource(written)))
     (function,) = tree.body
     assert isinstance(function, ast.FunctionDef)
@@ -62,9 +62,12 @@ def with_statements(kind: Kind, names: tuple[str, ...]) -> Kind:
     source = ast.unparse(ast.fix_missing_locations(tree))
     file = f"<{kind.__name__} with {', '.join(names)} ({next(_numbers)})>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = {**written.__globals__, "log": logging.getLogger(__name__), "torch": torch}
-    exec(compile(source, file, "exec"), scope)
-    made = type(kind.__name__, (kind,), {"forward": scope["forward"], "note": _note, "__module__": kind.__module__})
+    written.__globals__.setdefault("log", logging.getLogger(__name__))  # Dynamo looks names up in the module
+    made_here: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), written.__globals__, made_here)
+    made = type(
+        kind.__name__, (kind,), {"forward": made_here["forward"], "note": _note, "__module__": kind.__module__}
+    )
     return made  # type: ignore[return-value]
 
 

@@ -86,17 +86,17 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
         for stream, pairs in _streams(graph, experts, same):
-            found_no_sum = "no sum of its experts' weighted outputs was found"
-            hints.append(found_no_sum)
-            if not partial and not bool(pairs.routed.all()):
-                reason = reason or found_no_sum
+            missing = "no sum of its experts' weighted outputs was found"
             for total, base, weights in _totals(graph, experts, pairs, own, same, tolerance):
                 try:
                     return _told(graph, experts, stream, pairs, total, base, weights, same, tolerance)
                 except NoExpertsError as error:
-                    hints.append(str(error))
+                    missing = str(error)
                 except UntrustedError as error:
                     reason = str(error)
+            hints.append(missing)
+            if not partial and not bool(pairs.routed.all()):
+                reason = reason or missing
     if reason:
         raise UntrustedError(reason)
     raise NoExpertsError(*hints[-1:])
