@@ -158,7 +158,8 @@ def _title(report: Report) -> str:
 
 def _graph_lines(report: Report) -> list[str]:
     if not report.graphs:
-        return ["nothing compiled yet: the model has not been called"]
+        given_up = ", or torch.compile runs it as plain Python (see the warnings)" if report.warnings else ""
+        return [f"nothing compiled yet: the model has not been called{given_up}"]
     breaks = plural(len(report.graph_breaks), "graph break") if report.graph_breaks else "no graph breaks"
     lines = [f"{plural(report.graphs, 'graph')}, {breaks}"]
     return lines + [f"  {item.where}: {item.reason}" for item in report.graph_breaks]

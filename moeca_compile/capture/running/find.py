@@ -85,6 +85,7 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
     for experts in _candidates(graph, layer, hints):
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
+        hints.append("what an expert is given are no rows of one tensor of the layer")
         for stream, pairs in _streams(graph, experts, same):
             missing = "no sum of its experts' weighted outputs was found"
             for total, base, weights in _totals(graph, experts, pairs, own, same, tolerance):
