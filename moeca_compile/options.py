@@ -300,6 +300,13 @@ class Options:
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
         "stack"; for block "blocks".""",
     )
+    forecast_slope: float = setting(
+        1.0,
+        real(0, 1),
+        REUSE,
+        """How much of the change that a forecast foresees is believed. 1 extrapolates the straight line; 0.5, half of
+        its slope, is for stochastic samplers, whose noise is in the slope as well; 0 forecasts nothing.""",
+    )
     capacities: tuple[float, ...] = setting(
         (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
         capacity_buckets,

@@ -45,7 +45,7 @@ def slots_of(forecast: bool) -> int:
     return RULE.slots if forecast else 1
 
 
-def slot_weights(times: Sequence[float], filled: int, time: float) -> list[list[float]]:
+def slot_weights(times: Sequence[float], filled: int, time: float, slope: float = 1.0) -> list[list[float]]:
     """(K, K) weights of a part's slots; row h - 1 is for values that the last h full steps computed.
 
     Where there were fewer than h, the row is that of all there were. Weights are in the order of the slots, so that a
@@ -55,12 +55,13 @@ def slot_weights(times: Sequence[float], filled: int, time: float) -> list[list[
         times: of the part's last full steps, the newest first.
         filled: how many there were. Each filled the slot after that of the one before, from 0.
         time: of this step.
+        slope: how much of the change that the rule foresees is believed, from 0 to 1.
     """
     slots, rows = RULE.slots, []
     for known in range(1, slots + 1):
         row = [0.0] * slots
         for age, weight in enumerate(RULE.weights(times[:known], time) if times else ()):
-            row[(filled - 1 - age) % slots] = weight
+            row[(filled - 1 - age) % slots] = slope * weight + (0.0 if age else 1.0 - slope)
         rows.append(row)
     return rows
 

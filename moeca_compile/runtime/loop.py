@@ -148,7 +148,7 @@ class StepLoop:
 
     def weights(self, stream: Stream, time: float) -> Tensor:
         """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
-        values, device = stream.weights(time), self.compiled.device
+        values, device = stream.weights(time, self.compiled.config.forecast_slope), self.compiled.device
         if device.type == "cpu":
             return _on_cpu(tuple(tuple(map(tuple, part)) for part in values))
         return upload(torch.tensor(values, dtype=torch.float32), device)

@@ -56,9 +56,10 @@ class Stream:
         self.state.filled = [0, 0]
         return Stream(self.state, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
 
-    def weights(self, time: float) -> list[list[list[float]]]:
+    def weights(self, time: float, slope: float = 1.0) -> list[list[list[float]]]:
         """The forecast weights (2, K, K) of a step at `time`, for attention and experts (policies.forecast)."""
-        return [slot_weights(at, filled, time) for at, filled in zip(self.full_at, self.state.filled, strict=True)]
+        parts = zip(self.full_at, self.state.filled, strict=True)
+        return [slot_weights(at, filled, time, slope) for at, filled in parts]
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
         """Record that step `number` at `time` computed these parts anew."""

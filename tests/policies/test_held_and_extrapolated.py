@@ -17,8 +17,8 @@ STEPS, EVERY = 10, 3
 class Held:
     """A cached value by name, as it was at the last full step or extrapolated in time from the last two."""
 
-    def __init__(self, forecast: bool) -> None:
-        self.forecast = forecast
+    def __init__(self, forecast: bool, slope: float = 1.0) -> None:
+        self.forecast, self.slope = forecast, slope
         self.full: dict[str, list[tuple[float, Tensor]]] = {}
 
     def __call__(self, name: str, full: bool, time: float, compute: Callable[[], Tensor]) -> Tensor:
@@ -27,7 +27,7 @@ class Held:
         (t0, first), (t1, last) = self.full[name][0], self.full[name][-1]
         if not self.forecast or t0 == t1:
             return last
-        return last + (time - t1) / (t1 - t0) * (last - first)
+        return last + self.slope * (time - t1) / (t1 - t0) * (last - first)
 
 
 @torch.no_grad()
@@ -93,6 +93,12 @@ UNEVEN = [1 - (number / STEPS) ** 2 for number in range(STEPS)]
 def test_every_few_steps(model, graph, eager_steps, family, forecast, times):
     step = simulate(model, Held(forecast), family, lambda name, number: number % EVERY == 0)
     compare(model, graph, step, times, recipe=family + "-forecast" * forecast, full_every=EVERY)
+
+
+@pytest.mark.parametrize("recipe", ["stack-forecast", "fora-forecast"])
+def test_a_part_of_the_slope(model, graph, eager_steps, recipe):
+    step = simulate(model, Held(True, 0.5), recipe.split("-")[0], lambda name, number: number % EVERY == 0)
+    compare(model, graph, step, UNEVEN, recipe=recipe, full_every=EVERY, forecast_slope=0.5)
 
 
 @pytest.mark.parametrize("family", ["fora", "stack", "block"])
