@@ -125,7 +125,7 @@ def questions() -> tuple[Question, ...]:
             (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
         ),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
-        Question("schedules-ddpm", tuple(_schedules((4, 6), _SCHEDULED)), "ddpm", 100, 2),
+        Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
     )
 
@@ -152,6 +152,14 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
             for chosen in ({}, *options):
                 name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
                 yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
+
+
+def _half_slopes(intervals: Sequence[int]) -> Iterator[Case]:
+    """For a sampler whose noise is in the slope of a forecast, too."""
+    for every in intervals:
+        for schedule in ("uniform", "power"):
+            options = {"recipe": "stack-forecast", "full_every": every, "schedule": schedule, "forecast_slope": 0.5}
+            yield Case(f"stack-forecast, N = {every}, {schedule}, half slope", options)
 
 
 def _fewer_steps(samplers: Sequence[str], counts: Sequence[int] = (25, 17, 13, 9)) -> Iterator[Case]:
