@@ -120,10 +120,10 @@ def with_equivalent(
     def left_as_it_is(identity: int) -> bool:
         module, reason = traced_self(identity), reasons.pop(identity, None)
         ran = _ran.get(module)
+        more = f". It was run to see what it does: {ran}" if ran else ""
         if reason is not None:
-            refuse(Refusal(where, name, reason), _REWRITE)
+            refuse(Refusal(where, name, reason + more), _REWRITE)
         elif suspects.holds_modules(module, lists) or (ran and ran.routes and not _others_are_wrapped(module)):
-            more = f". It was run to see what it does: {ran}" if ran else ""
             refuse(Refusal(where, name, suspects.REASON + more), suspects.ADVICE)
         return True
 

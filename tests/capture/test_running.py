@@ -12,7 +12,7 @@ from torch import nn
 
 from moeca_compile import capture
 from tests.capture.layers import EXPERTS, WIDTH, MoE, stack, tokens
-from tests.capture.running import FIXED, VARIABLE, Loop, assert_captured, compiled
+from tests.capture.running import FIXED, VARIABLE, Loop, assert_captured, compiled, refusal_of
 from tests.harness import RecordingBackend, nodes_of
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,37 @@ def test_experts_of_a_dict_by_a_map():
             return x + out
 
     assert_captured(stack(Named()))
+
+
+class OfSamples(MoE):
+    """All tokens of a sample go to the same experts; `seen` says what the router reads."""
+
+    def __init__(self, seen=lambda x, c: c, **how):
+        super().__init__(experts=3, **how)
+        self.seen = seen
+
+    def forward(self, x, c):
+        weight, index = self.router(self.seen(x, c)).softmax(-1).topk(self.top_k, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            sample, slot = torch.where(index == e)
+            out.index_add_(0, sample, expert(x[sample]) * weight[sample, slot, None, None])
+        return x + out
+
+
+class Mixing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+@pytest.mark.parametrize("seen", [lambda x, c: c, lambda x, c: x.mean(1), lambda x, c: c + x[:, 0]])
+def test_experts_of_whole_samples(seen):
+    assert_captured(OfSamples(seen).eval(), torch.randn(2, WIDTH))
+
+
+def test_experts_of_whole_samples_that_mix_tokens():
+    model = OfSamples(expert=lambda: Mixing(WIDTH, WIDTH)).eval()
+    assert "depends on the other tokens" in refusal_of(model, torch.randn(2, WIDTH))
 
 
 class Threshold(MoE):

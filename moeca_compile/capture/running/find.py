@@ -50,14 +50,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Table:
-    """A node that holds (tokens, columns) in whatever shape; `turned`: (columns, tokens)."""
+    """A node that holds (tokens, columns) in whatever shape; `turned`: (columns, tokens).
+
+    each: how many tokens share a row, one after the other: all those of a sample, where whole samples are routed
+    """
 
     node: fx.Node
     columns: int
     turned: bool
+    each: int = 1
 
     def of(self, value: Any) -> Any:
-        return value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
+        rows = value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
+        return rows.repeat_interleave(self.each, 0)
 
 
 @dataclass(frozen=True)
@@ -309,11 +314,12 @@ def _told(
     """The nodes that hold the routing and the weights."""
     before = [node for node in graph.before([total]) if same[node] and graph.tensor(node) is not None]
     before = _with_siblings(graph, before, total, same)
-    routing = _ids(graph, before, pairs.routed)
+    shared = _shared_by(graph.values[stream].shape[:-1])
+    routing = _ids(graph, before, pairs.routed, shared)
     by_ids = routing is not None
     if routing is None and bool(pairs.routed.all()):
         raise NoExpertsError("all of them get all rows")
-    routing = routing or _map(graph, before, pairs.routed)
+    routing = routing or _map(graph, before, pairs.routed, shared)
     if routing is None:
         choices = _choices(graph, before, pairs.routed, weights, tolerance)
         if choices is not None:
@@ -327,7 +333,7 @@ def _told(
     if by_ids:
         ids = routing.of(graph.values[routing.node]).long()
         wanted = weights.gather(1, ids)
-    for table in _tables(graph, reversed(before), tokens, {routing.columns, count}):
+    for table in _tables(graph, [*reversed(before)], tokens, {routing.columns, count}, shared):
         value = table.of(graph.values[table.node])
         if not value.dtype.is_floating_point:
             continue
@@ -351,12 +357,12 @@ def _with_siblings(graph: Graph, before: list[fx.Node], total: fx.Node, same: di
     ]
 
 
-def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
+def _ids(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:
     """The ids of each token's experts, of which some may get no rows: those of weight zero."""
     tokens, count, top_k = *routed.shape, int(routed.sum(1).max())
     if top_k == 0:
         return None
-    for table in _tables(graph, before, tokens, {top_k}):
+    for table in _tables(graph, before, tokens, {top_k}, shared):
         ids = table.of(graph.values[table.node])
         if (
             ids.dtype.is_floating_point
@@ -371,8 +377,8 @@ def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
     return None
 
 
-def _map(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
-    for table in _tables(graph, before, len(routed), {routed.shape[1]}):
+def _map(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:
+    for table in _tables(graph, before, len(routed), {routed.shape[1]}, shared):
         if torch.equal(table.of(graph.values[table.node]) != 0, routed):
             return table
     return None
@@ -408,11 +414,19 @@ def _choices(
     return None
 
 
-def _tables(graph: Graph, nodes: Any, tokens: int, columns: set[int]) -> Iterator[Table]:
-    for node in nodes:
-        value = graph.values[node]
-        for each in sorted(columns):
-            if value.numel() == tokens * each and node in graph.made_of_data:
-                yield Table(node, each, False)
-                if each > 1:
-                    yield Table(node, each, True)
+def _tables(
+    graph: Graph, nodes: list[fx.Node], tokens: int, columns: set[int], shared: list[int]
+) -> Iterator[Table]:
+    for each in shared:
+        for node in nodes:
+            value = graph.values[node]
+            for width in sorted(columns):
+                if value.numel() * each == tokens * width and node in graph.made_of_data:
+                    yield Table(node, width, False, each)
+                    if width > 1:
+                        yield Table(node, width, True, each)
+
+
+def _shared_by(shape: torch.Size) -> list[int]:
+    """How many tokens of a stream (samples, ..., tokens) may share an entry: one, those of a line, of a sample."""
+    return sorted({shape[dim:].numel() for dim in range(1, len(shape) + 1)})

@@ -4,8 +4,10 @@ Before:  h = layer_norm(x);  y = add(x, mul(gate, view(attention, [B, H, W, C]))
 After:   flat = reshape(x, [B, H * W, C]);  h = layer_norm(flat)
          y = add(flat, mul(reshape(gate, [B, 1, C]), reshape(attention, [B, H * W, C])))
 
-From each such stream on, and from each view in its shape, the ops that treat tokens alike run on flat values. What is no such op, a convolution or a
-shift of the grid, reads a view in the grid's shape. Any number of dims may lie between samples and channels.
+From each such stream on, and from each view in its shape, the ops that treat tokens alike run on flat values. What is
+no such op, a convolution or a
+shift of the grid, reads a view in the grid's shape. Any number of dims may lie between samples and
+channels.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class _Flattened:
                 kwargs.pop("dim", None)
         else:
             row_wise = node.target is aten.linear.default
-        args[0] = self.flat.get(args[0])
+        args[0] = self.flat.get(node.all_input_nodes[0])
         return (args, kwargs) if row_wise and args[0] is not None else None
 
     def flat_of(self, node: fx.Node, lead: tuple[int, ...], insert: Inserted) -> fx.Node:
