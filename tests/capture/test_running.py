@@ -195,6 +195,60 @@ def test_experts_of_whole_samples_that_mix_tokens():
     assert "depends on the other tokens" in refusal_of(model, torch.randn(2, WIDTH))
 
 
+class DenseTwice(MoE):
+    """All experts run on all rows; their sum stands there twice, and the first one is for nothing."""
+
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        each = torch.zeros(len(rows), EXPERTS).scatter(1, index, weight)
+        out = torch.einsum("en,end->nd", each.T, made)
+        out = torch.einsum("ne,end->nd", each, made)
+        return out
+
+
+class DenseAndMean(DenseTwice):
+    """Something else reads the experts' outputs."""
+
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        each = torch.zeros(len(rows), EXPERTS).scatter(1, index, weight)
+        return torch.einsum("ne,end->nd", each, made) + made.mean(0).tanh()
+
+
+class Soft(DenseTwice):
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        return torch.einsum("ne,end->nd", self.router(rows).softmax(-1), made)
+
+
+class PartOfAList(MoE):
+    """The last one of the list is no expert that chooses."""
+
+    def forward(self, x):
+        experts = self.experts[:-1]
+        weight, index = self.router(x).softmax(-1)[..., : len(experts)].transpose(1, 2).topk(4, -1)
+        hot = F.one_hot(index, x.shape[1]).to(x)
+        rows = torch.einsum("becs,bsd->becd", hot, x)
+        made = torch.stack([expert(rows[:, e]) for e, expert in enumerate(experts)], 1)
+        return torch.einsum("becs,bec,becd->bsd", hot, weight, made)
+
+
+@pytest.mark.parametrize(("layer", "marker"), [(DenseTwice, FIXED), (PartOfAList, VARIABLE)])
+def test_layers_that_ask_the_host_for_nothing(layer, marker):
+    assert_captured(nn.Sequential(nn.LayerNorm(WIDTH), layer()).eval(), marker=marker)
+
+
+@pytest.mark.parametrize("layer", [DenseAndMean, Soft])
+def test_near_misses_of_layers_that_run_all_experts_on_all_rows(layer):
+    """Plain torch.compile has them in one graph, too."""
+    model = nn.Sequential(nn.LayerNorm(WIDTH), layer()).eval()
+    found, backend = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens()), model(tokens()))
+    (graph,) = backend.graphs
+    assert not nodes_of(graph, FIXED) and not nodes_of(graph, VARIABLE)
+
+
 class Threshold(MoE):
     """As many experts as are likely enough: no token has a fixed number."""
 

@@ -51,6 +51,8 @@ class _Builder:
         read = [found.stream, found.routing.node, *own]
         read += [each for each in (found.base, found.weight.node if found.weight else None) if each is not None]
         needed = set(graph.before(ends, [found.total])) | set(graph.before(read))
+        if any(piece.out in needed for piece in found.experts.pieces):
+            raise UntrustedError("outside of its experts it needs what single experts gave")
         names = tuple(graph.name_of[node] for node in graph.state if node in needed)
         for node in [*graph.arguments, *graph.state]:
             if node in needed or node in graph.arguments:

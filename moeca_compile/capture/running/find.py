@@ -21,7 +21,7 @@ from moeca_compile.capture.idioms.choices import MisreadError
 from moeca_compile.capture.idioms.routing import Reading, readings, token_ids
 from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, close
-from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped
+from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped, without_idle
 from moeca_compile.capture.running.graph import Graph
 
 DEPTHS = 8
@@ -123,6 +123,9 @@ def _candidates(graph: Graph, layer: nn.Module, hints: list[str]) -> Iterator[Ex
                 break
             if found is not None:
                 yield found
+                some = without_idle(found)
+                if some is not None:
+                    yield some
 
 
 def _same_in_another_call(graph: Graph, own: set[fx.Node]) -> dict[fx.Node, bool]:
@@ -315,10 +318,13 @@ def _told(
     before = [node for node in graph.before([total]) if same[node] and graph.tensor(node) is not None]
     before = _with_siblings(graph, before, total, same)
     shared = _shared_by(graph.values[stream].shape[:-1])
+    if bool(pairs.routed.all()):  # all of them run on all rows, and weights of zero say which are chosen
+        pairs = _Pairs(pairs.tokens, weights.abs() > tolerance * weights.abs().max())
+        if bool(pairs.routed.all()):
+            raise NoExpertsError("all of them get all rows")
+        weights = weights.where(pairs.routed, 0)
     routing = _ids(graph, before, pairs.routed, shared)
     by_ids = routing is not None
-    if routing is None and bool(pairs.routed.all()):
-        raise NoExpertsError("all of them get all rows")
     routing = routing or _map(graph, before, pairs.routed, shared)
     if routing is None:
         choices = _choices(graph, before, pairs.routed, weights, tolerance)

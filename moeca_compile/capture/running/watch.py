@@ -59,6 +59,7 @@ class Asked:
     sizes: the sizes of tensors that are as large as the data say
     compared: numbers that integers among the arguments, such as labels, were compared with
     other_modes: whether some ops ran under another autocast than the call
+    chooses: whether integers or truths were computed from numbers with a fraction, as a router's choice is
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class Asked:
         self.sizes: dict[Place, set[Any]] = defaultdict(set)
         self.asking: list[Asking] = []
         self.compared: set[int] = set()
-        self.other_modes = False
+        self.other_modes = self.chooses = False
 
     def one_sided(self) -> str | None:
         """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
@@ -108,6 +109,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
         made = _tensors(result)
+        self.asked.chooses |= any(_is_choice(each) for each in made) and not all(map(_is_choice, _tensors(args)))
         if args and id(args[0]) in self.of_integers:
             self.of_integers.update({id(each): each for each in made if _is_integer(each)})
             if func.__name__.strip("_") in _COMPARES:
@@ -178,6 +180,10 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
+
+
+def _is_choice(value: Tensor) -> bool:
+    return not value.dtype.is_floating_point
 
 
 def _is_integer(value: Tensor) -> bool:
