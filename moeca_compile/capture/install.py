@@ -25,6 +25,7 @@ from moeca_compile._torch_private import (
     not_on_compile_start,
     on_every_compile_start,
     read_constants,
+    trace_sdp_kernel,
 )
 from moeca_compile.capture import suspects
 from moeca_compile.capture.idioms import IDIOMS
@@ -38,7 +39,9 @@ from moeca_compile.text import first_line
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
-_routes: dict[int, bool] = {}  # of classes in `_seen`: whether methods may ask the host about tensors, or choose by them
+_routes: dict[
+    int, bool
+] = {}  # of classes in `_seen`: whether methods may ask the host about tensors, or choose by them
 UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
 
 
@@ -46,6 +49,7 @@ def install() -> None:
     """Before each compilation, wrap the MoE dispatch of every nn.Module class that is new since the last one."""
     on_every_compile_start(wrap)
     read_constants()
+    trace_sdp_kernel()
 
 
 def uninstall() -> None:

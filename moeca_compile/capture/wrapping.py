@@ -204,7 +204,8 @@ def _order(
     unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
-    return (_IDIOMS, _RUNNING) if recognized or unknown or asked.chooses else (_IDIOMS,)
+    unread = asked.chooses and all(innermost(each.original) in refused for each in calls)
+    return (_IDIOMS, _RUNNING) if recognized or unknown or unread else (_IDIOMS,)
 
 
 def _reads_it_whole(call: _Called) -> bool:

@@ -78,7 +78,7 @@ def test_a_choice_over_the_batch_is_told_whatever_the_first_try_chose():
 
 
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
-    """With one expert a token and weights that add up to 1, their product with the outputs stands after the marker."""
+    """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})
 
 

@@ -420,9 +420,7 @@ def _choices(
     return None
 
 
-def _tables(
-    graph: Graph, nodes: list[fx.Node], tokens: int, columns: set[int], shared: list[int]
-) -> Iterator[Table]:
+def _tables(graph: Graph, nodes: list[fx.Node], tokens: int, columns: set[int], shared: list[int]) -> Iterator[Table]:
     for each in shared:
         for node in nodes:
             value = graph.values[node]

@@ -67,8 +67,8 @@ def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
 
 
 def numbers_read(layer: nn.Module) -> tuple[tuple[tuple[str, ...], Any], ...]:
-    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads, of objects that hold
-    its settings too: they are in what was built. Not those that a call changes."""
+    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads, also of objects
+    with its settings: they are in what was built. Not those that a call changes."""
     found: list[tuple[tuple[str, ...], Any]] = []
     for path, module in layer.named_modules():
         codes = [each.__code__ for each in functions_of(type(module))]

@@ -171,11 +171,12 @@ def _without_nothing(module: fx.GraphModule, arguments: int) -> None:
     made_of_data = set([node for node in module.graph.nodes if node.op == "placeholder"][:arguments])
     nothing: set[fx.Node] = set()
     for node in list(module.graph.nodes):
+        by_zero = node.target is _aten.mul.Tensor and any(
+            type(each) in (int, float) and each == 0 for each in node.args
+        )
         if not made_of_data.isdisjoint(node.all_input_nodes):
             made_of_data.add(node)
-        elif node.target is _aten.mul.Tensor and any(type(each) in (int, float) and each == 0 for each in node.args):
-            nothing.add(node)
-        elif node.target in _OF_NOTHING and nothing.issuperset(node.all_input_nodes):
+        elif by_zero or (node.target in _OF_NOTHING and nothing.issuperset(node.all_input_nodes)):
             nothing.add(node)
         if node.target is _aten.add.Tensor and not nothing.isdisjoint(node.all_input_nodes) and not node.kwargs:
             kept = next((each for each in node.args if isinstance(each, fx.Node) and each not in nothing), node)

@@ -90,7 +90,12 @@ def _take_whole_routings(graph: fx.Graph, layouts: Layouts, mixed: set[fx.Node])
         rows, *routing = marker.args[:3]
         layout = layouts.get(rows)
         for node in routing:
-            if node not in layouts and layout is not None and layout.merged and shape_of(node)[0] == shape_of(rows)[0]:
+            if (
+                node not in layouts
+                and layout is not None
+                and layout.merged
+                and shape_of(node)[0] == shape_of(rows)[0]
+            ):
                 layouts[node] = layout
                 mixed.add(node)
 
