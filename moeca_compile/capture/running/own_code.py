@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.trace import snapshot, tensors_in
+from moeca_compile.capture.source import functions_of
 
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
@@ -37,17 +38,6 @@ def nothing_left(forward: Callable[..., Any], owner: type) -> Iterator[None]:
         if before[name] != snapshot(value):
             what = "a tensor" if tensors_in(value) else "something"
             raise UntrustedError(f"it leaves {what} in `{name}`, outside of the layer")
-
-
-def functions_of(owner: type) -> Iterator[FunctionType]:
-    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
-    for each in owner.__mro__:
-        if not each.__module__.startswith("torch.") and each is not object:
-            for value in vars(each).values():
-                while hasattr(value, "__wrapped__"):
-                    value = value.__wrapped__
-                if isinstance(value, FunctionType):
-                    yield value
 
 
 def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
