@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from traceback import walk_stack
@@ -152,7 +151,7 @@ class Watch(TorchFunctionMode):
         code, at = own[0].f_code, own[0].f_lasti
         if outcome is not None and decides(code, at, truth):
             self.asked.read[_place(own)].add(outcome)
-        elif outcome is None and calls(code, at) and not _of_torch(sys._getframe(2)):
+        elif outcome is None and calls(code, at) and not _asked_by_torch():
             self.asked.read[_place(own)].add(_UNKNOWN)
 
     def note(self, kept: dict[Place, set[Any]] | None, value: Any, grouped: bool = False) -> None:
@@ -215,8 +214,9 @@ def _is_lost(func: Callable[..., Any], result: Any) -> bool:
     return plain and func.__name__ not in _NUMBERS and func.__name__ != "__index__"
 
 
-def _of_torch(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(_WATCHING[0])
+def _asked_by_torch() -> bool:
+    asking = next(each for each, _ in walk_stack(None) if each.f_code.co_filename not in _WATCHING)
+    return asking.f_code.co_filename.startswith(_WATCHING[0])
 
 
 def _plain(value: Any) -> Any:
