@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
@@ -421,6 +422,18 @@ def test_the_older_choice_of_an_attention_kernel_is_told_what_to_write_instead()
 
     torch.compile(attend, backend=backend)(torch.ones(2))
     assert seen[0] is not None and "use torch.nn.attention.sdpa_kernel" in seen[0][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*sdp_kernel")
+def test_the_older_choice_of_an_attention_kernel_breaks_no_graph_of_ours():
+    def attend(x, enable_math):
+        with torch.backends.cuda.sdp_kernel(False, enable_math, enable_mem_efficient=False):
+            y = F.scaled_dot_product_attention(x, x, x)
+        return F.scaled_dot_product_attention(y, x, x)
+
+    backend, x = RecordingBackend(), torch.randn(1, 2, 3, 4)
+    torch.testing.assert_close(torch.compile(attend, backend=backend)(x, True), attend(x, True))
+    assert len(backend.graphs) == 1
 
 
 def test_callers_that_run_as_plain_python_are_known_by_the_wrapper_around_them():

@@ -61,6 +61,7 @@ from moeca_compile._torch_private.on_disk import (
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.running import before_each_op, trace_by_running
+from moeca_compile._torch_private.sdp_kernel import trace_sdp_kernel
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     graph_break,
@@ -126,6 +127,7 @@ __all__ = [
     "tensors_of_others",
     "trace_anew_for_ours",
     "trace_by_running",
+    "trace_sdp_kernel",
     "trace_to_graph",
     "traced_anew",
     "traced_code",

@@ -26,6 +26,7 @@ from moeca_compile._torch_private import (
     on_every_compile_start,
     pass_idle_logging,
     read_constants,
+    trace_sdp_kernel,
 )
 from moeca_compile.capture import suspects
 from moeca_compile.capture.idioms import IDIOMS
@@ -39,7 +40,9 @@ from moeca_compile.text import first_line
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
-_asks: dict[int, bool] = {}  # of classes in `_seen`: whether methods may ask the host about tensors
+_routes: dict[
+    int, bool
+] = {}  # of classes in `_seen`: whether methods may ask the host about tensors, or choose by them
 UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
 
 
@@ -48,6 +51,7 @@ def install() -> None:
     on_every_compile_start(wrap)
     read_constants()
     pass_idle_logging()
+    trace_sdp_kernel()
 
 
 def uninstall() -> None:
@@ -91,7 +95,7 @@ def _note(owner: type) -> bool:
 def _forget(number: int, _: ref[type]) -> None:
     """A class is gone, and another one may get its number."""
     _seen.pop(number, None)
-    _asks.pop(number, None)
+    _routes.pop(number, None)
 
 
 def _subclasses(root: type) -> Iterator[type]:
@@ -165,7 +169,7 @@ def _let_layers_run() -> None:
     try:
         started = compilation_at_start()
         roots = list(modules_among(started.values)) if started is not None else []
-        layers = [each for root in roots for each in layers_within(root, _may_ask, marked_as_known)]
+        layers = [each for root in roots for each in layers_within(root, _may_route, marked_as_known)]
     except Exception:
         _log.debug("looking for layers of the model failed, so none is run", exc_info=True)
         return
@@ -187,13 +191,13 @@ def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:
         _note(owner)  # which may be no module
 
 
-def _may_ask(kind: type) -> bool:
-    """Whether the methods of a class, inherited ones too, may ask the host about tensors."""
-    if id(kind) not in _asks:
+def _may_route(kind: type) -> bool:
+    """Whether the methods of a class, inherited ones too, may ask the host about tensors, or choose by them."""
+    if id(kind) not in _routes:
         functions = [value for owner in kind.__mro__ if not _is_torchs(owner) for _, value in _methods(owner)]
-        _asks[id(kind)] = any(suspects.may_ask_the_host(innermost(each)) for each in functions)
+        _routes[id(kind)] = any(suspects.may_route(innermost(each)) for each in functions)
         _note(kind)
-    return _asks[id(kind)]
+    return _routes[id(kind)]
 
 
 def _recognized(idiom: Idiom, method: Method) -> Dispatch | Bank | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -38,3 +38,14 @@ def read_method(function: Callable[..., Any]) -> Method | None:
         return None
     code = written.__code__
     return Method(written.__qualname__, f"{code.co_filename}:{code.co_firstlineno}", tree, written)
+
+
+def functions_of(owner: type) -> Iterator[FunctionType]:
+    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
+    for each in owner.__mro__:
+        if not each.__module__.startswith("torch.") and each is not object:
+            for value in vars(each).values():
+                while hasattr(value, "__wrapped__"):
+                    value = value.__wrapped__
+                if isinstance(value, FunctionType):
+                    yield value

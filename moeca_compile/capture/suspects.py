@@ -25,6 +25,7 @@ _PICKS = ("index_select", "masked_select", "gather", "split", "tensor_split")
 _FOR = dis.opmap["FOR_ITER"]
 _COMPARES = dis.opmap["COMPARE_OP"]
 _ASKS = frozenset({"all", "numpy", "masked_select", "grouped_mm", "_grouped_mm"})
+_CHOOSES = frozenset({"topk", "argmax"})
 _HINTS = _DATA_DEPENDENT | {"any", "sum", "item", "tolist", "argsort", "sort"}
 
 
@@ -33,8 +34,9 @@ def may_be_suspect(code: CodeType) -> bool:
     return not _HINTS.isdisjoint(code.co_names) and _FOR in code.co_code[::2]
 
 
-def may_ask_the_host(function: Any) -> bool:
-    """Cheap: whether a function's code, or that of functions within it and of its module, may depend on the data."""
+def may_route(function: Any) -> bool:
+    """Cheap: whether a function's code, or that of functions within it and of its module, may depend on the data or
+    choose by them."""
     codes, met = [getattr(function, "__code__", None)], set()
     names = getattr(function, "__globals__", {})
     while codes:
@@ -42,7 +44,7 @@ def may_ask_the_host(function: Any) -> bool:
         if code is None or code in met:
             continue
         met.add(code)
-        if not (_HINTS | _ASKS).isdisjoint(code.co_names) or {_FOR, _COMPARES} <= set(code.co_code[::2]):
+        if not (_HINTS | _ASKS | _CHOOSES).isdisjoint(code.co_names) or {_FOR, _COMPARES} <= set(code.co_code[::2]):
             return True
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
         others = (names.get(name) for name in code.co_names)

@@ -120,10 +120,10 @@ def with_equivalent(
     def left_as_it_is(identity: int) -> bool:
         module, reason = traced_self(identity), reasons.pop(identity, None)
         ran = _ran.get(module)
+        more = f". It was run to see what it does: {ran}" if ran else ""
         if reason is not None:
-            refuse(Refusal(where, name, reason), _REWRITE)
+            refuse(Refusal(where, name, reason + more), _REWRITE)
         elif suspects.holds_modules(module, lists) or (ran and ran.routes and not _others_are_wrapped(module)):
-            more = f". It was run to see what it does: {ran}" if ran else ""
             refuse(Refusal(where, name, suspects.REASON + more), suspects.ADVICE)
         return True
 
@@ -206,9 +206,8 @@ def _order(
     unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
-    if recognized or unknown:
-        return (_IDIOMS, _RUNNING)
-    return (_RUNNING,) if asked.chose and holds_experts(module) and not calls else (_IDIOMS,)
+    unread = asked.chooses and all(innermost(each.original) in refused for each in calls)
+    return (_IDIOMS, _RUNNING) if recognized or unknown or unread else (_IDIOMS,)
 
 
 def _reads_it_whole(call: _Called) -> bool:

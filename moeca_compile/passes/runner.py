@@ -20,6 +20,7 @@ from torch import fx
 from moeca_compile.passes.normalize.collapse_views import collapse_views
 from moeca_compile.passes.normalize.drop_idle_dropouts import drop_idle_dropouts
 from moeca_compile.passes.normalize.drop_unread_operands import drop_unread_operands
+from moeca_compile.passes.normalize.flatten_streams import flatten_streams
 from moeca_compile.passes.normalize.fuse_attention import fuse_attention
 from moeca_compile.passes.normalize.name_attention_arguments import name_attention_arguments
 from moeca_compile.passes.normalize.reshape_views import reshape_views
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
     split_to_slices,
     unflatten_linears,
     fuse_attention,
+    flatten_streams,
     name_attention_arguments,
     reshape_views,
 )

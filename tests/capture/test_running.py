@@ -12,7 +12,7 @@ from torch import nn
 
 from moeca_compile import capture
 from tests.capture.layers import EXPERTS, WIDTH, MoE, stack, tokens
-from tests.capture.running import FIXED, VARIABLE, Loop, assert_captured, compiled
+from tests.capture.running import FIXED, VARIABLE, Loop, assert_captured, compiled, refusal_of
 from tests.harness import RecordingBackend, nodes_of
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,91 @@ def test_experts_of_a_dict_by_a_map():
             return x + out
 
     assert_captured(stack(Named()))
+
+
+class OfSamples(MoE):
+    """All tokens of a sample go to the same experts; `seen` says what the router reads."""
+
+    def __init__(self, seen=lambda x, c: c, **how):
+        super().__init__(experts=3, **how)
+        self.seen = seen
+
+    def forward(self, x, c):
+        weight, index = self.router(self.seen(x, c)).softmax(-1).topk(self.top_k, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            sample, slot = torch.where(index == e)
+            out.index_add_(0, sample, expert(x[sample]) * weight[sample, slot, None, None])
+        return x + out
+
+
+class Mixing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+@pytest.mark.parametrize("seen", [lambda x, c: c, lambda x, c: x.mean(1), lambda x, c: c + x[:, 0]])
+def test_experts_of_whole_samples(seen):
+    assert_captured(OfSamples(seen).eval(), torch.randn(2, WIDTH))
+
+
+def test_experts_of_whole_samples_that_mix_tokens():
+    model = OfSamples(expert=lambda: Mixing(WIDTH, WIDTH)).eval()
+    assert "depends on the other tokens" in refusal_of(model, torch.randn(2, WIDTH))
+
+
+class DenseTwice(MoE):
+    """All experts run on all rows; their sum stands there twice, and the first one is for nothing."""
+
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        each = torch.zeros(len(rows), EXPERTS).scatter(1, index, weight)
+        out = torch.einsum("en,end->nd", each.T, made)
+        out = torch.einsum("ne,end->nd", each, made)
+        return out
+
+
+class DenseAndMean(DenseTwice):
+    """Something else reads the experts' outputs."""
+
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        each = torch.zeros(len(rows), EXPERTS).scatter(1, index, weight)
+        return torch.einsum("ne,end->nd", each, made) + made.mean(0).tanh()
+
+
+class Soft(DenseTwice):
+    def route_to_experts(self, rows, index, weight):
+        made = torch.stack([expert(rows) for expert in self.experts])
+        return torch.einsum("ne,end->nd", self.router(rows).softmax(-1), made)
+
+
+class PartOfAList(MoE):
+    """The last one of the list is no expert that chooses."""
+
+    def forward(self, x):
+        experts = self.experts[:-1]
+        weight, index = self.router(x).softmax(-1)[..., : len(experts)].transpose(1, 2).topk(4, -1)
+        hot = F.one_hot(index, x.shape[1]).to(x)
+        rows = torch.einsum("becs,bsd->becd", hot, x)
+        made = torch.stack([expert(rows[:, e]) for e, expert in enumerate(experts)], 1)
+        return torch.einsum("becs,bec,becd->bsd", hot, weight, made)
+
+
+@pytest.mark.parametrize(("layer", "marker"), [(DenseTwice, FIXED), (PartOfAList, VARIABLE)])
+def test_layers_that_ask_the_host_for_nothing(layer, marker):
+    assert_captured(nn.Sequential(nn.LayerNorm(WIDTH), layer()).eval(), marker=marker)
+
+
+@pytest.mark.parametrize("layer", [DenseAndMean, Soft])
+def test_near_misses_of_layers_that_run_all_experts_on_all_rows(layer):
+    """Plain torch.compile has them in one graph, too."""
+    model = nn.Sequential(nn.LayerNorm(WIDTH), layer()).eval()
+    found, backend = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens()), model(tokens()))
+    (graph,) = backend.graphs
+    assert not nodes_of(graph, FIXED) and not nodes_of(graph, VARIABLE)
 
 
 class Threshold(MoE):

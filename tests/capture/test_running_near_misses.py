@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,41 @@ class FloatOfATensor(Loop):
         return index * 0 if float(rows.abs().max()) > 1e3 else index
 
 
+class IntOfATensor(Loop):
+    def before(self, rows, index):
+        counts = [int(count) for count in torch.bincount(index.flatten())]
+        return index * 0 if any(count > 1000 for count in counts) else index
+
+
+class IntOfANumber(Loop):
+    def before(self, rows, index):
+        return index * 0 if int(rows.abs().max().item()) > 1000 else index
+
+
+class MostOfAnArray(Loop):
+    def before(self, rows, index):
+        return index * 0 if torch.bincount(index.flatten()).cpu().numpy().max() > 1000 else index
+
+
+class EachOfAnArray(Loop):
+    def before(self, rows, index):
+        for end in torch.bincount(index.flatten()).numpy().cumsum(0):
+            index = index * 0 if end > 1000 else index
+        return index
+
+
+class TruthsOfAnArray(Loop):
+    def before(self, rows, index):
+        return index * 0 if (torch.bincount(index.flatten()).numpy() > 1000).any() else index
+
+
+class PlainArray(Loop):
+    """Such an array does not know where its numbers came from."""
+
+    def before(self, rows, index):
+        return index * 0 if np.asarray(torch.bincount(index.flatten())).max() > 1000 else index
+
+
 class SkipsSingleRows(Loop):
     def route_to_experts(self, rows, index, weight):
         out = torch.zeros_like(rows)
@@ -234,6 +270,12 @@ SILENT = {
     TwoOnALine: "the same in all random calls",
     Asks: "the same in all random calls",
     FloatOfATensor: "the same in all random calls",
+    IntOfATensor: "the same in all random calls",
+    IntOfANumber: "the same in all random calls",
+    MostOfAnArray: "the same in all random calls",
+    EachOfAnArray: "the same in all random calls",
+    TruthsOfAnArray: "the same in all random calls",
+    PlainArray: r"read it by .item\(\)",
     SkipsSingleRows: "with other numbers its result is not",
     MakesNumbers: "no number",
     KeepsTheFirstRouting: "what an earlier call left",
@@ -250,6 +292,31 @@ def test_what_random_calls_might_not_tell(layer, reason):
     module, running = layer().eval(), Running(layer.forward)
     with eagerly(module), pytest.raises(UntrustedError, match=reason):
         running.compared(layer.forward, module, running.facts((tokens(),), {}))
+
+
+class BothWays(Loop):
+    """Each comparison goes both ways in random calls: starts, ends, and types that are asked for."""
+
+    def route_to_experts(self, rows, index, weight):
+        order, out = index.flatten().argsort(stable=True), torch.zeros_like(rows)
+        counts = torch.bincount(index.flatten(), minlength=EXPERTS)
+        ends, start = counts.cpu().numpy().cumsum(0), 0
+        for e, end in enumerate(ends):
+            kept = isinstance(int(counts[e]), int) + isinstance(float(end), float)
+            if start == end:
+                continue
+            at, start = order[start : start + kept * int(counts[e]) // 2], end
+            token = at // self.top_k
+            out.index_add_(0, token, self.experts[e](rows[token]) * weight.flatten()[at, None])
+        return out
+
+
+def test_numbers_that_were_compared_both_ways():
+    torch.manual_seed(0)
+    module, running = BothWays().eval(), Running(BothWays.forward)
+    with eagerly(module):
+        running.compared(BothWays.forward, module, running.facts((tokens(),), {}))
+    assert "int" not in globals() and "float" not in globals()
 
 
 @pytest.mark.parametrize("layer", [Full, SkipsSingleRows])

@@ -70,6 +70,7 @@ def test_the_order_and_the_counts_of_a_model(graph: Captured):
         ("split_to_slices", 42),
         ("unflatten_linears", 0),
         ("fuse_attention", 0),
+        ("flatten_streams", 0),
         ("name_attention_arguments", 0),
         ("reshape_views", 15),
     ]

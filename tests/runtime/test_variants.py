@@ -175,6 +175,54 @@ class RegisterToken(Variant):
         return self.project(block, F.scaled_dot_product_attention(q, k, v))
 
 
+class OfSamples(nn.Module):
+    """Experts chosen for whole samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16)) for _ in range(4))
+
+    def forward(self, x, c):
+        weight, index = self.router(c).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            sample, slot = torch.where(index == e)
+            out.index_add_(0, sample, expert(x[sample]) * weight[sample, slot, None, None])
+        return out
+
+
+class RoutedByTime(Variant):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = OfSamples() if isinstance(block.mlp, MoE) else block.mlp
+
+    def block(self, block, h, m):
+        h = h + m[2].unsqueeze(1) * self.attend(block, modulate(block.norm1(h), m[0], m[1]))
+        z = modulate(block.norm2(h), m[3], m[4])
+        return h + m[5].unsqueeze(1) * (block.mlp(z, m[3]) if isinstance(block.mlp, OfSamples) else block.mlp(z))
+
+
+class InAGrid(Variant):
+    """(batch, height, width, channels) all the way, with a convolution between the blocks."""
+
+    def embed_inputs(self, x, t, y):
+        h, c = super().embed_inputs(x, t, y)
+        return h.unflatten(1, (4, -1)), c
+
+    def finish(self, h, c):
+        return super().finish(h.flatten(1, 2), c)
+
+    def block(self, block, h, m):
+        m = [each[:, None, None] for each in m]
+        h = h + F.conv2d(h.permute(0, 3, 1, 2), self.kernel[..., None], padding=(1, 0), groups=16).permute(0, 2, 3, 1)
+        z = block.norm1(h) * (1 + m[1]) + m[0]
+        h = h + m[2] * self.attend(block, z.flatten(1, 2)).view_as(h)
+        z = block.norm2(h) * (1 + m[4]) + m[3]
+        return h + m[5] * block.mlp(z.flatten(1, 2)).view_as(h)
+
+
 def cached(*counts: int) -> dict[str, int]:
     return {name: n for name, n in zip(("attention", "experts", "feedforward"), counts, strict=True) if n}
 
@@ -192,6 +240,8 @@ VARIANTS: dict[type[Variant], tuple[dict[str, int], dict[str, int]]] = {
     TextTokens: (cached(2, 1, 1), {}),
     SpelledOut: (cached(2, 1, 1), {}),
     Causal: (cached(2, 1, 1), {}),
+    RoutedByTime: (cached(2, 1, 1), {}),
+    InAGrid: (cached(2, 1, 1), {}),
     ConvolvedRouter: (cached(2, 1, 1), {}),
     Parallel: (cached(2, 1, 0), {}),
     Capped: (cached(0, 1, 1), {"attention": 2}),

@@ -43,7 +43,7 @@ STATEMENTS: dict[str, Statement] = {
     "off": Statement(after="if getattr(self, 'record', False):\n    self.recorded = {x}"),
     "raise": Statement("if {x}.dim() not in (2, 3):\n    raise ValueError('rank')"),
     "try": Statement("try:\n    {x} = {x} * 1.0\nexcept RuntimeError:\n    raise"),
-    "widest": Statement(after="self.widest = float({x}.abs().max())"),
+    "widest": Statement(after="self.widest = {x}.abs().max().item()"),
 }
 _numbers = itertools.count()
 

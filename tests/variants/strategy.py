@@ -42,11 +42,8 @@ def statements(draw: st.DrawFn) -> tuple[str, ...]:
 @st.composite
 def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
     kinds, routing = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED, *BY_RUNNING], draw(routings())
-    kinds.remove("idle_ones")  # refused where a model has so few tokens that no random call gives all experts some
     if routing.top_k == routing.experts:  # what the host reads is always the same: nothing is known of other ids
-        kinds = [kind for kind in kinds if kind not in ("host_set", "beside")]
-    if routing.top_k in (1, routing.experts):  # the same; weights of 1 are put outside, where they look like a branch
-        kinds.remove("put_back")
+        kinds = [kind for kind in kinds if kind not in ("host_set", "put_back", "beside")]
     if dtype not in (torch.float32, torch.bfloat16):  # there is no grouped product for them on a CPU
         kinds = [kind for kind in kinds if kind not in GROUPED]
     dispatch = draw(st.sampled_from(kinds))

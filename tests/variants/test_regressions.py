@@ -75,3 +75,18 @@ def test_a_choice_over_the_batch_is_told_whatever_the_first_try_chose():
     blocks = (Blocking(Attending(heads=4, kv_heads=4, rope=None), layer), Blocking(second, other))
     kind = {"chunks": 4, "gate": "clamp", "label": "text", "timestep": "scalar"}
     check(Modelling(blocks, width=24, side=2, batch=3, **kind, dtype=torch.float16, seed=2), {})
+
+
+def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
+    """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
+    check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})
+
+
+def test_more_experts_than_tokens_of_which_the_idle_ones_run_on_zeros():
+    check(Modelling((Blocking(feedforward=Layering("idle_ones", Routing(6, 1))),), side=2, batch=1), {})
+
+
+@pytest.mark.parametrize("choice", ["renormalized", "raw"])
+def test_settings_in_an_object_tell_layers_apart(choice):
+    """What was built for the first of two layers that are built alike was held against the second."""
+    check(Modelling((Blocking(feedforward=Layering("beside", Routing(choice=choice))),)), {})

@@ -4,6 +4,7 @@
     trace.py    runs a layer: a graph of what it computed, the values in it, what its Python read and changed
     watch.py    what a call asks the host for, and at which lines
     numbers.py  numbers that the host read, which say how they compare
+    conversions.py  int() and float() that do not lose them
     graph.py    what is known of each node of such a graph
     experts.py  the experts in it: equal subgraphs that read parameters of one expert each
     find.py     by values: who got which rows, the sum over experts, its weights, the tensor that says the routing

@@ -51,6 +51,8 @@ class _Builder:
         read = [found.stream, found.routing.node, *own]
         read += [each for each in (found.base, found.weight.node if found.weight else None) if each is not None]
         needed = set(graph.before(ends, [found.total])) | set(graph.before(read))
+        if any(piece.out in needed for piece in found.experts.pieces):
+            raise UntrustedError("outside of its experts it needs what single experts gave")
         names = tuple(graph.name_of[node] for node in graph.state if node in needed)
         for node in [*graph.arguments, *graph.state]:
             if node in needed or node in graph.arguments:
@@ -86,13 +88,13 @@ class _Builder:
     def call(self, op: Any, *args: Any) -> fx.Node:
         return self.made.call_function(op, args)
 
-    def table(self, table: Any) -> fx.Node:
-        node = self.copies[table.node]
+    def table(self, table: Table) -> fx.Node:
+        node, aten = self.copies[table.node], torch.ops.aten
         if table.turned:
-            return self.call(
-                torch.ops.aten.t.default, self.call(torch.ops.aten.reshape.default, node, [table.columns, -1])
-            )
-        return self.call(torch.ops.aten.reshape.default, node, [-1, table.columns])
+            rows = self.call(aten.t.default, self.call(aten.reshape.default, node, [table.columns, -1]))
+        else:
+            rows = self.call(aten.reshape.default, node, [-1, table.columns])
+        return rows if table.each == 1 else self.call(aten.repeat_interleave.self_int, rows, table.each, 0)
 
     def experts(self) -> fx.Node:
         found, values = self.found, self.graph.values

@@ -205,6 +205,15 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
     return Experts(pieces, _common_body(codes), [[(node, None) for node in own[e]] for e in range(group.count)])
 
 
+def without_idle(experts: Experts) -> Experts | None:
+    """Only those that got rows: the others of a list may have another part. None where all of them did."""
+    ran = torch.cat([piece.expert for piece in experts.pieces]).unique()
+    if len(ran) == len(experts.own):
+        return None
+    pieces = [Piece(each.rows, each.out, torch.searchsorted(ran, each.expert)) for each in experts.pieces]
+    return Experts(pieces, experts.body, [experts.own[number] for number in ran.tolist()])
+
+
 def _of_idle(group: Group, tensors: list[fx.Node], number: int) -> list[fx.Node]:
     """The tensors of an expert that got no rows, as those of another one."""
     found = [group.others.of(each, number) for each in tensors]

@@ -21,7 +21,7 @@ from moeca_compile.capture.idioms.choices import MisreadError
 from moeca_compile.capture.idioms.routing import Reading, readings, token_ids
 from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, close
-from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped
+from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped, without_idle
 from moeca_compile.capture.running.graph import Graph
 
 DEPTHS = 8
@@ -50,14 +50,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Table:
-    """A node that holds (tokens, columns) in whatever shape; `turned`: (columns, tokens)."""
+    """A node that holds (tokens, columns) in whatever shape; `turned`: (columns, tokens).
+
+    each: how many tokens share a row, one after the other: all those of a sample, where whole samples are routed
+    """
 
     node: fx.Node
     columns: int
     turned: bool
+    each: int = 1
 
     def of(self, value: Any) -> Any:
-        return value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
+        rows = value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
+        return rows.repeat_interleave(self.each, 0)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,9 @@ def _candidates(graph: Graph, layer: nn.Module, hints: list[str]) -> Iterator[Ex
                 break
             if found is not None:
                 yield found
+                some = without_idle(found)
+                if some is not None:
+                    yield some
 
 
 def _same_in_another_call(graph: Graph, own: set[fx.Node]) -> dict[fx.Node, bool]:
@@ -310,13 +318,15 @@ def _told(
     """The nodes that hold the routing and the weights."""
     before = [node for node in graph.before([total]) if same[node] and graph.tensor(node) is not None]
     before = _with_siblings(graph, before, total, same)
-    if bool(pairs.routed.all()):  # experts that are run on all rows, and weighed
-        pairs = _Pairs(pairs.tokens, weights.abs() > 4 * tolerance * weights.abs().max())
-    routing = _ids(graph, before, pairs.routed)
+    shared = _shared_by(graph.values[stream].shape[:-1])
+    if bool(pairs.routed.all()):  # all of them run on all rows, and weights of zero say which are chosen
+        pairs = _Pairs(pairs.tokens, weights.abs() > tolerance * weights.abs().max())
+        if bool(pairs.routed.all()):
+            raise NoExpertsError("all of them get all rows")
+        weights = weights.where(pairs.routed, 0)
+    routing = _ids(graph, before, pairs.routed, shared)
     by_ids = routing is not None
-    if routing is None and bool(pairs.routed.all()):
-        raise NoExpertsError("all of them get all rows")
-    routing = routing or _map(graph, before, pairs.routed)
+    routing = routing or _map(graph, before, pairs.routed, shared)
     if routing is None:
         choices = _choices(graph, before, pairs.routed, weights, tolerance)
         if choices is not None:
@@ -330,7 +340,7 @@ def _told(
     if by_ids:
         ids = routing.of(graph.values[routing.node]).long()
         wanted = weights.gather(1, ids)
-    for table in _tables(graph, reversed(before), tokens, {routing.columns, count}):
+    for table in _tables(graph, [*reversed(before)], tokens, {routing.columns, count}, shared):
         value = table.of(graph.values[table.node])
         if not value.dtype.is_floating_point:
             continue
@@ -354,12 +364,12 @@ def _with_siblings(graph: Graph, before: list[fx.Node], total: fx.Node, same: di
     ]
 
 
-def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
+def _ids(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:
     """The ids of each token's experts, of which some may get no rows: those of weight zero."""
     tokens, count, top_k = *routed.shape, int(routed.sum(1).max())
     if top_k == 0:
         return None
-    for table in _tables(graph, before, tokens, {top_k}):
+    for table in _tables(graph, before, tokens, {top_k}, shared):
         ids = table.of(graph.values[table.node])
         if (
             ids.dtype.is_floating_point
@@ -374,8 +384,8 @@ def _ids(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
     return None
 
 
-def _map(graph: Graph, before: list[fx.Node], routed: Tensor) -> Table | None:
-    for table in _tables(graph, before, len(routed), {routed.shape[1]}):
+def _map(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:
+    for table in _tables(graph, before, len(routed), {routed.shape[1]}, shared):
         if torch.equal(table.of(graph.values[table.node]) != 0, routed):
             return table
     return None
@@ -411,11 +421,17 @@ def _choices(
     return None
 
 
-def _tables(graph: Graph, nodes: Any, tokens: int, columns: set[int]) -> Iterator[Table]:
-    for node in nodes:
-        value = graph.values[node]
-        for each in sorted(columns):
-            if value.numel() == tokens * each and node in graph.made_of_data:
-                yield Table(node, each, False)
-                if each > 1:
-                    yield Table(node, each, True)
+def _tables(graph: Graph, nodes: list[fx.Node], tokens: int, columns: set[int], shared: list[int]) -> Iterator[Table]:
+    for each in shared:
+        for node in nodes:
+            value = graph.values[node]
+            for width in sorted(columns):
+                if value.numel() * each == tokens * width and node in graph.made_of_data:
+                    yield Table(node, width, False, each)
+                    if width > 1:
+                        yield Table(node, width, True, each)
+
+
+def _shared_by(shape: torch.Size) -> list[int]:
+    """How many tokens of a stream (samples, ..., tokens) may share an entry: one, those of a line, of a sample."""
+    return sorted({shape[dim:].numel() for dim in range(1, len(shape) + 1)})

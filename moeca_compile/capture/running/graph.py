@@ -20,8 +20,9 @@ class Graph:
 
     def __init__(self, trace: Trace, arguments: int) -> None:
         self.values = trace.values
-        self.nodes = [node for node in trace.graph.nodes if node.op != "output"]
-        self.output = next(node for node in trace.graph.nodes if node.op == "output")
+        *self.nodes, self.output = trace.graph.nodes
+        read = set(self.before(self.output.all_input_nodes))  # what was computed for nothing tells nothing
+        self.nodes = [node for node in self.nodes if node in read or node.op == "placeholder"]
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.arguments, self.state = placeholders[:arguments], placeholders[arguments:]
         self.name_of = dict(zip(self.state, trace.names, strict=True))

@@ -34,7 +34,6 @@ from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.own_code import (
     attributes_read,
-    functions_of,
     is_same,
     nothing_left,
     numbers_read,
@@ -42,6 +41,7 @@ from moeca_compile.capture.running.own_code import (
 )
 from moeca_compile.capture.running.trace import Call, counted, run, traced, written
 from moeca_compile.capture.running.watch import Asked
+from moeca_compile.capture.source import functions_of
 from moeca_compile.capture.structure import named_tensors, structure
 
 _SEEDS = (0, 1, 2, 3)
@@ -135,11 +135,9 @@ class Running:
         self._compare_without_numbers(replacement, module, drawn.call(facts, 0), tolerance, asked)
         if asked.other_modes:
             raise UntrustedError("a part of it runs under another autocast than the rest")
-        line = asked.one_sided()
-        if line is not None:
-            raise UntrustedError(
-                f"what it reads at {line} was the same in all random calls: nothing is known of others"
-            )
+        reason = asked.one_sided()
+        if reason is not None:
+            raise UntrustedError(reason)
         rows = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
         self._require_forgetful(module, list(drawn.calls(facts)), tolerance)
         for seed in _MORE_SEEDS:

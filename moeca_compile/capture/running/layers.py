@@ -1,7 +1,7 @@
 """Which modules of a model may be MoE layers, before anything is run: told by how they are built.
 
 An MoE layer has several modules that are built alike, or packed parameters, and code that may ask the host about
-tensors. Modules that hold such layers themselves are blocks, and no experts.
+tensors, or choose by them. Modules that hold such layers themselves are blocks, and no experts.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def _is_packed(layer: nn.Module, dims: int) -> bool:
     return any(each.dim() > dims for each in layer.parameters(recurse=False))
 
 
-def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable[[type], bool]) -> list[nn.Module]:
+def layers_within(root: nn.Module, routes: Callable[[type], bool], known: Callable[[type], bool]) -> list[nn.Module]:
     """The modules inside a module that may be MoE layers, one of each class.
 
     Args:
-        asks: whether a class has code that may ask the host about tensors. Without any, products side by side, as
-            for queries and keys, are no experts.
+        routes: whether a class has code that may ask the host about tensors, or choose by them. Without any, products
+            side by side, as for queries and keys, are no experts.
         known: whether a class has a method that an idiom knows.
     """
     found: dict[int, nn.Module] = {}
@@ -67,7 +67,7 @@ def layers_within(root: nn.Module, asks: Callable[[type], bool], known: Callable
 
     def _is_layer(module: nn.Module) -> bool:
         kind = id(type(module))
-        if kind not in found and (_holds_networks(module) or asks(type(module))):
+        if kind not in found and (_holds_networks(module) or routes(type(module))):
             members = _alike(module)
             blocks = any(_has_inside(member, holds) for member in members)
             if (members or _is_packed(module, 1)) and not blocks:

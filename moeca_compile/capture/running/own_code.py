@@ -8,14 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.trace import snapshot, tensors_in
+from moeca_compile.capture.source import functions_of
 
+_CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _LOADS, _STORES = ("LOAD_ATTR", "LOAD_METHOD"), ("STORE_ATTR",)
 
 
@@ -41,17 +43,6 @@ def _variables_around(functions: list[FunctionType]) -> Iterator[tuple[tuple[int
             yield (number, name), value
 
 
-def functions_of(owner: type) -> Iterator[FunctionType]:
-    """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
-    for each in owner.__mro__:
-        if not each.__module__.startswith("torch.") and each is not object:
-            for value in vars(each).values():
-                while hasattr(value, "__wrapped__"):
-                    value = value.__wrapped__
-                if isinstance(value, FunctionType):
-                    yield value
-
-
 def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
     """The code of the forward, and of the methods that it names, and so on."""
     by_name: dict[str, list[CodeType]] = defaultdict(list)
@@ -69,20 +60,24 @@ def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
 
 
 def numbers_read(layer: nn.Module) -> tuple[tuple[tuple[str, ...], Any], ...]:
-    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads: they are in what
-    was built. Not those that a call changes."""
+    """(path, value) of the numbers and names, and lists of them, that the layer's own code reads, also of objects
+    with its settings: they are in what was built. Not those that a call changes."""
     found: list[tuple[tuple[str, ...], Any]] = []
     for path, module in layer.named_modules():
         codes = [each.__code__ for each in functions_of(type(module))]
         changed = set().union(*(_attributes(each, _STORES) for each in codes if each.co_name != "__init__"))
         read = set().union(*map(attributes_read, codes)) - changed
-        held = {name: vars(module)[name] for name in sorted(read & vars(module).keys())}
-        found += [
-            ((*path.split("."), name) if path else (name,), _frozen(value))
-            for name, value in held.items()
-            if _is_plain(value)
-        ]
+        found += _plain_within(module, tuple(path.split(".")) if path else (), read)
     return tuple(found)
+
+
+def _plain_within(held: Any, path: tuple[str, ...], read: set[str], depth: int = 2) -> list[tuple[Any, Any]]:
+    values = {name: vars(held)[name] for name in sorted(read & vars(held).keys())}
+    found = [((*path, name), _frozen(value)) for name, value in values.items() if _is_plain(value)]
+    for name, value in values.items() if depth else ():
+        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, *_CODE)):
+            found += _plain_within(value, (*path, name), read, depth - 1)
+    return found
 
 
 def _is_plain(value: Any) -> bool:

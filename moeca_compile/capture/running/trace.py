@@ -28,6 +28,7 @@ _FILLED = {
     _aten.new_ones.default: 1,
     _aten.ones_like.default: 1,
 }
+_OF_NOTHING = (_aten.sum.default, _aten.mean.default, _aten.sum.dim_IntList, _aten.mean.dim, _aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
     if module is None:
         raise UntrustedError("this version of torch cannot trace it by running it")
     _without_templates(module)
+    _without_nothing(module, count)
     interpreter = _Limited(module)
     interpreter.run(*cloned(call.tensors()), *(tensor for _, tensor in named_tensors(isolated(layer))))
     return Trace(module.graph, tuple(state), dict(interpreter.env))
@@ -161,6 +163,27 @@ def _without_templates(module: fx.GraphModule) -> None:
                 )
             node.replace_all_uses_with(filled)
             module.graph.erase_node(node)
+    module.recompile()
+
+
+def _without_nothing(module: fx.GraphModule, arguments: int) -> None:
+    """`out + 0 * expert(zeros).sum()` is `out`: so an expert without rows is touched, whose gradient is wanted."""
+    made_of_data = set([node for node in module.graph.nodes if node.op == "placeholder"][:arguments])
+    nothing: set[fx.Node] = set()
+    for node in list(module.graph.nodes):
+        by_zero = node.target is _aten.mul.Tensor and any(
+            type(each) in (int, float) and each == 0 for each in node.args
+        )
+        if not made_of_data.isdisjoint(node.all_input_nodes):
+            made_of_data.add(node)
+        elif by_zero or (node.target in _OF_NOTHING and nothing.issuperset(node.all_input_nodes)):
+            nothing.add(node)
+        if node.target is _aten.add.Tensor and not nothing.isdisjoint(node.all_input_nodes) and not node.kwargs:
+            kept = next((each for each in node.args if isinstance(each, fx.Node) and each not in nothing), node)
+            like, value = kept.meta.get("val"), node.meta.get("val")
+            if isinstance(like, Tensor) and (like.shape, like.dtype) == (value.shape, value.dtype):
+                node.replace_all_uses_with(kept)
+    module.graph.eliminate_dead_code()
     module.recompile()
 
 

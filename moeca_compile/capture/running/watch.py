@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,38 +17,25 @@ from torch.overrides import TorchFunctionMode
 
 from moeca_compile._torch_private import before_each_op
 from moeca_compile.capture.numerics import autocast
-from moeca_compile.capture.running.numbers import decides, noting
+from moeca_compile.capture.running.conversions import converted
+from moeca_compile.capture.running.numbers import calls, decides, noting
+from moeca_compile.capture.source import functions_of
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _WATCHING = (
     os.path.dirname(torch.__file__) + os.sep,
     __file__,
     noting.__code__.co_filename,
+    converted.__wrapped__.__code__.co_filename,  # type: ignore[attr-defined]
     before_each_op.__code__.co_filename,
 )
 
 
 _OF_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.nonzero_numpy.default, torch.ops.aten.argwhere.default)
-_CHOOSES = (
-    torch.ops.aten.topk.default,
-    torch.ops.aten.sort.default,
-    torch.ops.aten.sort.stable,
-    torch.ops.aten.argsort.default,
-    torch.ops.aten.argmax.default,
-    torch.ops.aten.max.dim,
-    torch.ops.aten.gt.Tensor,
-    torch.ops.aten.gt.Scalar,
-    torch.ops.aten.ge.Tensor,
-    torch.ops.aten.ge.Scalar,
-    torch.ops.aten.lt.Tensor,
-    torch.ops.aten.lt.Scalar,
-    torch.ops.aten.le.Tensor,
-    torch.ops.aten.le.Scalar,
-)
 _COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
-_NUMBERS = frozenset({"item", "tolist"})
+_NUMBERS = frozenset({"item", "tolist", "numpy"})
 
-_UNKNOWN = "a number with a fraction"
+_UNKNOWN = "does not say what it is compared with"
 
 Place = tuple[tuple[str, int], ...]
 """Where something was asked: ("file:line", the instruction), and where that was called, and so on."""
@@ -74,8 +62,8 @@ class Asked:
     read: the values of tensors that became Python's there, and the outcomes of comparing these
     sizes: the sizes of tensors that are as large as the data say
     compared: numbers that integers among the arguments, such as labels, were compared with
-    chose: whether anything was ranked or held against another number, as routers do
     other_modes: whether some ops ran under another autocast than the call
+    chooses: whether integers or truths were computed from numbers with a fraction, as a router's choice is
     """
 
     def __init__(self) -> None:
@@ -84,16 +72,22 @@ class Asked:
         self.sizes: dict[Place, set[Any]] = defaultdict(set)
         self.asking: list[Asking] = []
         self.compared: set[int] = set()
-        self.other_modes = self.chose = False
+        self.other_modes = self.chooses = False
 
     def one_sided(self) -> str | None:
-        """A line that always read the same, so that nobody knows what the layer does otherwise, or None.
+        """What it reads in a way that tells nothing of other calls, and where; None where there is no such line.
 
-        A size counts as such only where there never was anything: `if found.numel():`.
+        A line that always read the same, or read what does not say what it is compared with. A size counts as such
+        only where there never was anything: `if found.numel():`.
         """
-        lines = [where for where, values in self.read.items() if len(values) == 1]
-        lines += [where for where, values in self.sizes.items() if len(values) == 1 and 0 in next(iter(values))]
-        return min(lines)[0][0] if lines else None
+        lines = [(where, values) for where, values in self.read.items() if len(values) == 1]
+        lines += [(where, each) for where, each in self.sizes.items() if len(each) == 1 and 0 in next(iter(each))]
+        if not lines:
+            return None
+        where, values = min(lines, key=operator.itemgetter(0))
+        if _UNKNOWN in values:
+            return f"a number that it reads at {where[0][0]} {_UNKNOWN}: read it by .item() or .tolist()"
+        return f"what it reads at {where[0][0]} was the same in all random calls: nothing is known of others"
 
 
 class Watch(TorchFunctionMode):
@@ -109,6 +103,9 @@ class Watch(TorchFunctionMode):
         self.of_integers = {id(each): each for each in arguments if _is_integer(each)}
 
     def __enter__(self) -> Watch:
+        own = {id(each): each for held in self.asked.layer.modules() for each in functions_of(type(held))}
+        self.conversions = converted(own.values(), self.compared)
+        self.conversions.__enter__()
         self.ops.__enter__()
         super().__enter__()
         return self
@@ -116,6 +113,7 @@ class Watch(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.ops.__exit__(*error)
+        self.conversions.__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,6 +123,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
         made = _tensors(result)
+        self.asked.chooses |= any(_is_choice(each) for each in made) and not all(map(_is_choice, _tensors(args)))
         if args and id(args[0]) in self.of_integers:
             self.of_integers.update({id(each): each for each in made if _is_integer(each)})
             if func.__name__.strip("_") in _COMPARES:
@@ -143,14 +142,17 @@ class Watch(TorchFunctionMode):
     def before_op(self, op: Any, args: tuple[Any, ...]) -> None:
         self.asks_value |= torch.Tag.data_dependent_output in op.tags
         self.asks_size |= size_by_data(op, args)
-        self.asked.chose |= op in _CHOOSES
         if op is torch.ops.aten._grouped_mm.default:
             self.note(None, (), grouped=True)
 
-    def compared(self, outcome: bool) -> None:
-        own = _own(_frames())
-        if decides(own[0].f_code, own[0].f_lasti):
+    def compared(self, outcome: bool | None, truth: bool) -> None:
+        frames = _frames()
+        own = _own(frames)
+        code, at = own[0].f_code, own[0].f_lasti
+        if outcome is not None and decides(code, at, truth):
             self.asked.read[_place(own)].add(outcome)
+        elif outcome is None and calls(code, at) and not _asked_by_torch():
+            self.asked.read[_place(own)].add(_UNKNOWN)
 
     def note(self, kept: dict[Place, set[Any]] | None, value: Any, grouped: bool = False) -> None:
         frames = _frames()
@@ -198,14 +200,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
+def _is_choice(value: Tensor) -> bool:
+    return not value.dtype.is_floating_point
+
+
 def _is_integer(value: Tensor) -> bool:
     return value.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _is_lost(func: Callable[..., Any], result: Any) -> bool:
-    """Whether a number with a fraction is read in a way that does not tell what it is compared with."""
-    fractions = isinstance(result, float) or (isinstance(result, np.ndarray) and result.dtype.kind == "f")
-    return fractions and func.__name__ not in _NUMBERS
+    """Whether a number is read in a way that does not tell what it is compared with."""
+    plain = isinstance(result, (int, float, np.ndarray)) and not isinstance(result, bool)
+    return plain and func.__name__ not in _NUMBERS and func.__name__ != "__index__"
+
+
+def _asked_by_torch() -> bool:
+    asking = next(each for each, _ in walk_stack(None) if each.f_code.co_filename not in _WATCHING)
+    return asking.f_code.co_filename.startswith(_WATCHING[0])
 
 
 def _plain(value: Any) -> Any:

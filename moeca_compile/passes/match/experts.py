@@ -68,13 +68,16 @@ def _probe(residual: Residual, attentions: tuple[Attention, ...]) -> Attention |
 
 
 def _shared_experts(marker: fx.Node, residual: Residual, layouts: Layouts) -> tuple[FeedForward, ...]:
-    """Row-wise networks beside the routed experts: their outputs join the path from the marker to the output."""
-    path = between(marker, [residual.output]) | {marker}
+    """Row-wise networks beside the routed experts: their outputs join the path from the marker to the output.
+
+    A factor of a token, such as weights of 1 that are multiplied outside of the marker, has another size.
+    """
+    path, whole = between(marker, [residual.output]) | {marker}, prod(shape_of(marker))
     joining = {arg for node in path - {marker} for arg in node.all_input_nodes if arg not in path}
     return tuple(
         FeedForward(f"{module_path(node)}", residual.stream, node)
         for node in sorted(joining)
-        if node in layouts and work_between(residual.stream, node)
+        if node in layouts and prod(shape_of(node)) == whole and work_between(residual.stream, node)
     )
 
 

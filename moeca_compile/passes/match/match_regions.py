@@ -10,7 +10,7 @@ from torch import fx
 from moeca_compile.passes.analysis.graph import ancestors, between, draws_random_numbers, module_path, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, stream_layout, token_layouts
 from moeca_compile.passes.match.attention import attention_nodes, match_attention, work_between
-from moeca_compile.passes.match.experts import expert_body, expert_nodes, match_experts
+from moeca_compile.passes.match.experts import MARKER, expert_body, expert_nodes, match_experts
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions, Residual, Skipped
 from moeca_compile.passes.match.residuals import residual_at, residuals_around
 from moeca_compile.passes.match.timestep import find_timesteps, guess_timesteps
@@ -27,6 +27,7 @@ def match_regions(graph: fx.Graph, user_inputs: set[fx.Node]) -> Regions:
     timesteps = find_timesteps(user_inputs)
     bodies = {node: expert_body(node) for node in expert_nodes(graph)}
     layouts, mixed = _layouts(graph)
+    _take_whole_routings(graph, layouts, mixed)
     if not layouts:
         return Regions(bodies=bodies, timesteps=timesteps, skipped=_everything_skipped(graph))
     matched = [part for node in attention_nodes(graph) for part in match_attention(node, layouts, mixed)]
@@ -80,6 +81,23 @@ def _layouts(graph: fx.Graph) -> tuple[Layouts, set[fx.Node]]:
             mixed = set()
             layouts = token_layouts(graph, seeds, mixed)
     return layouts, mixed
+
+
+def _take_whole_routings(graph: fx.Graph, layouts: Layouts, mixed: set[fx.Node]) -> None:
+    """Give ids and weights that are not computed from a stream, but from the time or a label, the layout of the rows
+    that they belong to. The routing of chosen tokens is gathered from them."""
+    for marker in graph.find_nodes(op="call_function", target=MARKER):
+        rows, *routing = marker.args[:3]
+        layout = layouts.get(rows)
+        for node in routing:
+            if (
+                node not in layouts
+                and layout is not None
+                and layout.merged
+                and shape_of(node)[0] == shape_of(rows)[0]
+            ):
+                layouts[node] = layout
+                mixed.add(node)
 
 
 def _anchors(graph: fx.Graph) -> set[fx.Node]:
