@@ -243,9 +243,24 @@ def with_noise(
     own = unit(value.dtype, value.device) if _rounds(node, value, arguments) else 0.0
     if not max(own, least):
         return value
+    return (value * (1 + _AMPLITUDE * max(own, least) * _noise_like(value, generator))).to(value.dtype)
+
+
+def _noise_like(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise between -1 and 1 for each element; in half of all cases part of it is the same for all elements.
+
+    Rounding can be one-sided. Of values just above a threshold, a comparison takes none that were rounded to it, and
+    all that were not rounded. So a count over many tokens changes by more than independent noise ever changes it, and
+    with the count where each token's branches are cached.
+    """
     wide = torch.promote_types(value.dtype, torch.float32)
-    random = torch.rand(value.shape, dtype=wide, device=value.device, generator=generator)
-    return (value * (1 + _AMPLITUDE * max(own, least) * (2 * random - 1))).to(value.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=wide, device=value.device, generator=generator).mul_(2).sub_(1)
+
+    drawn = random(1)
+    common = drawn.sign() * (2 * drawn.abs() - 1).clamp_min(0)
+    return random(*value.shape).mul_(1 - common.abs()).add_(common)
 
 
 def _rounds(node: fx.Node, value: Tensor, arguments: Sequence[Any]) -> bool:
