@@ -67,6 +67,11 @@ _MOVES = VIEWS | {
 """Ops whose results are among the values of their arguments: they round nothing."""
 
 
+_NEVER_ZERO = {aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.exp.default}
+"""Ops whose zeros are rounded: the value was too small for its dtype. In float16, where that is 6e-8, many scores of a
+softmax are equal by that, and a selection takes the first of them, but others if they are not rounded."""
+
+
 class ValidationError(RuntimeError):
     """A rewritten or compiled step differs from the original by more than rounding."""
 
@@ -243,7 +248,11 @@ def with_noise(
     own = unit(value.dtype, value.device) if _rounds(node, value, arguments) else 0.0
     if not max(own, least):
         return value
-    return (value * (1 + _AMPLITUDE * max(own, least) * _noise_like(value, generator))).to(value.dtype)
+    # Below the least normal number, numbers come no closer to each other.
+    size = value.abs().clamp_min(torch.finfo(value.dtype).tiny)
+    if node.target not in _NEVER_ZERO:
+        size = size.where(value != 0, 0)
+    return (value + _noise_like(value, generator).mul_(_AMPLITUDE * max(own, least)).mul_(size)).to(value.dtype)
 
 
 def _noise_like(value: Tensor, generator: torch.Generator) -> Tensor:
