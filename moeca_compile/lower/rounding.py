@@ -68,8 +68,8 @@ _MOVES = VIEWS | {
 
 
 _NEVER_ZERO = {aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.exp.default}
-"""Ops whose zeros are rounded: the value was too small for its dtype. In float16, where that is 6e-8, many scores of a
-softmax are equal by that, and a selection takes the first of them, but others if they are not rounded."""
+"""Ops whose zeros are rounded: the value was too small for its dtype. In float16, where that is 6e-8, many scores of
+a softmax are equal by that, and a selection takes the first of them, but others if they are not rounded."""
 
 
 class ValidationError(RuntimeError):
@@ -233,7 +233,12 @@ def _squares(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_noise(
-    node: fx.Node, value: Any, arguments: Sequence[Any], generator: torch.Generator, least: float = 0.0
+    node: fx.Node,
+    value: Any,
+    arguments: Sequence[Any],
+    generator: torch.Generator,
+    least: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A node's value with noise, if the node rounds it. A value on another device than the generator stays exact.
 
@@ -242,14 +247,16 @@ def with_noise(
         arguments: the values of its input nodes.
         generator: of the noise.
         least: the unit of rounding of a cache that the value goes through, 0 where it goes through none.
+        dtype: what the value would be rounded to; None for its own dtype.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != generator.device:
         return value
-    own = unit(value.dtype, value.device) if _rounds(node, value, arguments) else 0.0
+    dtype = dtype or value.dtype
+    own = unit(dtype, value.device) if _rounds(node, value, arguments) else 0.0
     if not max(own, least):
         return value
     # Below the least normal number, numbers come no closer to each other.
-    size = value.abs().clamp_min(torch.finfo(value.dtype).tiny)
+    size = value.abs().clamp_min(torch.finfo(dtype).tiny)
     if node.target not in _NEVER_ZERO:
         size = size.where(value != 0, 0)
     return (value + _noise_like(value, generator).mul_(_AMPLITUDE * max(own, least)).mul_(size)).to(value.dtype)
