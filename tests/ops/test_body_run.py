@@ -123,6 +123,20 @@ def test_experts_with_many_rows_run_in_parts_of_few_rows(name, offsets, monkeypa
 
 
 @pytest.mark.parametrize("name", BODIES)
+def test_each_part_gathers_the_rows_of_its_branches(name):
+    function, shapes, _ = BODIES[name]
+    offsets, parameters, rows = torch.tensor([0, 300, 600, 600, 1000]), make(shapes)[1], torch.randn(50, WIDTH)
+    source = torch.randint(50, (1000,))
+    parts = dict(
+        ((part.start, part.stop), found)
+        for part, found in run_by_expert(key_of(function, shapes), [rows], offsets, parameters, EXPERTS, source)
+    )
+    assert [*parts] == [(0, 600), (600, 1000)]
+    found = torch.cat([*parts.values()])
+    assert_each_expert_on_its_own_rows(found, function, rows[source], offsets, parameters)
+
+
+@pytest.mark.parametrize("name", BODIES)
 def test_no_rows_at_all_give_no_outputs(name):
     function, shapes, _ = BODIES[name]
     rows, parameters = make(shapes)
