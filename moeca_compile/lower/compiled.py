@@ -183,9 +183,9 @@ class CompiledGraph:
         names = [name for name, value in zip(self.captured.names, inputs, strict=True) if isinstance(value, Tensor)]
         return [*names, *state_names, "forecast_weights"]
 
-    def function(self, kind: StepKind) -> StepFunction:
+    def function(self, kind: StepKind, updates: bool = True) -> StepFunction:
         """The step of this kind as an eager function, which may write to some of the caches."""
-        return step_function(self.graph, self.regions, self.plan.replacements, kind)
+        return step_function(self.graph, self.regions, self.plan.replacements, kind, updates)
 
     def write_back(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copy new values into the inputs that the model changes in place; returns the model's outputs."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from moeca_compile.lower.executor import Compiled
-from moeca_compile.lower.interpret import interpret
+from moeca_compile.lower.interpret import Change, Given, interpret
 from moeca_compile.lower.partition import Call, one_call, written_by
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.random_state import RandomState
 from moeca_compile.lower.rounding import Trial, with_noise
 from moeca_compile.passes.analysis.graph import last_uses, placeholders
+
+_log = logging.getLogger(__name__)
 
 Run = Callable[["_Partition", "Compiled | None"], list[Any]]
 """Runs a partition, of which the compiled code is given too; returns its results."""
@@ -81,11 +84,12 @@ class _Partition:
         self.values = {node: values[node] for node in call.arguments}
         self.random = RandomState(device)
 
-    def eagerly(self, change: Any = None) -> list[Any]:
+    def eagerly(self, change: Change | None = None, given: Given | None = None) -> list[Any]:
         """Its results, and the inputs that it wrote to."""
         copies = self._copies()
         self.random.restore()
-        return interpret(self.call.nodes, self.values | copies, self.call.results, change) + list(copies.values())
+        values = interpret(self.call.nodes, self.values | copies, self.call.results, change, given)
+        return values + list(copies.values())
 
     def compiled(self, code: Compiled) -> list[Any]:
         """The same by compiled code."""
@@ -95,11 +99,43 @@ class _Partition:
         return [*code(*(values[node] for node in self.call.arguments)), *copies.values()]
 
     def noisy(self, generator: torch.Generator) -> list[Any]:
-        """The same in eager mode, where every value rounds differently."""
+        """The same in eager mode, where every value rounds differently.
+
+        In every second trial values stay in float32 between ops, as in Inductor's kernels. That breaks ties between
+        rounded values, which a selection in eager mode breaks by order, and which noise on these values leaves.
+        """
+        if generator.initial_seed() % 2:
+            try:
+                return self._wide(generator)
+            except Exception:  # an op may take no float32
+                _log.debug("a part of a step does not run in float32", exc_info=True)
         return self.eagerly(lambda node, value, arguments: with_noise(node, value, arguments, generator))
+
+    def _wide(self, generator: torch.Generator) -> list[Any]:
+        def noisy(node: fx.Node, value: Any, arguments: Sequence[Any]) -> Any:
+            kept = node.meta.get("val")
+            dtype = kept.dtype if isinstance(kept, Tensor) else None
+            return with_noise(node, value, arguments, generator, dtype=dtype)
+
+        found, count = self.eagerly(noisy, _widened), len(self.call.results)
+        return [*map(_as_traced, self.call.results, found[:count]), *found[count:]]
 
     def _copies(self) -> dict[fx.Node, Any]:
         return {node: self.values[node].clone() for node in self.written}
+
+
+def _widened(node: fx.Node, source: fx.Node, value: Any) -> Any:
+    """A value in float32 at least; as the graph has it for an op of ours, which no kernel is fused with."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if str(node.target).startswith("moeca."):
+        return _as_traced(source, value)
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _as_traced(node: fx.Node, value: Any) -> Any:
+    """The value of a node in the dtype that it has in the graph."""
+    return value.to(node.meta["val"].dtype) if isinstance(value, Tensor) else value
 
 
 def _written(nodes: Iterable[fx.Node], own: AbstractSet[fx.Node]) -> set[fx.Node]:

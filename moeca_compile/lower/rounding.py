@@ -67,6 +67,11 @@ _MOVES = VIEWS | {
 """Ops whose results are among the values of their arguments: they round nothing."""
 
 
+_NEVER_ZERO = {aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.exp.default}
+"""Ops whose zeros are rounded: the value was too small for its dtype. In float16, where that is 6e-8, many scores of
+a softmax are equal by that, and a selection takes the first of them, but others if they are not rounded."""
+
+
 class ValidationError(RuntimeError):
     """A rewritten or compiled step differs from the original by more than rounding."""
 
@@ -228,7 +233,12 @@ def _squares(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_noise(
-    node: fx.Node, value: Any, arguments: Sequence[Any], generator: torch.Generator, least: float = 0.0
+    node: fx.Node,
+    value: Any,
+    arguments: Sequence[Any],
+    generator: torch.Generator,
+    least: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """A node's value with noise, if the node rounds it. A value on another device than the generator stays exact.
 
@@ -237,15 +247,36 @@ def with_noise(
         arguments: the values of its input nodes.
         generator: of the noise.
         least: the unit of rounding of a cache that the value goes through, 0 where it goes through none.
+        dtype: what the value would be rounded to; None for its own dtype.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.device != generator.device:
         return value
-    own = unit(value.dtype, value.device) if _rounds(node, value, arguments) else 0.0
+    dtype = dtype or value.dtype
+    own = unit(dtype, value.device) if _rounds(node, value, arguments) else 0.0
     if not max(own, least):
         return value
+    # Below the least normal number, numbers come no closer to each other.
+    size = value.abs().clamp_min(torch.finfo(dtype).tiny)
+    if node.target not in _NEVER_ZERO:
+        size = size.where(value != 0, 0)
+    return (value + _noise_like(value, generator).mul_(_AMPLITUDE * max(own, least)).mul_(size)).to(value.dtype)
+
+
+def _noise_like(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise between -1 and 1 for each element; in half of all cases part of it is the same for all elements.
+
+    Rounding can be one-sided. Of values just above a threshold, a comparison takes none that were rounded to it, and
+    all that were not rounded. So a count over many tokens changes by more than independent noise ever changes it, and
+    with the count where each token's branches are cached.
+    """
     wide = torch.promote_types(value.dtype, torch.float32)
-    random = torch.rand(value.shape, dtype=wide, device=value.device, generator=generator)
-    return (value * (1 + _AMPLITUDE * max(own, least) * (2 * random - 1))).to(value.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=wide, device=value.device, generator=generator).mul_(2).sub_(1)
+
+    drawn = random(1)
+    common = drawn.sign() * (2 * drawn.abs() - 1).clamp_min(0)
+    return random(*value.shape).mul_(1 - common.abs()).add_(common)
 
 
 def _rounds(node: fx.Node, value: Tensor, arguments: Sequence[Any]) -> bool:

@@ -287,7 +287,7 @@ def same_step(
         try:
             with undisturbed(compiled.device):
                 outputs = checked_outputs(step, flat, compiled.device, same)
-            eager = run_eagerly(compiled, kind, inputs, state, weights)
+            eager = run_eagerly(compiled, kind, inputs, state, weights, updates=False)
             same(eager.outputs, outputs, undisturbed(compiled.device)(partial(noisy_outputs, step, flat)))
         except ValidationError as error:
             notes.warn(
@@ -299,11 +299,16 @@ def same_step(
 
 
 def run_eagerly(
-    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor
+    compiled: CompiledGraph,
+    kind: StepKind,
+    inputs: Sequence[Any],
+    state: Caches,
+    weights: Tensor,
+    updates: bool = True,
 ) -> StepResult:
-    """Run a step in eager mode. The caches do not change."""
+    """Run a step in eager mode. The caches do not change; their new values are returned if `updates` says so."""
     with torch.no_grad(), undisturbed(compiled.device):
-        return compiled.function(kind)(inputs, Untouched(state), weights)
+        return compiled.function(kind, updates)(inputs, Untouched(state), weights)
 
 
 def same_values(

@@ -74,19 +74,31 @@ def by_expert(parameters: Sequence[Tensor], experts: int) -> list[Sequence[Tenso
     return [parameters[e * each : (e + 1) * each] for e in range(experts)]
 
 
-def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: list[Tensor], experts: int) -> Tensor:
+def run_by_expert(
+    body: str,
+    rows: Sequence[Tensor],
+    offsets: Tensor,
+    parameters: Sequence[Tensor],
+    experts: int,
+    source: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
     """Run each expert on its own rows, by ATen ops on any device. The host waits for `offsets`.
 
     Args:
         body: its key (ops.bodies).
-        rows: each (R, ...), sorted by expert.
-        offsets: (experts + 1,) int64, where the rows of each expert begin; the last is R.
+        rows: each (T, ...).
+        offsets: (experts + 1,) int64, where the branches of each expert begin; the last is M.
         parameters: expert-major, experts * P tensors.
         experts: number of experts.
+        source: (M,) the row that each branch reads, sorted by expert; None where they read all rows in order.
 
-    Returns:
-        (R, width).
+    Yields:
+        Branches of a few experts (R of M), and their outputs (R, width).
     """
+
+    def rows_of(branches: slice) -> list[Tensor]:
+        return [value[branches] if source is None else value.index_select(0, source[branches]) for value in rows]
+
     bounds = list(pairwise(offsets.tolist()))
     live = [e for e, (start, end) in enumerate(bounds) if end > start] or [0]
     groups, each = [bounds[e] for e in live], by_expert(parameters, experts)
@@ -94,18 +106,14 @@ def run_by_expert(body: str, rows: list[Tensor], offsets: Tensor, parameters: li
     try:
         plan = plan_for(body, rows, own[0])
     except UnsupportedError:
-        each_rows = ([value[start:end] for value in rows] for start, end in groups)
-        return torch.cat([bodies.run(body, x, list(p)) for x, p in zip(each_rows, own, strict=True)])
-    out: Tensor | None = None
+        for (start, end), p in zip(groups, own, strict=True):
+            yield slice(start, end), bodies.run(body, rows_of(slice(start, end)), list(p))
+        return
     for part in _parts(groups):
         (start, _), (_, end) = groups[part.start], groups[part.stop - 1]
         provider = AtenProvider(parameter_values(plan, own[part]), [(a - start, b - start) for a, b in groups[part]])
-        inputs = {node: value[start:end] for node, value in zip(plan.rows, rows, strict=True)}
-        found = run_steps(plan, inputs, provider)
-        out = found.new_empty(len(rows[0]), *found.shape[1:]) if out is None else out
-        out[start:end] = found
-    assert out is not None, "groups has one expert at least"
-    return out
+        inputs = dict(zip(plan.rows, rows_of(slice(start, end)), strict=True))
+        yield slice(start, end), run_steps(plan, inputs, provider)
 
 
 _ROWS = 512

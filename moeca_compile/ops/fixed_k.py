@@ -75,13 +75,19 @@ def fixed_k_outputs_into(
     """Write what `fixed_k_outputs` returns into `out`: contiguous, T * k rows of the outputs' width and dtype."""
     flat = index.flatten()
     places = torch.arange(flat.numel(), device=flat.device)
-    order, outputs = expert_outputs(rows, flat, places, index.shape[1], parameters, experts, body)
-    out.view(flat.numel(), -1).index_copy_(0, order, outputs.to(out.dtype))
+    expert_outputs(rows, flat, places, index.shape[1], parameters, experts, body, out.view(flat.numel(), -1))
 
 
 def expert_outputs(
-    rows: list[Tensor], expert: Tensor, places: Tensor, k: int, parameters: list[Tensor], experts: int, body: str
-) -> tuple[Tensor, Tensor]:
+    rows: list[Tensor],
+    expert: Tensor,
+    places: Tensor,
+    k: int,
+    parameters: list[Tensor],
+    experts: int,
+    body: str,
+    out: Tensor | None = None,
+) -> Tensor:
     """Run each expert on its rows.
 
     Args:
@@ -90,15 +96,19 @@ def expert_outputs(
         places: (M,) places of the branches.
         k: places a row.
         parameters, experts, body: as in `fixed_k_outputs`.
+        out: (M, width) to write to; None for a new tensor.
 
     Returns:
-        (M,) indices into `expert` that sort it; (M, width) outputs in that order.
+        (M, width) outputs of the branches, in their order.
     """
     order = expert.argsort(stable=True)
     ends = torch.bincount(expert, minlength=experts).cumsum(0)
-    source = places[order] // k
-    sorted_rows = [value.index_select(0, source) for value in rows]
-    return order, run_by_expert(body, sorted_rows, F.pad(ends, (1, 0)), parameters, experts)
+    for part, found in run_by_expert(body, rows, F.pad(ends, (1, 0)), parameters, experts, places[order] // k):
+        if out is None:
+            out = found.new_empty(len(expert), *found.shape[1:])
+        out.index_copy_(0, order[part], found.to(out.dtype))
+    assert out is not None, "there is one part at least"
+    return out
 
 
 def refresh_fixed_k(
@@ -139,10 +149,9 @@ def refresh_fixed_k(
     if places.numel():
         first = torch.arange(samples, device=chosen.device)[:, None] * tokens
         cached = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
-        order, outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)
-        norms.view(-1).index_copy_(0, places[order], outputs.norm(dim=-1).to(torch.float32))
-        at = cached[order]
-        write_branches(ring, at, outputs, None if weights is None else weights.flatten(0, 2)[at])
+        outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)
+        norms.view(-1).index_copy_(0, places, outputs.norm(dim=-1).to(torch.float32))
+        write_branches(ring, cached, outputs, None if weights is None else weights.flatten(0, 2)[cached])
     return _combine(ring, weight, weights), norms
 
 

@@ -150,9 +150,8 @@ def _run(rows: list[Tensor], mask: Tensor, parameters: list[Tensor], body: str, 
     """The places (M,) of the branches of `mask`, in order, and their outputs (M, width)."""
     experts = mask.shape[1]
     branches = mask.flatten().nonzero().squeeze(1)
-    order, values = expert_outputs(rows, branches % experts, branches, experts, parameters, experts, body)
-    outputs = rows[0].new_empty(len(branches), width)
-    return branches, outputs.index_copy_(0, order, values.to(outputs.dtype))
+    out = rows[0].new_empty(len(branches), width)
+    return branches, expert_outputs(rows, branches % experts, branches, experts, parameters, experts, body, out)
 
 
 def _add_up(outputs: Tensor, branches: Tensor, weight: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class FixedKCache(ExpertCache):
         return combine(outputs, placed.weight.flatten(0, 1))
 
     def store(self, step: Step) -> None:
-        branches, placed = step.memo[self.outputs]
+        branches, placed = step.memo.pop(self.outputs)
         index, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
         norms = branches.norm(dim=-1).to(torch.float32)
         self.update_activation(step, self._routed(index))

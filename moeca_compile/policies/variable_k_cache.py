@@ -49,7 +49,7 @@ class VariableKCache(ExpertCache):
 
     def store(self, step: Step) -> None:
         routed, weight = self.by_token(step[self.layer.choice]), self.by_token(step[self.layer.weight])
-        pool, pool_row, norms = step.memo[self.outputs]
+        pool, pool_row, norms = step.memo.pop(self.outputs)
         pool_row = self.by_token(pool_row)
         self.update_activation(step, routed)
         step.updates[self.lookup] = pool_row

@@ -124,7 +124,8 @@ class StepLoop:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            return self.eager(trial, self._placed(inputs), stream.state, self.weights(stream, time)).counts
+            given = self._placed(inputs), stream.state, self.weights(stream, time)
+            return run_eagerly(self.compiled, trial, *given, updates=False).counts
 
         return self.capacities.kind(refresh, stream, counts)
 

@@ -191,3 +191,34 @@ def test_what_rounds_nothing_stays_exact():
         with_noise(graph.call_function(aten.argmax.default, (x,)), torch.ones(3).long(), [value], generator).tolist()
         == [1] * 3
     )
+
+
+def test_noise_is_one_sided_in_some_trials_and_in_others_it_is_not():
+    """A count of the values above a threshold hardly moves where each value moves on its own."""
+    graph, value = fx.Graph(), rows()
+    product = graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("x"),))
+    lowest = value[value > 1].min()
+    counted = int((value > lowest).sum())
+
+    def count(seed: int) -> int:
+        noisy = with_noise(product, value, [rows() + 1], torch.Generator().manual_seed(seed))
+        return int((noisy > lowest).sum()) - counted
+
+    at_lowest, counts = int((value == lowest).sum()), [count(seed) for seed in range(48)]
+    assert at_lowest > 10
+    assert max(counts) > 0.7 * at_lowest
+    assert sum(abs(each) < 0.5 * at_lowest for each in counts) > 20
+
+
+def test_what_is_too_small_for_the_dtype_has_noise_and_true_zeros_have_none():
+    graph = fx.Graph()
+    x, aten = graph.placeholder("x"), torch.ops.aten
+    softmax, product = (graph.call_function(op, (x,)) for op in (aten.softmax.int, aten.mul.Tensor))
+    value = torch.tensor([0.0, 6e-8, 1.0]).repeat(1000, 1).half()
+
+    def moved(node: fx.Node) -> list[bool]:
+        noisy = with_noise(node, value, [rows(torch.float16)], torch.Generator().manual_seed(0))
+        return [bool((one != other).any()) for one, other in zip(noisy.T, value.T, strict=True)]
+
+    assert moved(softmax) == [True, True, True]
+    assert moved(product) == [False, True, True]

@@ -86,8 +86,13 @@ def test_a_body_on_the_rows_of_all_experts_equals_each_expert_on_its_own(name):
     rows, parameters = make(shapes)
     body, each = key_of(function, shapes), len(shapes)
     assert step_names(body, rows, parameters[:each]) == steps
-    found = run_by_expert(body, [rows], OFFSETS, parameters, EXPERTS)
+    found = outputs(body, [rows], OFFSETS, parameters)
     assert_each_expert_on_its_own_rows(found, function, rows, OFFSETS, parameters)
+
+
+def outputs(body: str, rows: list[Tensor], offsets: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Of all rows, which are sorted by expert."""
+    return torch.cat([found for _, found in run_by_expert(body, rows, offsets, parameters, EXPERTS)])
 
 
 def assert_each_expert_on_its_own_rows(
@@ -112,16 +117,30 @@ def test_experts_with_many_rows_run_in_parts_of_few_rows(name, offsets, monkeypa
 
     monkeypatch.setattr(body_run, "run_steps", spy)
     parameters, rows = make(shapes)[1], torch.randn(offsets[-1], WIDTH)
-    found = run_by_expert(key_of(function, shapes), [rows], torch.tensor(offsets), parameters, EXPERTS)
+    found = outputs(key_of(function, shapes), [rows], torch.tensor(offsets), parameters)
     assert_each_expert_on_its_own_rows(found, function, rows, torch.tensor(offsets), parameters)
     assert len(most) == 2 and sum(most) == offsets[-1]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_each_part_gathers_the_rows_of_its_branches(name):
+    function, shapes, _ = BODIES[name]
+    offsets, parameters, rows = torch.tensor([0, 300, 600, 600, 1000]), make(shapes)[1], torch.randn(50, WIDTH)
+    source = torch.randint(50, (1000,))
+    parts = dict(
+        ((part.start, part.stop), found)
+        for part, found in run_by_expert(key_of(function, shapes), [rows], offsets, parameters, EXPERTS, source)
+    )
+    assert [*parts] == [(0, 600), (600, 1000)]
+    found = torch.cat([*parts.values()])
+    assert_each_expert_on_its_own_rows(found, function, rows[source], offsets, parameters)
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_no_rows_at_all_give_no_outputs(name):
     function, shapes, _ = BODIES[name]
     rows, parameters = make(shapes)
-    found = run_by_expert(key_of(function, shapes), [rows[:0]], OFFSETS * 0, parameters, EXPERTS)
+    found = outputs(key_of(function, shapes), [rows[:0]], OFFSETS * 0, parameters)
     assert found.shape == (0, WIDTH)
 
 
@@ -130,7 +149,7 @@ def test_a_body_that_cannot_be_planned_runs_expert_by_expert():
     rows, parameters = make([(D, D)])
     with pytest.raises(UnsupportedError, match="call_method relu"):
         plan_for(body, [rows], parameters[:1])
-    found = run_by_expert(body, [rows], OFFSETS, parameters, EXPERTS)
+    found = outputs(body, [rows], OFFSETS, parameters)
     for e in range(EXPERTS):
         own = slice(int(OFFSETS[e]), int(OFFSETS[e + 1]))
         torch.testing.assert_close(found[own], (rows[own] @ parameters[e]).relu())
@@ -164,7 +183,7 @@ def test_on_a_device_that_is_no_cpu_products_are_pytorchs_own(dtype):
     )
     body = key_of(function, shapes)
     with Names() as ops:
-        assert run_by_expert(body, rows, OFFSETS, parameters, EXPERTS).shape == (9, WIDTH)
+        assert outputs(body, rows, OFFSETS, parameters).shape == (9, WIDTH)
     assert any("aten.linear" in op or "aten.mm" in op for op in ops.found)
     assert not any("mkldnn" in op for op in ops.found)
 

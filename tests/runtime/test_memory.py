@@ -12,8 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
 from examples import families
-from moeca_compile.passes.rewrite.caches import Caches
+from moeca_compile.passes.rewrite import step_function
+from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.replacement import Cache
+from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.forecast import weights_after_one
 from tests.models import make_inputs
 
@@ -66,6 +69,31 @@ def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe
     finally:
         gc.enable()
     assert after == before
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_that_only_serves_a_comparison_keeps_no_new_values_of_caches(graph, recipe, monkeypatch):
+    """They are as large as the caches, and dropped one by one."""
+    compiled, weights = graph.loop(recipe=recipe, validate=False).compiled, weights_after_one(torch.device("cpu"))
+    state, most = Caches(compiled.plan.caches, torch.device("cpu")), 0
+
+    def noted(step: Step, cache: Cache) -> None:
+        nonlocal most
+        most = max(most, sum(value.nbytes for value in step.updates.values()))
+        drop_updates(step, cache)
+
+    drop_updates = step_function._drop_updates
+    monkeypatch.setattr(step_function, "_drop_updates", noted)
+    for kind in (StepKind(), StepKind(False, False, compiled.plan.capacities[-1])):
+        kept, dropped = (
+            compiled.function(kind, updates)(graph.inputs, Untouched(state), weights) for updates in (True, False)
+        )
+        torch.testing.assert_close(dropped.outputs, kept.outputs, atol=0, rtol=0)
+        assert dropped.counts is kept.counts is None or dropped.counts.equal(kept.counts)
+        assert dropped.updates == {}
+        state.store(kept.updates)
+    assert 0 < most <= 2 * max(sum(spec.nbytes for spec in each.specs) for each in compiled.plan.replacements)
 
 
 @pytest.mark.slow

@@ -32,9 +32,13 @@ StepFunction = Callable[[Sequence[Any], dict[str, Tensor], Tensor], StepResult]
 
 
 def step_function(
-    graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind
+    graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind, updates: bool = True
 ) -> StepFunction:
-    """The step of this kind as an eager function."""
+    """The step of this kind as an eager function.
+
+    Without `updates`, new values of caches are dropped after their last use, and the result has none: all of them are
+    as large as the caches.
+    """
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
     reads |= {each.node: _reads(each, kind) for each in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
@@ -48,7 +52,7 @@ def step_function(
             if compute is not None:
                 computes[replacement.node] = partial(compute, step)
         try:
-            return _result(step, replacements)
+            return _result(step, replacements, updates)
         finally:  # what refers to the step would keep its values alive until Python looks for cycles
             computes.clear()
             step.memo.clear()
@@ -64,28 +68,41 @@ def _reads(replacement: Replacement, kind: StepKind) -> Sequence[fx.Node]:
     return [*replacement.reads, *dict.fromkeys(arg for node in sorted(work) for arg in node.all_input_nodes)]
 
 
-def _result(step: Step, replacements: Sequence[Replacement]) -> StepResult:
+def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> StepResult:
     """Run the step, and fill the caches of the parts that it computes.
 
     Each is filled as soon as its values are there, which may be views of larger ones. In a traced step all are filled
     at its end: they would separate ops that Inductor fuses.
     """
     waiting: dict[fx.Node, list[Cache]] = {}
+    read_last: dict[fx.Node, list[Cache]] = {}
     for replacement in replacements:
-        if step.kind.computes(replacement.part):
-            for cache in replacement.caches:
+        for cache in replacement.caches:
+            if step.kind.computes(replacement.part):
                 waiting.setdefault(max(replacement.node, *cache.reads()), []).append(cache)
+            elif not updates:
+                read_last.setdefault(replacement.node, []).append(cache)
 
     def fill(node: fx.Node) -> None:
         for cache in waiting.pop(node, ()):
             cache.store(step)
             step.values.release(cache.reads())
+            if not updates:
+                _drop_updates(step, cache)
+        for cache in read_last.pop(node, ()):
+            _drop_updates(step, cache)
 
     outputs = step.run(None if step.values.tracing else fill)
     for node in list(waiting):
         fill(node)
     counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
-    return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates, counts)
+    return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates if updates else {}, counts)
+
+
+def _drop_updates(step: Step, cache: Cache) -> None:
+    for spec in cache.specs():
+        step.updates.pop(spec.ring, None)
+        step.updates.pop(spec.name, None)
 
 
 def _storage(tensor: Tensor) -> int:
