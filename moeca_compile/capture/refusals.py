@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class CaptureWarning(UserWarning):
-    """A MoE layer is compiled as plain torch.compile would, with graph breaks and without caching."""
+    """A MoE layer is compiled as plain torch.compile would, often with graph breaks, and without caching."""
 
 
 class Refusal(NamedTuple):
@@ -32,8 +32,8 @@ def refuse(refusal: Refusal, advice: str) -> None:
     _refusals.setdefault(refusal)
     if not known:
         message = (
-            f"{refusal.where}: {refusal.method} runs as torch.compile would run it (graph breaks, nothing "
-            f"cached): {refusal.reason}. {advice}"
+            f"{refusal.where}: {refusal.method} runs as torch.compile would run it, and nothing of it is "
+            f"cached: {refusal.reason}. {advice}"
         )
         file, _, line = refusal.where.rpartition(":")
         warnings.warn_explicit(message, CaptureWarning, file, int(line))

@@ -16,7 +16,7 @@ from torch import nn
 from moeca_compile.capture.dataflow import Value, follow
 from moeca_compile.capture.source import Method
 
-ADVICE = "docs/extending/idiom.md says how to teach moeca_compile this way of writing it"
+ADVICE = "docs/capture.md says what it has to be, and docs/extending/idiom.md how to teach a way of writing it"
 REASON = "it looks like MoE dispatch, but no idiom matches it"
 
 _DATA_DEPENDENT = frozenset({"bincount", "nonzero", "one_hot", "unique", "argwhere", "where", "histc"})

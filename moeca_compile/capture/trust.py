@@ -36,7 +36,7 @@ def vouch(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fact
     if isinstance(verdict, str):
         raise UntrustedError(verdict)
     if isinstance(verdict, NoExpertsError):
-        raise verdict
+        raise NoExpertsError(*verdict.args)
     return layout.paths, verdict
 
 
@@ -62,6 +62,6 @@ def _check(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fac
         except UntrustedError as refusal:
             return str(refusal)
         except NoExpertsError as error:
-            return error
+            return NoExpertsError(*error.args)  # without the frames that it was raised in, and their model
         except Exception as error:
             return f"trying it on random rows raised {type(error).__name__}: {error}"

@@ -38,7 +38,7 @@ ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wr
 _KNOWN = "_moeca_known"  # the attribute of a wrapper whose method an idiom has recognized
 _RUNS = "_moeca_runs"  # the attribute of a wrapper that runs its layer
 _IDIOMS, _RUNNING = 0, 1
-_REWRITE = "Write it so that this no longer holds, or add an idiom (docs/extending/idiom.md)."
+_REWRITE = "Write it so that this no longer holds (docs/capture.md), or add an idiom (docs/extending/idiom.md)"
 
 
 class Reason(str):
@@ -206,7 +206,10 @@ def _order(
     unknown = [each for each in asked.asking if not _is_known(each, asked.layer, refused)]
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
-    unread = asked.chooses and all(innermost(each.original) in refused for each in calls)
+    read = any(innermost(each.original) not in refused for each in calls)
+    unread = (
+        asked.chooses and holds_experts(module) and not read
+    )  # a router chooses too, and would be run at each size
     return (_IDIOMS, _RUNNING) if recognized or unknown or unread else (_IDIOMS,)
 
 

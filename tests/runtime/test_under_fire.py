@@ -357,27 +357,27 @@ class Breaks(nn.Module):
         return run(x) if self.nested else torch.cat([self.run(part) for part in x.chunk(2)])
 
 
-class ReadsLabels(nn.Module):
-    """Python reads an argument before the first block."""
+class ReadsPicture(nn.Module):
+    """Python reads numbers with a fraction of an argument before the first block."""
 
     def __init__(self, model: nn.Module, read: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
         self.model, self.read = model, read
 
     def forward(self, x, t, y):
-        return self.model(x * 2 if self.read(y) else x, t, y)
+        return self.model(x * 2 if self.read(x) else x, t, y)
 
 
 READS = {
-    "a branch": lambda y: (y < 0).any(),
-    "a number": lambda y: y.sum().item() < 0,
-    "a list": lambda y: (2 * y).tolist()[0] < 0,
+    "a branch": lambda x: (x > 1e9).any(),
+    "a number": lambda x: x.sum().item() > 1e9,
+    "a list": lambda x: (2 * x).flatten().tolist()[0] > 1e9,
 }
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_break_where_python_reads_an_argument_says_what_to_write(model, read):
-    reading = ReadsLabels(model, read).eval()
+    reading = ReadsPicture(model, read).eval()
     arguments = (torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([1, 2]))
     with told() as texts, torch.no_grad():
         assert_near(compiled(reading)(*arguments), reading(*arguments))

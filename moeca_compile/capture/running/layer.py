@@ -102,10 +102,10 @@ class Running:
             try:
                 built[key] = self._build(module, facts, tolerance)
             except (UntrustedError, NoExpertsError) as reason:
-                built[key] = reason
+                built[key] = type(reason)(*reason.args)  # without the frames that it was raised in, and their model
         found = built[key]
         if isinstance(found, Exception):
-            raise found
+            raise type(found)(*found.args)
         replacement, name, drawn = found
         for call in drawn.calls(facts):
             self._compare(replacement, module, call, tolerance)
