@@ -62,7 +62,7 @@ HOST_READ = (
     "number, or compute with the tensor and a mask (torch.where, masked_fill) in place of Python's if, for and "
     "slices. If this is MoE dispatch, make it traceable as docs/extending/idiom.md says"
 )
-_READS = ("Tensor.item()", "Data dependent", "Data-dependent", "generic_jump TensorVariable")
+_READS = ("Tensor.item()", "Tensor.tolist()", "Data dependent", "Data-dependent", "generic_jump TensorVariable")
 """What Dynamo's reasons contain where Python reads a tensor's value."""
 NOTHING_FOUND = (
     "recipe {0!r} found nothing that it could cache: it needs {1}. The model runs uncached, so sampling is no "

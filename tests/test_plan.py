@@ -31,6 +31,7 @@ def plan_of(graph, **options):
 CACHE = StepKind(attention=False, experts=False)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(depth=3, experts=4, top_k=3, width=64), Sizes(depth=1, side=4)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_full_step_costs_what_the_model_does(sizes, batch):

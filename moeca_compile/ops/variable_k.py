@@ -85,6 +85,8 @@ def variable_k_outputs_into(
     body: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`variable_k_outputs` into `pool` (slots, width); its rows that no branch has keep what they hold."""
+    routed = routed.contiguous()  # a router that works expert by expert may have it the other way round
+    pool_row = None if pool_row is None else pool_row.contiguous()
     branches, fresh = _run(rows, routed, parameters, body, pool.shape[1])
     out = _add_up(fresh, branches, weight).to(fresh.dtype)
     count = min(len(pool), len(branches))
@@ -134,6 +136,7 @@ def refresh_variable_k(
         branches, 0 elsewhere.
     """
     slots, width = ring[0].shape
+    routed, mask, pool_row = routed.contiguous(), mask.contiguous(), pool_row.contiguous()
     branches, fresh = _run(rows, mask, parameters, body, width)
     norms = torch.zeros_like(routed, dtype=torch.float32)
     norms.view(-1)[branches] = fresh.norm(dim=-1).to(torch.float32)
@@ -207,4 +210,4 @@ def _(ring, rows, pool_row, routed, mask, weight, history, forecast, parameters,
 
 
 def _rows_and_norms(routed: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(routed, dtype=torch.int32), torch.empty_like(routed, dtype=torch.float32)
+    return routed.new_empty(routed.shape, dtype=torch.int32), routed.new_empty(routed.shape, dtype=torch.float32)

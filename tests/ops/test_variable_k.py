@@ -34,17 +34,17 @@ class Case:
         return (self.parameters[branch[1]] @ self.rows[branch[0]]).tanh()
 
 
-def make_case(tokens: int, experts: int, share: float, seed: int) -> Case:
+def make_case(tokens: int, experts: int, share: float, seed: int, by_expert: bool = False) -> Case:
+    """by_expert: whether pairs lie in memory expert by expert, as routers of some layers leave them."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [torch.randn(WIDTH, 5, generator=generator) for _ in range(experts)]
     body = fx.symbolic_trace(Body())
-    return Case(
-        torch.randn(tokens, 5, generator=generator),
-        parameters,
-        torch.rand(tokens, experts, generator=generator),
-        torch.rand(tokens, experts, generator=generator) < share,
-        bodies.register(body),
-    )
+    rows = torch.randn(tokens, 5, generator=generator)
+    weight = torch.rand(tokens, experts, generator=generator)
+    routed = torch.rand(tokens, experts, generator=generator) < share
+    if by_expert:
+        weight, routed = (each.t().contiguous().t() for each in (weight, routed))
+    return Case(rows, parameters, weight, routed, bodies.register(body))
 
 
 def branches_of(mask: Tensor) -> list[tuple[int, int]]:
@@ -52,7 +52,12 @@ def branches_of(mask: Tensor) -> list[tuple[int, int]]:
 
 
 cases = st.builds(
-    make_case, st.integers(1, 7), st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.integers(0, 10**6)
+    make_case,
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    st.integers(0, 10**6),
+    st.booleans(),
 )
 
 
@@ -96,7 +101,7 @@ def held_rows(case: Case, slots: int, seed: int) -> Tensor:
     held = before.flatten().nonzero().squeeze(1)[:slots]
     pool_row = torch.zeros_like(case.routed, dtype=torch.int32)
     rows = torch.randperm(slots, generator=generator)[: len(held)] + 1
-    pool_row.view(-1)[held] = rows.to(torch.int32)
+    pool_row[held // pool_row.shape[1], held % pool_row.shape[1]] = rows.to(torch.int32)
     return pool_row
 
 

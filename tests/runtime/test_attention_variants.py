@@ -569,6 +569,7 @@ def test_keys_of_a_text_joined(name):
     check(Sampler(JOINED[name]), attentions=2, experts=1, feedforwards=1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CROSS)
 def test_attention_to_a_text(name):
     check(Sampler(None, CROSS[name]), attentions=4, experts=1, feedforwards=1)

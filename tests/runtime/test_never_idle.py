@@ -62,6 +62,7 @@ def assert_cached(fast: Any) -> None:
 # Another user of the same code
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("other", ["the same model", "another of its class"])
 def test_another_backend_between_two_generations_costs_one_uncached_call(other):
     model = make_model(SIZES)
@@ -176,6 +177,7 @@ def test_a_user_is_told_when_outputs_are_never_finite():
             fast(x * float("nan"), torch.full((2,), 1 - number / 10), y)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["moeca", "fora", "block", "stack"])
 def test_with_gates_of_zero_nothing_counts_as_validated_until_weights_are_loaded(recipe):
     model = make_model(SIZES)

@@ -61,6 +61,7 @@ def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, St
     return model, graph, graph.loop(**options)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_every_region_is_found_with_its_tokens(kind, recwarn):

@@ -162,6 +162,7 @@ def test_a_rewrite_that_fails_validation_is_left_out(model, monkeypatch):
     assert len(texts) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
 def test_a_step_that_fails_leaves_no_half_written_cache_in_use(model, monkeypatch, at):
     """The step has changed its caches when it raises."""

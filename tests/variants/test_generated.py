@@ -41,8 +41,8 @@ def assert_told(outcomes: list[Outcome]) -> None:
 
 
 def test_some_models() -> None:
-    outcomes = run(12, 0, shrink=False)
-    assert len(outcomes) >= 12
+    outcomes = run(6, 0, shrink=False)
+    assert len(outcomes) >= 6
     assert_told(outcomes)
 
 

@@ -32,6 +32,13 @@ def test_experts_that_take_a_further_row_a_token_are_cached(dispatch, extra):
     assert outcome.steps == 6
 
 
+@pytest.mark.parametrize("dispatch", ["grouped_private", "put_back"])
+def test_rows_sorted_by_expert_are_not_taken_for_tokens(dispatch):
+    """With one expert a token there are as many, and full steps were right; cached outputs were other tokens'."""
+    layer = Layering(dispatch, Routing(3, 1), beside=("counter",))
+    check(Modelling((Blocking(feedforward=layer),), side=4), {"budget": 0.5, "keys_values": "chosen"})
+
+
 def test_a_router_in_float32_does_not_refuse_a_float64_model():
     """Validation held rounding of float32 against the tolerance of float64."""
     layer = Layering("mask_all", Routing(4, 4, wide=True), shared=(8, 20), hidden=24)

@@ -14,7 +14,7 @@ DISPATCHES = ("mask_all", "sorted_item", "dense_stack", "choice_stack", "grouped
 """Asking the host in forward, in another method, nothing at all with ids, nothing with choices, sizes of groups."""
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_statement_beside_a_dispatch(dispatch, name):

@@ -24,6 +24,13 @@ from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, close
 from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped, without_idle
 from moeca_compile.capture.running.graph import Graph
 
+_aten = torch.ops.aten
+_SORTS = (_aten.sort.default, _aten.sort.stable, _aten.topk.default)
+_MOVES = (
+    *(_aten.index.Tensor, _aten.index_select.default, _aten.gather.default, _aten.take_along_dim.default),
+    *(_aten.index_put.default, _aten.index_add.default, _aten.index_copy.default, _aten.masked_select.default),
+    *(_aten.scatter.src, _aten.scatter_add.default, _aten.scatter_reduce.two),
+)
 DEPTHS = 8
 """How many nodes may lie between the rows that are picked and an expert's first product."""
 
@@ -143,17 +150,32 @@ def _same_in_another_call(graph: Graph, own: set[fx.Node]) -> dict[fx.Node, bool
 
 
 def _streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterator[tuple[fx.Node, _Pairs]]:
-    """The tensors that all experts' rows are rows of, the nearest first."""
+    """The tensors that all experts' rows are rows of, the nearest first. In each call their rows are of the same
+    tokens: not sorted by expert, say, since caches are kept by token."""
     first = graph.values[experts.pieces[0].rows]
+    moved = graph.after([node for node in graph.nodes if _moves_rows(graph, node)])
     for node in reversed(graph.before([experts.pieces[0].rows])):
         value = graph.tensor(node)
         if value is None or not same[node] or node not in graph.made_of_data or value.dtype != first.dtype:
+            continue
+        if node in moved:
             continue
         if value.dim() < 2 or value.shape[-1] != first.shape[-1]:
             continue
         pairs = _pairs(graph, experts, value.reshape(-1, value.shape[-1]))
         if pairs is not None:
             yield node, pairs
+
+
+def _moves_rows(graph: Graph, node: fx.Node) -> bool:
+    """Whether an op puts rows of the data elsewhere, by the data."""
+    if node.target in _SORTS:
+        return node in graph.made_of_data
+    if node.target not in _MOVES:
+        return False
+    data = [graph.values[each] for each in node.all_input_nodes if each in graph.made_of_data]
+    moving = [value for value in data if not value.dtype.is_floating_point]
+    return 0 < len(moving) < len(data)
 
 
 def _pairs(graph: Graph, experts: Experts, stream: Tensor) -> _Pairs | None:
