@@ -5,9 +5,8 @@ After:   flat = reshape(x, [B, H * W, C]);  h = layer_norm(flat)
          y = add(flat, mul(reshape(gate, [B, 1, C]), reshape(attention, [B, H * W, C])))
 
 From each such stream on, and from each view in its shape, the ops that treat tokens alike run on flat values. What is
-no such op, a convolution or a
-shift of the grid, reads a view in the grid's shape. Any number of dims may lie between samples and
-channels.
+no such op, a convolution or a shift of the grid, reads a view in the grid's shape. Any number of dims may lie between
+samples and channels.
 """
 
 from __future__ import annotations
