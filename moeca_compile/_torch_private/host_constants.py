@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moeca_compile._torch_private.argument_reads import is_argument, value_of
 from moeca_compile._torch_private.graphs import tensor_of_number
 from moeca_compile._torch_private.lookup import Private
+from moeca_compile._torch_private.method_calls import ask_first
 from moeca_compile._torch_private.tracing import traces_for_us
 
 _BREAKS = "the graph breaks where the host reads a tensor that is made of constants"
@@ -31,37 +32,15 @@ _TRANSLATORS = Private("torch._dynamo.symbolic_convert.InstructionTranslatorBase
 _CONDITIONS = frozenset({"UNARY_NOT", "TO_BOOL", *(name for name in dis.opmap if "JUMP" in name and "_IF_" in name)})
 _READS = frozenset({"item", "__index__", "__int__", "__bool__"})
 _TAKE_SIZES = frozenset({"reshape", "view", "expand", "repeat", "narrow", "unflatten", "new_zeros", "new_ones"})
-_MADE_BY = frozenset({torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.stack, torch.cat})
-_MADE_BY |= {
-    torch.sum,
-    torch.any,
-    torch.all,
-    torch.max,
-    torch.min,
-    torch.cumsum,
-    torch.logical_not,
-    torch.eq,
-    torch.ne,
-}
+_MADE_BY = frozenset(
+    {torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.stack, torch.cat, torch.sum, torch.any}
+    | {torch.all, torch.max, torch.min, torch.cumsum, torch.logical_not, torch.eq, torch.ne}
+)
 _METHODS = frozenset(
     {"reshape", "view", "flatten", "squeeze", "unsqueeze", "repeat", "expand", "permute", "transpose", "unbind", "to"}
     | {"long", "int", "float", "clone", "contiguous", "detach", "cpu", "sum", "prod", "cumsum", "max", "min", "mul"}
-    | {
-        "any",
-        "all",
-        "bool",
-        "amax",
-        "amin",
-        "argmax",
-        "count_nonzero",
-        "logical_not",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    }
+    | {"any", "all", "bool", "amax", "amin", "argmax", "count_nonzero", "logical_not"}
+    | {"eq", "ne", "lt", "le", "gt", "ge"}
 )
 _OPERATORS = frozenset(
     {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod}
@@ -74,28 +53,24 @@ _MOST_READ = 64  # numbers that are read at once
 
 def read_constants() -> None:
     """Have Dynamo, where it traces for a backend of ours, go on at such reads."""
-    if _TENSOR.value is None or _CONSTANT.value is None or hasattr(_TENSOR.value.call_method, "_moeca_original"):
+    if _TENSOR.value is None or _CONSTANT.value is None or not ask_first(_TENSOR.value, _answer):
         return
-    original = _TENSOR.value.call_method
-
-    @functools.wraps(original)
-    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if name in _READS and not args and not kwargs:
-            value = _number(self)
-            if value is not None:
-                return _CONSTANT.value.create(value)
-        if name == "tolist" and not args and not kwargs:
-            value = _known(self)
-            if value is not None:
-                return _BUILDER.value.create(tx, value)
-        if name in _TAKE_SIZES:
-            args = [_with_numbers(each) for each in args]
-        return original(self, tx, name, args, kwargs)
-
-    call_method._moeca_original = original  # type: ignore[attr-defined]
-    _TENSOR.value.call_method = call_method
     for translator in [_TRANSLATORS.value, *_kinds_of(_TRANSLATORS.value)]:
         _read_conditions(translator)
+
+
+def _answer(original: Callable[..., Any], variable: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if name in _READS and not args and not kwargs:
+        value = _number(variable)
+        if value is not None:
+            return _CONSTANT.value.create(value)
+    if name == "tolist" and not args and not kwargs:
+        value = _known(variable)
+        if value is not None:
+            return _BUILDER.value.create(tx, value)
+    if name in _TAKE_SIZES:
+        args = [_with_numbers(each) for each in args]
+    return original(variable, tx, name, args, kwargs)
 
 
 def _kinds_of(kind: Any) -> Iterator[Any]:

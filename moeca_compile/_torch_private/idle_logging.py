@@ -5,19 +5,17 @@ Dynamo breaks the graph at any call of a logger. One that is switched off when t
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from moeca_compile._torch_private.lookup import Private
+from moeca_compile._torch_private.method_calls import ask_first
 from moeca_compile._torch_private.tracing import traces_for_us
 
-_LOGGER = Private(
-    "torch._dynamo.variables.misc.LoggingLoggerVariable", "the graph breaks at calls of a logger that logs nothing"
-)
-_CONSTANT = Private(
-    "torch._dynamo.variables.ConstantVariable", "the graph breaks at calls of a logger that logs nothing"
-)
+_BREAKS = "the graph breaks at calls of a logger that logs nothing"
+_LOGGER = Private("torch._dynamo.variables.misc.LoggingLoggerVariable", _BREAKS)
+_CONSTANT = Private("torch._dynamo.variables.ConstantVariable", _BREAKS)
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -30,16 +28,12 @@ _LEVELS = {
 
 def pass_idle_logging() -> None:
     """Have Dynamo, where it traces for a backend of ours, go on at such calls."""
-    if _LOGGER.value is None or _CONSTANT.value is None or hasattr(_LOGGER.value.call_method, "_moeca_original"):
-        return
-    original = _LOGGER.value.call_method
+    if _LOGGER.value is not None and _CONSTANT.value is not None:
+        ask_first(_LOGGER.value, _answer)
 
-    @functools.wraps(original)
-    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        level = _LEVELS.get(name)
-        if level is not None and traces_for_us() and not self.value.isEnabledFor(level):
-            return _CONSTANT.value.create(None)
-        return original(self, tx, name, args, kwargs)
 
-    call_method._moeca_original = original  # type: ignore[attr-defined]
-    _LOGGER.value.call_method = call_method
+def _answer(original: Callable[..., Any], variable: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    level = _LEVELS.get(name)
+    if level is not None and traces_for_us() and not variable.value.isEnabledFor(level):
+        return _CONSTANT.value.create(None)
+    return original(variable, tx, name, args, kwargs)
