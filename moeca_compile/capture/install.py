@@ -40,9 +40,7 @@ from moeca_compile.text import first_line
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _seen: dict[int, ref[type]] = {}  # by identity: a class may be of a metaclass that cannot be hashed
-_routes: dict[
-    int, bool
-] = {}  # of classes in `_seen`: whether methods may ask the host about tensors, or choose by them
+_routes: dict[int, bool] = {}  # of classes in `_seen`: whether methods may ask the host, or choose
 UNREAD = "looking for MoE dispatch failed ({0}), so new MoE layers run as under plain torch.compile. Please report it"
 
 

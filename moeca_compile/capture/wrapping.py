@@ -187,9 +187,7 @@ def _order(
     recognized: tuple[Dispatch, ...],
     facts: Facts | str,
 ) -> tuple[int, ...]:
-    """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too, and is all
-    where none knows what chooses.
-    """
+    """What is tried, in turn. Running comes first where code that no idiom knows asks the host, too."""
     if running is None or isinstance(facts, str) or not may_run(module):
         return (_IDIOMS,)
     calls: list[_Called] = []
@@ -207,9 +205,7 @@ def _order(
     if any(not each.grouped for each in unknown):
         return (_RUNNING, _IDIOMS)
     read = any(innermost(each.original) not in refused for each in calls)
-    unread = (
-        asked.chooses and holds_experts(module) and not read
-    )  # a router chooses too, and would be run at each size
+    unread = asked.chooses and not read and holds_experts(module)  # no router, which would be run at each size
     return (_IDIOMS, _RUNNING) if recognized or unknown or unread else (_IDIOMS,)
 
 

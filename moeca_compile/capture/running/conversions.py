@@ -13,6 +13,7 @@ import dis
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -47,7 +48,8 @@ def _names_to_change(functions: Collection[FunctionType]) -> list[tuple[dict[str
     return [(scopes[number], found) for number, found in names.items()]
 
 
-def _read_otherwise(code: CodeType) -> set[str]:
+@cache
+def _read_otherwise(code: CodeType) -> frozenset[str]:
     """The names that the code neither calls nor gives to isinstance, or may not."""
     found: set[str] = set()
     before: list[str] = []  # the names that were called last
@@ -58,7 +60,7 @@ def _read_otherwise(code: CodeType) -> set[str]:
                 before = [*before[-1:], each.argval]
             elif "isinstance" not in before:
                 found.add(each.argval)
-    return found.union(*(_read_otherwise(each) for each in code.co_consts if isinstance(each, CodeType)))
+    return frozenset(found.union(*(_read_otherwise(each) for each in code.co_consts if isinstance(each, CodeType))))
 
 
 class _Converter(type):

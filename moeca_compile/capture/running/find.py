@@ -31,6 +31,7 @@ _MOVES = (
     *(_aten.index_put.default, _aten.index_add.default, _aten.index_copy.default, _aten.masked_select.default),
     *(_aten.scatter.src, _aten.scatter_add.default, _aten.scatter_reduce.two),
 )
+"""Ops that put rows elsewhere: by their numbers, and by places that they are given."""
 DEPTHS = 8
 """How many nodes may lie between the rows that are picked and an expert's first product."""
 
@@ -158,9 +159,7 @@ def _streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Itera
         value = graph.tensor(node)
         if value is None or not same[node] or node not in graph.made_of_data or value.dtype != first.dtype:
             continue
-        if node in moved:
-            continue
-        if value.dim() < 2 or value.shape[-1] != first.shape[-1]:
+        if node in moved or value.dim() < 2 or value.shape[-1] != first.shape[-1]:
             continue
         pairs = _pairs(graph, experts, value.reshape(-1, value.shape[-1]))
         if pairs is not None:

@@ -99,13 +99,9 @@ def decides(code: CodeType, at: int, truth: bool) -> bool:
 
 def plain(value: Any) -> Any:
     """A number that notes nothing."""
-    return (
-        int.__int__(value)
-        if isinstance(value, _Int)
-        else float.__float__(value)
-        if isinstance(value, _Float)
-        else value
-    )
+    if isinstance(value, _Int):
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, _Float) else value
 
 
 def _compared(op: Callable[..., bool]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,8 +38,8 @@ def _variables_around(functions: list[FunctionType]) -> Iterator[tuple[tuple[int
     for number, function in enumerate(functions):
         for name in function.__code__.co_names:
             yield (number, name), function.__globals__.get(name)
-        for name, value in inspect.getclosurevars(function).nonlocals.items():
-            yield (number, name), value
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            yield (number, name), cell.cell_contents
 
 
 def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:

@@ -103,7 +103,8 @@ class Watch(TorchFunctionMode):
         self.of_integers = {id(each): each for each in arguments if _is_integer(each)}
 
     def __enter__(self) -> Watch:
-        own = {id(each): each for held in self.asked.layer.modules() for each in functions_of(type(held))}
+        kinds = {id(type(held)): type(held) for held in self.asked.layer.modules()}  # which may have no hash
+        own = {id(each): each for kind in kinds.values() for each in functions_of(kind)}
         self.conversions = converted(own.values(), self.compared)
         self.conversions.__enter__()
         self.ops.__enter__()
