@@ -1,16 +1,19 @@
-"""Builds the page of options from the config itself, so that its text stands in one place: the code."""
+"""Fills the pages whose text stands elsewhere: options in the config, the changelog at the top of the repository."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from moeca_compile.config import RECIPES, MoecaConfig
 from moeca_compile.options import NotAllowedError
 
-PLACE = "<!-- options -->"
-"""Where the page of options has its tables."""
+PLACE = "<!-- filled when the site is built -->"
+"""Where a page has the text that stands elsewhere."""
+
+CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
 RECIPE = ("Recipe", "What cache steps reuse. It also sets the values of options that are left unset.")
 
@@ -20,7 +23,13 @@ _PROBES: tuple[object, ...] = ((), (object(),), object())
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    return markdown.replace(PLACE, options_markdown()) if page.file.src_uri == "options.md" else markdown
+    text = FILLED.get(page.file.src_uri)
+    return markdown.replace(PLACE, text()) if text else markdown
+
+
+def changelog_markdown() -> str:
+    """The changelog, whose links start at the top of the repository, with links that start at the site's."""
+    return CHANGELOG.read_text().replace("](docs/", "](")
 
 
 def options_markdown() -> str:
@@ -97,3 +106,7 @@ def _marked(doc: str) -> str:
     parts = [plain[:1].upper() + plain[1:] if plain[1:2].isalpha() else plain, *rest]
     parts[::2] = [re.sub(rf'"[\w-]+"|\b(?:None|{names})\b', _in_code, part) for part in parts[::2]]
     return "".join(parts)
+
+
+FILLED = {"options.md": options_markdown, "changelog.md": changelog_markdown}
+"""Pages with a PLACE, and what fills it."""

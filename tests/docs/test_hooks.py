@@ -1,4 +1,4 @@
-"""The page of options is built from the config."""
+"""Pages whose text stands elsewhere: options in the config, the changelog at the top of the repository."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import moeca_compile.backend  # noqa: F401
 from moeca_compile.config import MoecaConfig
+from tests.docs.test_references import LINK
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,11 +47,19 @@ def test_allowed_values_defaults_and_presets_are_those_of_the_config(sections):
     assert "**Allowed:** a finite number >= 0." in sections["tau0"]
 
 
-def test_only_the_page_of_options_is_changed(hooks):
-    class Page:
-        def __init__(self, path: str) -> None:
-            self.file = type("File", (), {"src_uri": path})
+def filled(hooks, path: str) -> str:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=path))
+    return hooks.on_page_markdown((ROOT / "docs" / path).read_text(), page)
 
-    assert hooks.on_page_markdown(hooks.PLACE, Page("limits.md")) == hooks.PLACE
-    assert "`full_every`" in hooks.on_page_markdown(hooks.PLACE, Page("options.md"))
-    assert hooks.PLACE in (ROOT / "docs" / "options.md").read_text()
+
+def test_only_pages_with_text_from_elsewhere_are_changed(hooks):
+    assert filled(hooks, "limits.md") == (ROOT / "docs" / "limits.md").read_text()
+    assert "`full_every`" in filled(hooks, "options.md")
+    assert filled(hooks, "changelog.md").startswith("# Changelog")
+    assert not any(hooks.PLACE in filled(hooks, path) for path in hooks.FILLED)
+
+
+def test_links_of_the_changelog_lead_to_pages_of_the_site(hooks):
+    links = [link for link in LINK.findall(filled(hooks, "changelog.md")) if "://" not in link]
+    assert len(links) > 0
+    assert [link for link in links if not (ROOT / "docs" / link.partition("#")[0]).exists()] == []
