@@ -3,9 +3,6 @@
 python -m bench.coverage
 python -m bench.coverage --model DSMoE --model HiDream --out elsewhere.md
 
-With --ways (in the repository, beside tests/) there is a row for each way of writing dispatch that the tests have, as
-public models write them, in one block.
-
 The models are the reduced reference families of examples/families and the MoE image transformers of the installed
 diffusers, at tiny sizes with random weights. Each is compiled with backend="moeca" and called twice: a full step,
 then a cache step at another timestep that recomputes everything through the caches, as the backend's own validation
@@ -94,33 +91,13 @@ def subjects() -> tuple[Subject, ...]:
     )
 
 
-def ways() -> tuple[Subject, ...]:
-    """Each way of writing dispatch, in one block. Those that no idiom reads are found by running them."""
-    from tests.variants.dispatch import BY_RUNNING, DISPATCHES
-    from tests.variants.pairs import PAIRED
-
-    told = {name: " (by running)" if name in BY_RUNNING else "" for name in (*DISPATCHES, *PAIRED)}
-    return tuple(Subject(f"way {name}{by}", lambda name=name: _way(name)) for name, by in told.items())  # type: ignore[misc]
-
-
-def _way(name: str) -> tuple[nn.Module, Call]:
-    from tests.variants.blocks import Blocking, Modelling, make_inputs, make_model
-    from tests.variants.dispatch import WITH_EXTRAS, Layering
-
-    layer = Layering(name, extra="time" if name in WITH_EXTRAS else None)
-    how = Modelling((Blocking(feedforward=layer),), side=4)
-    x, others = make_inputs(how)
-    at_most = max(TIMESTEPS)
-    return make_model(how), lambda call, at: call(_moved(x, at), torch.full((how.batch,), at / at_most), *others)
-
-
 def _family(name: str) -> tuple[nn.Module, Call]:
     model = families.reduced(name)
     x, t, y = families.inputs_for(model)
-    return model, lambda call, at: call(_moved(x, at), torch.full_like(t, at), y)
+    return model, lambda call, at: call(moved(x, at), torch.full_like(t, at), y)
 
 
-def _moved(x: Tensor, at: float) -> Tensor:
+def moved(x: Tensor, at: float) -> Tensor:
     """The picture at a time: a sampler moves it, and another picture's caches would not be read."""
     return x * (1 - at / (20 * max(TIMESTEPS)))
 
@@ -156,7 +133,7 @@ def _hidream() -> tuple[nn.Module, Call]:
     )
 
     def run(call: Callable[..., Any], at: float) -> Tensor:
-        return call(_moved(x, at), torch.full((2,), at), long, short, pooled, return_dict=False)[0]
+        return call(moved(x, at), torch.full((2,), at), long, short, pooled, return_dict=False)[0]
 
     return model.eval().requires_grad_(False), run
 
@@ -191,7 +168,7 @@ def _nucleus(grouped: bool) -> tuple[nn.Module, Call]:
 
     def run(call: Callable[..., Any], at: float) -> Tensor:
         arguments = {"encoder_hidden_states": text, "timestep": torch.full((2,), at), "return_dict": False}
-        return call(_moved(x, at), [(1, 4, 4)], **arguments)[0]
+        return call(moved(x, at), [(1, 4, 4)], **arguments)[0]
 
     return model.eval().requires_grad_(False), run
 
@@ -356,7 +333,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", action="append", choices=names, help="may be given several times (all)")
-    parser.add_argument("--ways", action="store_true", help="each way of writing dispatch, too")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
     parser.add_argument("--out", type=Path, default=DOCUMENT, metavar="MD", help=f"({DOCUMENT})")
     return parser.parse_args(argv)
@@ -366,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     rows = []
-    for subject in (*subjects(), *(ways() if args.ways else ())):
+    for subject in subjects():
         if not args.model or subject.name in args.model:
             rows.append(look_at(subject))
             print(_line(rows[-1]), flush=True)

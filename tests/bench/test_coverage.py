@@ -28,13 +28,6 @@ def test_a_family_that_is_covered_has_a_row_that_says_so(tmp_path: Path):
     assert text.count("None.") == 2  # no graph breaks, nothing skipped
 
 
-def test_a_way_of_writing_dispatch_that_only_running_finds_has_a_row():
-    (way,) = [each for each in coverage.ways() if "host_set" in each.name]
-    row = coverage.look_at(way)
-    assert "by running" in row.name and not row.failure
-    assert (row.graphs, row.breaks, row.experts) == (1, [], (1, 1)) and max(row.full, row.recomputed) < 1e-5
-
-
 def test_errors_are_measured_and_not_assumed(monkeypatch: pytest.MonkeyPatch):
     """Cache steps as they are, not recomputing, differ from the model at another timestep."""
     stages = Stages(coverage.compile_graph, lambda compiled, kind, *_: torch.no_grad()(compiled.function(kind)))

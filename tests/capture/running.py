@@ -48,31 +48,3 @@ def refusal_of(model: nn.Module, *more: Tensor) -> str:
     assert len([each for each in caught if each.category is capture.CaptureWarning]) == 1
     (refusal,) = capture.refusals()
     return refusal.reason
-
-
-# statements beside a dispatch
-
-
-class Loop(MoE):
-    """A loop over experts with places to put other things."""
-
-    def before(self, rows, index):
-        return index
-
-    def picked(self, rows, token):
-        return rows[token]
-
-    def made(self, y, like):
-        return y
-
-    def after(self, out, index):
-        return out
-
-    def route_to_experts(self, rows, index, weight):
-        index = self.before(rows, index)
-        out = torch.zeros_like(rows)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(index == e)
-            y = self.made(expert(self.picked(rows, token)), rows)
-            out.index_add_(0, token, y * weight[token, slot, None])
-        return self.after(out, index)

@@ -15,7 +15,8 @@ from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running import Running
 from moeca_compile.capture.trust import eagerly
 from tests.capture.layers import EXPERTS, WIDTH, stack, tokens
-from tests.capture.running import FIXED, Loop, compiled, refusal_of, routings
+from tests.capture.running import FIXED, compiled, refusal_of, routings
+from tests.capture.running_layers import Loop
 from tests.harness import eager_backend, nodes_of
 
 

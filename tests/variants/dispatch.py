@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
 
 class SortedNumpy(Layer):
-    """The ends of the segments as a numpy array, scatter_reduce_, a method of its own for the dispatch."""
+    """Sorted rows, segments from a NumPy array on the host, scatter_reduce_, in a method of its own."""
 
     moe_infer = MoE.moe_infer
 
@@ -92,7 +92,7 @@ class SortedNumpy(Layer):
 
 
 class SortedList(Layer):
-    """Counts as a Python list, index_add_, all in forward."""
+    """Sorted rows, segments from a Python list, index_add_, all in forward."""
 
     def forward(self, x, seen, extra):
         shape = x.shape
@@ -113,7 +113,7 @@ class SortedList(Layer):
 
 
 class SortedItem(Layer):
-    """Each count read by .item(), scatter_add_."""
+    """Sorted rows, segments read by .item() one by one, scatter_add_."""
 
     def forward(self, x, seen, extra):
         rows = x.flatten(0, -2)
@@ -137,7 +137,7 @@ class SortedItem(Layer):
 
 
 class SortedExtra(Layer):
-    """Sorted segments whose experts take a further row a token, as in Diff-MoE."""
+    """Sorted segments whose experts take a further row of each token (as in Diff-MoE)."""
 
     def forward(self, x, seen, extra):
         rows, more = x.reshape(-1, x.shape[-1]), extra.reshape(-1, extra.shape[-1])
@@ -162,7 +162,7 @@ class SortedExtra(Layer):
 
 
 class SortedCat(Layer):
-    """DeepSeek-V2's inference: outputs of the sorted rows joined, put back in order, weighted, summed."""
+    """Outputs of the sorted rows joined, put back in order, weighted, summed (as DeepSeek-V2's inference)."""
 
     moe_infer = CatOutputs.moe_infer
 
@@ -177,7 +177,7 @@ class SortedCat(Layer):
 
 
 class MaskHit(Layer):
-    """Mixtral's: one_hot permuted, the experts that were hit, torch.where, index_add_."""
+    """A loop over the experts that were hit, found by one_hot and torch.where (as Mixtral's), index_add_."""
 
     def forward(self, hidden_states, seen, extra):
         shape = hidden_states.shape
@@ -194,7 +194,7 @@ class MaskHit(Layer):
 
 
 class MaskAll(Layer):
-    """A static loop over all experts."""
+    """A loop over all experts, each with the rows of its mask."""
 
     def forward(self, x, seen, extra):
         rows = x.reshape(-1, x.shape[-1])
@@ -210,7 +210,7 @@ class MaskAll(Layer):
 
 
 class MaskExtra(Layer):
-    """A loop over masks whose experts take a further row a token."""
+    """A loop over masks whose experts take a further row of each token."""
 
     def forward(self, x, seen, extra):
         flat, more = x.reshape(-1, x.shape[-1]), extra.reshape(-1, extra.shape[-1])
@@ -408,7 +408,7 @@ class PutBack(Layer):
 
 
 class Beside(Layer):
-    """A mask loop among statements that do not touch its result; `kept` says which of them there are."""
+    """A mask loop in `try`, beside statements that do not touch its result. `kept` says which of them there are."""
 
     def forward(self, x, seen, extra):
         rows = x.reshape(-1, x.shape[-1])

@@ -83,7 +83,7 @@ class ChoiceLoop(PairLayer):
 
 
 class ChoiceOneHot(PairLayer):
-    """EC-DiT's: dispatch and combine by one-hot einsums."""
+    """Dispatch and combine by one-hot einsums (as EC-DiT's)."""
 
     def forward(self, x, seen, extra):
         scores = self.scores(seen).permute(0, 2, 1)
@@ -155,7 +155,7 @@ class Predicted(PairLayer):
 
 
 class PredictedTopk(Predicted):
-    """Diff-MoE's: a top-k of a predicted k for each expert, read on the host."""
+    """A top-k of a predicted k for each expert, read on the host (as DiffMoE's)."""
 
     def forward(self, x, seen, extra):
         shape = x.shape
@@ -173,7 +173,7 @@ class PredictedTopk(Predicted):
 
 
 class PredictedSlice(Predicted):
-    """One sort for all experts, the first of each taken."""
+    """A predicted number of tokens for each expert, the first ones of one sort."""
 
     def forward(self, x, seen, extra):
         rows = x.flatten(0, 1)

@@ -21,7 +21,9 @@ class Graph:
     def __init__(self, trace: Trace, arguments: int) -> None:
         self.values = trace.values
         *self.nodes, self.output = trace.graph.nodes
-        read = set(self.before(self.output.all_input_nodes))  # what was computed for nothing tells nothing
+        # What was computed for nothing tells nothing; but integers and truths the host may have read.
+        choices = [node for node in self.nodes if _is_choice(self.values[node])]
+        read = set(self.before([*self.output.all_input_nodes, *choices]))
         self.nodes = [node for node in self.nodes if node in read or node.op == "placeholder"]
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.arguments, self.state = placeholders[:arguments], placeholders[arguments:]
@@ -66,6 +68,10 @@ class Graph:
         args = fx.map_arg(node.args, lambda each: self.values[each])
         by_data = size_by_data(node.target, args) or _fills_by_mask(node, args)
         return "a tensor whose size the data say" if by_data else None
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point
 
 
 def _fills_by_mask(node: fx.Node, args: Any) -> bool:

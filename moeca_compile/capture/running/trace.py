@@ -183,7 +183,6 @@ def _without_nothing(module: fx.GraphModule, arguments: int) -> None:
             like, value = kept.meta.get("val"), node.meta.get("val")
             if isinstance(like, Tensor) and (like.shape, like.dtype) == (value.shape, value.dtype):
                 node.replace_all_uses_with(kept)
-    module.graph.eliminate_dead_code()
     module.recompile()
 
 
