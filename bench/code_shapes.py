@@ -1,4 +1,4 @@
-"""What is captured of each kind of code that DiT-MoE models are made of, and how exact it is: writes docs/code-shapes.md.
+"""What is captured of each kind of code that DiT-MoE models are made of, and how exact: writes docs/code-shapes.md.
 
 python -m bench.code_shapes
 python -m bench.code_shapes --group Attention --out elsewhere.md
@@ -57,8 +57,8 @@ by its name: each of these stands in a small model that is plain otherwise. Writ
 nothing here is written by hand. Measured with {versions}.
 
 - *Captured*: MoE layers and attentions that are cached, of those in the model, in one graph if nothing else is said.
-- *Full*: greatest error of a full step, relative to the output's scale, against the model in eager. *Recomputed*: that
-  of the next step, with everything recomputed through the caches.
+- *Full*: greatest error of a full step, relative to the output's scale, against the model in eager.
+  *Recomputed*: that of the next step, with everything recomputed through the caches.
 - Steps run as eager functions, without Inductor; weights are random, in float32 if nothing else is said.
 
 What is left as it is, and how to find out why: [What capture needs](capture.md).
