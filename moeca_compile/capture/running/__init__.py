@@ -7,7 +7,11 @@
     conversions.py  int() and float() that do not lose them
     graph.py    what is known of each node of such a graph
     experts.py  the experts in it: equal subgraphs that read parameters of one expert each
-    find.py     by values: who got which rows, the sum over experts, its weights, the tensor that says the routing
+    find.py     what the experts are for, told by values:
+    rows.py         who got which rows
+    total.py        the sum over experts, and its weights
+    routing.py      the tensors that hold the routing and the weights
+    dense.py    experts that run on some rows only, run on all of them
     build.py    the same computation with a marker op in the place of the experts
     drawn.py    the random calls by which all of this is found and checked
     own_code.py what the layer's own code reads and leaves

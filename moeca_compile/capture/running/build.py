@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import UntrustedError
-from moeca_compile.capture.running.find import Choices, Found, Table
+from moeca_compile.capture.running.find import Found
 from moeca_compile.capture.running.graph import Graph
+from moeca_compile.capture.running.routing import Choices, Table
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
 
 _CONSTANTS = 4096  # the numbers of a tensor that was made from a list: more of them would not be written down
@@ -48,8 +49,8 @@ class _Builder:
         found, graph = self.found, self.graph
         ends = _nodes(self.result)
         own = [node for tensors in found.experts.own for node, _ in tensors]
-        read = [found.stream, found.routing.node, *own]
-        read += [each for each in (found.base, found.weight.node if found.weight else None) if each is not None]
+        weight = found.told.weight.node if found.told.weight else None
+        read = [found.stream, found.told.routing.node, *own, *filter(None, (found.base, weight))]
         needed = set(graph.before(ends, [found.total])) | set(graph.before(read))
         if any(piece.out in needed for piece in found.experts.pieces):
             raise UntrustedError("outside of its experts it needs what single experts gave")
@@ -122,30 +123,30 @@ class _Builder:
         return out
 
     def marker(self, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
-        found, aten = self.found, torch.ops.aten
-        if isinstance(found.routing, Choices):
-            return self.chosen(found.routing, x, body_out, params, count)
-        routing = self.table(found.routing)
-        weight = self.table(found.weight) if isinstance(found.weight, Table) else None
-        if not found.by_ids:
+        told, aten = self.found.told, torch.ops.aten
+        if isinstance(told.routing, Choices):
+            return self.chosen(told.routing, x, body_out, params, count)
+        routing = self.table(told.routing)
+        weight = self.table(told.weight) if isinstance(told.weight, Table) else None
+        if not told.by_ids:
             routed = self.call(aten.ne.Scalar, routing, 0)
             weight = weight if weight is not None else self.call(aten.to.dtype, routed, torch.float32)
             return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled)
         index = self.call(aten.to.dtype, routing, torch.int64)
         if weight is None:
             weight = self.call(aten.ones_like.default, self.call(aten.to.dtype, index, torch.float32))
-        elif isinstance(found.weight, Table) and found.weight.columns != found.routing.columns:
+        elif isinstance(told.weight, Table) and told.weight.columns != told.routing.columns:
             weight = self.call(aten.gather.default, weight, 1, index)
         return self.call(_FIXED, x, index, weight, body_out, params, count)
 
     def chosen(self, choices: Choices, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
         """Experts choose tokens."""
-        index, values = self.copies[choices.node], self.graph.values
-        like = self.copies[self.found.weight.node] if self.found.weight else self.as_dtype(index, torch.float32)
+        index, values, held = self.copies[choices.node], self.graph.values, self.found.told.weight
+        like = self.copies[held.node] if held else self.as_dtype(index, torch.float32)
         tokens = values[self.found.stream].shape[:-1].numel()
         both = self.call(chosen_routing, index, like, choices.reading, tokens, count)
         routed, weight = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
-        weight = weight if self.found.weight else self.as_dtype(routed, torch.float32)
+        weight = weight if held else self.as_dtype(routed, torch.float32)
         branches = values[choices.node].numel()
         return self.call(_VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled)
 

@@ -217,7 +217,7 @@ class Running:
         result = graph.output.args[0]
         coupled = False
         replacement = build(graph, found, result, coupled)
-        if not found.by_ids and self._coupled(replacement, layer, call, tolerance):
+        if not found.told.by_ids and self._coupled(replacement, layer, call, tolerance):
             replacement = build(graph, found, result, True)
         return replacement
 

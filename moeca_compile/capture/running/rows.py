@@ -1,0 +1,87 @@
+"""Which rows of a layer its experts got: those of one tensor, so that (token, expert) pairs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.capture.running.experts import Experts
+from moeca_compile.capture.running.graph import Graph
+
+_aten = torch.ops.aten
+_SORTS = (_aten.sort.default, _aten.sort.stable, _aten.topk.default)
+_MOVES = (
+    *(_aten.index.Tensor, _aten.index_select.default, _aten.gather.default, _aten.take_along_dim.default),
+    *(_aten.index_put.default, _aten.index_add.default, _aten.index_copy.default, _aten.masked_select.default),
+    *(_aten.scatter.src, _aten.scatter_add.default, _aten.scatter_reduce.two),
+)
+"""Ops that put rows elsewhere: by their numbers, and by places that they are given."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """token and expert of each row of each piece; `routed` (tokens, experts) says the same."""
+
+    tokens: list[Tensor]
+    routed: Tensor
+
+
+def streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterator[tuple[fx.Node, Pairs]]:
+    """The tensors that all experts' rows are rows of, the nearest first. In each call their rows are of the same
+    tokens: not sorted by expert, say, since caches are kept by token."""
+    first = graph.values[experts.pieces[0].rows]
+    moved = graph.after([node for node in graph.nodes if _moves_rows(graph, node)])
+    for node in reversed(graph.before([experts.pieces[0].rows])):
+        value = graph.tensor(node)
+        if value is None or not same[node] or node not in graph.made_of_data or value.dtype != first.dtype:
+            continue
+        if node in moved or value.dim() < 2 or value.shape[-1] != first.shape[-1]:
+            continue
+        pairs = _pairs(graph, experts, value.reshape(-1, value.shape[-1]))
+        if pairs is not None:
+            yield node, pairs
+
+
+def _moves_rows(graph: Graph, node: fx.Node) -> bool:
+    """Whether an op puts rows of the data elsewhere, by the data."""
+    if node.target in _SORTS:
+        return node in graph.made_of_data
+    if node.target not in _MOVES:
+        return False
+    data = [graph.values[each] for each in node.all_input_nodes if each in graph.made_of_data]
+    moving = [value for value in data if not value.dtype.is_floating_point]
+    return 0 < len(moving) < len(data)
+
+
+def _pairs(graph: Graph, experts: Experts, stream: Tensor) -> Pairs | None:
+    """Which rows of the stream the experts got; None where its rows are not told apart, or one is none of them."""
+    known, order = _fingerprints(stream).sort()
+    if bool((known[1:] == known[:-1]).any()):
+        return None
+    tokens = []
+    routed = torch.zeros(len(stream), len(experts.own), dtype=torch.bool, device=stream.device)
+    for piece in experts.pieces:
+        rows = _fingerprints(graph.values[piece.rows].reshape(-1, stream.shape[1]))
+        at = torch.searchsorted(known, rows).clamp(max=len(known) - 1)
+        if not torch.equal(known[at], rows):
+            return None
+        token, expert = order[at], piece.expert.to(stream.device)
+        if bool((expert >= len(experts.own)).any()) or bool(routed[token, expert].any()):
+            return None
+        routed[token, expert] = True
+        tokens.append(token)
+    if sum(map(len, tokens)) != int(routed.sum()):
+        return None
+    return Pairs(tokens, routed)
+
+
+def _fingerprints(rows: Tensor) -> Tensor:
+    """(tokens,) numbers that are equal for equal rows, bit by bit."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    words = rows.contiguous().view(bits).to(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator).to(rows.device)
+    return (words * factors).sum(-1)
