@@ -57,10 +57,12 @@ def one_of(*names: str, formerly: Mapping[str, str] | None = None) -> Check:
     return check
 
 
-def whole(minimum: int) -> Check:
+def whole(minimum: int, maximum: float = math.inf) -> Check:
+    allowed = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-            raise NotAllowedError(f"a whole number >= {minimum}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not minimum <= int(value) <= maximum:
+            raise NotAllowedError(f"a whole number {allowed}")
         return int(value)
 
     return check
@@ -295,17 +297,35 @@ class Options:
         (),
         each(text),
         REUSE,
-        """Which cached tensors are extrapolated to first order in the timestep, from the last two full steps. For
-        the moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
+        """Which cached tensors are extrapolated along the timestep, from the last full steps (forecaster). For the
+        moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
         "stack"; for block "blocks".""",
+    )
+    forecaster: str = setting(
+        "taylor",
+        one_of("taylor", "taylorseer", "hermite", "adams-bashforth", "chebyshev"),
+        REUSE,
+        """How cached tensors are extrapolated. "taylor": the polynomial in the timestep through the last full steps.
+        "taylorseer": the rule of that paper's code, in numbers of steps. "hermite" (HiCache): the same with Hermite
+        polynomials. "adams-bashforth": the integral of the slopes between full steps. "chebyshev": a least-squares
+        fit to more full steps, with a ridge penalty. At order 1 all but the last are the straight line, by time or
+        by number of steps.""",
+    )
+    forecast_order: int = setting(
+        1,
+        whole(0, 4),
+        REUSE,
+        """The order of forecasts. A forecast of order n reads the last n + 1 full steps (for "chebyshev" 2 n + 1),
+        which are all kept: 1 is the straight line, 0 holds the last value. While there are fewer full steps the order
+        is lower.""",
     )
     forecast_slope: float = setting(
         1.0,
         real(0, 1),
         REUSE,
-        """How much of the change that a forecast foresees is believed. 1 extrapolates the straight line; 0.5, half of
-        its slope, is for stochastic samplers, whose noise is in the slope as well; 0 forecasts nothing.""",
+        """How much of the change that a forecast foresees is believed, beyond the value at the last full step. 0.5,
+        half of its slope, is for stochastic samplers, whose noise is in the slope as well; 0 forecasts nothing.""",
     )
     capacities: tuple[float, ...] = setting(
         (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),

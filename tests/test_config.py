@@ -23,6 +23,8 @@ WRONG = [
     ("schedule", "cosine", "'power'"),
     ("schedule_exponent", 0.5, "[1, inf)"),
     ("forecast_slope", 1.5, "[0, 1]"),
+    ("forecaster", "newton", "'taylorseer'"),
+    ("forecast_order", 5, "from 0 to 4"),
     ("corrector", 1, "True | False"),
     ("full_steps", (), "contains 0"),
     ("full_steps", (4, 8), "contains 0"),

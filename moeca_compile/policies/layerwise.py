@@ -12,6 +12,7 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.cached import Cached
+from moeca_compile.policies.forecast import slots_of
 from moeca_compile.policies.policy import CACHING, Policy
 
 
@@ -21,8 +22,8 @@ def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     found = []
     for i, residual in enumerate(regions.residuals):
         part = Part.ATTENTION if residual in attentions else Part.EXPERTS
-        forecast = part.value in options.forecast
-        cached = Cached(f"residual.{i}", residual.output, part, forecast, options.cache_dtype)
+        slots = slots_of(options, part.value)
+        cached = Cached(f"residual.{i}", residual.output, part, slots, options.cache_dtype)
         found.append(Replacement(residual.output, residual.stream, part, (cached,), cached.read))
     return found
 

@@ -16,7 +16,8 @@ ALWAYS = frozenset(
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS
-    | {"full_every", "full_steps", "schedule", "schedule_exponent", "corrector", "forecast", "forecast_slope"}
+    | {"full_every", "full_steps", "schedule", "schedule_exponent", "corrector"}
+    | {"forecast", "forecaster", "forecast_order", "forecast_slope"}
     | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
 """Options that every recipe with caches uses."""
@@ -61,8 +62,11 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
         found |= dict.fromkeys(spaced, "full_steps lists the full steps, so it has no effect")
     if options.schedule == "uniform":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
+    if not options.forecast_order:
+        found |= dict.fromkeys(("forecaster", "forecast_slope"), "order 0 holds the last value, so it has no effect")
     if not options.forecast:
-        found["forecast_slope"] = "nothing is forecast, so it has no effect"
+        names = ("forecaster", "forecast_order", "forecast_slope")
+        found |= dict.fromkeys(names, "nothing is forecast, so it has no effect")
     if options.attention_every or options.experts_every:
         found["corrector"] = "it needs full steps that refresh attention and experts together"
     if options.attention_every and options.experts_every:
