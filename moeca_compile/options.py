@@ -222,6 +222,13 @@ class Options:
     experts_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all experts at this interval instead of full_every."
     )
+    warmup_steps: int = setting(
+        0,
+        whole(0),
+        SCHEDULE,
+        """So many steps at the beginning of a generation are full, one after the other. The other full steps are
+        spaced from the last of these on. The first step is full in any case.""",
+    )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."

@@ -16,7 +16,7 @@ ALWAYS = frozenset(
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS
-    | {"full_every", "full_steps", "schedule", "schedule_exponent", "corrector"}
+    | {"full_every", "full_steps", "schedule", "schedule_exponent", "warmup_steps", "corrector"}
     | {"forecast", "forecaster", "forecast_order", "forecast_slope"}
     | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
@@ -59,7 +59,8 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
     found: dict[str, str] = {}
     spaced = {"schedule"} | ({"full_every"} if options.score != "staleness" else set())  # it counts in such steps
     if options.full_steps:
-        found |= dict.fromkeys(spaced, "full_steps lists the full steps, so it has no effect")
+        listed = "full_steps lists the full steps, so it has no effect"
+        found |= dict.fromkeys({*spaced, "warmup_steps"}, listed)
     if options.schedule == "uniform":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
     if not options.forecast_order:
@@ -69,6 +70,7 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
         found |= dict.fromkeys(names, "nothing is forecast, so it has no effect")
     if options.attention_every or options.experts_every:
         found["corrector"] = "it needs full steps that refresh attention and experts together"
+        found["warmup_steps"] = "attention_every and experts_every count from the first step on"
     if options.attention_every and options.experts_every:
         reason = "attention_every and experts_every take its place, so it has no effect"
         found |= dict.fromkeys({"full_steps", *spaced}, reason)

@@ -95,10 +95,11 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         return DueSteps(interval)
     if config.full_steps is not None:
         return DueSteps(listed=config.full_steps)
+    every, start = config.full_every, max(0, config.warmup_steps - 1)
     if steps is not None:
-        listed = power_steps(steps, math.ceil(steps / config.full_every), config.schedule_exponent)
-        return DueSteps(config.full_every, listed, planned=steps)
-    return DueSteps(config.full_every)
+        spaced = power_steps(steps - start, math.ceil(steps / every) - start, config.schedule_exponent)
+        return DueSteps(every, (*range(start), *(start + step for step in spaced)), planned=steps)
+    return DueSteps(every, tuple(range(start + 1)), planned=start + every) if start else DueSteps(every)
 
 
 def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
