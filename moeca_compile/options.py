@@ -229,6 +229,12 @@ class Options:
         """So many steps at the beginning of a generation are full, one after the other. The other full steps are
         spaced from the last of these on. The first step is full in any case.""",
     )
+    first_blocks: int = setting(
+        1, whole(0), REUSE, "How many blocks, from the first on, run at every step (deepcache: n)."
+    )
+    last_blocks: int = setting(
+        0, whole(0), REUSE, "How many blocks, up to the last, run at every step (deepcache: m)."
+    )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."
@@ -307,7 +313,7 @@ class Options:
         """Which cached tensors are extrapolated along the timestep, from the last full steps (forecaster). For the
         moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
-        "stack"; for block "blocks".""",
+        "stack"; for block "blocks"; for deepcache "middle".""",
     )
     forecaster: str = setting(
         "taylor",

@@ -27,6 +27,8 @@ WRONG = [
     ("forecast_order", 5, "from 0 to 4"),
     ("corrector", 1, "True | False"),
     ("warmup_steps", -1, ">= 0"),
+    ("first_blocks", -1, ">= 0"),
+    ("last_blocks", 0.5, "whole number"),
     ("full_steps", (), "contains 0"),
     ("full_steps", (4, 8), "contains 0"),
     ("full_steps", (0, -3), ">= 0"),
