@@ -235,6 +235,19 @@ class Options:
     last_blocks: int = setting(
         0, whole(0), REUSE, "How many blocks, up to the last, run at every step (deepcache: m)."
     )
+    cached_blocks: float = setting(
+        0.75,
+        real(0, 1, open_low=True, open_high=True),
+        REUSE,
+        "The share of the blocks that a cache step of delta takes from the cache: at least one block, and not all.",
+    )
+    boundary: float = setting(
+        0.5,
+        real(0, 1),
+        REUSE,
+        """The share of a generation's steps before which delta caches the last blocks, and after which the first.
+        That needs the number of steps, as schedule="power" does; until it is known, all steps count as early.""",
+    )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."
@@ -313,7 +326,7 @@ class Options:
         """Which cached tensors are extrapolated along the timestep, from the last full steps (forecaster). For the
         moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
-        "stack"; for block "blocks"; for deepcache "middle".""",
+        "stack"; for block "blocks"; for deepcache "middle"; for delta "blocks".""",
     )
     forecaster: str = setting(
         "taylor",

@@ -29,6 +29,8 @@ WRONG = [
     ("warmup_steps", -1, ">= 0"),
     ("first_blocks", -1, ">= 0"),
     ("last_blocks", 0.5, "whole number"),
+    ("cached_blocks", 1.0, "(0, 1)"),
+    ("boundary", 1.5, "[0, 1]"),
     ("full_steps", (), "contains 0"),
     ("full_steps", (4, 8), "contains 0"),
     ("full_steps", (0, -3), ">= 0"),

@@ -29,6 +29,7 @@ POLICY = Policy(
     recipes={"deepcache": {"last_blocks": 1}},
     options=CACHING | {"first_blocks", "last_blocks"},
     declare=declare,
+    stands_in=False,
     forecasts=("middle",),
     needs="more blocks than first_blocks and last_blocks together (where token streams are joined on the way, "
     "last_blocks = 0)",

@@ -27,6 +27,10 @@ def _nothing_ignored(options: Options) -> Mapping[str, str]:
     return {}
 
 
+def _one_group(options: Options, number: int, steps: int | None) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Policy:
     """One way of caching.
@@ -40,7 +44,10 @@ class Policy:
         needs: what a model must have, in words that a warning shows.
         applies: whether the regions have what the policy needs.
         caches: whether it caches anything in any model.
+        stands_in: whether it may take the place of another whose caches are too large: its cache steps are as cheap.
         ignored: returns options that have no effect because of another option's value, each with the reason.
+        group_at: returns the group of replacements (`Replacement.group`) that a cache step uses, from the number of
+            the step and of all steps, None where that is not known. "" where there is one group.
     """
 
     reuses: str
@@ -51,7 +58,9 @@ class Policy:
     needs: str = "attention or feed-forwards around a residual stream"
     applies: Callable[[Regions], bool] = lambda regions: True
     caches: bool = True
+    stands_in: bool = True
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
+    group_at: Callable[[Options, int, int | None], str] = _one_group
 
 
 def ignored_by_all(options: Options) -> Mapping[str, str]:

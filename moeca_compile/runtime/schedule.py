@@ -14,10 +14,12 @@ from moeca_compile.passes.rewrite.kinds import Part
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """Which parts of the model a step computes anew; the others come from caches."""
+    """Which parts of the model a step computes anew; the others come from caches, as far as the group says."""
 
     attention: bool
     experts: bool
+    group: str = ""
+    """The group of replacements that a cache step uses (Policy.group_at)."""
 
 
 EVERYTHING = RefreshPlan(attention=True, experts=True)
@@ -79,7 +81,8 @@ class Schedule:
         """
         by_length = steps is not None and self.config.schedule == "power"
         attention, experts = self.planned(steps) if by_length else self.unplanned
-        return RefreshPlan(attention.within(attention_at, number), experts.within(experts_at, number))
+        due = attention.within(attention_at, number), experts.within(experts_at, number)
+        return EVERYTHING if all(due) else RefreshPlan(*due, self.config.policy.group_at(self.config, number, steps))
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
         config = self.config
