@@ -125,7 +125,7 @@ def questions() -> tuple[Question, ...]:
             (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
         ),
         Question("forecasters", tuple(_forecasters((4, 7)))),
-        Question("rivals", tuple(_rivals((4, 7)))),
+        Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
@@ -157,42 +157,37 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
 
 
 _FORECASTERS = (
-    ("taylor", (0, 1, 2, 3)),
+    ("taylor", (2, 3)),
     ("taylorseer", (2, 4)),
     ("hermite", (2, 4)),
     ("adams-bashforth", (3,)),
-    ("chebyshev", (1, 2, 4)),
+    ("chebyshev", (2, 4)),
 )
-"""Forecasters with their orders. To first order all but the last are one, and Adams-Bashforth to second is TaylorSeer."""
+"""Forecasters with their orders, but for 0 and 1: these are `stack` and `stack-forecast` of the schedules."""
 
 
 def _forecasters(intervals: Sequence[int]) -> Iterator[Case]:
     """Each forecaster of the stack's change, with even full steps, and with a power schedule and the corrector."""
     for every in intervals:
         for chosen in ({}, _CORRECTED[-1]):
-            for name, orders in _FORECASTERS:
-                for order in orders:
-                    options = {"forecast_order": order, **({"forecaster": name} if order else {}), **chosen}
-                    label = f"{name if order else 'held'} {order}, N = {every}{', power, corrector' * bool(chosen)}"
-                    yield Case(label, {"recipe": "stack-forecast", "full_every": every, **options})
+            for name, order in ((name, order) for name, orders in _FORECASTERS for order in orders):
+                label = f"{name} {order}, N = {every}{', power, corrector' * bool(chosen)}"
+                options = {"forecaster": name, "forecast_order": order, **chosen}
+                yield Case(label, {"recipe": "stack-forecast", "full_every": every, **options})
 
 
 _RIVALS: tuple[dict[str, Any], ...] = (
-    *({"recipe": "taylorseer", "forecast_order": order} for order in (1, 2, 4)),
-    {"recipe": "taylorseer", "forecast_order": 2, "schedule": "power"},
-    *({"recipe": "deepcache", "first_blocks": n, "last_blocks": m} for n, m in ((1, 0), (1, 1), (2, 2))),
-    *({"recipe": "delta", "boundary": boundary} for boundary in (0.0, 0.5, 1.0)),
-    {"recipe": "delta", "cached_blocks": 0.5},
+    {"recipe": "taylorseer", "forecast_order": 1},
+    {"recipe": "taylorseer", "forecast_order": 2},
+    {"recipe": "taylorseer", "forecast_order": 2, "schedule": "power", "corrector": True},
+    {"recipe": "deepcache", "last_blocks": 0},
+    {"recipe": "deepcache", "first_blocks": 2, "last_blocks": 2},
+    {"recipe": "deepcache", "forecast": ("middle",)},
+    {"recipe": "delta", "boundary": 0.0},
+    {"recipe": "delta", "boundary": 1.0},
+    {"recipe": "delta", "forecast": ("blocks",)},
 )
-
-
-def _rivals(intervals: Sequence[int]) -> Iterator[Case]:
-    """The papers' opponents of MoECa, each with its own options."""
-    for every in intervals:
-        for options in _RIVALS:
-            recipe, *own = options
-            name = f"{options[recipe]}, N = {every}, {_describe({name: options[name] for name in own})}"
-            yield Case(name, {**options, "full_every": every})
+"""Options of the papers' methods, whose defaults are among the recipes."""
 
 
 def _half_slopes(intervals: Sequence[int]) -> Iterator[Case]:

@@ -44,7 +44,7 @@ class Plan:
         regions: the matched regions; those where caching saves nothing are among the skipped ones.
         replacements: the values that steps take from caches; empty where the model runs uncached.
         capacities: the capacity buckets, in tokens a sample; (0,) where nothing is ever recomputed.
-        costs: FLOPs of a step, by whether it runs (attention, experts) as the model does, and by its group ("" has the
+        costs: FLOPs of a step, by whether it runs (attention, experts) as the model does, and by its group ("" is the
             mean of all groups). Expressions in B (samples), N (tokens of the stream whose tokens are chosen), c
             (fraction of them chosen) and r (fraction of branches recomputed).
         sizes: the values of B and N for this graph.

@@ -51,6 +51,6 @@ POLICY = Policy(
     declare=declare,
     stands_in=False,
     forecasts=("blocks",),
-    needs="more than one block, and token streams that stay apart as far as the first cached_blocks of them",
+    needs="more than one block, and token streams that are not joined within the first cached_blocks of them",
     group_at=group_at,
 )

@@ -3,7 +3,7 @@
 The weights come from the host, so that one compiled step serves all distances, and another rule needs no other step:
 it is a function of when the full steps were. A rule with K slots keeps the values of the last K full steps.
 
-Below, t_0 > t_1 > ... are the full steps before a cache step at t, the newest first, and y_0, y_1, ... the values
+Below, t_0, t_1, ... are the last full steps before a cache step at t, the newest first, and y_0, y_1, ... the values
 there. All rules give a constant value back as it is, so weights sum to 1: that of y_0 is what the others leave.
 """
 
@@ -194,13 +194,17 @@ def slot_weights(rule: Rule, at: Sequence[float], filled: int, now: float) -> li
         filled: how many there were in all. Each filled the slot after that of the one before, from 0.
         now: when this step is.
     """
-    rows = []
-    for known in range(1, rule.slots + 1):
-        row = [0.0] * rule.slots
-        for age, weight in enumerate(rule.weights(at[:known], now) if at else ()):
+    rows = [[0.0] * rule.slots for _ in range(rule.slots)]
+    for row, weights in zip(rows, _by_history(rule, tuple(at), now) if at else (), strict=False):
+        for age, weight in enumerate(weights):
             row[(filled - 1 - age) % rule.slots] = weight
-        rows.append(row)
     return rows
+
+
+@lru_cache(1024)
+def _by_history(rule: Rule, at: tuple[float, ...], now: float) -> list[list[float]]:
+    """The weights of values that the last 1, 2, ... K full steps computed. Generations have the same times."""
+    return [rule.weights(at[:known], now) for known in range(1, rule.slots + 1)]
 
 
 def weights_after_one(slots: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moeca_compile
 from moeca_compile.options import ConfigError
+from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
@@ -62,6 +63,14 @@ def test_a_generation_is_that_of_the_loop(model, graph, eager_steps, share, cach
     with moeca_compile.generation(steps=STEPS):
         engine = graph.engine(recipe="delta", **options)
         same_generation(model, graph, engine, DeltaDiT(model, cached, boundary * STEPS))
+
+
+def test_planned_flops_are_those_of_the_blocks_that_run(graph):
+    plan = graph.loop(recipe="delta", validate=False).compiled.plan
+    rear, front = (plan.flops(StepKind(False, False, group=group)) for group in ("rear", "front"))
+    assert plan.flops(REUSING) == pytest.approx((rear + front) / 2)
+    block = graph.loop(recipe="deepcache", first_blocks=0, last_blocks=1, validate=False).compiled.plan
+    assert front == block.flops(REUSING) and rear < plan.flops(StepKind()) / 2
 
 
 def test_without_the_number_of_steps_all_are_early_and_then_it_is_that_of_the_last_generation(

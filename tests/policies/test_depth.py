@@ -10,6 +10,7 @@ from moeca_compile.policies.depth import depth_of, spans
 from tests.harness import caches_of, captured
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
+    SIZES,
     DoubleThenSingle,
     SingleStream,
     Streams,
@@ -57,6 +58,28 @@ def test_one_of_two_blocks_is_cached_in_every_stream_that_needs_it(kind, streams
     changed = loop.eager(REUSING, inputs, state, weights)
     assert not torch.allclose(changed.outputs[0], full.outputs[0], atol=1e-3)
     assert loop.compiled.plan.flops(REUSING) < 0.9 * loop.compiled.plan.flops(StepKind())
+
+
+class TwoSingleBlocks(DoubleThenSingle):
+    """Picture and text are joined after the first of three blocks."""
+
+    def run(self, h, text, c):
+        h, text = self.block(self.picture[0], self.words[0], h, text, c)
+        z = torch.cat([h, text], 1)
+        for _ in range(2):
+            z = self.single(self.picture[1], z, c)
+        return z[:, : SIZES.tokens]
+
+
+def test_no_span_begins_in_several_streams_and_ends_in_one():
+    graph = of(TwoSingleBlocks)
+    regions = graph.loop(recipe="stack", validate=False).compiled.regions
+    counts = {(a, b): len(spans(regions, a, b)) for a in range(3) for b in range(a + 1, 4)}
+    assert counts == {(0, 1): 2, (0, 2): 0, (0, 3): 1, (1, 2): 0, (1, 3): 1, (2, 3): 1}
+    for recipe, options in (("deepcache", {}), ("delta", {"cached_blocks": 0.6})):
+        with pytest.warns(UserWarning, match="nothing that it could cache.*joined"):
+            assert not graph.loop(recipe=recipe, **options).compiled.caching
+    assert graph.loop(recipe="delta", cached_blocks=0.3).compiled.caching
 
 
 def test_depths_out_of_order_are_no_span(graph):
