@@ -100,7 +100,11 @@ class StepKind:
         if self.full:
             return "full"
         fresh = "+attention" if self.attention else "+experts" if self.experts else ""
-        return f"cache{fresh}" + (f"[{self.capacity}]" if self.capacity else "") + (f" {self.group}").rstrip()
+        return (
+            f"cache{fresh}"
+            + (f"[{self.capacity}]" if self.capacity else "")
+            + (f" {self.group}" if self.group else "")
+        )
 
 
 REUSING = StepKind(attention=False, experts=False)
