@@ -124,6 +124,8 @@ def questions() -> tuple[Question, ...]:
             "schedules",
             (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
         ),
+        Question("forecasters", tuple(_forecasters((4, 7)))),
+        Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
@@ -152,6 +154,40 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
             for chosen in ({}, *options):
                 name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
                 yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
+
+
+_FORECASTERS = (
+    ("taylor", (2, 3)),
+    ("taylorseer", (2, 4)),
+    ("hermite", (2, 4)),
+    ("adams-bashforth", (3,)),
+    ("chebyshev", (2, 4)),
+)
+"""Forecasters with their orders, but for 0 and 1: these are `stack` and `stack-forecast` of the schedules."""
+
+
+def _forecasters(intervals: Sequence[int]) -> Iterator[Case]:
+    """Each forecaster of the stack's change, with even full steps, and with a power schedule and the corrector."""
+    for every in intervals:
+        for chosen in ({}, _CORRECTED[-1]):
+            for name, order in ((name, order) for name, orders in _FORECASTERS for order in orders):
+                label = f"{name} {order}, N = {every}{', power, corrector' * bool(chosen)}"
+                options = {"forecaster": name, "forecast_order": order, **chosen}
+                yield Case(label, {"recipe": "stack-forecast", "full_every": every, **options})
+
+
+_RIVALS: tuple[dict[str, Any], ...] = (
+    {"recipe": "taylorseer", "forecast_order": 1},
+    {"recipe": "taylorseer", "forecast_order": 2},
+    {"recipe": "taylorseer", "forecast_order": 2, "schedule": "power", "corrector": True},
+    {"recipe": "deepcache", "last_blocks": 0},
+    {"recipe": "deepcache", "first_blocks": 2, "last_blocks": 2},
+    {"recipe": "deepcache", "forecast": ("middle",)},
+    {"recipe": "delta", "boundary": 0.0},
+    {"recipe": "delta", "boundary": 1.0},
+    {"recipe": "delta", "forecast": ("blocks",)},
+)
+"""Options of the papers' methods, whose defaults are among the recipes."""
 
 
 def _half_slopes(intervals: Sequence[int]) -> Iterator[Case]:

@@ -105,7 +105,7 @@ def _narrowed(config: MoecaConfig) -> list[MoecaConfig]:
 def _recipes_like(config: MoecaConfig) -> Iterator[MoecaConfig]:
     """For every other policy that caches, its recipe that forecasts if the config does, with the user's options."""
     for policy in {id(policy): policy for policy in RECIPES.values()}.values():
-        if policy.caches and policy is not config.policy:
+        if policy.caches and policy.stands_in and policy is not config.policy:
             alike = [
                 name for name, own in policy.recipes.items() if bool(own.get("forecast")) == bool(config.forecast)
             ]

@@ -57,10 +57,12 @@ def one_of(*names: str, formerly: Mapping[str, str] | None = None) -> Check:
     return check
 
 
-def whole(minimum: int) -> Check:
+def whole(minimum: int, maximum: float = math.inf) -> Check:
+    allowed = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-            raise NotAllowedError(f"a whole number >= {minimum}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not minimum <= int(value) <= maximum:
+            raise NotAllowedError(f"a whole number {allowed}")
         return int(value)
 
     return check
@@ -220,6 +222,32 @@ class Options:
     experts_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all experts at this interval instead of full_every."
     )
+    warmup_steps: int = setting(
+        0,
+        whole(0),
+        SCHEDULE,
+        """So many steps at the beginning of a generation are full, one after the other. The other full steps are
+        spaced from the last of these on. The first step is full in any case.""",
+    )
+    first_blocks: int = setting(
+        1, whole(0), REUSE, "How many blocks, from the first on, run at every step (deepcache: n)."
+    )
+    last_blocks: int = setting(
+        0, whole(0), REUSE, "How many blocks, up to the last, run at every step (deepcache: m)."
+    )
+    cached_blocks: float = setting(
+        0.75,
+        real(0, 1, open_low=True, open_high=True),
+        REUSE,
+        "The share of the blocks that a cache step of delta takes from the cache: at least one block, and not all.",
+    )
+    boundary: float = setting(
+        0.5,
+        real(0, 1),
+        REUSE,
+        """The share of a generation's steps before which delta caches the last blocks, and after which the first.
+        That needs the number of steps, as schedule="power" does; until it is known, all steps count as early.""",
+    )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
         0.6, real(0, 1, open_high=True), THRESHOLD, "Strength of the expert-aware part of the threshold, eq. 12."
@@ -295,17 +323,35 @@ class Options:
         (),
         each(text),
         REUSE,
-        """Which cached tensors are extrapolated to first order in the timestep, from the last two full steps. For
-        the moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
+        """Which cached tensors are extrapolated along the timestep, from the last full steps (forecaster). For the
+        moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
-        "stack"; for block "blocks".""",
+        "stack"; for block "blocks"; for deepcache "middle"; for delta "blocks".""",
+    )
+    forecaster: str = setting(
+        "taylor",
+        one_of("taylor", "taylorseer", "hermite", "adams-bashforth", "chebyshev"),
+        REUSE,
+        """How cached tensors are extrapolated. "taylor": the polynomial in the timestep through the last full steps.
+        "taylorseer": the rule of that paper's code, in numbers of steps. "hermite" (HiCache): the same with Hermite
+        polynomials. "adams-bashforth": the integral of the slopes between full steps. "chebyshev": a least-squares
+        fit to more full steps, with a ridge penalty. At order 1 all but the last are the straight line, by time or
+        by number of steps.""",
+    )
+    forecast_order: int = setting(
+        1,
+        whole(0, 4),
+        REUSE,
+        """The order of forecasts. A forecast of order n reads the last n + 1 full steps (for "chebyshev" 2 n + 1),
+        which are all kept: 1 is the straight line, 0 holds the last value. While there are fewer full steps the order
+        is lower.""",
     )
     forecast_slope: float = setting(
         1.0,
         real(0, 1),
         REUSE,
-        """How much of the change that a forecast foresees is believed. 1 extrapolates the straight line; 0.5, half of
-        its slope, is for stochastic samplers, whose noise is in the slope as well; 0 forecasts nothing.""",
+        """How much of the change that a forecast foresees is believed, beyond the value at the last full step. 0.5,
+        half of its slope, is for stochastic samplers, whose noise is in the slope as well; 0 forecasts nothing.""",
     )
     capacities: tuple[float, ...] = setting(
         (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from math import ceil
 
 import sympy
@@ -43,9 +44,9 @@ class Plan:
         regions: the matched regions; those where caching saves nothing are among the skipped ones.
         replacements: the values that steps take from caches; empty where the model runs uncached.
         capacities: the capacity buckets, in tokens a sample; (0,) where nothing is ever recomputed.
-        costs: FLOPs of a step, by whether it runs (attention, experts) as the model does. Expressions in B (samples),
-            N (tokens of the stream whose tokens are chosen), c (fraction of them chosen) and r (fraction of branches
-            recomputed).
+        costs: FLOPs of a step, by whether it runs (attention, experts) as the model does, and by its group ("" is the
+            mean of all groups). Expressions in B (samples), N (tokens of the stream whose tokens are chosen), c
+            (fraction of them chosen) and r (fraction of branches recomputed).
         sizes: the values of B and N for this graph.
         untimed: whether it lacks nothing but the time of a call, and so has no replacements.
     """
@@ -53,7 +54,7 @@ class Plan:
     regions: Regions
     replacements: tuple[Replacement, ...]
     capacities: tuple[int, ...]
-    costs: Mapping[tuple[bool, bool], sympy.Expr]
+    costs: Mapping[tuple[bool, bool, str], sympy.Expr]
     sizes: tuple[int, int]
     untimed: bool = False
 
@@ -90,16 +91,14 @@ class Plan:
             chosen, recomputed: the fractions of tokens chosen and of branches recomputed.
         """
         values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
-        return float(self.costs[kind.attention, kind.experts].subs(values))
+        return float(self.costs[kind.attention, kind.experts, kind.group].subs(values))
 
 
 def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
     """What the recipe replaces in this graph, and the costs and capacities that follow."""
     costs, replacements = _Costs(graph, regions, config), replacements_of(config, regions)
-    kinds = [StepKind(attention, experts) for attention in (True, False) for experts in (True, False)]
-    by_parts = {(kind.attention, kind.experts): costs.of_step(replacements, kind) for kind in kinds}
     sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
-    plan = Plan(regions, replacements, (0,), by_parts, sizes)
+    plan = Plan(regions, replacements, (0,), costs.of_steps(replacements), sizes)
     return replace(plan, capacities=_capacities(plan, config))
 
 
@@ -169,9 +168,20 @@ class _Costs:
         traced = {node for marker in regions.bodies for node in body_nodes(marker) if node.target is not ENTRY}
         self.counted = set(graph.nodes) - traced
 
+    def of_steps(self, replacements: Sequence[Replacement]) -> dict[tuple[bool, bool, str], sympy.Expr]:
+        """FLOPs of all kinds of steps, as `Plan.costs`."""
+        groups = list(dict.fromkeys(each.group for each in replacements if each.group)) or [""]
+        found: dict[tuple[bool, bool, str], sympy.Expr] = {}
+        for attention, experts in product((True, False), repeat=2):
+            kinds = [StepKind(attention, experts, group=group) for group in groups]
+            costs = [self.of_step(replacements, kind) for kind in kinds]
+            found |= {(attention, experts, kind.group): cost for kind, cost in zip(kinds, costs, strict=True)}
+            found[attention, experts, ""] = sum(costs) / len(costs)
+        return found
+
     def of_step(self, replacements: Iterable[Replacement], kind: StepKind) -> sympy.Expr:
         """FLOPs of a step of this kind: what runs for all tokens, plus what is recomputed of cached values."""
-        reused = [replacement for replacement in replacements if not kind.computes(replacement.part)]
+        reused = [replacement for replacement in replacements if replacement.reused_at(kind)]
         run = self._run_for_all_tokens(reused)
         cost = self._rows(run & self.counted) + self._branches(m for m in self.regions.bodies if m in run)
         for replacement in reused:

@@ -21,7 +21,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
-from moeca_compile.policies.forecast import weights_after_one
+from moeca_compile.policies.forecast import rule_of, weights_after_one
 from moeca_compile.reporting.report import Report
 from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.loop import StepLoop
@@ -101,7 +101,8 @@ class Captured:
 def caches_of(loop: StepLoop) -> tuple[Caches, Tensor]:
     """Caches for steps of this loop, and the forecast weights of the steps after the first full one."""
     compiled = loop.compiled
-    return Caches(compiled.plan.caches, compiled.device), weights_after_one(compiled.device)
+    slots = rule_of(compiled.config).slots
+    return Caches(compiled.plan.caches, compiled.device), weights_after_one(slots, compiled.device)
 
 
 def captured(model: nn.Module, *arguments: Any) -> Captured:

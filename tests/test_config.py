@@ -23,7 +23,14 @@ WRONG = [
     ("schedule", "cosine", "'power'"),
     ("schedule_exponent", 0.5, "[1, inf)"),
     ("forecast_slope", 1.5, "[0, 1]"),
+    ("forecaster", "newton", "'taylorseer'"),
+    ("forecast_order", 5, "from 0 to 4"),
     ("corrector", 1, "True | False"),
+    ("warmup_steps", -1, ">= 0"),
+    ("first_blocks", -1, ">= 0"),
+    ("last_blocks", 0.5, "whole number"),
+    ("cached_blocks", 1.0, "(0, 1)"),
+    ("boundary", 1.5, "[0, 1]"),
     ("full_steps", (), "contains 0"),
     ("full_steps", (4, 8), "contains 0"),
     ("full_steps", (0, -3), ">= 0"),
@@ -101,7 +108,7 @@ def test_a_recipe_sets_only_what_is_left_unset():
 def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
     config = MoecaConfig(recipe=recipe)
     assert config.policy is MoecaConfig(recipe=recipe.split("-")[0]).policy
-    assert bool(config.forecast) == recipe.endswith("-forecast")
+    assert bool(config.forecast) == (recipe.endswith("-forecast") or recipe == "taylorseer")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,16 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
         ({"attention_every": 2, "experts_every": 3, "schedule": "power"}, "schedule", "take its place"),
         ({"recipe": "stack", "forecast_slope": 0.5}, "forecast_slope", "nothing is forecast"),
         ({"recipe": "stack-forecast", "forecast_slope": 0.5}, None, ""),
+        ({"recipe": "stack", "forecaster": "hermite"}, "forecaster", "nothing is forecast"),
+        ({"recipe": "fora", "forecast_order": 2}, "forecast_order", "nothing is forecast"),
+        ({"recipe": "stack-forecast", "forecast_order": 0, "forecaster": "hermite"}, "forecaster", "order 0 holds"),
+        ({"recipe": "stack-forecast", "forecast_order": 0, "forecast_slope": 0.5}, "forecast_slope", "order 0 holds"),
+        ({"recipe": "stack-forecast", "forecast_order": 2, "forecaster": "hermite"}, None, ""),
+        ({"recipe": "none", "warmup_steps": 2}, "warmup_steps", "recipe 'none' ignores it"),
+        ({"full_steps": (0, 3), "warmup_steps": 2}, "warmup_steps", "full_steps lists the full steps"),
+        ({"recipe": "fora", "attention_every": 3, "warmup_steps": 2}, "warmup_steps", "count from the first step"),
+        ({"recipe": "taylorseer", "tau0": 0.1}, "tau0", "recipe 'taylorseer' ignores it"),
+        ({"recipe": "taylorseer", "schedule": "power", "forecast_order": 2}, None, ""),
         ({"corrector": True}, "corrector", "set budget to 0"),
         ({"corrector": True, "budget": 0}, None, ""),
         ({"full_steps": (0, 3), "full_every": 2, "score": "staleness"}, None, ""),

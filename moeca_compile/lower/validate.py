@@ -34,7 +34,7 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.passes.rewrite.step_function import StepResult, step_function
 from moeca_compile.plan import replacements_of
-from moeca_compile.policies.forecast import weights_after_one
+from moeca_compile.policies.forecast import rule_of, weights_after_one
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _faults(
     with torch.no_grad(), undisturbed(device):
         try:
             specs = [spec for replacement in replacements for spec in replacement.specs]
-            caches, weights = Caches(specs, device), weights_after_one(device)
+            caches, weights = Caches(specs, device), weights_after_one(rule_of(config).slots, device)
             with undisturbed(device):
                 full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
             if not all_finite(full.outputs):

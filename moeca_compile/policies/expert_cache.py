@@ -45,7 +45,8 @@ class ExpertCache(ABC):
         self, name: str, layer: Experts, regions: Regions, options: Options, slots: int, outputs: tuple[int, ...]
     ) -> None:
         self.layer, self.options = layer, options
-        self.forecast = "experts" in options.forecast
+        self.ring_slots = slots_of(options, "experts")
+        self.forecast = self.ring_slots > 1
         layout = regions.layouts[layer.marker]
         self.samples, self.tokens, self.slots = layout.samples, layout.tokens, slots
         self.width = shape_of(layer.marker)[-1]
@@ -74,7 +75,7 @@ class ExpertCache(ABC):
             self.by_branch(self.weight, torch.float32, Role.ROUTING),
             self.by_branch(self.norms, torch.float32, Role.STATISTIC),
             CacheSpec(self.activation, by_expert, torch.float32, Role.STATISTIC),
-            *ring_specs(self.outputs, slots_of(self.forecast), self.shape, dtype, Part.EXPERTS),
+            *ring_specs(self.outputs, self.ring_slots, self.shape, dtype, Part.EXPERTS),
         ]
         if self.forecast:
             specs.append(self.by_branch(self.history, torch.int32, Role.ROUTING, read=True))
@@ -109,7 +110,7 @@ class ExpertCache(ABC):
     def store_history(self, step: Step, cached_before: Tensor) -> None:
         """Count this full step for every branch; one that was not cached before has no earlier output."""
         counted = torch.where(cached_before, step.state[self.history] + 1, 1)
-        step.updates[self.history] = counted.clamp_max(slots_of(self.forecast))
+        step.updates[self.history] = counted.clamp_max(self.ring_slots)
 
     # --- cache steps --------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class ExpertCache(ABC):
 
     def ring(self, step: Step) -> list[Tensor]:
         """The cached outputs, a tensor for each slot of the ring."""
-        return [step.state[name] for name in slot_names(self.outputs, slots_of(self.forecast))]
+        return [step.state[name] for name in slot_names(self.outputs, self.ring_slots)]
 
     def ring_to_change(self, step: Step) -> list[Tensor]:
         """The same for an op that writes to them; copies where the option `overwrite` is off."""

@@ -16,6 +16,7 @@ from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.expert_cache import ExpertCache
 from moeca_compile.policies.fixed_k_cache import FixedKCache
+from moeca_compile.policies.forecast import slots_of
 from moeca_compile.policies.variable_k_cache import VariableKCache
 
 
@@ -82,7 +83,7 @@ class MoecaCaches:
     def _cached(self, name: str, region: Attention | FeedForward, forecast: str) -> Cached:
         part = Part.ATTENTION if isinstance(region, Attention) else Part.EXPERTS
         node = region.residual.output if isinstance(region, Attention) else region.output
-        return Cached(name, node, part, forecast in self.options.forecast, self.options.cache_dtype)
+        return Cached(name, node, part, slots_of(self.options, forecast), self.options.cache_dtype)
 
     def _keys_values(self, attention: Attention) -> KeysValues | None:
         """None where a cache step computes the keys and values of all tokens."""

@@ -16,7 +16,8 @@ ALWAYS = frozenset(
 """Options that every recipe uses."""
 CACHING = (
     ALWAYS
-    | {"full_every", "full_steps", "schedule", "schedule_exponent", "corrector", "forecast", "forecast_slope"}
+    | {"full_every", "full_steps", "schedule", "schedule_exponent", "warmup_steps", "corrector"}
+    | {"forecast", "forecaster", "forecast_order", "forecast_slope"}
     | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
 """Options that every recipe with caches uses."""
@@ -24,6 +25,10 @@ CACHING = (
 
 def _nothing_ignored(options: Options) -> Mapping[str, str]:
     return {}
+
+
+def _one_group(options: Options, number: int, steps: int | None) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class Policy:
         needs: what a model must have, in words that a warning shows.
         applies: whether the regions have what the policy needs.
         caches: whether it caches anything in any model.
+        stands_in: whether it may take the place of another whose caches are too large: its cache steps are as cheap.
         ignored: returns options that have no effect because of another option's value, each with the reason.
+        group_at: returns the group of replacements (`Replacement.group`) that a cache step uses, from the number of
+            the step and of all steps, None where that is not known. "" where there is one group.
     """
 
     reuses: str
@@ -50,7 +58,9 @@ class Policy:
     needs: str = "attention or feed-forwards around a residual stream"
     applies: Callable[[Regions], bool] = lambda regions: True
     caches: bool = True
+    stands_in: bool = True
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
+    group_at: Callable[[Options, int, int | None], str] = _one_group
 
 
 def ignored_by_all(options: Options) -> Mapping[str, str]:
@@ -58,13 +68,18 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
     found: dict[str, str] = {}
     spaced = {"schedule"} | ({"full_every"} if options.score != "staleness" else set())  # it counts in such steps
     if options.full_steps:
-        found |= dict.fromkeys(spaced, "full_steps lists the full steps, so it has no effect")
+        listed = "full_steps lists the full steps, so it has no effect"
+        found |= dict.fromkeys({*spaced, "warmup_steps"}, listed)
     if options.schedule == "uniform":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
+    if not options.forecast_order:
+        found |= dict.fromkeys(("forecaster", "forecast_slope"), "order 0 holds the last value, so it has no effect")
     if not options.forecast:
-        found["forecast_slope"] = "nothing is forecast, so it has no effect"
+        names = ("forecaster", "forecast_order", "forecast_slope")
+        found |= dict.fromkeys(names, "nothing is forecast, so it has no effect")
     if options.attention_every or options.experts_every:
         found["corrector"] = "it needs full steps that refresh attention and experts together"
+        found["warmup_steps"] = "attention_every and experts_every count from the first step on"
     if options.attention_every and options.experts_every:
         reason = "attention_every and experts_every take its place, so it has no effect"
         found |= dict.fromkeys({"full_steps", *spaced}, reason)

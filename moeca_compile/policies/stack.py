@@ -17,6 +17,7 @@ from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies.cached import Cached
+from moeca_compile.policies.forecast import slots_of
 from moeca_compile.policies.policy import CACHING, Policy
 
 
@@ -40,7 +41,7 @@ def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: st
     def reuse(step: Step) -> Tensor:
         return _tokens_before(step, first, last) + cached.read(step)
 
-    cached = Cached(name, last, Part.WHOLE, group in options.forecast, options.cache_dtype, change, first)
+    cached = Cached(name, last, Part.WHOLE, slots_of(options, group), options.cache_dtype, change, first)
     return Replacement(last, first, Part.WHOLE, (cached,), reuse, reads=(first,))
 
 

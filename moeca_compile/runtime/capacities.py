@@ -25,10 +25,10 @@ class Capacities:
     def kind(self, refresh: RefreshPlan, stream: Stream, counts: Callable[[StepKind], Tensor | None]) -> StepKind:
         """The kind of a step. `counts` runs a step of a given kind and returns its counters (layers, COUNTERS)."""
         if refresh.experts or not self.plan.recomputes:
-            return StepKind(refresh.attention, refresh.experts)
+            return StepKind(refresh.attention, refresh.experts, group=refresh.group)
         if stream.capacity is None:
             stream.capacity = self._first(refresh, counts)
-        return StepKind(refresh.attention, refresh.experts, stream.capacity)
+        return StepKind(refresh.attention, refresh.experts, stream.capacity, group=refresh.group)
 
     def promote(self, stream: Stream, counts: Tensor | None) -> None:
         """Give the stream's next steps a larger capacity if this step needed much more than it had.
@@ -46,7 +46,8 @@ class Capacities:
         """The bucket of a stream's first cache step, by a trial step with capacity for all tokens."""
         if len(self.plan.capacities) == 1:
             return self.plan.capacities[0]
-        return self._bucket(self._needed(counts(StepKind(refresh.attention, refresh.experts, self.plan.sizes[1]))))
+        trial = StepKind(refresh.attention, refresh.experts, self.plan.sizes[1], group=refresh.group)
+        return self._bucket(self._needed(counts(trial)))
 
     def _needed(self, counts: Tensor | None) -> float:
         """Tokens of the main stream to recompute in one sample: the mean over samples and layers."""

@@ -20,11 +20,11 @@ def gain(full: Sequence[float], passed: Sequence[float], time: float) -> float:
     """The weight g of a full step's error, for errors like those of an interpolation through the full steps before.
 
     The error of a cache step at t_j is that of the full step at t_r times (t_j - t_q) / (t_r - t_q) for values kept
-    from t_q, and times (t_j - t_p) / (t_r - t_p) besides for straight lines through t_p and t_q. Each counts by the
-    time that its step took, in units of the last one.
+    from t_q, times (t_j - t_p) / (t_r - t_p) besides for straight lines through t_p and t_q, and so on with each
+    further value of a polynomial. Each counts by the time that its step took, in units of the last one.
 
     Args:
-        full: the times of the full steps that cached values come from, the newest first; one or two.
+        full: the times of the full steps that forecasts go through, the newest first: one more than their order.
         passed: those of the cache steps since then, in order.
         time: that of this full step.
 

@@ -79,13 +79,13 @@ class StepLoop:
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """One call of the model."""
         if not self.compiled.caching:
-            return self._run(StepKind(), self.stateless, 0.0, inputs)
+            return self._run(StepKind(), self.stateless, 0, 0.0, inputs)
         with self._lock:
             position, stream, refresh = self.enter(inputs)
         try:
-            kind = self.kind(refresh, stream, position.time, inputs)
+            kind = self.kind(refresh, stream, position, inputs)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
-            outputs = self._run(kind, stream, position.time, inputs, weight)
+            outputs = self._run(kind, stream, position.number, position.time, inputs, weight)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
@@ -120,11 +120,12 @@ class StepLoop:
         marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items() if i != own}
         return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
 
-    def kind(self, refresh: RefreshPlan, stream: Stream, time: float, inputs: Sequence[Any]) -> StepKind:
+    def kind(self, refresh: RefreshPlan, stream: Stream, position: Position, inputs: Sequence[Any]) -> StepKind:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            given = self._placed(inputs), stream.state, self.weights(stream, time)
+            weights = self.weights(stream, position.number, position.time)
+            given = self._placed(inputs), stream.state, weights
             return run_eagerly(self.compiled, trial, *given, updates=False).counts
 
         return self.capacities.kind(refresh, stream, counts)
@@ -133,8 +134,8 @@ class StepLoop:
         """The weight of the error that a full step makes up for (runtime.corrector); 0 where it makes up for none."""
         if refresh != EVERYTHING or stream.empty:
             return 0.0
-        known = stream.full_at[0] if self.compiled.config.forecast else stream.full_at[0][:1]
-        return gain(known, stream.passed, time)
+        order = stream.rule.order if self.compiled.config.forecast else 0
+        return gain(stream.full_at[0][: order + 1], stream.passed, time)
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
@@ -147,9 +148,9 @@ class StepLoop:
                 step = self.steps[kind]
         return step
 
-    def weights(self, stream: Stream, time: float) -> Tensor:
-        """The forecast weights of a step at `time` (passes.rewrite.step.Step), on the model's device."""
-        values, device = stream.weights(time, self.compiled.config.forecast_slope), self.compiled.device
+    def weights(self, stream: Stream, number: int, time: float) -> Tensor:
+        """The forecast weights of step `number` at `time` (passes.rewrite.step.Step), on the model's device."""
+        values, device = stream.weights(number, time), self.compiled.device
         if device.type == "cpu":
             return _on_cpu(tuple(tuple(map(tuple, part)) for part in values))
         return upload(torch.tensor(values, dtype=torch.float32), device)
@@ -159,12 +160,18 @@ class StepLoop:
         return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(
-        self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any], correction: float = 0.0
+        self,
+        kind: StepKind,
+        stream: Stream,
+        number: int,
+        time: float,
+        inputs: Sequence[Any],
+        correction: float = 0.0,
     ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s step at time %g", kind.name, time)
-        placed, weights = self._placed(inputs), self.weights(stream, time)
+        placed, weights = self._placed(inputs), self.weights(stream, number, time)
         predicted = self._predicted(stream, placed, weights) if correction else ()
         result = self._result(kind, stream, placed, weights)
         self.tallies.add(kind, result.counts)

@@ -14,10 +14,12 @@ from moeca_compile.passes.rewrite.kinds import Part
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """Which parts of the model a step computes anew; the others come from caches."""
+    """Which parts of the model a step computes anew; the others come from caches, as far as the group says."""
 
     attention: bool
     experts: bool
+    group: str = ""
+    """The group of replacements that a cache step uses (Policy.group_at)."""
 
 
 EVERYTHING = RefreshPlan(attention=True, experts=True)
@@ -79,7 +81,8 @@ class Schedule:
         """
         by_length = steps is not None and self.config.schedule == "power"
         attention, experts = self.planned(steps) if by_length else self.unplanned
-        return RefreshPlan(attention.within(attention_at, number), experts.within(experts_at, number))
+        due = attention.within(attention_at, number), experts.within(experts_at, number)
+        return EVERYTHING if all(due) else RefreshPlan(*due, self.config.policy.group_at(self.config, number, steps))
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
         config = self.config
@@ -95,10 +98,11 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         return DueSteps(interval)
     if config.full_steps is not None:
         return DueSteps(listed=config.full_steps)
+    every, start = config.full_every, max(0, config.warmup_steps - 1)
     if steps is not None:
-        listed = power_steps(steps, math.ceil(steps / config.full_every), config.schedule_exponent)
-        return DueSteps(config.full_every, listed, planned=steps)
-    return DueSteps(config.full_every)
+        spaced = power_steps(steps - start, math.ceil(steps / every) - start, config.schedule_exponent)
+        return DueSteps(every, (*range(start), *(start + step for step in spaced)), planned=steps)
+    return DueSteps(every, tuple(range(start + 1)), planned=start + every) if start else DueSteps(every)
 
 
 def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:

@@ -14,8 +14,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
-from moeca_compile.policies import forecast
-from moeca_compile.policies.forecast import slot_weights
+from moeca_compile.policies.forecast import LINEAR, Rule, rule_of, slot_weights
 from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
 from moeca_compile.runtime.tracks import Position, Track
@@ -31,10 +30,12 @@ class Stream:
     """The caches of one stream, with the times of the last full steps of each part of the model."""
 
     state: Caches
+    rule: Rule = LINEAR
+    """How values are forecast."""
     full_at: list[list[float]] = field(default_factory=lambda: [[], []])
     """For each part, the times of its last full steps, the newest first: as many as a forecast reads."""
-    last_full: list[int] = field(default_factory=lambda: [-1, -1])
-    """For each part, the number of the last step that computed it anew; -1 where none has."""
+    full_numbers: list[list[int]] = field(default_factory=lambda: [[], []])
+    """For each part, the numbers of these steps."""
     passed: list[float] = field(default_factory=list)
     """The times of the cache steps since the last full step."""
     capacity: int | None = None
@@ -47,6 +48,11 @@ class Stream:
     """Inference mode and CUDA stream under which the caches were allocated; they are only recycled under the same."""
 
     @property
+    def last_full(self) -> list[int]:
+        """For each part, the number of the last step that computed it anew; -1 where none has."""
+        return [numbers[0] if numbers else -1 for numbers in self.full_numbers]
+
+    @property
     def empty(self) -> bool:
         """Whether the caches hold no valid values."""
         return not any(self.full_at)
@@ -54,12 +60,13 @@ class Stream:
     def emptied(self, capacity: int | None) -> Stream:
         """A new stream without valid values in the memory of this one. Recorded steps remain usable."""
         self.state.filled = [0, 0]
-        return Stream(self.state, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
+        return Stream(self.state, self.rule, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
 
-    def weights(self, time: float, slope: float = 1.0) -> list[list[list[float]]]:
-        """The forecast weights (2, K, K) of a step at `time`, for attention and experts (policies.forecast)."""
-        parts = zip(self.full_at, self.state.filled, strict=True)
-        return [slot_weights(at, filled, time, slope) for at, filled in parts]
+    def weights(self, number: int, time: float) -> list[list[list[float]]]:
+        """The forecast weights (2, K, K) of a step, for attention and experts (policies.forecast)."""
+        full: Sequence[Sequence[float]] = self.full_numbers if self.rule.by_number else self.full_at
+        now, filled = number if self.rule.by_number else time, self.state.filled
+        return [slot_weights(self.rule, at, count, now) for at, count in zip(full, filled, strict=True)]
 
     def note_refreshed(self, refresh: RefreshPlan, number: int, time: float) -> None:
         """Record that step `number` at `time` computed these parts anew."""
@@ -69,13 +76,13 @@ class Stream:
             self.passed.append(time)
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
-                self.full_at[part.row] = [time, *self.full_at[part.row]][: forecast.RULE.slots]
-                self.last_full[part.row] = number
+                self.full_at[part.row] = [time, *self.full_at[part.row]][: self.rule.slots]
+                self.full_numbers[part.row] = [number, *self.full_numbers[part.row]][: self.rule.slots]
                 self.state.filled[part.row] += 1
 
     def invalidate(self) -> None:
         """Mark all caches as invalid: a step was interrupted while it changed them, or they may be another's."""
-        self.full_at, self.last_full, self.passed = [[], []], [-1, -1], []
+        self.full_at, self.full_numbers, self.passed = [[], []], [[], []], []
         self.state.filled = [0, 0]
 
 
@@ -240,7 +247,8 @@ class Streams:
         fitting = [(other == name, i) for i, (other, s) in enumerate(self.spare) if s.allocated_by == allocator]
         if not fitting:
             self.bounds.make_room(self.stream_bytes)
-            return Stream(self.new_caches(), capacity=self.capacities.get(name), allocated_by=allocator)
+            capacity = self.capacities.get(name)
+            return Stream(self.new_caches(), rule_of(self.config), capacity=capacity, allocated_by=allocator)
         same_name, index = max(fitting)
         stream = self.spare.pop(index)[1]
         return stream.emptied(stream.capacity if same_name else None)

@@ -89,7 +89,7 @@ class Counted:
 def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
     """The number of branches of each variable-k layer that a step of this kind runs as the model has it."""
     regions, config = compiled.regions, compiled.config
-    cached = {replacement.node for replacement in compiled.plan.replacements if not kind.computes(replacement.part)}
+    cached = {replacement.node for replacement in compiled.plan.replacements if replacement.reused_at(kind)}
     whole = [marker for marker in regions.bodies if marker not in cached]
     variable = [marker for marker in whole if marker.target is VARIABLE_K]
     return [float(expected_branches(regions.bodies[m], shape_of(m)[0], config)) for m in variable]

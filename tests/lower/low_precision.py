@@ -24,11 +24,11 @@ from moeca_compile.notes import Notes
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
-from moeca_compile.policies.forecast import weights_after_one
+from moeca_compile.policies.forecast import LINEAR, weights_after_one
 from tests.harness import Captured, captured
 
 BATCH, CPU = 16, torch.device("cpu")
-WEIGHTS = weights_after_one(CPU)
+WEIGHTS = weights_after_one(LINEAR.slots, CPU)
 Code = Callable[..., list[Any]]
 Stand = Callable[[Call], Code]
 """Makes what stands in for the compiled code of a partition."""

@@ -196,5 +196,5 @@ def test_caches_in_a_narrower_dtype_are_no_fault(recipe):
 def test_weights_of_forecasts_lie_on_the_cpu_whatever_the_default_device(graph):
     loop = graph.loop(recipe="fora-forecast")
     with torch.device("meta"):
-        weights = loop.weights(Stream(loop.streams.new_caches(), full_at=[[0.25, 0.75], [0.25, 0.75]]), 0.125)
+        weights = loop.weights(Stream(loop.streams.new_caches(), full_at=[[0.25, 0.75], [0.25, 0.75]]), 3, 0.125)
     assert weights.device.type == "cpu"

@@ -14,9 +14,9 @@ simulates `tests.models.TinyDiTMoE` over whole generations. Where the paper is s
 - An unmatched branch is scored against the slot that it takes; its score only serves to rank it.
 - The contribution of a slot comes from the norm of its output when that was last computed.
 - A token past the capacity reuses all its slots, with the current weights.
-- A forecast tensor is value + slope * (steps since the last full step). A refreshed entry keeps its slope,
-  and its value is set so that value + slope * d is the fresh output. A slot that another expert takes loses
-  its slope.
+- A forecast tensor is the polynomial through its values at the last full steps. A refreshed entry keeps their
+  differences, and its values are set so that the forecast is the fresh output. A slot that another expert takes
+  loses its history.
 """
 
 from __future__ import annotations
@@ -84,37 +84,64 @@ def _mean(masks: list[Tensor]) -> float | None:
 
 
 class Cached:
-    """A cached tensor: its value at the last full step, and its slope per step (zero without forecast)."""
+    """A cached tensor: its value at the last full step, and how it differed from that at the full steps before.
 
-    def __init__(self, forecast: bool) -> None:
-        self.forecast = forecast
+    `forecast` is the order of the polynomial through these that a read gives; 0 holds the value. Each entry has a
+    history: how many full steps computed it.
+    """
+
+    def __init__(self, forecast: int) -> None:
+        self.order = int(forecast)
         self.value: Tensor | None = None
-        self.slope: Tensor | None = None
+        self.past: list[tuple[int, Tensor]] = []  # (steps before the last full one, change back to then)
+        self.history: Tensor = torch.ones(())
 
     def store(self, new: Tensor, gap: int) -> None:
-        known = self.forecast and self.value is not None
-        self.slope = (new - self.value) / gap if known else torch.zeros_like(new)
-        self.value = new.clone()
+        if self.value is not None:
+            before = [(0, torch.zeros_like(new)), *self.past]
+            self.past = [(ago + gap, self.value + change - new) for ago, change in before][: self.order]
+        self.value, self.history = new.clone(), torch.tensor(1 + len(self.past))
 
     def at(self, d: int) -> Tensor:
-        return self.value + self.slope * d
+        return self.value + self._ahead(d)
+
+    def _ahead(self, d: int) -> Tensor:
+        """The change foreseen over d steps: Lagrange's polynomial through as many values as each entry has."""
+        total = torch.zeros_like(self.value)
+        for known in range(2, self.order + 2):
+            nodes = [0, *(-ago for ago, _ in self.past)][:known]
+            for node, (_, change) in zip(nodes[1:], self.past, strict=False):
+                weight = math.prod((d - other) / (node - other) for other in nodes if other != node)
+                total = total + weight * change * (self.history == known)[(...,) + (None,) * self._inner]
+        return total
+
+    @property
+    def _inner(self) -> int:
+        return self.value.ndim - self.history.ndim
 
     def put(self, where: tuple[int, ...], fresh: Tensor, d: int) -> None:
-        self.value[where] = fresh - self.slope[where] * d
+        self.value[where] = fresh - self._ahead(d)[where]
 
 
 class Branches(Cached):
     """The branch cache of one MoE layer, equation 7: each slot's expert, weight, output and norm."""
 
     def store_slots(self, ids: Tensor, weights: Tensor, outputs: Tensor, step: int, gap: int) -> None:
-        """A full step: slot p holds branch p. Its slope is zero unless its expert held a slot before."""
-        slope = torch.zeros_like(outputs)
-        if self.forecast and self.value is not None:
+        """A full step: slot p holds branch p. Its history begins anew unless its expert held a slot before."""
+        history = torch.ones_like(ids)
+        changes = [torch.zeros_like(outputs) for _ in range(self.order)]
+        agos = [gap, *(gap + ago for ago, _ in self.past)][: self.order]
+        if self.value is not None and self.order:
             for b, n, p in _indices(ids):
                 for q in range(ids.shape[-1]):
                     if self.ids[b, n, q] == ids[b, n, p]:
-                        slope[b, n, p] = (outputs[b, n, p] - self.value[b, n, q]) / gap
-        self.value, self.slope = outputs.clone(), slope
+                        old = self.value[b, n, q]
+                        values = [old, *(old + change[b, n, q] for _, change in self.past)]
+                        for change, value in zip(changes, values, strict=False):
+                            change[b, n, p] = value - outputs[b, n, p]
+                        history[b, n, p] = min(int(self.history[b, n, q]) + 1, self.order + 1)
+            self.past = list(zip(agos, changes, strict=False))
+        self.value, self.history = outputs.clone(), history
         self.ids, self.weights = ids.clone(), weights.clone()
         self.norms = outputs.norm(dim=-1)
         self.computed_at = torch.full_like(ids, step)
@@ -123,7 +150,7 @@ class Branches(Cached):
         self, slot: tuple[int, int, int], expert: int, weight: Tensor, fresh: Tensor, d: int, step: int
     ) -> None:
         if self.ids[slot] != expert:
-            self.slope[slot] = 0  # how another expert's output changed says nothing of this one's
+            self.history[slot] = 1  # how another expert's output changed says nothing of this one's
         self.put(slot, fresh, d)
         self.ids[slot], self.weights[slot] = expert, weight
         self.norms[slot], self.computed_at[slot] = fresh.norm(), step
@@ -140,13 +167,13 @@ def _indices(tensor: Tensor) -> list[tuple[int, ...]]:
 class BlockState:
     """All that one block keeps between steps."""
 
-    def __init__(self, forecast: tuple[str, ...]) -> None:
-        self.attention = Cached("attention" in forecast)  # (B, N, D), before the gate
+    def __init__(self, forecast: tuple[str, ...], order: int = 1) -> None:
+        self.attention = Cached(order * ("attention" in forecast))  # (B, N, D), before the gate
         self.keys: Tensor | None = None  # (B, H, N, D/H), as SDPA gets them
         self.values: Tensor | None = None
-        self.dense = Cached("experts" in forecast)  # (B, N, D), before the gate
-        self.branches = Branches("experts" in forecast)
-        self.shared = Cached("shared" in forecast)  # (B, N, D)
+        self.dense = Cached(order * ("experts" in forecast))  # (B, N, D), before the gate
+        self.branches = Branches(order * ("experts" in forecast))
+        self.shared = Cached(order * ("shared" in forecast))  # (B, N, D)
         self.statistic: Tensor | float = 0.0  # (B, E, N), equation 10
 
 
@@ -166,7 +193,7 @@ class Simulation:
             raise ValueError("the simulation has the moeca recipes with one common interval only")
         self.model, self.config, self.reroute = model, config, reroute
         self.capacity = model.sizes.tokens if capacity is None else capacity
-        self.states = [BlockState(config.forecast) for _ in model.blocks]
+        self.states = [BlockState(config.forecast, config.forecast_order) for _ in model.blocks]
         self.next_step, self.last_full = 0, 0
 
     @torch.no_grad()

@@ -51,6 +51,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"tau0": 0.0},
     {"tau0": 100.0},
     {"lambda1": 3.0, "lambda2": 0.1, "alpha": 0.2, "beta": 0.3},
+    {**FRESH, "forecast": ALL, "forecast_order": 2, "full_every": 3},
+    {"budget": 0.0, "forecast": ALL, "forecast_order": 3, "full_every": 2},
     {"full_every": 7},
     {"full_steps": (0, 1, 5, 6, 13)},
 ]

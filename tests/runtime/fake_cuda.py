@@ -21,7 +21,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
-from moeca_compile.policies.forecast import weights_after_one
+from moeca_compile.policies.forecast import rule_of, weights_after_one
 from tests.harness import captured
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -64,7 +64,8 @@ class OnFakeCuda:
     def step(self, compiled: CompiledGraph, kind: StepKind) -> fx.Graph:
         """The graph of a step as it is lowered for recording."""
         with self.mode, without_guards():
-            state, weights = Caches(compiled.plan.caches, CUDA), weights_after_one(CUDA)
+            state = Caches(compiled.plan.caches, CUDA)
+            weights = weights_after_one(rule_of(compiled.config).slots, CUDA)
             placed = upload_all(self.inputs, compiled.uploaded, CUDA)
             traced = trace_step(compiled.function(kind), placed, state, weights)
             return write_in_place(traced, state).graph.graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ def euler(times: list[float], full: list[int], order: int, correct: bool) -> flo
         velocity = 3 * time**order
         history = known[:order]
         if history:
-            (last, value), *before = history
-            slope = (value - before[0][1]) / (last - before[0][0]) if before else 0.0
-            guess = value + slope * (time - last)
+            nodes = [at for at, _ in history]
+            shares = [prod((time - b) / (a - b) for b in nodes if b != a) for a in nodes]
+            guess = sum(share * value for share, (_, value) in zip(shares, history, strict=True))
         if number in full:
             out = velocity
             if correct and passed:
@@ -38,10 +39,10 @@ def euler(times: list[float], full: list[int], order: int, correct: bool) -> flo
     return x
 
 
-@pytest.mark.parametrize(("order", "full"), [(1, [0, 4, 6, 9]), (2, [0, 1, 5, 9])])
+@pytest.mark.parametrize(("order", "full"), [(1, [0, 4, 6, 9]), (2, [0, 1, 5, 9]), (3, [0, 1, 2, 6, 9])])
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (0.0, 900.0)])
 def test_errors_that_grow_as_expected_are_made_up_for_exactly(order, full, ends):
-    """A kept value of a line, and a straight line through a parabola."""
+    """A kept value of a line, a straight line through a parabola, and a parabola through a cubic."""
     times = torch.linspace(*ends, 11, dtype=torch.float64).tolist()
     exact = euler(times, list(range(10)), order, correct=False)
     assert euler(times, full, order, correct=True) == pytest.approx(exact, rel=1e-12)
@@ -86,18 +87,20 @@ def compile_with(model: TinyDiTMoE, recipe: str, full: list[int], **options: obj
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("recipe", ["stack", "stack-forecast", "moeca-forecast"])
-def test_a_full_step_returns_its_output_and_a_share_of_what_a_cache_step_would_have_missed(recipe):
-    model = make_model()
+@pytest.mark.parametrize(
+    ("recipe", "order"), [("stack", 0), ("stack-forecast", 1), ("moeca-forecast", 1), ("stack-forecast", 2)]
+)
+def test_a_full_step_returns_its_output_and_a_share_of_what_a_cache_step_would_have_missed(recipe, order):
+    model, options = make_model(), {"forecast_order": order} if order else {}
     exact = outputs(model, model)
-    compiled = compile_with(model, recipe, FULL, corrector=True)
+    compiled = compile_with(model, recipe, FULL, corrector=True, **options)
     found = outputs(model, compiled)
     times = [1 - number / 16 for number in range(STEPS)]
-    for number, before in ((4, [1, 0]), (8, [4, 1])):
+    for number in (4, 8):
         full = FULL[: FULL.index(number)]
-        cached = outputs(model, compile_with(model, recipe, full), number + 1)[number]
-        known = [times[i] for i in before][: 1 + ("forecast" in recipe)]
-        weight = gain(known, times[before[0] + 1 : number], times[number])
+        cached = outputs(model, compile_with(model, recipe, full, **options), number + 1)[number]
+        known = [times[i] for i in reversed(full)][: 1 + order]
+        weight = gain(known, times[full[-1] + 1 : number], times[number])
         assert weight > 0.5
         wanted = exact[number] + weight * (exact[number] - cached)
         assert torch.allclose(found[number], wanted, atol=1e-4 * float(wanted.abs().max()))

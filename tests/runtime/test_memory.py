@@ -17,7 +17,7 @@ from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.replacement import Cache
 from moeca_compile.passes.rewrite.step import Step
-from moeca_compile.policies.forecast import weights_after_one
+from moeca_compile.policies.forecast import rule_of, weights_after_one
 from tests.models import make_inputs
 
 RECIPES = ("moeca", "moeca-forecast", "fora", "stack-forecast")
@@ -57,7 +57,7 @@ def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe
     compiled = graph.loop(recipe=recipe, validate=False).compiled
     state = Caches(compiled.plan.caches, torch.device("cpu"))
     state.prepare()
-    weights = weights_after_one(state.device)
+    weights = weights_after_one(rule_of(compiled.config).slots, state.device)
     gc.collect()
     gc.disable()
     try:
@@ -75,7 +75,8 @@ def test_an_eager_step_leaves_nothing_behind_but_its_result(graph, model, recipe
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_that_only_serves_a_comparison_keeps_no_new_values_of_caches(graph, recipe, monkeypatch):
     """They are as large as the caches, and dropped one by one."""
-    compiled, weights = graph.loop(recipe=recipe, validate=False).compiled, weights_after_one(torch.device("cpu"))
+    compiled = graph.loop(recipe=recipe, validate=False).compiled
+    weights = weights_after_one(rule_of(compiled.config).slots, torch.device("cpu"))
     state, most = Caches(compiled.plan.caches, torch.device("cpu")), 0
 
     def noted(step: Step, cache: Cache) -> None:

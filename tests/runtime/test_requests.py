@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moeca_compile.notes import Notes
-from moeca_compile.policies import forecast
+from moeca_compile.policies.forecast import FORECASTERS
 from moeca_compile.runtime import continuation
 from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.scope import generation, stream
@@ -235,12 +235,12 @@ def test_the_weights_at_even_and_uneven_timesteps():
     stream_ = enter(make_streams(), 1.0).stream
     both, attention = RefreshPlan(True, True), RefreshPlan(True, False)
     stream_.note_refreshed(both, 0, 1.0)
-    assert stream_.weights(0.9) == [[[1.0, 0.0]] * 2] * 2  # one full step: nothing to extrapolate from yet
+    assert stream_.weights(1, 0.9) == [[[1.0, 0.0]] * 2] * 2  # one full step: nothing to extrapolate from yet
     stream_.note_refreshed(both, 4, 0.6)
     for time, ahead in ((0.5, 0.25), (0.1, 1.25)):
-        assert stream_.weights(time) == [[[0.0, 1.0], pytest.approx([-ahead, 1 + ahead])]] * 2
+        assert stream_.weights(5, time) == [[[0.0, 1.0], pytest.approx([-ahead, 1 + ahead])]] * 2
     stream_.note_refreshed(attention, 6, 0.4)  # in the slot of the first
-    assert stream_.weights(0.3) == [
+    assert stream_.weights(7, 0.3) == [
         [[1.0, 0.0], pytest.approx([1.5, -0.5])],
         [[0.0, 1.0], pytest.approx([-0.75, 1.75])],
     ]
@@ -250,18 +250,16 @@ def test_two_full_steps_at_one_time_give_no_line():
     stream_ = enter(make_streams(), 1.0).stream
     for number in range(2):
         stream_.note_refreshed(RefreshPlan(True, True), number, 1.0)
-    assert stream_.weights(0.9) == [[[0.0, 1.0]] * 2] * 2
+    assert stream_.weights(2, 0.9) == [[[0.0, 1.0]] * 2] * 2
 
 
-def test_weights_sum_to_one_whatever_the_history_and_the_rule(monkeypatch):
-    def quadratic(times, time):
-        return [math.prod((time - b) / (a - b) for b in times if b != a) for a in times]
-
-    monkeypatch.setattr(forecast, "RULE", forecast.Rule(3, quadratic))
-    stream_ = enter(make_streams(), 1.0).stream
+@pytest.mark.parametrize("forecaster", [name for name in FORECASTERS if name != "chebyshev"])
+def test_weights_sum_to_one_whatever_the_history_and_the_rule(forecaster):
+    options = {"recipe": "stack-forecast", "forecaster": forecaster, "forecast_order": 2}
+    stream_ = enter(make_streams(**options), 1.0).stream
     for number, time in enumerate((1.0, 0.7, 0.5, 0.1)):
         stream_.note_refreshed(RefreshPlan(True, True), number, time)
-        (rows, _), known = stream_.weights(0.0), min(number + 1, 3)
+        (rows, _), known = stream_.weights(11, 0.0), min(number + 1, 3)
         assert [sum(row) for row in rows] == pytest.approx([1.0] * 3)
         assert [sum(weight != 0 for weight in row) for row in rows] == [min(h + 1, known) for h in range(3)]
         assert rows[0][number % 3] == 1.0

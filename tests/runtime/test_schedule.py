@@ -31,6 +31,10 @@ def parts(steps: int, **options) -> tuple[list[int], list[int]]:
     [
         ({"full_every": 4}, [0, 4, 8], [0, 4, 8]),
         ({"full_every": 1}, list(range(10)), list(range(10))),
+        ({"full_every": 4, "warmup_steps": 1}, [0, 4, 8], [0, 4, 8]),
+        ({"full_every": 4, "warmup_steps": 2}, [0, 1, 5, 9], [0, 1, 5, 9]),
+        ({"full_every": 3, "warmup_steps": 5}, [0, 1, 2, 3, 4, 7], [0, 1, 2, 3, 4, 7]),
+        ({"recipe": "stack", "full_every": 4, "warmup_steps": 2}, [0, 1, 5, 9], [0, 1, 5, 9]),
         ({"full_steps": [0, 1, 7]}, [0, 1, 7], [0, 1, 7]),
         ({"attention_every": 2, "full_every": 4}, [0, 2, 4, 6, 8], [0, 4, 8]),
         ({"experts_every": 3, "full_every": 5}, [0, 5], [0, 3, 6, 9]),
@@ -55,6 +59,10 @@ def test_a_power_schedule_has_as_many_full_steps_the_closer_the_later():
     assert planned(50, None) == [0, 5, 11, 16, 21, 25, 30, 34, 37, 41, 44, 47, 49]
     assert planned(50, None, schedule_exponent=1.0) == [round(50 * i / 13) for i in range(13)]
     assert planned(4, None, full_every=1) == [0, 1, 2, 3]
+    # One step less, and one full step less.
+    after = [1 + round(49 * (1 - (1 - i / 12) ** 1.45)) for i in range(12)]
+    assert planned(50, None, warmup_steps=2) == [0, *after]
+    assert planned(8, None, warmup_steps=4) == [0, 1, 2, 3]
     assert planned(3, None) == [0]
 
 

@@ -77,12 +77,15 @@ class StepKind:
         capacity: the most tokens of a sample that a cache step recomputes; 0 where it recomputes none. Counted in
             the main stream; in other streams the same fraction of their tokens.
         forced: recompute everything through the caches (validation only).
+        group: the replacements whose values a cache step takes from caches, where a policy has several groups of them
+            (Replacement.group).
     """
 
     attention: bool = True
     experts: bool = True
     capacity: int = 0
     forced: bool = False
+    group: str = ""
 
     @property
     def full(self) -> bool:
@@ -97,7 +100,11 @@ class StepKind:
         if self.full:
             return "full"
         fresh = "+attention" if self.attention else "+experts" if self.experts else ""
-        return f"cache{fresh}" + (f"[{self.capacity}]" if self.capacity else "")
+        return (
+            f"cache{fresh}"
+            + (f"[{self.capacity}]" if self.capacity else "")
+            + (f" {self.group}" if self.group else "")
+        )
 
 
 REUSING = StepKind(attention=False, experts=False)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, fx
 
-from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind
 from moeca_compile.passes.rewrite.step import Step
 
 
@@ -41,6 +41,8 @@ class Replacement:
             `node` is computed from in the graph.
         recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
         recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.
+        group: which cache steps use it (StepKind.group), where those of a generation do not all use the same; "" for
+            all of them. Other cache steps run the model's work there.
     """
 
     node: fx.Node
@@ -52,6 +54,11 @@ class Replacement:
     reads: tuple[fx.Node, ...] = ()
     recomputes_rows: bool = False
     recomputes_branches: bool = False
+    group: str = ""
+
+    def reused_at(self, kind: StepKind) -> bool:
+        """Whether a step of this kind takes the value from the caches."""
+        return not kind.computes(self.part) and self.group in ("", kind.group)
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:

@@ -39,6 +39,7 @@ def step_function(
     Without `updates`, new values of caches are dropped after their last use, and the result has none: all of them are
     as large as the caches.
     """
+    replacements = [each for each in replacements if kind.computes(each.part) or each.reused_at(kind)]
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
     reads |= {each.node: _reads(each, kind) for each in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]

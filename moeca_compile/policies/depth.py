@@ -1,0 +1,66 @@
+"""Between which values of the residual stream some blocks lie, for recipes that cache a part of the blocks as one.
+
+A *depth* counts the blocks that a stream has passed: 0 is the stream before the first block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from moeca_compile.options import Options
+from moeca_compile.passes.analysis.axis import offset_in
+from moeca_compile.passes.analysis.graph import ancestors
+from moeca_compile.passes.match.regions import Regions
+from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.policies.block import blocks_of
+from moeca_compile.policies.stack import change_replacement
+
+Span = tuple[fx.Node, fx.Node]
+"""A stream before and after some blocks."""
+
+
+def depth_of(regions: Regions) -> int:
+    """How many blocks the output's streams pass; the fewest of them, and 0 where there is none."""
+    return min((len(_path(regions, *stack)) - 1 for stack in regions.stacks), default=0)
+
+
+def spans(regions: Regions, first: int, last: int) -> list[Span]:
+    """What lies between two depths, in each token stream.
+
+    Empty where there is no such depth, and where streams are joined before the last depth while blocks come after it:
+    the change would begin in several streams and end in one.
+    """
+    depth = depth_of(regions)
+    if not 0 <= first < last <= depth:
+        return []
+    if last == depth:
+        return [(_path(regions, start, end)[first], end) for start, end in regions.stacks]
+    chains = _chains(regions)
+    return [(chain[first], chain[last]) for chain in chains] if all(last < len(chain) for chain in chains) else []
+
+
+def change_replacements(options: Options, found: Sequence[Span], name: str, group: str) -> list[Replacement]:
+    """For each span, its end as its beginning plus the cached change between the two."""
+    # Not "name" beside "name.1", which is also a slot of a ring of that name.
+    names = [name] if len(found) == 1 else [f"{name}.{i}" for i in range(len(found))]
+    return [change_replacement(options, *span, each, group) for span, each in zip(found, names, strict=True)]
+
+
+def _path(regions: Regions, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The stream of a stack by depth, with whatever other tokens are joined to it on the way."""
+    axis = regions.axis(end)
+    after = [after for _, after in blocks_of(regions) if start < after and not end < after]
+    holding = [stream for stream in after if offset_in(regions.axis(stream), axis) is not None]
+    return [start, *holding[:-1], end]
+
+
+def _chains(regions: Regions) -> list[list[fx.Node]]:
+    """By depth, each stream that begins before all blocks, up to where it is joined with others."""
+    after, adds = dict(blocks_of(regions)), {residual.add for residual in regions.residuals}
+    chains = [[start] for start in after if adds.isdisjoint(ancestors([start]))]
+    for chain in chains:
+        while chain[-1] in after:
+            chain.append(after[chain[-1]])
+    return chains
