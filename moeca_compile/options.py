@@ -137,6 +137,13 @@ def step_list(value: Any) -> tuple[int, ...]:
     return steps
 
 
+def polynomial(value: Any) -> tuple[float, ...]:
+    coefficients = each(real(-math.inf))(value)
+    if not coefficients:
+        raise NotAllowedError("a list or tuple of at least one finite number")
+    return coefficients
+
+
 def capacity_buckets(value: Any) -> tuple[float, ...]:
     buckets = each(real(0, 1, open_low=True))(value)
     ascending = all(low < high for low, high in itertools.pairwise(buckets))
@@ -168,6 +175,7 @@ def setting(default: Any, check: Check, group: str, doc: str) -> Any:
 
 
 SCHEDULE, THRESHOLD, SCORE = "Schedule", "Threshold, equations 10 and 12", "Score, equation 9"
+DECISIONS = "Steps decided by the data"
 REUSE, STATE, COMPILATION = (
     "Reuse, equation 8 and section 4.1",
     "Static shapes and state",
@@ -219,6 +227,34 @@ class Options:
     )
     experts_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all experts at this interval instead of full_every."
+    )
+    reuse_threshold: float = setting(
+        0.1,
+        real(0),
+        DECISIONS,
+        """The error up to which a recipe that decides by the data reuses: for teacache, the relative changes of the
+        first block's input since the last full step, added up; for block-cache, the relative change of the first
+        blocks' residual since then. 0 makes every step full. One decision is made for the whole batch.""",
+    )
+    max_reused: int | None = setting(
+        None,
+        optional(whole(0)),
+        DECISIONS,
+        "The most steps in a row that reuse, whatever the data say. None is no limit.",
+    )
+    warmup_steps: int = setting(0, whole(0), DECISIONS, "So many steps at the beginning of a generation are full.")
+    rescale: tuple[float, ...] = setting(
+        (1.0, 0.0),
+        polynomial,
+        DECISIONS,
+        """The coefficients of TeaCache's polynomial, that of the highest power first, as numpy.polyfit returns them:
+        each change of the first block's input is rescaled by it before it is added up. The default changes nothing.""",
+    )
+    first_blocks: int = setting(
+        1, whole(1), DECISIONS, "How many blocks block-cache runs at every step, to decide by (n, or Fn, in DBCache)."
+    )
+    last_blocks: int = setting(
+        0, whole(0), DECISIONS, "How many blocks block-cache runs at the end of every step (m, or Bn, in DBCache)."
     )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
@@ -297,8 +333,8 @@ class Options:
         REUSE,
         """Which cached tensors are extrapolated to first order in the timestep, from the last two full steps. For
         the moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
-        feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
-        "stack"; for block "blocks".""",
+        feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack,
+        teacache and block-cache "stack"; for block "blocks".""",
     )
     forecast_slope: float = setting(
         1.0,

@@ -9,6 +9,7 @@ from typing import Any
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
     {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
@@ -20,6 +21,15 @@ CACHING = (
     | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
 )
 """Options that every recipe with caches uses."""
+DECIDING = (CACHING | {"reuse_threshold", "max_reused"}) - {
+    "full_every",
+    "full_steps",
+    "schedule",
+    "schedule_exponent",
+    "forecast",
+    "forecast_slope",
+}
+"""Options that every recipe uses that decides by the data which steps are full."""
 
 
 def _nothing_ignored(options: Options) -> Mapping[str, str]:
@@ -39,6 +49,7 @@ class Policy:
         needs: what a model must have, in words that a warning shows.
         applies: whether the regions have what the policy needs.
         caches: whether it caches anything in any model.
+        decides: how it decides by the data which steps are full; None where step numbers do (runtime.schedule).
         ignored: returns options that have no effect because of another option's value, each with the reason.
     """
 
@@ -50,6 +61,7 @@ class Policy:
     needs: str = "attention or feed-forwards around a residual stream"
     applies: Callable[[Regions], bool] = lambda regions: True
     caches: bool = True
+    decides: Decides | None = None
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.passes.rewrite.kinds import COUNTERS, REUSING, StepKind
+from moeca_compile.passes.rewrite.kinds import COUNTERS, PROBE, REUSING
 from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
@@ -54,6 +54,7 @@ def report(model: Any) -> Report:
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
         corrections=sum(each.tallies.corrections for each in counted),
+        probes=sum(each.tallies.probes for each in counted),
         flops=_flops(counted),
         validation_errors=dict(notes.errors),
         warnings=(*notes.warnings, *_refusals()),
@@ -143,9 +144,10 @@ def _ratio(part: float, whole: float) -> float | None:
 def _flops(counted: list[Counted]) -> Flops | None:
     tallies = [(each.flops, kind, tally.steps) for each in counted for kind, tally in each.tallies.items()]
     calls = sum(steps for _, _, steps in tallies)
-    full = sum(steps * flops[StepKind()] for flops, _, steps in tallies)
+    full = sum(each.tallies.steps * each.uncached for each in counted)
     spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
     spent += sum(n * each.flops[REUSING] for each in counted if (n := each.tallies.corrections))
+    spent += sum(n * each.flops[PROBE] for each in counted if (n := each.tallies.probes))
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

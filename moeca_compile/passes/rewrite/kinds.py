@@ -77,12 +77,14 @@ class StepKind:
         capacity: the most tokens of a sample that a cache step recomputes; 0 where it recomputes none. Counted in
             the main stream; in other streams the same fraction of their tokens.
         forced: recompute everything through the caches (validation only).
+        probe: computes nothing but what decides about the step (passes.rewrite.probe).
     """
 
     attention: bool = True
     experts: bool = True
     capacity: int = 0
     forced: bool = False
+    probe: bool = False
 
     @property
     def full(self) -> bool:
@@ -94,6 +96,8 @@ class StepKind:
 
     @property
     def name(self) -> str:
+        if self.probe:
+            return "probe"
         if self.full:
             return "full"
         fresh = "+attention" if self.attention else "+experts" if self.experts else ""
@@ -102,6 +106,9 @@ class StepKind:
 
 REUSING = StepKind(attention=False, experts=False)
 """A cache step that recomputes nothing."""
+
+PROBE = StepKind(attention=False, experts=False, probe=True)
+"""What decides about a step, computed by itself."""
 
 COUNTERS = ("branches", "matched", "recomputed", "dropped", "needed")
 """What a layer counts on a cache step: its branches, those matched, those recomputed, tokens dropped past the
