@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -144,6 +145,30 @@ def polynomial(value: Any) -> tuple[float, ...]:
     return coefficients
 
 
+def magnitudes(value: Any) -> tuple[float, ...] | None:
+    """Ratios as numbers, or from a JSON file that lists them."""
+    if value is None:
+        return None
+    allowed = (
+        "None, a list or tuple of at least two positive numbers (one for each step, the first is 1), or the path of "
+        "a JSON file with such a list: without this option, report(model).magnitude_ratios has it after a generation"
+    )
+    found, kind = value, real(0, open_low=True)
+    if isinstance(value, (str, os.PathLike)):
+        try:
+            with open(os.path.expanduser(os.fspath(value)), encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError) as error:
+            raise NotAllowedError(f"{allowed} ({error})") from None
+    try:
+        ratios = each(kind)(found)
+    except NotAllowedError:
+        raise NotAllowedError(allowed) from None
+    if len(ratios) < 2:
+        raise NotAllowedError(allowed)
+    return ratios
+
+
 def capacity_buckets(value: Any) -> tuple[float, ...]:
     buckets = each(real(0, 1, open_low=True))(value)
     ascending = all(low < high for low, high in itertools.pairwise(buckets))
@@ -234,7 +259,8 @@ class Options:
         DECISIONS,
         """The error up to which a recipe that decides by the data reuses: for teacache, the relative changes of the
         first block's input since the last full step, added up; for block-cache, the relative change of the first
-        blocks' residual since then. 0 makes every step full. One decision is made for the whole batch.""",
+        blocks' residual since then; for magcache, the errors that the magnitude ratios foresee, added up since then.
+        0 makes every step full. One decision is made for the whole batch.""",
     )
     max_reused: int | None = setting(
         None,
@@ -247,14 +273,28 @@ class Options:
         (1.0, 0.0),
         polynomial,
         DECISIONS,
-        """The coefficients of TeaCache's polynomial, that of the highest power first, as numpy.polyfit returns them:
-        each change of the first block's input is rescaled by it before it is added up. The default changes nothing.""",
+        """The coefficients of TeaCache's polynomial, that of the highest power first, as numpy.polyfit returns them.
+        It rescales each change of the first block's input before that is added up. The default changes nothing.""",
     )
     first_blocks: int = setting(
         1, whole(1), DECISIONS, "How many blocks block-cache runs at every step, to decide by (n, or Fn, in DBCache)."
     )
     last_blocks: int = setting(
         0, whole(0), DECISIONS, "How many blocks block-cache runs at the end of every step (m, or Bn, in DBCache)."
+    )
+    magnitude_ratios: tuple[float, ...] | None = setting(
+        None,
+        magnitudes,
+        DECISIONS,
+        """By how much the size of the stack's change grows at each step of a generation, for magcache: a number for
+        each step, or a JSON file that lists them. For another number of steps the nearest ones are taken. None
+        measures them in the first generation, which runs uncached.""",
+    )
+    retention: float = setting(
+        0.2,
+        real(0, 1),
+        DECISIONS,
+        "The share of a generation's steps, at its beginning, that magcache runs in full.",
     )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(

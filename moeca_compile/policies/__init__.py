@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moeca_compile.policies import block, block_cache, layerwise, moeca, none, stack, teacache
+from moeca_compile.policies import block, block_cache, layerwise, magcache, moeca, none, stack, teacache
 from moeca_compile.policies.policy import Policy
 
-POLICIES = (none, moeca, layerwise, stack, block, teacache, block_cache)
+POLICIES = (none, moeca, layerwise, stack, block, teacache, block_cache, magcache)
 
 RECIPES: dict[str, Policy] = {recipe: module.POLICY for module in POLICIES for recipe in module.POLICY.recipes}
 """The policy behind each recipe."""

@@ -46,26 +46,40 @@ class Criterion:
         self.options, self.memory = options, memory
         self.reused = 0
         """Steps since the last full one."""
+        self.at: StepAt | None = None
+        self.before: StepAt | None = None
+        """The step before the one at hand; None at the first step, and where it may be another picture's."""
+        self.full_before = False
+        """Whether that was full."""
         self.remark = ""
         """What the user should be told."""
 
     def is_full(self, at: StepAt, signal: Signal) -> bool:
         """Whether this step is full. The signal is read where it matters only."""
+        self._enter(at)
         most = self.options.max_reused
         full = at.number < self.warmup(at) or (most is not None and self.reused >= most) or self.exceeds(at, signal)
         if full:
-            self.forced(at)
+            self._count_anew()
         else:
             self.reused += 1
         return full
 
     def forced(self, at: StepAt) -> None:
         """The step is full, whatever its signal says."""
-        self.reused = 0
-        self.restart()
+        self._enter(at)
+        self._count_anew()
 
     def forget(self) -> None:
         """What went before belongs to another picture, perhaps."""
+        self.at = None
+        self._count_anew()
+
+    def _enter(self, at: StepAt) -> None:
+        self.before, self.full_before = self.at, self.reused == 0
+        self.at = at
+
+    def _count_anew(self) -> None:
         self.reused = 0
         self.restart()
 
@@ -83,7 +97,7 @@ class Criterion:
         """A full step has run: errors add up anew."""
 
     def measured(self, at: StepAt, signal: Signal) -> None:
-        """The signal of a probe that runs after full steps. It is there when a later generation reads it."""
+        """The signal of a probe that runs after full steps. The device has it when a later generation asks."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,9 @@ class Decides:
     Attributes:
         criterion: makes the criterion of a stream.
         probe: what it asks about each step; None where it needs nothing.
+        ratios: of a memory, what a report has as magnitude ratios; none for most policies.
     """
 
     criterion: Callable[[Options, Memory], Criterion]
     probe: Callable[[Options, Regions], Probe | None]
+    ratios: Callable[[Memory], list[float]] = lambda memory: []

@@ -22,13 +22,17 @@ from moeca_compile.policies.policy import CACHING, Policy
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     """Each stream after the last block: the stream before the first block plus the cached change."""
-    stacks = regions.stacks
-    # Not "stack" beside "stack.1", which is also a slot of a ring of that name.
-    names = ["stack"] if len(stacks) == 1 else [f"stack.{i}" for i in range(len(stacks))]
     return [
         change_replacement(options, first, last, name, "stack")
-        for name, (first, last) in zip(names, stacks, strict=True)
+        for name, (first, last) in zip(names_of(regions), regions.stacks, strict=True)
     ]
+
+
+def names_of(regions: Regions) -> list[str]:
+    """The names of the cached changes."""
+    count = len(regions.stacks)
+    # Not "stack" beside "stack.1", which is also a slot of a ring of that name.
+    return ["stack"] if count == 1 else [f"stack.{i}" for i in range(count)]
 
 
 def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: str, group: str) -> Replacement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import fmean
 from typing import Any
 
 from torch import fx
@@ -14,6 +15,7 @@ from moeca_compile.passes.rewrite.kinds import COUNTERS, PROBE, REUSING
 from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
+from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
 from moeca_compile.runtime.tallies import Counted
 
@@ -54,6 +56,7 @@ def report(model: Any) -> Report:
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
         corrections=sum(each.tallies.corrections for each in counted),
+        magnitude_ratios=_magnitude_ratios(loops[-1]) if loops else (),
         probes=sum(each.tallies.probes for each in counted),
         flops=_flops(counted),
         validation_errors=dict(notes.errors),
@@ -116,6 +119,14 @@ def _why_idle(compiled: CompiledGraph) -> str:
     if regions.skipped and not policy.applies(regions):
         return f"the recipe needs {policy.needs}, and none is cached"
     return "see the warnings"
+
+
+def _magnitude_ratios(loop: StepLoop) -> tuple[float, ...]:
+    """Those that the streams have measured at the most steps, as a mean over these streams."""
+    decides = loop.compiled.config.policy.decides
+    found = [decides.ratios(memory) for memory in list(loop.streams.memories.values())] if decides is not None else []
+    most = max(map(len, found), default=0)
+    return tuple(map(fmean, zip(*(ratios for ratios in found if len(ratios) == most), strict=True)))
 
 
 def _counts(counted: list[Counted]) -> tuple[dict[str, float], int]:

@@ -86,6 +86,8 @@ class Report:
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
         corrections: number of full steps that made up for the cache steps before them (option `corrector`).
         probes: number of probes that ran beside these steps, to decide by the data which of them are full.
+        magnitude_ratios: what recipe magcache has measured, a number for each step of a generation; the mean, where
+            there are several streams.
         match_ratio: share of the branches on cache steps that were in the cache.
         reuse_ratio: share of the branches on cache steps whose cached output was used.
         recomputed_branches_per_step: mean over cache steps. It and the ratios are None before the first cache step of
@@ -111,6 +113,7 @@ class Report:
     steps: Mapping[str, int] = field(default_factory=dict)
     corrections: int = 0
     probes: int = 0
+    magnitude_ratios: tuple[float, ...] = ()
     match_ratio: float | None = None
     reuse_ratio: float | None = None
     recomputed_branches_per_step: float | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Simulation:
     warmup: int = 0
     most: int | None = None
     forecast: bool = False
+    corrector: bool = False
     late: bool = False
     steps: int | None = None
     margins: list[float] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Simulation:
 
     def begin(self, steps: int | None) -> None:
         self.steps, self.number, self.reused, self.last_signal = steps, 0, 0, 0.0
+        self.passed: list[float] = []
         self.known: list[tuple[float, Tensor]] = []
         """Time and cached change of the last two full steps, the newest first."""
         self.restart()
@@ -57,9 +60,22 @@ class Simulation:
             self.restart()
         else:
             self.reused += 1
-        out = self.run_full(h, c, float(t[0])) if full else self.reuse(h, c, float(t[0]))
         self.number += 1
-        return full, self.model.finish(out, c)
+        return full, self.output(full, h, c, float(t[0]))
+
+    def output(self, full: bool, h: Tensor, c: Tensor, time: float) -> Tensor:
+        gain, guess = 0.0, None
+        if not full:
+            self.passed.append(time)
+            return self.model.finish(self.reuse(h, c, time), c)
+        if self.corrector and self.passed:  # held values: errors that grow in proportion to the time since
+            since, ends = self.known[0][0], [*self.passed[1:], time]
+            lengths = [(end - now) / (time - self.passed[-1]) for now, end in zip(self.passed, ends, strict=True)]
+            gain = sum((now - since) / (time - since) * w for now, w in zip(self.passed, lengths, strict=True))
+            guess = self.model.finish(self.reuse(h, c, time), c)
+        self.passed = []
+        out = self.model.finish(self.run_full(h, c, time), c)
+        return out if guess is None else out + gain * (out - guess)
 
     # --- what the methods share -----------------------------------------------------------------------------
 
@@ -159,6 +175,55 @@ class BlockCache(Simulation):
         for block in self.model.blocks[len(self.model.blocks) - self.last :]:
             out = block(out, c)
         return out
+
+
+@dataclass
+class MagCache(Simulation):
+    ratios: tuple[float, ...] | None = None
+    measured: dict[tuple[float, float], float] = field(default_factory=dict)
+
+    def begin(self, steps: int | None) -> None:
+        super().begin(steps)
+        self.time_before: float | None = None
+        self.full_before = False
+        self.norms: Tensor | None = None
+
+    def step(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[bool, Tensor]:
+        before = self.norms
+        full, out = super().step(x, t, y)
+        if full and self.full_before:
+            assert before is not None and self.norms is not None and self.time_before is not None
+            self.measured[self.time_before, float(t[0])] = float((self.norms / before).mean())
+        self.time_before, self.full_before = float(t[0]), full
+        return full, out
+
+    def signal(self, h: Tensor, c: Tensor) -> float:
+        return 0.0
+
+    def run_full(self, h: Tensor, c: Tensor, time: float) -> Tensor:
+        out = super().run_full(h, c, time)
+        self.norms = (out - h).norm(dim=-1)
+        return out
+
+    def warmed_up(self) -> float:
+        known = len(self.ratios) if self.ratios else len(self.measured)
+        return int(0.2 * (self.steps or known))
+
+    def exceeds(self, signal: float, time: float) -> bool:
+        if self.ratios is None:
+            ratio = self.measured.get((self.time_before, time))
+        else:
+            steps, known = self.steps or len(self.ratios), len(self.ratios)
+            places = np.round(np.arange(steps) * (known - 1) / (steps - 1)).astype(int)
+            ratio = self.ratios[places[self.number]] if self.number < steps else None
+        if ratio is None:
+            return True
+        self.product *= ratio
+        self.error += abs(1 - self.product)
+        return self.judge(self.error)
+
+    def restart(self) -> None:
+        self.product, self.error = 1.0, 0.0
 
 
 def trajectory_step(x: Tensor, cond: Tensor, uncond: Tensor, steps: int) -> Tensor:
