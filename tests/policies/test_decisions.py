@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile import generation
+from moeca_compile import generation, report
 from moeca_compile.runtime.engine import Engine
+from moeca_compile.runtime.late import LateCopy
 from tests.harness import Captured
 from tests.models import TinyDiTMoE, make_inputs
 from tests.policies.reference_decisions import (
@@ -202,3 +205,96 @@ def kinds_of(engine: Engine, graph: Captured, simulation: Simulation, seed: int)
         full.append(was_full)
         x = x - found / STEPS
     return full
+
+
+# What they cost
+
+
+@pytest.mark.filterwarnings("ignore:moeca. recipe 'magcache'")
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache", "magcache"])
+def test_the_host_asks_once_a_step_at_most_and_never_of_forced_steps(model, graph, eager_steps, monkeypatch, recipe):
+    asked, number = [], LateCopy.number
+    monkeypatch.setattr(LateCopy, "number", lambda copy: asked.append(1) or number(copy))
+    engine = graph.engine(recipe=recipe, reuse_threshold=0.3, **({} if recipe == "magcache" else {"warmup_steps": 3}))
+    counts = []
+    (x, y), steps = make_inputs(model), 8
+    with torch.no_grad(), generation(steps=steps):
+        for time in times_of(steps):
+            before = len(asked)
+            engine(*graph.arguments(x=x * time, t=time_of(x, time), y=y))
+            counts.append(len(asked) - before)
+    # magcache only measures in a first generation.
+    assert counts == ([0] * 8 if recipe == "magcache" else [0, 0, 0, 1, 1, 1, 1, 0])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
+def test_a_report_says_what_was_decided_and_what_that_cost(model, recipe):
+    """Traced, validated, and with the probe in the FLOPs."""
+    torch._dynamo.reset()
+    simulation = SIMULATED[recipe](model, 0.3)
+    options = {"recipe": recipe, "reuse_threshold": 0.3, "lowering": "eager"}
+    compiled = torch.compile(model, backend="moeca", options=options)
+    simulation.begin(STEPS)
+    (x, y), full = make_inputs(model), 0
+    with torch.no_grad(), generation(steps=STEPS):
+        for time in times_of(STEPS):
+            t = time_of(x, time)
+            was_full, wanted = simulation.step(x, t, y)
+            found, full = compiled(x, t, y), full + was_full
+            assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+            x = x - found / STEPS
+    found = report(compiled)
+    assert found.steps == {"full": full, "cache": STEPS - full} and found.probes == STEPS
+    assert f"decided by {STEPS} probes" in str(found)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(x, t, y)
+    # The condition of each step is made by the probe and by the step.
+    assert counter.get_total_flops() <= found.flops.full_step < 1.03 * counter.get_total_flops()
+    most = STEPS / full
+    assert (0.9 if recipe == "teacache" else 0.5) * most < found.flops.speedup < most
+    assert found.validation_errors.keys() >= {"rewritten", "reused", "probe", "full", "cache"}
+    kept = {region.name for region in found.regions if region.status == "skipped"}
+    assert kept == (set() if recipe == "teacache" else {"blocks.0.attn", "blocks.0.mlp.fc2"})
+
+
+def test_magcache_reports_its_ratios_which_may_be_given_to_another_model(model):
+    torch._dynamo.reset()
+    options = {"recipe": "magcache", "reuse_threshold": 0.3, "lowering": "eager"}
+    compiled = torch.compile(model, backend="moeca", options=options)
+    with pytest.warns(UserWarning, match="measures them"):
+        run(compiled, model)
+    second = run(compiled, model)
+    ratios = report(compiled).to_dict()["magnitude_ratios"]
+    assert len(ratios) == STEPS and ratios[0] == 1 and all(ratio > 0 for ratio in ratios)
+    torch._dynamo.reset()
+    given = torch.compile(
+        model, backend="moeca", options={**options, "magnitude_ratios": json.loads(json.dumps(ratios))}
+    )
+    torch.testing.assert_close(run(given, model), second)
+    assert report(given).steps["cache"] > 2 and report(given).magnitude_ratios == ()
+
+
+@torch.no_grad()
+def run(compiled: Any, model: TinyDiTMoE) -> torch.Tensor:
+    x, y = make_inputs(model)
+    with generation(steps=STEPS):
+        for time in times_of(STEPS):
+            x = x - compiled(x, time_of(x, time), y) / STEPS
+    return x
+
+
+def test_too_few_blocks_are_an_uncached_model_and_a_warning(graph):
+    with pytest.warns(UserWarning, match="more blocks than first_blocks and last_blocks together"):
+        loop = graph.loop(recipe="block-cache", first_blocks=3, last_blocks=1)
+    assert not loop.compiled.caching and loop.compiled.plan.probe is None
+    assert graph.loop(recipe="block-cache", first_blocks=2, last_blocks=1).compiled.caching
+
+
+def test_what_a_probe_keeps_counts_as_cache(graph):
+    plans = {recipe: graph.loop(recipe=recipe).compiled.plan for recipe in ("stack", "teacache", "block-cache")}
+    one = plans["stack"].nbytes
+    assert plans["teacache"].nbytes == 2 * one  # the input of the step before
+    assert plans["block-cache"].nbytes == 4 * one  # the first change, and the streams that are handed on
+    with pytest.warns(UserWarning, match="in bfloat16"):
+        assert graph.loop(recipe="teacache", max_cache_bytes=2 * one - 1).compiled.config.recipe == "teacache"
