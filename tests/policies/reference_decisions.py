@@ -48,11 +48,13 @@ class Simulation:
         """Time and cached change of the last two full steps, the newest first."""
         self.restart()
 
-    def step(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[bool, Tensor]:
+    def step(self, x: Tensor, t: Tensor, y: Tensor, certain: bool = True) -> tuple[bool, Tensor]:
         h, c = self.model.embed_inputs(x, t, y)
         signal = self.signal(h, c)
         judged, self.last_signal = (self.last_signal if self.late else signal), signal
-        forced = self.number == 0 or self.number + 1 == self.steps or self.number < self.warmed_up()
+        if not certain:
+            self.known, self.passed = [], []
+        forced = not certain or self.number == 0 or self.number + 1 == self.steps or self.number < self.warmed_up()
         forced = forced or (self.most is not None and self.reused >= self.most)
         full = forced or self.exceeds(judged, float(t[0]))
         if full:
@@ -188,9 +190,9 @@ class MagCache(Simulation):
         self.full_before = False
         self.norms: Tensor | None = None
 
-    def step(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[bool, Tensor]:
+    def step(self, x: Tensor, t: Tensor, y: Tensor, certain: bool = True) -> tuple[bool, Tensor]:
         before = self.norms
-        full, out = super().step(x, t, y)
+        full, out = super().step(x, t, y, certain)
         if full and self.full_before:
             assert before is not None and self.norms is not None and self.time_before is not None
             self.measured[self.time_before, float(t[0])] = float((self.norms / before).mean())

@@ -207,6 +207,32 @@ def kinds_of(engine: Engine, graph: Captured, simulation: Simulation, seed: int)
     return full
 
 
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
+def test_after_an_interrupted_step_everything_starts_anew(model, graph, eager_steps, monkeypatch, recipe):
+    """The step is repeated, in full, and what had added up before is forgotten."""
+    engine, simulation = graph.engine(recipe=recipe, reuse_threshold=0.3), SIMULATED[recipe](model, 0.3)
+    loop, (x, y) = engine.loop_for(graph.inputs), make_inputs(model)
+    simulation.begin(None)
+    kinds = []
+    with torch.no_grad():
+        for number, time in enumerate(times_of(STEPS)):
+            t, certain = time_of(x, time), number != 6
+            if not certain:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(loop, "_run", interrupted)
+                    engine(*graph.arguments(x=x, t=t, y=y))
+            was_full, wanted = simulation.step(x, t, y, certain)
+            (found,) = engine(*graph.arguments(x=x, t=t, y=y))
+            assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), f"step {number}"
+            kinds.append(was_full)
+            x = x - found / STEPS
+    assert kinds[6] and not all(kinds[1:])
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 # What they cost
 
 
