@@ -106,6 +106,8 @@ class Study:
     guidance: float
     device: torch.device
     uncached: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
+    ratios: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The magnitude ratios by sampler, measured once."""
 
     def model(self) -> DigitsDiT:
         return load_model(self.checkpoint).to(self.device)
@@ -126,6 +128,7 @@ def questions() -> tuple[Question, ...]:
         ),
         Question("forecasters", tuple(_forecasters((4, 7)))),
         Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
+        Question("decisions", (*_evenly_spaced((3, 4)), *_variants_of(_DECIDING))),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
@@ -135,9 +138,39 @@ def questions() -> tuple[Question, ...]:
 def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
     yield Case("none", {"recipe": "none"})
     for every in intervals:
-        for recipe in (name for name in RECIPES if name != "none"):
+        for recipe in (name for name, policy in RECIPES.items() if policy.caches and policy.decides is None):
             yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
 
+
+def _evenly_spaced(intervals: Sequence[int]) -> Iterator[Case]:
+    for every in intervals:
+        for recipe in ("stack", "stack-forecast"):
+            yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
+
+
+def _variants_of(options: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
+    for chosen in options:
+        rest = {name: value for name, value in chosen.items() if name != "recipe"}
+        yield Case(", ".join(filter(None, (chosen["recipe"], _describe(rest)))), chosen)
+
+
+_BOTH: dict[str, Any] = {"forecast": ("stack",), "corrector": True}
+_DECIDING: tuple[dict[str, Any], ...] = (
+    {"recipe": "teacache"},
+    {"recipe": "block-cache"},
+    {"recipe": "magcache"},
+    # About 3 and 4 times fewer FLOPs.
+    {"recipe": "teacache", "reuse_threshold": 0.11},
+    {"recipe": "teacache", "reuse_threshold": 0.16},
+    {"recipe": "block-cache", "reuse_threshold": 0.17},
+    {"recipe": "block-cache", "reuse_threshold": 0.28},
+    {"recipe": "magcache", "reuse_threshold": 0.1, "max_reused": 4, "retention": 0.06},
+    {"recipe": "magcache", "reuse_threshold": 0.18, "max_reused": 5, "retention": 0.06},
+    {"recipe": "teacache", "reuse_threshold": 0.11, **_BOTH},
+    {"recipe": "teacache", "reuse_threshold": 0.16, **_BOTH},
+    {"recipe": "block-cache", "reuse_threshold": 0.17, **_BOTH},
+    {"recipe": "block-cache", "reuse_threshold": 0.28, **_BOTH},
+)
 
 _SCHEDULED: tuple[dict[str, Any], ...] = ({"schedule": "power"},)
 _CORRECTED: tuple[dict[str, Any], ...] = (
@@ -286,6 +319,8 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
     model: Any = study.model()
     if case.options is not None:
         options = {"validate": False, "lowering": "eager", **case.options}
+        if options["recipe"] == "magcache":
+            options["magnitude_ratios"] = _ratios(study, question)
         model = torch.compile(model, backend="moeca", options=options)
     steps, sampler = case.steps or study.steps, case.sampler or question.sampler
     pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
@@ -311,6 +346,17 @@ def _uncached(study: Study, question: Question) -> list[Tensor]:
             _pictures(study, model, question, seed, study.steps, question.sampler) for seed in seeds
         ]
     return study.uncached[key]
+
+
+def _ratios(study: Study, question: Question) -> tuple[float, ...]:
+    """Magnitude ratios of pictures from a seed that no case uses."""
+    if question.sampler not in study.ratios:
+        options = {"validate": False, "lowering": "eager", "recipe": "magcache"}
+        model = torch.compile(study.model(), backend="moeca", options=options)
+        _pictures(study, model, question, 2 * question.sets, study.steps, question.sampler)
+        study.ratios[question.sampler] = moeca_compile.report(model).magnitude_ratios
+        torch._dynamo.reset()
+    return study.ratios[question.sampler]
 
 
 def _costs(model: Any) -> Costs:

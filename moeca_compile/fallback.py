@@ -136,12 +136,12 @@ def uncached_without_timestep(
     if plan.regions.timesteps:
         return plan
     if captured.partial:  # the warning about the graph break explains it already
-        return replace(plan, replacements=(), capacities=(0,))
+        return replace(plan, replacements=(), capacities=(0,), probe=None)
     if scope.current_time() is None:
         times = find_times_of_tokens(captured.argument_nodes(graph))
         shapes = " and ".join(f"{node.name.removeprefix('l_').rstrip('_')} {tuple(shape_of(node))}" for node in times)
         notes.warn(TIMES_OF_TOKENS.format(shapes) if times else NO_TIMESTEP)
-        return replace(plan, replacements=(), capacities=(0,), untimed=True)
+        return replace(plan, replacements=(), capacities=(0,), probe=None, untimed=True)
     return plan
 
 

@@ -14,7 +14,7 @@ from moeca_compile.free_memory import free_bytes
 from moeca_compile.notes import Notes
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.match.regions import Regions
-from moeca_compile.plan import regions_that_pay, replacements_of
+from moeca_compile.plan import cache_specs, probe_of, regions_that_pay, replacements_of
 from moeca_compile.policies import RECIPES
 from moeca_compile.text import binary_bytes
 
@@ -93,8 +93,9 @@ def _others(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> list[_Can
 
 
 def _measured(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> _Candidate:
-    replacements = replacements_of(config, regions_that_pay(graph, regions, config))
-    return _Candidate(config, sum(spec.nbytes for replacement in replacements for spec in replacement.specs))
+    paying = regions_that_pay(graph, regions, config)
+    specs = cache_specs(replacements_of(config, paying), probe_of(config, paying))
+    return _Candidate(config, sum(spec.nbytes for spec in specs))
 
 
 def _narrowed(config: MoecaConfig) -> list[MoecaConfig]:
@@ -103,9 +104,12 @@ def _narrowed(config: MoecaConfig) -> list[MoecaConfig]:
 
 
 def _recipes_like(config: MoecaConfig) -> Iterator[MoecaConfig]:
-    """For every other policy that caches, its recipe that forecasts if the config does, with the user's options."""
+    """For every other policy that caches, its recipe that forecasts if the config does, with the user's options.
+
+    None that decides by the data: it would be slower or faster than what the user chose.
+    """
     for policy in {id(policy): policy for policy in RECIPES.values()}.values():
-        if policy.caches and policy.stands_in and policy is not config.policy:
+        if policy.caches and policy.stands_in and policy.decides is None and policy is not config.policy:
             alike = [
                 name for name, own in policy.recipes.items() if bool(own.get("forecast")) == bool(config.forecast)
             ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -139,6 +140,37 @@ def step_list(value: Any) -> tuple[int, ...]:
     return steps
 
 
+def polynomial(value: Any) -> tuple[float, ...]:
+    coefficients = each(real(-math.inf))(value)
+    if not coefficients:
+        raise NotAllowedError("a list or tuple of at least one finite number")
+    return coefficients
+
+
+def magnitudes(value: Any) -> tuple[float, ...] | None:
+    """Ratios as numbers, or from a JSON file that lists them."""
+    if value is None:
+        return None
+    allowed = (
+        "None, a list or tuple of at least two positive numbers (one for each step, the first is 1), or the path of "
+        "a JSON file with such a list: without this option, report(model).magnitude_ratios has it after a generation"
+    )
+    found, kind = value, real(0, open_low=True)
+    if isinstance(value, (str, os.PathLike)):
+        try:
+            with open(os.path.expanduser(os.fspath(value)), encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError) as error:
+            raise NotAllowedError(f"{allowed} ({error})") from None
+    try:
+        ratios = each(kind)(found)
+    except NotAllowedError:
+        raise NotAllowedError(allowed) from None
+    if len(ratios) < 2:
+        raise NotAllowedError(allowed)
+    return ratios
+
+
 def capacity_buckets(value: Any) -> tuple[float, ...]:
     buckets = each(real(0, 1, open_low=True))(value)
     ascending = all(low < high for low, high in itertools.pairwise(buckets))
@@ -170,6 +202,7 @@ def setting(default: Any, check: Check, group: str, doc: str) -> Any:
 
 
 SCHEDULE, THRESHOLD, SCORE = "Schedule", "Threshold, equations 10 and 12", "Score, equation 9"
+DECISIONS = "Steps decided by the data"
 REUSE, STATE, COMPILATION = (
     "Reuse, equation 8 and section 4.1",
     "Static shapes and state",
@@ -230,10 +263,14 @@ class Options:
         spaced from the last of these on. The first step is full in any case.""",
     )
     first_blocks: int = setting(
-        1, whole(0), REUSE, "How many blocks, from the first on, run at every step (deepcache: n)."
+        1,
+        whole(0),
+        REUSE,
+        """How many blocks, from the first on, run at every step (n; Fn in DBCache). block-cache decides by them, so
+        it needs one at least.""",
     )
     last_blocks: int = setting(
-        0, whole(0), REUSE, "How many blocks, up to the last, run at every step (deepcache: m)."
+        0, whole(0), REUSE, "How many blocks, up to the last, run at every step (m; Bn in DBCache)."
     )
     cached_blocks: float = setting(
         0.75,
@@ -247,6 +284,42 @@ class Options:
         REUSE,
         """The share of a generation's steps before which delta caches the last blocks, and after which the first.
         That needs the number of steps, as schedule="power" does; until it is known, all steps count as early.""",
+    )
+    reuse_threshold: float = setting(
+        0.1,
+        real(0),
+        DECISIONS,
+        """The error up to which a recipe that decides by the data reuses: for teacache, the relative changes of the
+        first block's input since the last full step, added up; for block-cache, the relative change of the first
+        blocks' residual since then; for magcache, the errors that the magnitude ratios foresee, added up since then.
+        0 makes every step full. One decision is made for the whole batch.""",
+    )
+    max_reused: int | None = setting(
+        None,
+        optional(whole(0)),
+        DECISIONS,
+        "The most steps in a row that reuse, whatever the data say. None is no limit.",
+    )
+    rescale: tuple[float, ...] = setting(
+        (1.0, 0.0),
+        polynomial,
+        DECISIONS,
+        """The coefficients of TeaCache's polynomial, that of the highest power first, as numpy.polyfit returns them.
+        It rescales each change of the first block's input before that is added up. The default changes nothing.""",
+    )
+    magnitude_ratios: tuple[float, ...] | None = setting(
+        None,
+        magnitudes,
+        DECISIONS,
+        """By how much the size of the stack's change grows at each step of a generation, for magcache: a number for
+        each step, or a JSON file that lists them. For another number of steps the nearest ones are taken. None
+        measures them in the first generation, which runs uncached.""",
+    )
+    retention: float = setting(
+        0.2,
+        real(0, 1),
+        DECISIONS,
+        "The share of a generation's steps, at its beginning, that magcache runs in full.",
     )
     tau0: float = setting(0.8, real(0), THRESHOLD, "Base threshold, eq. 12. At 0 every branch is recomputed.")
     alpha: float = setting(
@@ -326,7 +399,7 @@ class Options:
         """Which cached tensors are extrapolated along the timestep, from the last full steps (forecaster). For the
         moeca recipes "attention" (attention outputs), "experts" (branch outputs, and outputs of dense
         feed-forwards) and "shared"; for fora "attention" and "experts" (whole feed-forward outputs); for stack
-        "stack"; for block "blocks"; for deepcache "middle"; for delta "blocks".""",
+        "stack", as for teacache and block-cache; for block "blocks"; for deepcache "middle"; for delta "blocks".""",
     )
     forecaster: str = setting(
         "taylor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -12,6 +12,7 @@ import sympy
 from torch import fx
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.ops.markers import ENTRY
 from moeca_compile.passes.analysis.axis import Axis, offset_in
 from moeca_compile.passes.analysis.costs import (
     BATCH,
@@ -23,9 +24,10 @@ from moeca_compile.passes.analysis.costs import (
     token_count,
 )
 from moeca_compile.passes.analysis.graph import ancestors, between, shape_of
-from moeca_compile.passes.match.experts import ENTRY, body_nodes
+from moeca_compile.passes.match.experts import body_nodes
 from moeca_compile.passes.match.regions import Attention, ExpertBody, FeedForward, Regions
-from moeca_compile.passes.rewrite.kinds import REUSING, CacheSpec, Part, StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, CacheSpec, Part, StepKind
+from moeca_compile.passes.rewrite.probe import Probe
 from moeca_compile.passes.rewrite.replacement import Replacement
 
 SAVES_NOTHING = (
@@ -47,6 +49,8 @@ class Plan:
         costs: FLOPs of a step, by whether it runs (attention, experts) as the model does, and by its group ("" is the
             mean of all groups). Expressions in B (samples), N (tokens of the stream whose tokens are chosen), c
             (fraction of them chosen) and r (fraction of branches recomputed).
+        probe: what decides whether a step is full; None where step numbers do.
+        probe_cost: FLOPs of the probe, in B and N.
         sizes: the values of B and N for this graph.
         untimed: whether it lacks nothing but the time of a call, and so has no replacements.
     """
@@ -56,12 +60,14 @@ class Plan:
     capacities: tuple[int, ...]
     costs: Mapping[tuple[bool, bool, str], sympy.Expr]
     sizes: tuple[int, int]
+    probe: Probe | None = None
+    probe_cost: sympy.Expr = sympy.Integer(0)  # noqa: RUF009
     untimed: bool = False
 
     @cached_property
     def caches(self) -> tuple[CacheSpec, ...]:
         """Every cached tensor of one stream."""
-        return tuple(spec for replacement in self.replacements for spec in replacement.specs)
+        return cache_specs(self.replacements, self.probe)
 
     @property
     def nbytes(self) -> int:
@@ -91,14 +97,26 @@ class Plan:
             chosen, recomputed: the fractions of tokens chosen and of branches recomputed.
         """
         values = {BATCH: self.sizes[0], TOKENS: self.sizes[1], CHOSEN: chosen, RECOMPUTED: recomputed}
-        return float(self.costs[kind.attention, kind.experts, kind.group].subs(values))
+        cost = self.probe_cost if kind.probe else self.costs[kind.attention, kind.experts, kind.group]
+        return float(cost.subs(values))
+
+    @property
+    def flops_beside_steps(self) -> float:
+        """FLOPs of the probe that runs before each step."""
+        return self.flops(PROBE) if self.probe is not None and not self.probe.after else 0.0
+
+    @property
+    def flops_handed_on(self) -> float:
+        """FLOPs of the model that a full step leaves to the probe before it."""
+        return self.flops(PROBE) if self.probe is not None and self.probe.handed_on else 0.0
 
 
 def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
     """What the recipe replaces in this graph, and the costs and capacities that follow."""
     costs, replacements = _Costs(graph, regions, config), replacements_of(config, regions)
+    probe = probe_of(config, regions)
     sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
-    plan = Plan(regions, replacements, (0,), costs.of_steps(replacements), sizes)
+    plan = Plan(regions, replacements, (0,), costs.of_steps(replacements, probe), sizes, probe, costs.of_probe(probe))
     return replace(plan, capacities=_capacities(plan, config))
 
 
@@ -113,6 +131,18 @@ def replacements_of(config: MoecaConfig, regions: Regions) -> tuple[Replacement,
     """The recipe's replacements; none where the model lacks what the recipe needs."""
     applies = regions.residuals and config.policy.applies(regions)
     return tuple(config.policy.declare(config, regions)) if applies else ()
+
+
+def probe_of(config: MoecaConfig, regions: Regions) -> Probe | None:
+    """The probe by which the recipe decides on steps; None where it needs none, or caches nothing."""
+    decides = config.policy.decides
+    return decides.probe(config, regions) if decides is not None and replacements_of(config, regions) else None
+
+
+def cache_specs(replacements: Iterable[Replacement], probe: Probe | None) -> tuple[CacheSpec, ...]:
+    """The tensors that are cached for these."""
+    kept = probe.caches if probe is not None else ()
+    return (*(spec for replacement in replacements for spec in replacement.specs), *kept)
 
 
 def _idle_regions(regions: Regions, idle: Sequence[Replacement]) -> list[Attention | FeedForward]:
@@ -168,22 +198,28 @@ class _Costs:
         traced = {node for marker in regions.bodies for node in body_nodes(marker) if node.target is not ENTRY}
         self.counted = set(graph.nodes) - traced
 
-    def of_steps(self, replacements: Sequence[Replacement]) -> dict[tuple[bool, bool, str], sympy.Expr]:
+    def of_steps(
+        self, replacements: Sequence[Replacement], probe: Probe | None
+    ) -> dict[tuple[bool, bool, str], sympy.Expr]:
         """FLOPs of all kinds of steps, as `Plan.costs`."""
         groups = list(dict.fromkeys(each.group for each in replacements if each.group)) or [""]
         found: dict[tuple[bool, bool, str], sympy.Expr] = {}
         for attention, experts in product((True, False), repeat=2):
             kinds = [StepKind(attention, experts, group=group) for group in groups]
-            costs = [self.of_step(replacements, kind) for kind in kinds]
+            costs = [self.of_step(replacements, kind, probe) for kind in kinds]
             found |= {(attention, experts, kind.group): cost for kind, cost in zip(kinds, costs, strict=True)}
             found[attention, experts, ""] = sum(costs) / len(costs)
         return found
 
-    def of_step(self, replacements: Iterable[Replacement], kind: StepKind) -> sympy.Expr:
+    def of_probe(self, probe: Probe | None) -> sympy.Expr:
+        """FLOPs of the probe alone."""
+        return self._whole(ancestors([*probe.reads, *probe.handed_on])) if probe is not None else sympy.Integer(0)
+
+    def of_step(self, replacements: Iterable[Replacement], kind: StepKind, probe: Probe | None) -> sympy.Expr:
         """FLOPs of a step of this kind: what runs for all tokens, plus what is recomputed of cached values."""
         reused = [replacement for replacement in replacements if replacement.reused_at(kind)]
-        run = self._run_for_all_tokens(reused)
-        cost = self._rows(run & self.counted) + self._branches(m for m in self.regions.bodies if m in run)
+        run = self._run_for_all_tokens(reused, probe.handed_on if probe is not None else ())
+        cost = self._whole(run)
         for replacement in reused:
             if replacement.recomputes_rows:
                 span = between(replacement.source, [replacement.node])
@@ -201,8 +237,12 @@ class _Costs:
         left = span - needed
         return not left.isdisjoint(self.regions.bodies) or any(map(node_flops, left & self.counted))
 
-    def _run_for_all_tokens(self, reused: Sequence[Replacement]) -> set[fx.Node]:
-        replaced = {replacement.node for replacement in reused}
+    def _whole(self, run: Set[fx.Node]) -> sympy.Expr:
+        """FLOPs of nodes that run for all tokens."""
+        return self._rows(run & self.counted) + self._branches(m for m in self.regions.bodies if m in run)
+
+    def _run_for_all_tokens(self, reused: Sequence[Replacement], handed_on: Iterable[fx.Node]) -> set[fx.Node]:
+        replaced = {*handed_on, *(replacement.node for replacement in reused)}
         read = [node for replacement in reused for node in (*replacement.reads, *self._mixed_inputs(replacement))]
         return ancestors([self.output, *read], stop=replaced) - replaced
 

@@ -35,6 +35,15 @@ WRONG = [
     ("full_steps", (4, 8), "contains 0"),
     ("full_steps", (0, -3), ">= 0"),
     ("full_steps", 5, "list or tuple"),
+    ("reuse_threshold", -0.1, "[0, inf)"),
+    ("max_reused", -1, "None or a whole number >= 0"),
+    ("warmup_steps", 1.5, "whole number >= 0"),
+    ("rescale", (), "at least one finite number"),
+    ("rescale", (1.0, float("nan")), "finite"),
+    ("magnitude_ratios", (1.0,), "at least two positive numbers"),
+    ("magnitude_ratios", (1.0, 0.0), "report(model).magnitude_ratios has it"),
+    ("magnitude_ratios", "/nowhere/ratios.json", "No such file"),
+    ("retention", 1.5, "[0, 1]"),
     ("attention_every", 0, "None or a whole number"),
     ("experts_every", "4", "None or a whole number"),
     ("tau0", -0.1, "[0, inf)"),
@@ -107,7 +116,7 @@ def test_a_recipe_sets_only_what_is_left_unset():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
     config = MoecaConfig(recipe=recipe)
-    assert config.policy is MoecaConfig(recipe=recipe.split("-")[0]).policy
+    assert config.policy is MoecaConfig(recipe=recipe.removesuffix("-forecast")).policy
     assert bool(config.forecast) == (recipe.endswith("-forecast") or recipe == "taylorseer")
 
 
@@ -149,6 +158,17 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
             "full_every",
             "attention_every and experts_every take its place",
         ),
+        ({"recipe": "stack", "reuse_threshold": 0.1}, None, ""),
+        ({"recipe": "stack", "reuse_threshold": 0.2}, "reuse_threshold", "it is for teacache, block-cache, magcache"),
+        ({"recipe": "teacache", "reuse_threshold": 0.2, "rescale": (2, 0)}, None, ""),
+        ({"recipe": "teacache", "full_every": 2}, "full_every", "recipe 'teacache' ignores it"),
+        ({"recipe": "teacache", "schedule": "power"}, "schedule", "recipe 'teacache' ignores it"),
+        ({"recipe": "teacache", "first_blocks": 2}, "first_blocks", "it is for block-cache"),
+        ({"recipe": "block-cache", "full_steps": (0, 3)}, "full_steps", "recipe 'block-cache' ignores it"),
+        ({"recipe": "block-cache", "rescale": (2, 0)}, "rescale", "it is for teacache"),
+        ({"recipe": "magcache", "forecast_slope": 0.5}, "forecast_slope", "recipe 'magcache' ignores it"),
+        ({"recipe": "magcache", "warmup_steps": 2}, "warmup_steps", "it is for teacache, block-cache"),
+        ({"recipe": "magcache", "magnitude_ratios": [1, 0.9]}, None, ""),
         ({"validate": False, "tolerance": 0.1}, "tolerance", "nothing is validated"),
         ({"recipe": "moeca-forecast", "score": "drift"}, "score", "nothing is ranked"),
         ({"recipe": "moeca-forecast", "mask_source": "previous"}, "mask_source", "no token is chosen"),

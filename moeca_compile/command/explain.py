@@ -180,9 +180,9 @@ def _choice(recipe: str, graphs: Sequence[CompiledGraph]) -> Choice:
         recipe,
         tuple(region for graph in graphs for region in regions_of(graph)),
         sum(graph.plan.nbytes for graph in graphs),
-        sum(graph.plan.flops(StepKind()) for graph in graphs),
-        sum(graph.plan.flops(REUSING) for graph in graphs),
-        sum(graph.plan.flops(REUSING, *_most(graph)) for graph in graphs),
+        sum(graph.plan.flops(StepKind()) + graph.plan.flops_handed_on for graph in graphs),
+        sum(graph.plan.flops(REUSING) + graph.plan.flops_beside_steps for graph in graphs),
+        sum(graph.plan.flops(REUSING, *_most(graph)) + graph.plan.flops_beside_steps for graph in graphs),
     )
 
 

@@ -18,7 +18,7 @@ from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_o
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
-from moeca_compile.passes.rewrite.step_function import StepFunction, step_function
+from moeca_compile.passes.rewrite.step_function import StepFunction, probe_function, step_function
 from moeca_compile.plan import Plan
 
 
@@ -185,7 +185,10 @@ class CompiledGraph:
 
     def function(self, kind: StepKind, updates: bool = True) -> StepFunction:
         """The step of this kind as an eager function, which may write to some of the caches."""
-        return step_function(self.graph, self.regions, self.plan.replacements, kind, updates)
+        probe = self.plan.probe
+        if kind.probe and probe is not None:
+            return probe_function(self.graph, self.regions, probe)
+        return step_function(self.graph, self.regions, self.plan.replacements, kind, updates, probe)
 
     def write_back(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copy new values into the inputs that the model changes in place; returns the model's outputs."""

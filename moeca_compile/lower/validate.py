@@ -32,8 +32,8 @@ from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import REUSING, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.passes.rewrite.step import Step
-from moeca_compile.passes.rewrite.step_function import StepResult, step_function
-from moeca_compile.plan import replacements_of
+from moeca_compile.passes.rewrite.step_function import StepResult, probe_function, step_function
+from moeca_compile.plan import cache_specs, probe_of, replacements_of
 from moeca_compile.policies.forecast import rule_of, weights_after_one
 from moeca_compile.text import first_line
 
@@ -125,10 +125,14 @@ def _faults(
     device = regions.residuals[0].stream.meta["val"].device
     with torch.no_grad(), undisturbed(device):
         try:
-            specs = [spec for replacement in replacements for spec in replacement.specs]
-            caches, weights = Caches(specs, device), weights_after_one(rule_of(config).slots, device)
+            probe = probe_of(config, regions)
+            caches = Caches(cache_specs(replacements, probe), device)
+            weights = weights_after_one(rule_of(config).slots, device)
             with undisturbed(device):
-                full = step_function(graph, regions, replacements, StepKind())(inputs, caches, weights)
+                if probe is not None:
+                    caches.store(probe_function(graph, regions, probe)(inputs, caches, weights).updates)
+                step = step_function(graph, regions, replacements, StepKind(), probe=probe)
+                full = step(inputs, caches, weights)
             if not all_finite(full.outputs):
                 _raise_unless_finite(graph, regions, inputs, Caches((), device), weights)
             caches.store(full.updates)
@@ -276,7 +280,7 @@ def same_step(
     """Whether a compiled step equals the same step in eager mode. The caches do not change."""
     if not compiled.config.validate:
         return True
-    check, config = "full" if kind.full else "cache", compiled.config
+    check, config = "full" if kind.full else "probe" if kind.probe else "cache", compiled.config
     dtypes = {*compiled.regions.token_dtypes, *(spec.dtype for spec in compiled.plan.caches)}
     flat = step.traced.inputs(inputs, state, weights)
 

@@ -68,5 +68,6 @@ for _marker in ("experts_fixed_k", "experts_variable_k"):
     _library.impl(_marker, _experts, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_marker}", _experts_fake, lib=_library)
 
+ENTRY = torch.ops.moeca.expert_rows.default
 MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default)
 """The ops that stand for a MoE layer in a graph: with fixed k, and with variable k."""

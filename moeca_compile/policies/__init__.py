@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from moeca_compile.policies import block, deepcache, delta, layerwise, moeca, none, stack
+from moeca_compile.policies import (
+    block,
+    block_cache,
+    deepcache,
+    delta,
+    layerwise,
+    magcache,
+    moeca,
+    none,
+    stack,
+    teacache,
+)
 from moeca_compile.policies.policy import Policy
 
-POLICIES = (none, moeca, layerwise, stack, block, deepcache, delta)
+POLICIES = (none, moeca, layerwise, stack, block, deepcache, delta, teacache, block_cache, magcache)
 
 RECIPES: dict[str, Policy] = {recipe: module.POLICY for module in POLICIES for recipe in module.POLICY.recipes}
 """The policy behind each recipe."""

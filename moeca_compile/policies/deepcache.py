@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
-from moeca_compile.policies.depth import change_replacements, depth_of, spans
+from moeca_compile.policies.depth import depth_of, spans
 from moeca_compile.policies.policy import CACHING, Policy
+from moeca_compile.policies.stack import change_replacements
 
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:

@@ -19,8 +19,9 @@ from dataclasses import replace
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
-from moeca_compile.policies.depth import change_replacements, depth_of, spans
+from moeca_compile.policies.depth import depth_of, spans
 from moeca_compile.policies.policy import CACHING, Policy
+from moeca_compile.policies.stack import change_replacements
 
 REAR, FRONT = "rear", "front"
 

@@ -5,20 +5,13 @@ A *depth* counts the blocks that a stream has passed: 0 is the stream before the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import fx
 
-from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import offset_in
 from moeca_compile.passes.analysis.graph import ancestors
 from moeca_compile.passes.match.regions import Regions
-from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.block import blocks_of
-from moeca_compile.policies.stack import change_replacement
-
-Span = tuple[fx.Node, fx.Node]
-"""A stream before and after some blocks."""
+from moeca_compile.policies.stack import Span
 
 
 def depth_of(regions: Regions) -> int:
@@ -39,13 +32,6 @@ def spans(regions: Regions, first: int, last: int) -> list[Span]:
         return [(_path(regions, start, end)[first], end) for start, end in regions.stacks]
     chains = _chains(regions)
     return [(chain[first], chain[last]) for chain in chains] if all(last < len(chain) for chain in chains) else []
-
-
-def change_replacements(options: Options, found: Sequence[Span], name: str, group: str) -> list[Replacement]:
-    """For each span, its end as its beginning plus the cached change between the two."""
-    # Not "name" beside "name.1", which is also a slot of a ring of that name.
-    names = [name] if len(found) == 1 else [f"{name}.{i}" for i in range(len(found))]
-    return [change_replacement(options, *span, each, group) for span, each in zip(found, names, strict=True)]
 
 
 def _path(regions: Regions, start: fx.Node, end: fx.Node) -> list[fx.Node]:

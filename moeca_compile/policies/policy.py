@@ -9,18 +9,24 @@ from typing import Any
 from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
+from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
     {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
 )
 """Options that every recipe uses."""
-CACHING = (
-    ALWAYS
-    | {"full_every", "full_steps", "schedule", "schedule_exponent", "warmup_steps", "corrector"}
-    | {"forecast", "forecaster", "forecast_order", "forecast_slope"}
-    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
+FORECASTING = frozenset({"forecast", "forecaster", "forecast_order", "forecast_slope"})
+"""Options of recipes that may extrapolate what is cached."""
+SPACED = frozenset({"full_every", "full_steps", "schedule", "schedule_exponent", "warmup_steps"})
+"""Options of recipes whose full steps come by their numbers."""
+KEEPING = (
+    ALWAYS | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"} | {"corrector"}
 )
 """Options that every recipe with caches uses."""
+CACHING = KEEPING | SPACED | FORECASTING
+"""Options of recipes whose full steps come by their numbers, and that may extrapolate."""
+DECIDING = KEEPING | {"reuse_threshold", "max_reused"}
+"""Options of recipes that decide by the data which steps are full."""
 
 
 def _nothing_ignored(options: Options) -> Mapping[str, str]:
@@ -45,6 +51,7 @@ class Policy:
         applies: whether the regions have what the policy needs.
         caches: whether it caches anything in any model.
         stands_in: whether it may take the place of another whose caches are too large: its cache steps are as cheap.
+        decides: how it decides by the data which steps are full; None where step numbers do (runtime.schedule).
         ignored: returns options that have no effect because of another option's value, each with the reason.
         group_at: returns the group of replacements (`Replacement.group`) that a cache step uses, from the number of
             the step and of all steps, None where that is not known. "" where there is one group.
@@ -59,6 +66,7 @@ class Policy:
     applies: Callable[[Regions], bool] = lambda regions: True
     caches: bool = True
     stands_in: bool = True
+    decides: Decides | None = None
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
     group_at: Callable[[Options, int, int | None], str] = _one_group
 

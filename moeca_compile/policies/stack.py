@@ -20,16 +20,25 @@ from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.forecast import slots_of
 from moeca_compile.policies.policy import CACHING, Policy
 
+Span = tuple[fx.Node, fx.Node]
+"""A stream before and after some blocks."""
+
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     """Each stream after the last block: the stream before the first block plus the cached change."""
-    stacks = regions.stacks
-    # Not "stack" beside "stack.1", which is also a slot of a ring of that name.
-    names = ["stack"] if len(stacks) == 1 else [f"stack.{i}" for i in range(len(stacks))]
-    return [
-        change_replacement(options, first, last, name, "stack")
-        for name, (first, last) in zip(names, stacks, strict=True)
-    ]
+    return change_replacements(options, regions.stacks, "stack", "stack")
+
+
+def change_replacements(options: Options, spans: Sequence[Span], name: str, group: str) -> list[Replacement]:
+    """For each span, its end as its beginning plus the cached change between the two."""
+    named = zip(spans, names_of(name, len(spans)), strict=True)
+    return [change_replacement(options, *span, each, group) for span, each in named]
+
+
+def names_of(name: str, count: int) -> list[str]:
+    """Names for so many cached changes."""
+    # Not "name" beside "name.1", which is also a slot of a ring of that name.
+    return [name] if count == 1 else [f"{name}.{i}" for i in range(count)]
 
 
 def change_replacement(options: Options, first: fx.Node, last: fx.Node, name: str, group: str) -> Replacement:

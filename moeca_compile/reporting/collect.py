@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import fmean
 from typing import Any
 
 from torch import fx
@@ -10,10 +11,11 @@ from torch import fx
 from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module, wrapper_of
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.passes.rewrite.kinds import COUNTERS, REUSING, StepKind
+from moeca_compile.passes.rewrite.kinds import COUNTERS, PROBE, REUSING
 from moeca_compile.reporting.bypass import methods_past_the_compiled
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
+from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record, find_record
 from moeca_compile.runtime.tallies import Counted
 
@@ -54,6 +56,8 @@ def report(model: Any) -> Report:
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
         corrections=sum(each.tallies.corrections for each in counted),
+        magnitude_ratios=_magnitude_ratios(loops[-1]) if loops else (),
+        probes=sum(each.tallies.probes for each in counted),
         flops=_flops(counted),
         validation_errors=dict(notes.errors),
         warnings=(*notes.warnings, *_refusals()),
@@ -117,6 +121,14 @@ def _why_idle(compiled: CompiledGraph) -> str:
     return "see the warnings"
 
 
+def _magnitude_ratios(loop: StepLoop) -> tuple[float, ...]:
+    """Those that the streams have measured at the most steps, as a mean over these streams."""
+    decides = loop.compiled.config.policy.decides
+    found = [decides.ratios(memory) for memory in list(loop.streams.memories.values())] if decides is not None else []
+    most = max(map(len, found), default=0)
+    return tuple(map(fmean, zip(*(ratios for ratios in found if len(ratios) == most), strict=True)))
+
+
 def _counts(counted: list[Counted]) -> tuple[dict[str, float], int]:
     """The counters of all cache steps, summed over layers, and the number of cache steps."""
     counts, steps = dict.fromkeys(COUNTERS, 0.0), 0
@@ -143,9 +155,10 @@ def _ratio(part: float, whole: float) -> float | None:
 def _flops(counted: list[Counted]) -> Flops | None:
     tallies = [(each.flops, kind, tally.steps) for each in counted for kind, tally in each.tallies.items()]
     calls = sum(steps for _, _, steps in tallies)
-    full = sum(steps * flops[StepKind()] for flops, _, steps in tallies)
+    full = sum(each.tallies.steps * each.uncached for each in counted)
     spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
     spent += sum(n * each.flops[REUSING] for each in counted if (n := each.tallies.corrections))
+    spent += sum(n * each.flops[PROBE] for each in counted if (n := each.tallies.probes))
     return Flops(full / calls, spent / calls) if calls and full else None
 
 

@@ -85,6 +85,9 @@ class Report:
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
         corrections: number of full steps that made up for the cache steps before them (option `corrector`).
+        probes: number of probes that ran beside these steps, to decide by the data which of them are full.
+        magnitude_ratios: what recipe magcache has measured, a number for each step of a generation; the mean, where
+            there are several streams.
         match_ratio: share of the branches on cache steps that were in the cache.
         reuse_ratio: share of the branches on cache steps whose cached output was used.
         recomputed_branches_per_step: mean over cache steps. It and the ratios are None before the first cache step of
@@ -109,6 +112,8 @@ class Report:
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     corrections: int = 0
+    probes: int = 0
+    magnitude_ratios: tuple[float, ...] = ()
     match_ratio: float | None = None
     reuse_ratio: float | None = None
     recomputed_branches_per_step: float | None = None
@@ -208,7 +213,8 @@ def _step_lines(report: Report) -> list[str]:
     if report.steps:
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.steps.items())
         corrected = f", {report.corrections} of the full ones corrected" if report.corrections else ""
-        lines.append(f"steps: {sum(report.steps.values())} ({kinds}){corrected}")
+        probed = f", decided by {plural(report.probes, 'probe')}" if report.probes else ""
+        lines.append(f"steps: {sum(report.steps.values())} ({kinds}){corrected}{probed}")
     ratios = {"matched": report.match_ratio, "reused": report.reuse_ratio}
     known = [f"{percent(ratio)} {name}" for name, ratio in ratios.items() if ratio is not None]
     if known:

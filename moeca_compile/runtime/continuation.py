@@ -18,6 +18,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from moeca_compile.runtime.late import LateCopy, answers_at_once, recording
+
 _LEAST = 0.7
 """The least correlation of two successive inputs, sample by sample."""
 _SPREAD = 2.5
@@ -54,7 +56,7 @@ class Trajectory:
         self.elements = 0
         """How many elements a sample has."""
         self.fastest: Moves = ()
-        self.pending: _Late | None = None
+        self.pending: LateCopy | None = None
         """On an accelerator: how the last input relates to the one before."""
 
     def look(self, given: Tensor | None) -> tuple[Answer, Moves]:
@@ -72,8 +74,8 @@ class Trajectory:
         if given is None:
             return
         self.pending = None
-        if not answers_at_once(given.device) and self._comparable(given) and not _recording(given.device):
-            self.pending = _Late(_products(*self._pair(given)))
+        if not answers_at_once(given.device) and self._comparable(given) and not recording(given.device):
+            self.pending = LateCopy(_products(*self._pair(given)))
         self.last, self.elements = _rows(given).clone(), given.numel() // given.shape[0]
         if moved:
             faster = len(self.fastest) == len(moved)
@@ -107,30 +109,6 @@ class Trajectory:
             goes_on &= alike and moved <= max(_WITHIN, _FASTER * fastest)
             moves.append(moved)
         return (Answer.GOES_ON if goes_on else Answer.OTHER), moves
-
-
-class _Late:
-    """A tensor that is copied from a device while the host goes on."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.copy, self.event = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda), None
-        self.copy.copy_(value, non_blocking=True)
-        if value.is_cuda:
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(value.device))
-
-    @property
-    def known(self) -> bool:
-        return self.event is None or bool(self.event.query())
-
-
-def answers_at_once(device: torch.device) -> bool:
-    """Whether the host need not wait for a device's values."""
-    return device.type == "cpu"
-
-
-def _recording(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _rows(given: Tensor) -> Tensor:

@@ -172,6 +172,8 @@ class CudaGraphs:
     def __init__(self, compiled: CompiledGraph, recorder: Recorder, notes: Notes, compare: Compare | None) -> None:
         self.arguments, self.device = list(compiled.captured.arguments), compiled.device
         self.recorder, self.notes, self.compare, self.waits = recorder, notes, compare, compiled.waits
+        self.probed = compiled.plan.probe is not None and not compiled.plan.probe.after
+        """Whether a probe runs before each step."""
         self.buffers: Buffers | None = None
         self.rehearsed: set[StepKind] = set()
         self.compared: set[Hashable] = set()
@@ -183,10 +185,10 @@ class CudaGraphs:
     ) -> StepResult:
         """Run a step and write its updates to the stream's caches; the result's `updates` are empty."""
         if self.recorder.busy():
-            _clear(stream)
+            self._clear(kind, stream)
             return _in_place(program, inputs, stream.state, weights)
         with self._lock, self.recorder.ordered_on_stream():
-            _clear(stream)
+            self._clear(kind, stream)
             if kind in self.refused or self._refuses(kind, program, inputs):
                 return _in_place(program, inputs, stream.state, weights)
             return self._run(kind, stream, program, self._filled(inputs, weights))
@@ -209,6 +211,14 @@ class CudaGraphs:
             self.compared.add(key)
             return self._compared(kind, stream, program, recorded)
         return _copied_out(recorded.replay())
+
+    def _clear(self, kind: StepKind, stream: Stream) -> None:
+        """Prepare caches without valid values: they may still hold those of an ended generation.
+
+        Not after the probe of a first step, which has just filled some of them.
+        """
+        if stream.empty and (kind.probe or not self.probed):
+            stream.state.prepare()
 
     def _filled(self, inputs: Sequence[Any], weights: Tensor) -> Buffers:
         """The buffers with this call's values. If a weight has moved, they are new, and steps are recorded again."""
@@ -281,12 +291,6 @@ def write_into(state: Caches, updates: Mapping[str, Tensor]) -> None:
     fresh = [v.clone() if v.untyped_storage().data_ptr() in storages else v for _, v in changed]
     if fresh:
         copy_all([cache for cache, _ in changed], fresh)
-
-
-def _clear(stream: Stream) -> None:
-    """Prepare caches without valid values: they may still hold those of an ended generation."""
-    if stream.empty:
-        stream.state.prepare()
 
 
 def _in_place(program: StepFunction, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepResult:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
-from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
+from moeca_compile.policies.criterion import StepAt
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.corrector import corrected, gain
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.late import LateCopy, recording
 from moeca_compile.runtime.layouts import in_one_layout
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
@@ -47,6 +49,17 @@ def _on_cpu(weights: tuple[tuple[tuple[float, ...], ...], ...]) -> Tensor:
     """
     with torch.inference_mode(False):  # it serves calls outside inference mode too
         return torch.tensor(weights, dtype=torch.float32, device="cpu")
+
+
+class Given(NamedTuple):
+    """What all that runs at a step is given: the inputs on the device, and the forecast weights (2, K, K)."""
+
+    inputs: Sequence[Any]
+    weights: Tensor
+
+
+def _nothing() -> float:
+    raise LookupError("no probe runs before steps of this recipe")
 
 
 class StepLoop:
@@ -79,13 +92,18 @@ class StepLoop:
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """One call of the model."""
         if not self.compiled.caching:
-            return self._run(StepKind(), self.stateless, 0, 0.0, inputs)
+            return self._run(StepKind(), self.stateless, inputs, self._given(self.stateless, 0, 0.0, inputs))
         with self._lock:
             position, stream, refresh = self.enter(inputs)
         try:
-            kind = self.kind(refresh, stream, position, inputs)
+            given = self._given(stream, position.number, position.time, inputs)
+            refresh = self.decided(refresh, position, stream, given)
+            kind = self.kind(refresh, stream, given)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("%s step at time %g", kind.name, position.time)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
-            outputs = self._run(kind, stream, position.number, position.time, inputs, weight)
+            outputs = self._run(kind, stream, inputs, given, weight)
+            self.measure(refresh, position, stream, given)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
@@ -120,13 +138,41 @@ class StepLoop:
         marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items() if i != own}
         return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
 
-    def kind(self, refresh: RefreshPlan, stream: Stream, position: Position, inputs: Sequence[Any]) -> StepKind:
+    def decided(self, refresh: RefreshPlan, position: Position, stream: Stream, given: Given) -> RefreshPlan:
+        """What the step computes anew where the data decide: everything if it must, or if the criterion says so.
+
+        The probe runs before every step, since the step may go on from it. Its signal is copied while the host goes
+        on, which waits for it only where the criterion asks.
+        """
+        criterion, probe = stream.criterion, self.compiled.plan.probe
+        if criterion is None:
+            return refresh
+        signal = self._probed(stream, given) if probe is not None and not probe.after else None
+        at = StepAt(position.number, position.request.expected, position.time)
+        if refresh == EVERYTHING or recording(self.compiled.device):
+            criterion.forced(at)
+            return EVERYTHING
+        full = criterion.is_full(at, _nothing if signal is None else signal.number)
+        if criterion.remark:
+            self.notes.warn(criterion.remark)
+        return EVERYTHING if full else refresh
+
+    def measure(self, refresh: RefreshPlan, position: Position, stream: Stream, given: Given) -> None:
+        """Let the criterion know what a probe finds after a full step, if it has one that runs then."""
+        criterion, probe = stream.criterion, self.compiled.plan.probe
+        if criterion is None or probe is None or not probe.after or refresh != EVERYTHING:
+            return
+        signal = self._probed(stream, given)
+        if signal is not None:
+            at = StepAt(position.number, position.request.expected, position.time)
+            criterion.measured(at, signal.number)
+
+    def kind(self, refresh: RefreshPlan, stream: Stream, given: Given) -> StepKind:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""
 
         def counts(trial: StepKind) -> Tensor | None:
-            weights = self.weights(stream, position.number, position.time)
-            given = self._placed(inputs), stream.state, weights
-            return run_eagerly(self.compiled, trial, *given, updates=False).counts
+            inputs, weights = given
+            return run_eagerly(self.compiled, trial, inputs, stream.state, weights, updates=False).counts
 
         return self.capacities.kind(refresh, stream, counts)
 
@@ -160,20 +206,11 @@ class StepLoop:
         return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(
-        self,
-        kind: StepKind,
-        stream: Stream,
-        number: int,
-        time: float,
-        inputs: Sequence[Any],
-        correction: float = 0.0,
+        self, kind: StepKind, stream: Stream, inputs: Sequence[Any], given: Given, correction: float = 0.0
     ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s step at time %g", kind.name, time)
-        placed, weights = self._placed(inputs), self.weights(stream, number, time)
-        predicted = self._predicted(stream, placed, weights) if correction else ()
-        result = self._result(kind, stream, placed, weights)
+        predicted = self._predicted(stream, given) if correction else ()
+        result = self._result(kind, stream, *given)
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         outputs = self.compiled.write_back(inputs, result.outputs)
@@ -182,9 +219,19 @@ class StepLoop:
         self.tallies.corrections += 1
         return corrected(outputs, predicted, correction)
 
-    def _predicted(self, stream: Stream, placed: Sequence[Any], weights: Tensor) -> tuple[Any, ...]:
+    def _predicted(self, stream: Stream, given: Given) -> tuple[Any, ...]:
         """The outputs that a cache step would give here. It changes no cache, and is not counted."""
-        return self._result(REUSING, stream, placed, weights).outputs[len(self.compiled.mutated) :]
+        return self._result(REUSING, stream, *given).outputs[len(self.compiled.mutated) :]
+
+    def _probed(self, stream: Stream, given: Given) -> LateCopy | None:
+        """Run the probe. Its signal comes while the host goes on; None where the caller records a CUDA graph."""
+        (signal,) = self._result(PROBE, stream, *given).outputs
+        self.tallies.probes += 1
+        return None if recording(self.compiled.device) else LateCopy(signal)
+
+    def _given(self, stream: Stream, number: int, time: float, inputs: Sequence[Any]) -> Given:
+        """What all that runs at step `number` is given."""
+        return Given(self._placed(inputs), self.weights(stream, number, time))
 
     def _result(self, kind: StepKind, stream: Stream, placed: Sequence[Any], weights: Tensor) -> StepResult:
         """Run a step on the stream's caches, and apply its updates to them."""
@@ -215,7 +262,11 @@ class StepLoop:
 
     def counted(self) -> Counted:
         """What this loop has counted so far."""
-        return Counted(self.tallies, {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind)})
+        probes = [PROBE] * (self.tallies.probes > 0)
+        flops = {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind, *probes)}
+        probe = self.compiled.plan.probe
+        handed_on = flops.get(PROBE, 0.0) if probe is not None and probe.handed_on else 0.0
+        return Counted(self.tallies, flops, flops[StepKind()] + handed_on)
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

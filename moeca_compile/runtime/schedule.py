@@ -23,6 +23,7 @@ class RefreshPlan:
 
 
 EVERYTHING = RefreshPlan(attention=True, experts=True)
+NOTHING = RefreshPlan(attention=False, experts=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Schedule:
     Each part has its own interval (`attention_every`, `experts_every`). Without one, it follows `full_steps` if that
     is set, else `full_every` and `schedule`. If Part.WHOLE is among the `cached` parts, only full steps compute
     anything anew.
+
+    Where the data decide, the first step is due, and the last one where the number of steps is known.
     """
 
     def __init__(self, config: MoecaConfig, cached: Set[Part]) -> None:
@@ -79,6 +82,8 @@ class Schedule:
                 then is due now, also if it was due at a step at which this stream was not called.
             steps: how many the generation is expected to have; None where that is not known.
         """
+        if self.config.policy.decides is not None:
+            return EVERYTHING if attention_at < 0 or number + 1 == steps else NOTHING
         by_length = steps is not None and self.config.schedule == "power"
         attention, experts = self.planned(steps) if by_length else self.unplanned
         due = attention.within(attention_at, number), experts.within(experts_at, number)

@@ -14,6 +14,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
+from moeca_compile.policies.criterion import Criterion, Memory
 from moeca_compile.policies.forecast import LINEAR, Rule, rule_of, slot_weights
 from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
@@ -44,6 +45,8 @@ class Stream:
     """CUDA graphs that were recorded over these caches (runtime.cuda_graphs); dropped together with them."""
     used: int = 0
     """When it was called last, as a count of all calls."""
+    criterion: Criterion | None = None
+    """Decides by the data which of its steps are full; None where step numbers do."""
     allocated_by: Hashable = None
     """Inference mode and CUDA stream under which the caches were allocated; they are only recycled under the same."""
 
@@ -57,10 +60,17 @@ class Stream:
         """Whether the caches hold no valid values."""
         return not any(self.full_at)
 
-    def emptied(self, capacity: int | None) -> Stream:
+    def emptied(self, capacity: int | None, criterion: Criterion | None) -> Stream:
         """A new stream without valid values in the memory of this one. Recorded steps remain usable."""
         self.state.filled = [0, 0]
-        return Stream(self.state, self.rule, capacity=capacity, graphs=self.graphs, allocated_by=self.allocated_by)
+        return Stream(
+            self.state,
+            self.rule,
+            capacity=capacity,
+            graphs=self.graphs,
+            criterion=criterion,
+            allocated_by=self.allocated_by,
+        )
 
     def weights(self, number: int, time: float) -> list[list[list[float]]]:
         """The forecast weights (2, K, K) of a step, for attention and experts (policies.forecast)."""
@@ -84,6 +94,8 @@ class Stream:
         """Mark all caches as invalid: a step was interrupted while it changed them, or they may be another's."""
         self.full_at, self.full_numbers, self.passed = [[], []], [[], []], []
         self.state.filled = [0, 0]
+        if self.criterion is not None:
+            self.criterion.forget()
 
 
 class Bounds:
@@ -150,6 +162,8 @@ class Streams:
         """Streams of ended requests with their names, if this recycles."""
         self.capacities: dict[Hashable, int | None] = {}
         """The capacity that the last stream of each name had."""
+        self.memories: dict[Hashable, Memory] = {}
+        """What criteria keep for the next stream of each name."""
         self.crowded = False
         """Whether a stream was called again after its caches had been dropped for those of others."""
         self.stream_bytes = sum(spec.nbytes for spec in specs)
@@ -243,15 +257,25 @@ class Streams:
 
     def _new_stream(self, name: Hashable) -> Stream:
         """A stream without valid values, in the memory of an ended one (preferably of that name) if there is any."""
-        allocator = self._allocator()
+        allocator, criterion = self._allocator(), self._criterion(name)
         fitting = [(other == name, i) for i, (other, s) in enumerate(self.spare) if s.allocated_by == allocator]
         if not fitting:
             self.bounds.make_room(self.stream_bytes)
             capacity = self.capacities.get(name)
-            return Stream(self.new_caches(), rule_of(self.config), capacity=capacity, allocated_by=allocator)
+            return Stream(
+                self.new_caches(),
+                rule_of(self.config),
+                capacity=capacity,
+                criterion=criterion,
+                allocated_by=allocator,
+            )
         same_name, index = max(fitting)
         stream = self.spare.pop(index)[1]
-        return stream.emptied(stream.capacity if same_name else None)
+        return stream.emptied(stream.capacity if same_name else None, criterion)
+
+    def _criterion(self, name: Hashable) -> Criterion | None:
+        decides = self.config.policy.decides
+        return decides.criterion(self.config, self.memories.setdefault(name, {})) if decides is not None else None
 
     def _allocator(self) -> Hashable:
         """Inference mode and CUDA stream: one stream must not write to memory that another may still be using."""

@@ -40,6 +40,8 @@ class Tallies:
         self.by_kind: dict[StepKind, Tally] = {}
         self.corrections = 0
         """Full steps that made up for cache steps: each ran a cache step besides (runtime.corrector)."""
+        self.probes = 0
+        """Probes that ran beside steps, to decide on them."""
 
     def add(self, kind: StepKind, counts: Tensor | None) -> None:
         """Count a step, and add its counters (layers, COUNTERS)."""
@@ -79,11 +81,13 @@ class Counted:
 
     Attributes:
         tallies: the counters by step kind.
-        flops: of a step by its kind; the full step is among them.
+        flops: of a step by its kind; the full step is among them, and the probe if there is one.
+        uncached: FLOPs of the model itself.
     """
 
     tallies: Tallies
     flops: Mapping[StepKind, float]
+    uncached: float
 
 
 def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:

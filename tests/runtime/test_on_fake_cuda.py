@@ -14,12 +14,13 @@ from torch import Tensor
 
 from examples import families
 from moeca_compile.passes.analysis.host_ops import host_ops, ops_without_kernel
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, StepKind
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.runtime.fake_cuda import CUDA, OnFakeCuda
 from tests.runtime.joint_models import DoubleThenSingle, ExpertsForBoth, SingleStream, make_text
 
 RECIPES = ("moeca", "moeca-forecast", "stack-forecast", "fora")
+DECIDING = ("teacache", "block-cache", "magcache")
 EVERY_RECIPE = ("DSMoE", "EC-DiT")  # what forecasts is more than what does not, so the others do with that
 OPAQUE = {
     "moeca.fixed_k_outputs.default",
@@ -35,6 +36,8 @@ OPAQUE = {
 def kinds(recipe: str, experts: bool) -> list[StepKind]:
     """A full step, one that reuses all, and where branches are recomputed, one with room for some of them."""
     found = [StepKind(), StepKind(False, False)]
+    if recipe in DECIDING:
+        found.append(PROBE)
     return [*found, StepKind(False, False, capacity=4)] if experts and recipe.startswith("moeca") else found
 
 
@@ -95,6 +98,12 @@ def tiny() -> OnFakeCuda:
 )
 def test_nor_under_other_options(tiny, options):
     assert_needs_no_host(tiny, "moeca-forecast", **{"budget": 0.25, **options})
+
+
+@pytest.mark.parametrize("recipe", DECIDING)
+def test_nor_do_steps_and_probes_that_decide_by_the_data(tiny, recipe):
+    """What a probe says is copied beside the graph."""
+    assert_needs_no_host(tiny, recipe)
 
 
 # --- an argument on the CPU -----------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.lower.program import trace_step
+from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
 from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured, caches_of, captured
 from tests.models import make_inputs
@@ -140,3 +141,40 @@ def test_costs_are_those_of_the_operations_that_run(kind, options):
     with FlopCounterMode(display=False) as counter:
         loop.eager(cache, graph.inputs, state, weights)
     assert loop.compiled.plan.flops(cache) == counter.get_total_flops()
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
+def test_probe_and_step_together_cost_what_the_model_does(kind, recipe):
+    """So what a probe hands on is not computed again, of either stream. Another probe is a first norm, no block."""
+    model, graph, loop = prepared(kind, validate=False, recipe=recipe)
+    (state, weights), plan = caches_of(loop), loop.compiled.plan
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*make_inputs(model)[:1], torch.ones(2), make_inputs(model)[1], make_text())
+    whole, ran = counter.get_total_flops(), {}
+    for step in (PROBE, StepKind(), REUSING):
+        ran[step] = trace_step(loop.compiled.function(step), graph.inputs, state, weights).flops.total()
+        assert plan.flops(step) == ran[step], step.name
+    if recipe == "block-cache":
+        assert ran[PROBE] > 0.3 * whole
+        # The condition of a step, and the table of its modulations, are small, and made by both.
+        assert whole <= ran[PROBE] + ran[StepKind()] < 1.03 * whole
+    else:
+        assert ran[StepKind()] == whole and ran[PROBE] < 0.1 * whole
+
+
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_steps_that_the_data_make_full_are_the_model(kind, recipe):
+    model, graph, _ = prepared(kind, validate=False)
+    engine = graph.engine(recipe=recipe, reuse_threshold=0)
+
+    def run(x, t, y, text):
+        (out,) = engine(*graph.arguments(x=x, t=t, y=y, text=text))
+        return out
+
+    with torch.no_grad():
+        (_, outs), (_, exact) = generate(run, model), generate(model, model)
+    torch.testing.assert_close(outs, exact, atol=1e-5, rtol=0)
+    assert engine.loop_for(graph.inputs).compiled.caching and not engine.notes.warnings

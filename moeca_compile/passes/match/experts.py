@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moeca_compile.ops import bodies
-from moeca_compile.ops.markers import MARKERS
+from moeca_compile.ops.markers import ENTRY, MARKERS
 from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.analysis.costs import node_flops
 from moeca_compile.passes.analysis.graph import ancestors, between, module_path, shape_of
@@ -22,7 +22,6 @@ from moeca_compile.passes.rewrite.rows import _RESIZED
 
 TOPK = torch.ops.aten.topk.default
 MARKER = torch.ops.moeca.experts_fixed_k.default
-ENTRY = torch.ops.moeca.expert_rows.default
 
 
 def expert_nodes(graph: fx.Graph) -> list[fx.Node]:

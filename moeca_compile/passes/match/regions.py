@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import fx
@@ -185,6 +186,11 @@ class Regions:
         output = next(iter(reversed(min(adds).graph.nodes))) if adds else None
         reached = ancestors([output], stop=starts) if output is not None else set()
         return tuple((starts[end], end) for end in sorted(starts.keys() & reached))
+
+    @property
+    def main_stack(self) -> tuple[fx.Node, fx.Node]:
+        """That of the `stacks` with the most values: the picture's, where there are several."""
+        return max(self.stacks, key=lambda stack: prod(shape_of(stack[0])))
 
     def _before(self, end: fx.Node) -> fx.Node | None:
         """The first stream that holds the tokens of `end` in the same layout and width."""

@@ -7,9 +7,10 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from moeca_compile.ops.aten import CASTS, SDPA
-from moeca_compile.ops.markers import MARKERS
-from moeca_compile.passes.analysis.graph import ancestors, shape_of
+from moeca_compile.ops.aten import CASTS, SDPA, VIEWS
+from moeca_compile.ops.markers import ENTRY, MARKERS
+from moeca_compile.passes.analysis.costs import node_flops
+from moeca_compile.passes.analysis.graph import ancestors, between, shape_of
 from moeca_compile.passes.analysis.token_axis import Layouts, sliced, sliced_dim
 from moeca_compile.passes.match.regions import Residual
 
@@ -116,6 +117,21 @@ def residual_at(add: fx.Node, layouts: Layouts) -> Residual | None:
             carried = {node for node in ancestors([branch], stop=(stream,)) if node in layouts}
             return Residual(stream, _before_gate(branch, carried), add)
     return None
+
+
+def branch_input(residual: Residual) -> fx.Node:
+    """What enters the first product of a branch: the stream after its norm and modulation, if it has these.
+
+    The stream itself where the branch has no product.
+    """
+    inside = between(residual.stream, [residual.output])
+    for node in sorted(inside):
+        if node_flops(node) or node.target in (ENTRY, *MARKERS):
+            entering = next(arg for arg in node.all_input_nodes if arg in inside or arg is residual.stream)
+            while entering.target in VIEWS | CASTS and entering.args[0] in inside:
+                entering = entering.args[0]  # type: ignore[assignment]
+            return entering
+    return residual.stream
 
 
 def _uncast(node: fx.Node) -> fx.Node:

@@ -79,6 +79,7 @@ class StepKind:
         forced: recompute everything through the caches (validation only).
         group: the replacements whose values a cache step takes from caches, where a policy has several groups of them
             (Replacement.group).
+        probe: computes nothing but what decides about the step (passes.rewrite.probe).
     """
 
     attention: bool = True
@@ -86,6 +87,7 @@ class StepKind:
     capacity: int = 0
     forced: bool = False
     group: str = ""
+    probe: bool = False
 
     @property
     def full(self) -> bool:
@@ -97,6 +99,8 @@ class StepKind:
 
     @property
     def name(self) -> str:
+        if self.probe:
+            return "probe"
         if self.full:
             return "full"
         fresh = "+attention" if self.attention else "+experts" if self.experts else ""
@@ -109,6 +113,9 @@ class StepKind:
 
 REUSING = StepKind(attention=False, experts=False)
 """A cache step that recomputes nothing."""
+
+PROBE = StepKind(attention=False, experts=False, probe=True)
+"""What decides about a step, computed by itself."""
 
 COUNTERS = ("branches", "matched", "recomputed", "dropped", "needed")
 """What a layer counts on a cache step: its branches, those matched, those recomputed, tokens dropped past the

@@ -13,8 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moeca_compile.passes.analysis.graph import between
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute
-from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, StepKind
 from moeca_compile.passes.rewrite.layers import layer_output
+from moeca_compile.passes.rewrite.probe import Probe
 from moeca_compile.passes.rewrite.replacement import Cache, Replacement
 from moeca_compile.passes.rewrite.step import Step
 
@@ -32,9 +33,14 @@ StepFunction = Callable[[Sequence[Any], dict[str, Tensor], Tensor], StepResult]
 
 
 def step_function(
-    graph: fx.Graph, regions: Regions, replacements: Sequence[Replacement], kind: StepKind, updates: bool = True
+    graph: fx.Graph,
+    regions: Regions,
+    replacements: Sequence[Replacement],
+    kind: StepKind,
+    updates: bool = True,
+    probe: Probe | None = None,
 ) -> StepFunction:
-    """The step of this kind as an eager function.
+    """The step of this kind as an eager function. What a `probe` hands on, the caches have.
 
     Without `updates`, new values of caches are dropped after their last use, and the result has none: all of them are
     as large as the caches.
@@ -43,6 +49,8 @@ def step_function(
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
     reads |= {each.node: _reads(each, kind) for each in replacements}
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
+    handed_on = probe.names if probe is not None else {}
+    reads |= dict.fromkeys(handed_on, ())
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
@@ -52,11 +60,27 @@ def step_function(
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
             if compute is not None:
                 computes[replacement.node] = partial(compute, step)
+        computes |= {node: partial(step.current, name) for node, name in handed_on.items()}
         try:
             return _result(step, replacements, updates)
         finally:  # what refers to the step would keep its values alive until Python looks for cycles
             computes.clear()
             step.memo.clear()
+
+    return run
+
+
+def probe_function(graph: fx.Graph, regions: Regions, probe: Probe) -> StepFunction:
+    """The probe as an eager function, whose only output is its signal."""
+
+    def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
+        computes: dict[fx.Node, Compute] = {}
+        step = Step(graph, regions, PROBE, inputs, state, weights, computes)
+        computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
+        try:
+            return StepResult((probe.run(step),), step.updates, None)
+        finally:
+            computes.clear()
 
     return run
 

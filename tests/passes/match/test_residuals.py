@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from moeca_compile.passes.analysis.token_axis import Layout, Layouts, token_layouts
-from moeca_compile.passes.match.residuals import residual_around, residual_at, residuals_around
+from moeca_compile.passes.match.regions import Residual
+from moeca_compile.passes.match.residuals import branch_input, residual_around, residual_at, residuals_around
 from tests.harness import exported, nodes_of, outputs, placeholders
 
 B, N, D = 2, 5, 4
@@ -236,3 +239,33 @@ def test_parts_that_meet_again_are_no_two_branches():
     """A gate cut off the same projection."""
     gm, _, _ = traced(lambda x, g, w, o: x[..., :2] + (z := branch(x, w))[..., :2] * z[..., 2:])
     assert residuals_around(nodes_of(gm, aten.linear)[0]) == []
+
+
+# What enters a branch
+
+
+def entering(function: Callable[..., Tensor]) -> fx.Node:
+    """What enters the branch of a function x + f(x) with x (2, 4, 8), a scale (8,) and weights (8, 8)."""
+    gm = exported(function, torch.randn(2, 4, 8), torch.randn(8), torch.randn(8, 8))
+    stream, (add,) = placeholders(gm)[0], outputs(gm)
+    return branch_input(Residual(stream, next(arg for arg in add.all_input_nodes if arg is not stream), add))
+
+
+def test_the_stream_after_norm_and_modulation_enters_a_branch():
+    """Views and casts between modulation and product do not count: they are how the product wants its rows."""
+    node = entering(
+        lambda x, scale, weight: (
+            x + ((F.layer_norm(x, (8,)) * scale + 1).reshape(-1, 8).double() @ weight.double()).float().view_as(x)
+        )
+    )
+    assert node.target is aten.add.Tensor and node.all_input_nodes[0].target is aten.mul.Tensor
+
+
+def test_where_a_branch_has_neither_the_stream_itself_enters_it():
+    assert entering(lambda x, scale, weight: x + x @ weight).op == "placeholder"
+    assert entering(lambda x, scale, weight: x + x.relu() * scale).op == "placeholder"
+
+
+def test_a_product_that_makes_the_modulation_is_not_where_the_stream_enters():
+    node = entering(lambda x, scale, weight: x + (x * (scale @ weight)) @ weight)
+    assert node.target is aten.mul.Tensor
