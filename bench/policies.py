@@ -164,7 +164,7 @@ _DECIDING: tuple[dict[str, Any], ...] = (
     {"recipe": "teacache", "reuse_threshold": 0.16},
     {"recipe": "block-cache", "reuse_threshold": 0.17},
     {"recipe": "block-cache", "reuse_threshold": 0.28},
-    {"recipe": "magcache", "reuse_threshold": 0.1, "max_reused": 4, "retention": 0.06},
+    {"recipe": "magcache", "retention": 0.06},
     {"recipe": "magcache", "reuse_threshold": 0.18, "max_reused": 5, "retention": 0.06},
     {"recipe": "teacache", "reuse_threshold": 0.11, **_BOTH},
     {"recipe": "teacache", "reuse_threshold": 0.16, **_BOTH},

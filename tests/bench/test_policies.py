@@ -53,6 +53,7 @@ def test_every_case_has_options_that_the_config_takes():
     assert {config.recipe for config in configs} == {
         "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast", "block",
         "block-forecast", "taylorseer", "deepcache", "delta",
+        "teacache", "block-cache", "magcache",
     }  # fmt: skip
     for question in policies.questions():
         assert len({case.name for case in question.cases}) == len(question.cases)
@@ -72,6 +73,11 @@ def test_rows_hold_quality_costs_and_where_they_were_measured(run: Run):
     assert int(cached["cache_bytes"]) > 0 and same["match_ratio"] == ""
     assert float(fewer["flops_speedup"]) == 2 and int(fewer["steps"]) == 3
     assert same["torch"] == torch.__version__ and same["dtype"] == "float32" and len(same["checkpoint"]) == 12
+
+
+def test_a_recipe_that_needs_ratios_gets_those_of_another_seed(run: Run):
+    rows = run(policies.Case("magcache", {"recipe": "magcache", "reuse_threshold": 1.0, "retention": 0.2}))
+    assert float(rows["magcache"]["flops_speedup"]) > 1.5  # nothing of it was spent on measuring
 
 
 def test_the_stochastic_sampler_gets_the_same_noise(run: Run):
