@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
 from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
+from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
@@ -181,6 +182,7 @@ def lower_step(
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
     use_fast_linears(traced.graph.graph)
+    fuse_routers(traced.graph.graph)
     fuse_selections(traced.graph.graph)
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
     distinct = dict.fromkeys(call.subgraph for call in calls)

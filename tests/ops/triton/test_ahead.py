@@ -31,6 +31,7 @@ KERNELS = {
     "place_kernel",
     "variable_k_kernel",
     "token_kernel",
+    "choice_kernel",
 }
 
 
