@@ -172,7 +172,7 @@ def experts(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype) for shape in shapes * EXPERTS]
 
 
-def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...]) -> None:
+def products(dtype: torch.dtype, width: int) -> None:
     """Both products of SwiGLU at all block sizes: rows gathered and gated; by position."""
     rows, hidden = (torch.empty(BATCH * TOKENS, each, dtype=dtype) for each in (width, 2 * width))
     order = sort_by_expert(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
@@ -180,21 +180,21 @@ def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...])
         grouped.Weight(operand(experts([shape], dtype)), None, False)
         for shape in ((2 * width, width), (width, 2 * width))
     )
-    for block in entries:
+    for block in blocks.every_entry(dtype, gated=True):
         grouped.grouped_product(rows, order, (up, up), SILU, gather=True, blocks=block)
+    for block in blocks.every_entry(dtype, gated=False):
         grouped.grouped_product(hidden, order, (down,), blocks=block)
 
 
 def sweep(dtype: torch.dtype) -> None:
     """All block sizes; sizes that are no multiples of anything; float32 in TensorFloat-32 besides."""
-    entries = blocks.every_entry(dtype)
     for width in (WIDTH, WIDTH - 1):
-        products(dtype, width, entries)
+        products(dtype, width)
     for name in ("48 experts", "softmax of the chosen", "DeepSeek-V3"):
         routers(CASES[name], dtype)
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("high")
-        products(dtype, WIDTH, entries)
+        products(dtype, WIDTH)
 
 
 def routers(case: Choice, dtype: torch.dtype) -> None:
