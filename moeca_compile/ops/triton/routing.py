@@ -64,7 +64,7 @@ def choice_kernel(
     keys = tl.where(inside[None, :], _keys(value, column[None, :]), _TAKEN)
     if GROUPS > 1:
         kept = _in_best_groups(keys, column, EXPERTS // GROUPS, GROUPS, KEPT, BEST_OF, DTYPE, ROWS, GROUP_SLOTS)
-        outside = _keys(tl.full([ROWS, COLUMNS], 0.0, tl.float32) + fill, column[None, :])
+        outside = _keys(_rounded(tl.zeros([ROWS, COLUMNS], tl.float32) + fill, DTYPE), column[None, :])
         keys = tl.where(inside[None, :] & (kept == 0), outside, keys)
     slot = tl.arange(0, SLOTS)
     chosen = tl.zeros([ROWS, SLOTS], tl.int64)
@@ -197,7 +197,7 @@ def choose_experts(
         weights,
         rows,
         *logits.stride(),
-        torch.tensor(fill, dtype=dtype).item(),  # on the CPU: as a cast of the scalar rounds it
+        fill,
         eps,
         scale,
         EXPERTS=experts,

@@ -82,6 +82,14 @@ def test_values_that_are_no_numbers():
     torch.testing.assert_close(weights, logits.gather(1, ids), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [-math.inf, -1e4, 0.1, 1.0])
+def test_what_stands_outside_of_the_groups_is_rounded_too(fill, dtype):
+    """More are chosen than the kept groups hold."""
+    choice = replace(CASES["more than the groups hold"], fill=fill, dtype=dtype, weight_dtype=dtype)
+    assert_same(*make_inputs(20, choice, dtype, DEVICE), choice)
+
+
 def test_any_strides_and_no_tokens():
     choice = CASES["DSMoE"]
     logits, bias = make_inputs(6, choice, torch.float32, DEVICE)
