@@ -15,7 +15,7 @@ from torch import Tensor, fx
 import moeca_compile  # noqa: F401  (registers the ops)
 from bench.gpu_sections.common import TOLERANCE, WRONG, Bench, Row, relative_error, worst
 from moeca_compile._torch_private import has_kernel_for, trace_to_graph
-from moeca_compile.ops import attention, bodies, fixed_k, selection, variable_k
+from moeca_compile.ops import attention, bodies, fixed_k, routing, selection, variable_k
 from moeca_compile.ops.triton import fallback_refused
 
 
@@ -29,6 +29,7 @@ class Sizes:
     width: int = 384
     hidden: int = 768
     heads: int = 6
+    groups: int = 2
 
 
 TINY = Sizes(samples=2, tokens=16, chosen=4, experts=4, width=8, hidden=12, heads=2)
@@ -125,6 +126,15 @@ class Make:
             body(),
         )
 
+    def choose_experts(self) -> tuple[Any, ...]:
+        """DSMoE's router, in float32; logits with steps so large that no two scores are nearly equal."""
+        s = self.sizes
+        logits = self.distinct(s.experts, s.experts, s.samples * s.tokens) * 0.25 - s.experts / 8
+        bias = 0.2 * self.normal(s.experts).float()
+        groups = s.groups, s.groups // 2, 2, 0.0
+        norm = True, routing.SUM, 1e-20, 2.0
+        return logits.to(self.dtype), bias, s.k, routing.SIGMOID, *groups, *norm, torch.float32, self.dtype
+
     def attend_rows(self) -> tuple[Any, ...]:
         s = self.sizes
         head = s.width // s.heads
@@ -140,6 +150,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "variable_k_outputs": variable_k.variable_k_outputs,
     "refresh_variable_k": variable_k.refresh_variable_k,
     "attend_rows": attention.attend_rows,
+    "choose_experts": routing.choose_experts,
 }
 """Each op's reference, plain ATen."""
 
@@ -153,6 +164,7 @@ def run(bench: Bench) -> Iterator[None]:
             check = partial(compared, bench, name, reference, make)
             bench.attempt("ops", f"{name}, {str(dtype).removeprefix('torch.')}", 5, check)
     for rows in (64,) if bench.small else (8192,):
+        bench.attempt("ops", f"router of {rows} rows with ties", 5, partial(ties, bench, rows))
         bench.attempt("ops", f"top-k of {rows} rows", 5, partial(selections, bench, rows))
 
 
@@ -172,9 +184,9 @@ def kernel(name: str, device: torch.device) -> Callable[..., Any]:
         return op
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise NoKernelError("on a CPU, kernels run with TRITON_INTERPRET=1 alone")
-    from moeca_compile.ops.triton import attention, fixed_k, variable_k
+    from moeca_compile.ops.triton import attention, fixed_k, routing, variable_k
 
-    return next(getattr(module, name) for module in (attention, fixed_k, variable_k) if hasattr(module, name))
+    return next(getattr(each, name) for each in (attention, fixed_k, routing, variable_k) if hasattr(each, name))
 
 
 def compared(bench: Bench, name: str, reference: Callable[..., Any], make: Make) -> None:
@@ -205,6 +217,17 @@ def selections(bench: Bench, rows: int) -> None:
     right = all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
     note = "" if right else WRONG
     bench.emit(Row("ops", f"top-k of {rows} rows", 1.0 - right, "relative error", note=note))
+
+
+def ties(bench: Bench, rows: int) -> None:
+    """What a router's kernel chooses among equal scores: the lower ids, which torch.topk leaves open."""
+    scores = torch.randint(-2, 3, (rows, 16), generator=torch.Generator().manual_seed(0)) / 2
+    plain = 4, routing.NONE, 1, 1, 1, 0.0, False, routing.NONE, 0.0, 1.0, torch.float32, torch.float32
+    ids, weights = kernel("choose_experts", bench.device)(scores.to(bench.device), None, *plain)
+    values, wanted = selection.topk(scores, 4)
+    right = torch.equal(ids.cpu(), wanted) and torch.equal(weights.cpu(), values)
+    note = "" if right else WRONG
+    bench.emit(Row("ops", f"router of {rows} rows with ties", 1.0 - right, "relative error", note=note))
 
 
 def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:

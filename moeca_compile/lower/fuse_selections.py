@@ -10,12 +10,11 @@ themselves decide, so any router profits, and whatever else chooses from few.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import trace_to_graph
+from moeca_compile.lower.inlined import insert_traced
 from moeca_compile.ops import selection
 from moeca_compile.ops.aten import aten
 from moeca_compile.passes.analysis.graph import argument, shape_of
@@ -29,14 +28,14 @@ _MOST = 8
 
 def fuse_selections(graph: fx.Graph) -> int:
     """Rewrite a traced step in place; returns the number of ops replaced."""
-    topks = [node for node in graph.find_nodes(op="call_function", target=aten.topk.default) if _short_topk(node)]
+    topks = [node for node in graph.find_nodes(op="call_function", target=aten.topk.default) if is_short_topk(node)]
     scatters = [node for node in graph.find_nodes(op="call_function", target=aten.scatter.value) if _marks(node)]
     for node in topks:
         x, k = node.args[:2]
-        _replace_results(node, _inlined(graph, node, selection.topk, x, k))
+        _replace_results(node, insert_traced(graph, node, selection.topk, x, k))
     for node in scatters:
         base, _, index, value = node.args
-        (result,) = _inlined(graph, node, selection.mark, base, index, value)
+        (result,) = insert_traced(graph, node, selection.mark, base, index, value)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     if topks or scatters:
@@ -44,7 +43,8 @@ def fuse_selections(graph: fx.Graph) -> int:
     return len(topks) + len(scatters)
 
 
-def _short_topk(node: fx.Node) -> bool:
+def is_short_topk(node: fx.Node) -> bool:
+    """Whether it takes the few greatest of the last dim, of floats on CUDA with few columns."""
     x, k = argument(node, 0, "self"), argument(node, 1, "k")
     dim, largest = argument(node, 2, "dim", -1), argument(node, 3, "largest", True)
     unpacked = all(user.target is operator.getitem for user in node.users)
@@ -68,16 +68,6 @@ def _short(node: fx.Node, dim: int) -> bool:
 def _on_cuda_float(node: Any) -> bool:
     value: Tensor = node.meta["val"]
     return value.device.type == "cuda" and value.is_floating_point()
-
-
-def _inlined(graph: fx.Graph, before: fx.Node, function: Callable[..., Any], *args: Any) -> tuple[fx.Node, ...]:
-    """Insert the ops of `function` on these nodes and constants; returns the nodes of its results."""
-    traced = trace_to_graph(function, *(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args)).graph
-    inputs = traced.find_nodes(op="placeholder")
-    known = dict(zip(inputs, args, strict=True))
-    with graph.inserting_before(before):
-        results: Any = graph.graph_copy(traced, known)
-    return results if isinstance(results, tuple) else (results,)
 
 
 def _replace_results(node: fx.Node, results: tuple[fx.Node, ...]) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
 from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
+from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
+from moeca_compile.lower.multiply_before_widening import multiply_before_widening
 from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
@@ -181,6 +183,8 @@ def lower_step(
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
     use_fast_linears(traced.graph.graph)
+    multiply_before_widening(traced.graph.graph)
+    fuse_routers(traced.graph.graph)
     fuse_selections(traced.graph.graph)
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
     distinct = dict.fromkeys(call.subgraph for call in calls)

@@ -44,7 +44,7 @@ def attend_rows(
         mask: for the queries, as in scaled_dot_product_attention, like scale and enable_gqa.
 
     Returns:
-        (B, H, C, d) attention outputs of all chosen tokens, valid or not.
+        (B, H, C, d) attention outputs of all chosen tokens, valid or not, laid out as (B, C, H, d).
     """
     samples, tokens = keys.shape[:2]
     first = torch.arange(samples, device=chosen.device)[:, None] * tokens
@@ -53,7 +53,13 @@ def attend_rows(
     for cache, fresh in ((keys, key), (values, value)):
         rows = fresh.transpose(1, 2).flatten(0, 1).index_select(0, written)
         cache.flatten(0, 1).index_copy_(0, tokens_written, rows.to(cache.dtype))
-    return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
+    return by_token(attend(query, keys, values, mask, scale, enable_gqa))
+
+
+def by_token(out: Tensor) -> Tensor:
+    """(B, H, C, d) with a token's heads beside each other in memory: as attention kernels write it, without a copy,
+    and as the projection after them reads it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attend(
@@ -77,4 +83,5 @@ _library.impl("attend_rows", attend_rows, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("moeca::attend_rows", lib=_library)
 def _(keys, values, query, key, value, chosen, valid, mask, scale, enable_gqa):  # type: ignore[no-untyped-def]
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
+    samples, heads, count, _ = query.shape
+    return query.new_empty(samples, count, heads, value.shape[-1]).transpose(1, 2)

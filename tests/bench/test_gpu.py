@@ -71,7 +71,8 @@ def test_one_call_prints_a_table_and_keeps_its_rows(tmp_path, capsys):
     assert gpu.main(arguments) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["what"] for row in rows] == [*(f"{name}, float32" for name in ops.OPS), "top-k of 64 rows"]
+    others = ["router of 64 rows with ties", "top-k of 64 rows"]
+    assert [row["what"] for row in rows] == [*(f"{name}, float32" for name in ops.OPS), *others]
     assert all(row["torch"] == torch.__version__ and row["device"] and row["when"] for row in rows)
     assert capsys.readouterr().out.splitlines()[-1] == f"{len(rows)} rows, 0 wrong or failed"
 
@@ -192,7 +193,7 @@ def rows_of_ops() -> list[Row]:
 
 
 def test_a_kernel_that_equals_its_reference_and_one_that_does_not(one_op, monkeypatch):
-    assert [row.note for row in rows_of_ops()] == ["same bits twice", ""]
+    assert [row.note for row in rows_of_ops()] == ["same bits twice", "", ""]
     right = ops.kernel("fixed_k_outputs", CPU)
     for factor in (1.01, math.nan):
         monkeypatch.setattr(ops, "kernel", lambda *_, f=factor: lambda *arguments: f * right(*arguments))
@@ -228,6 +229,28 @@ def test_a_wrong_selection_is_wrong(one_op, monkeypatch):
     assert rows_of_ops()[-1].note == "WRONG"
 
 
+def swapped(op):
+    """A router that gives each token's first two experts in the other order."""
+    return lambda *arguments: tuple(value[:, [1, 0, *range(2, value.shape[1])]] for value in op(*arguments))
+
+
+@pytest.mark.parametrize(
+    "fault", [swapped, lambda op: lambda *a: (op(*a)[0], 1.1 * op(*a)[1])], ids=["ids", "weights"]
+)
+def test_a_wrong_router_is_wrong(monkeypatch, fault):
+    monkeypatch.setattr(ops, "OPS", {"choose_experts": ops.OPS["choose_experts"]})
+    assert [row.note for row in rows_of_ops()] == ["same bits twice", "", ""]
+    right = ops.kernel("choose_experts", CPU)
+    monkeypatch.setattr(ops, "kernel", lambda *_: fault(right))
+    assert [row.note.startswith("WRONG") for row in rows_of_ops()] == [True, True, False]
+
+
+def test_the_router_that_is_timed_against_ours_chooses_the_same():
+    arguments = ops.Make(ops.Sizes(samples=1, tokens=64), CPU, torch.float32).choose_experts()
+    for found, expected in zip(kernels.spelled(*arguments[:2]), ops.routing.choose_experts(*arguments), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_the_arguments_of_refresh_pairs_keep_its_contract():
     """Places are distinct, and what is computed anew is routed."""
     _, _, place, routed, mask, *_ = ops.Make(ops.TINY, CPU, torch.float32).refresh_variable_k()
@@ -241,8 +264,13 @@ def test_kernels_are_held_against_what_the_device_can_do(monkeypatch):
     rows: list[Row] = []
     done(kernels.run(bench(rows)))
     assert not any(row.note.startswith("FAILED") for row in rows)
-    assert {row.against for row in rows} == {"dense product", "copy of as many bytes"}
-    assert all(row.ratio == 1.0 for row in rows)
+    assert {row.against for row in rows} == {"dense product", "copy of as many bytes", "ATen's ops"}
+    assert all(row.ratio == (2.0 if row.what.startswith("gated") else 1.0) for row in rows)  # of twice the FLOPs
+    assert {row.what.rpartition(", ")[2] for row in rows if row.what.startswith("router")} == {
+        "ATen",
+        "Inductor",
+        "moeca",
+    }
 
 
 def test_torchs_grouped_product_of_packed_weights_is_that_of_each_expert():

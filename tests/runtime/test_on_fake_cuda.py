@@ -106,6 +106,15 @@ def test_nor_do_steps_and_probes_that_decide_by_the_data(tiny, recipe):
     assert_needs_no_host(tiny, recipe)
 
 
+def test_a_router_of_groups_reads_the_chosen_tokens_alone_when_they_are_routed_again():
+    """Its marks of groups are computed for rows: two layers have three top-k for all 32 tokens, and three for 8."""
+    model = families.reduced("DSMoE")
+    fake = OnFakeCuda(model, families.inputs_for(model))
+    graph = fake.step(fake.compiled(recipe="moeca"), StepKind(False, False, capacity=4))
+    topks = graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)
+    assert Counter(node.meta["val"][0].shape[0] for node in topks) == {32: 6, 8: 6}
+
+
 # --- an argument on the CPU -----------------------------------------------------------------------------------
 
 

@@ -9,10 +9,10 @@ a step can be recorded as one CUDA graph. docs/gpu-kernels.md explains the desig
     rows         writes rows where a mask says so, and computes the norms of recomputed branches
     combine      weighted sums over a token's branches
     body_plan    finds the ops of an expert's body that a grouped product absorbs; body_run runs such plans
-    fixed_k, variable_k, attention   the ops
+    fixed_k, variable_k, attention, routing   the ops
     fallback     runs the ATen functions where the kernels cannot run a body
 
-Routing, matching, scores and thresholds have no kernels: they are pointwise ops and small reductions of static shape,
+Matching, scores and thresholds have no kernels: they are pointwise ops and small reductions of static shape,
 which Inductor fuses into one or two kernels with their surroundings.
 
 Without Triton, or with a torch built without CUDA, nothing of this package is imported but this file.
@@ -39,7 +39,7 @@ def available() -> bool:
 
 def register(library: torch.library.Library) -> None:
     """Register the kernels as the CUDA implementation of the ops."""
-    from moeca_compile.ops.triton import attention, fixed_k, variable_k
+    from moeca_compile.ops.triton import attention, fixed_k, routing, variable_k
 
     for op in (
         fixed_k.fixed_k_outputs,
@@ -49,6 +49,7 @@ def register(library: torch.library.Library) -> None:
         variable_k.variable_k_outputs,
         variable_k.variable_k_outputs_into,
         variable_k.refresh_variable_k,
+        routing.choose_experts,
     ):
         library.impl(op.__name__, _on_its_device(op), "CUDA")
 

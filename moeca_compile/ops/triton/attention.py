@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeca_compile.ops.attention import attend
+from moeca_compile.ops.attention import attend, by_token
 from moeca_compile.ops.triton.rows import write_tokens
 
 
@@ -27,6 +27,5 @@ def attend_rows(
     enable_gqa: bool,
 ) -> Tensor:
     """As `ops.attention.attend_rows`."""
-    write_tokens(keys, key, chosen, valid)
-    write_tokens(values, value, chosen, valid)
-    return attend(query, keys, values, mask, scale, enable_gqa).contiguous()
+    write_tokens(keys, values, key, value, chosen, valid)
+    return by_token(attend(query, keys, values, mask, scale, enable_gqa))

@@ -19,7 +19,7 @@ class Blocks:
 
     def narrowed(self) -> Blocks:
         """For weights with unaligned rows, which are loaded through registers: these have room for no more."""
-        return replace(self, rows=min(self.rows, 32), depth=16, stages=2)
+        return replace(self, rows=min(self.rows, 32), columns=min(self.columns, 64), depth=16, stages=2)
 
 
 _HALF = (
@@ -35,16 +35,26 @@ _FULL = (
 )
 """(largest number of rows an expert, blocks). With few rows, reading the weights takes the time: many programs with
 small, deep blocks keep many loads in flight. With many rows, multiplying takes the time: large blocks use each loaded
-weight often. A gated product has two accumulators and two weights, so blocks have at most 64 columns."""
+value often. A gated product has two accumulators and two weights, so blocks have at most 64 columns."""
+
+_MANY = 512
+"""Rows an expert above which there are programs enough for blocks of 128 columns."""
+
+_WIDE = Blocks(128, 128, 64, 8, 3)
+"""For a product with one weight: as many accumulators as a gated one has. Of each byte that comes from the L2 cache
+it makes 64 operations, where 64 columns make 43."""
 
 
-def blocks_for(dtype: torch.dtype, places: int, experts: int) -> Blocks:
+def blocks_for(dtype: torch.dtype, places: int, experts: int, gated: bool = True, columns: int = 64) -> Blocks:
     """The table's entry if all places run and are spread evenly over the experts."""
     share = places // experts
+    if dtype != torch.float32 and share > _MANY and not gated and columns > 64:
+        return _WIDE
     table = _FULL if dtype == torch.float32 else _HALF
     return next(blocks for most, blocks in table if most is None or share <= most)
 
 
-def every_entry(dtype: torch.dtype) -> tuple[Blocks, ...]:
+def every_entry(dtype: torch.dtype, gated: bool = True) -> tuple[Blocks, ...]:
     """All block sizes that `blocks_for` can give for a dtype."""
-    return tuple(blocks for _, blocks in (_FULL if dtype == torch.float32 else _HALF))
+    entries = tuple(blocks for _, blocks in (_FULL if dtype == torch.float32 else _HALF))
+    return entries if gated or dtype == torch.float32 else (*entries, _WIDE)

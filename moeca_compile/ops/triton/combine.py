@@ -9,8 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WIDEST = 512
-"""Most columns of a program; wider rows are split over several programs."""
+_BLOCKS = (1024, 512, 256)
+"""Columns of a program; wider rows are split over several programs."""
+
+_COLUMNS_PER_WARP = 256
+"""Eight a thread, so that 16 bits are loaded 16 bytes at a time."""
+
+
+def _block(width: int) -> int:
+    """The block that leaves the fewest columns idle, and of those the largest."""
+    if width <= _BLOCKS[-1]:
+        return triton.next_power_of_2(width)
+    return min(_BLOCKS, key=lambda block: triton.cdiv(width, block) * block)
+
+
+def _warps(block: int) -> int:
+    return max(1, block // _COLUMNS_PER_WARP)
 
 
 @triton.jit
@@ -46,16 +60,19 @@ def fixed_k_kernel(
     forecast: tl.tensor,  # (K, K), or None where K is 1
     out: tl.tensor,  # (T, D)
     width: tl.tensor,
-    k: tl.tensor,
+    K: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program sums one token's k branches over BLOCK columns."""
+    """One program sums one token's K branches over BLOCK columns.
+
+    The loop is unrolled, so that the loads of all branches are under way together.
+    """
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for number in range(0, k):
-        branch = token * k + number
+    for number in tl.static_range(K):
+        branch = token * K + number
         value = ring_value(ring, history, forecast, branch, branch * width + at, at, width, SLOTS)
         total += tl.load(weight + branch).to(tl.float32) * value
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), mask=at < width)
@@ -78,7 +95,7 @@ def combine_fixed_k(
     out = ring[0].new_empty(samples, tokens, width)
     if out.numel() == 0:
         return out
-    block = min(_WIDEST, triton.next_power_of_2(width))
+    block = _block(width)
     fixed_k_kernel[(samples * tokens, triton.cdiv(width, block))](
         tuple(slot.view(-1, width) for slot in ring),
         weight.contiguous(),
@@ -86,9 +103,10 @@ def combine_fixed_k(
         None if forecast is None else forecast.contiguous(),
         out,
         width,
-        k,
+        K=k,
         SLOTS=len(ring),
         BLOCK=block,
+        num_warps=_warps(block),
     )
     return out
 
@@ -159,7 +177,7 @@ def combine_variable_k(
     out = fresh.new_empty(tokens, width)
     if out.numel() == 0:
         return out
-    block = min(_WIDEST, triton.next_power_of_2(width))
+    block = _block(width)
     variable_k_kernel[(tokens, triton.cdiv(width, block))](
         tuple(ring),
         fresh,
@@ -174,5 +192,6 @@ def combine_variable_k(
         experts,
         SLOTS=len(ring),
         BLOCK=block,
+        num_warps=_warps(block),
     )
     return out

@@ -195,7 +195,7 @@ def grouped_product(
     first, gate = weights[0], weights[-1]
     depth, columns = x.shape[1], first.outputs
     aligned = all(each.aligned for each in weights)
-    blocks = blocks or blocks_for(x.dtype, branches.capacity, branches.experts)
+    blocks = blocks or blocks_for(x.dtype, branches.capacity, branches.experts, len(weights) == 2, columns)
     if not aligned:
         blocks = blocks.narrowed()
     out = x.new_empty(branches.capacity, columns) if into is None else into

@@ -17,53 +17,89 @@ _WIDEST = 1024
 
 @triton.jit
 def token_kernel(
-    cache: tl.tensor,
-    fresh: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
     chosen: tl.tensor,
     valid: tl.tensor,
-    width: tl.tensor,
-    head: tl.tensor,
+    heads: tl.tensor,
     count: tl.tensor,
-    cache_sample: tl.tensor,
-    cache_token: tl.tensor,
-    cache_head: tl.tensor,
-    cache_column: tl.tensor,
-    fresh_sample: tl.tensor,
-    fresh_head: tl.tensor,
-    fresh_token: tl.tensor,
-    fresh_column: tl.tensor,
+    key_width: tl.tensor,
+    value_width: tl.tensor,
+    keys_sample: tl.tensor,
+    keys_token: tl.tensor,
+    keys_head: tl.tensor,
+    keys_column: tl.tensor,
+    values_sample: tl.tensor,
+    values_token: tl.tensor,
+    values_head: tl.tensor,
+    values_column: tl.tensor,
+    key_sample: tl.tensor,
+    key_head: tl.tensor,
+    key_token: tl.tensor,
+    key_column: tl.tensor,
+    value_sample: tl.tensor,
+    value_head: tl.tensor,
+    value_token: tl.tensor,
+    value_column: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program writes all heads of one chosen token, `width` values in all."""
+    """One program writes all heads of one chosen token: of its keys, or of its values."""
     sample, number = tl.program_id(0) // count, tl.program_id(0) % count
     if tl.load(valid + tl.program_id(0)) == 0:
         return
     token = tl.load(chosen + tl.program_id(0)).to(tl.int64)
-    to = cache + sample.to(tl.int64) * cache_sample + token * cache_token
-    source = fresh + sample.to(tl.int64) * fresh_sample + number * fresh_token
-    for start in range(0, width, BLOCK):
+    if tl.program_id(1) == 0:
+        to = keys + sample.to(tl.int64) * keys_sample + token * keys_token
+        source = key + sample.to(tl.int64) * key_sample + number * key_token
+        _copy_heads(to, keys_head, keys_column, source, key_head, key_column, heads, key_width, BLOCK)
+    else:
+        to = values + sample.to(tl.int64) * values_sample + token * values_token
+        source = value + sample.to(tl.int64) * value_sample + number * value_token
+        _copy_heads(to, values_head, values_column, source, value_head, value_column, heads, value_width, BLOCK)
+
+
+@triton.jit
+def _copy_heads(
+    to: tl.tensor,
+    to_head: tl.tensor,
+    to_column: tl.tensor,
+    source: tl.tensor,
+    source_head: tl.tensor,
+    source_column: tl.tensor,
+    heads: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    for start in range(0, heads * width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        h, c = at // head, at % head
-        value = tl.load(source + h * fresh_head + c * fresh_column, mask=at < width, other=0.0)
-        tl.store(to + h * cache_head + c * cache_column, value.to(cache.dtype.element_ty), mask=at < width)
+        h, c = at // width, at % width
+        value = tl.load(source + h * source_head + c * source_column, mask=at < heads * width, other=0.0)
+        tl.store(to + h * to_head + c * to_column, value.to(to.dtype.element_ty), mask=at < heads * width)
 
 
-def write_tokens(cache: Tensor, fresh: Tensor, chosen: Tensor, valid: Tensor) -> None:
-    """Write the valid rows of `fresh` (B, H, C, d) at the tokens `chosen` (B, C) of `cache` (B, N, H, d)."""
-    samples, heads, count, head = fresh.shape
-    if fresh.numel() == 0:
+def write_tokens(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, chosen: Tensor, valid: Tensor) -> None:
+    """Write the valid rows of `key` and `value` (B, H, C, d) at the tokens `chosen` (B, C) of caches (B, N, H, d)."""
+    samples, heads, count, _ = key.shape
+    sizes = key.shape[-1], value.shape[-1]
+    if samples * heads * count * max(sizes) == 0:
         return
-    token_kernel[(samples * count,)](
-        cache,
-        fresh,
+    token_kernel[(samples * count, 2)](
+        keys,
+        values,
+        key,
+        value,
         chosen.contiguous(),
         valid.contiguous().view(torch.uint8),
-        heads * head,
-        head,
+        heads,
         count,
-        *cache.stride(),
-        *fresh.stride(),
-        BLOCK=_block(heads * head),
+        *sizes,
+        *keys.stride(),
+        *values.stride(),
+        *key.stride(),
+        *value.stride(),
+        BLOCK=_block(heads * max(sizes)),
     )
 
 

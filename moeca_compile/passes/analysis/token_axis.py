@@ -346,12 +346,13 @@ def _attention(node: fx.Node, layouts: Layouts) -> Layout | None:
     return layout if is_rows and shape_of(node)[:-1] == shape_of(query)[:-1] else None
 
 
-def _gather(node: fx.Node, layouts: Layouts) -> Layout | None:
-    source, dim, index = (argument(node, i, name) for i, name in enumerate(("input", "dim", "index")))
-    if source not in layouts or layouts.get(index) != layouts[source]:
+def _by_index(node: fx.Node, layouts: Layouts) -> Layout | None:
+    """gather and scatter: each row is read or written at indices, and with values, of its own."""
+    source, dim, *others = node.args
+    layout = layouts.get(source)  # type: ignore[arg-type]
+    if layout is None or any(layouts.get(arg) != layout for arg in others if isinstance(arg, fx.Node)):
         return None
-    layout = layouts[source]
-    return layout if _normalize(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None
+    return layout if _normalize(dim, len(shape_of(node))) not in (layout.batch, layout.token) else None  # type: ignore[arg-type]
 
 
 def _experts(node: fx.Node, layouts: Layouts) -> Layout | None:
@@ -394,7 +395,7 @@ _RULES: dict[object, Rule] = {
     aten.cat.default: _cat,
     aten.stack.default: _cat,
     **dict.fromkeys(MATMULS, _matmul),
-    aten.gather.default: _gather,
+    **dict.fromkeys((aten.gather.default, aten.scatter.value, aten.scatter.src), _by_index),
     SDPA: _attention,
     operator.getitem: _getitem,
     **dict.fromkeys(MARKERS, _experts),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from moeca_compile.ops.triton.activations import SILU
 from moeca_compile.ops.triton.attention import attend_rows
 from moeca_compile.ops.triton.compaction import sort_by_expert
 from moeca_compile.ops.triton.operands import operand
+from moeca_compile.ops.triton.routing import choose_experts
 from moeca_compile.ops.triton.rows import by_place
+from tests.ops.routing_cases import CASES, Choice
 from tests.ops.triton.cases import body_of, gelu_mlp, swiglu
 
 ARCHITECTURES = (80, 90, *((100,) if (Path(nvidia.__file__).parent / "bin" / "ptxas-blackwell").exists() else ()))
@@ -96,6 +98,9 @@ def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str,
         if isinstance(value, tuple):
             signature[name] = tuple(f"*{POINTERS[each.dtype]}" for each in value)
             attributes |= {(number, place): [["tt.divisibility", 16]] for place in range(len(value))}
+            continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
             continue
         signature[name] = f"*{POINTERS[value.dtype]}" if isinstance(value, Tensor) else "i32"
         if isinstance(value, Tensor) or value % 16 == 0:
@@ -167,7 +172,7 @@ def experts(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype) for shape in shapes * EXPERTS]
 
 
-def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...]) -> None:
+def products(dtype: torch.dtype, width: int) -> None:
     """Both products of SwiGLU at all block sizes: rows gathered and gated; by position."""
     rows, hidden = (torch.empty(BATCH * TOKENS, each, dtype=dtype) for each in (width, 2 * width))
     order = sort_by_expert(torch.zeros(BATCH * TOKENS, K, dtype=torch.int64), None, EXPERTS, K)
@@ -175,19 +180,29 @@ def products(dtype: torch.dtype, width: int, entries: tuple[blocks.Blocks, ...])
         grouped.Weight(operand(experts([shape], dtype)), None, False)
         for shape in ((2 * width, width), (width, 2 * width))
     )
-    for block in entries:
+    for block in blocks.every_entry(dtype, gated=True):
         grouped.grouped_product(rows, order, (up, up), SILU, gather=True, blocks=block)
+    for block in blocks.every_entry(dtype, gated=False):
         grouped.grouped_product(hidden, order, (down,), blocks=block)
 
 
 def sweep(dtype: torch.dtype) -> None:
     """All block sizes; sizes that are no multiples of anything; float32 in TensorFloat-32 besides."""
-    entries = blocks.every_entry(dtype)
     for width in (WIDTH, WIDTH - 1):
-        products(dtype, width, entries)
+        products(dtype, width)
+    for name in ("48 experts", "softmax of the chosen", "DeepSeek-V3"):
+        routers(CASES[name], dtype)
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("high")
-        products(dtype, WIDTH, entries)
+        products(dtype, WIDTH)
+
+
+def routers(case: Choice, dtype: torch.dtype) -> None:
+    """A router's choice, with logits and weights in this dtype and scores in it or in float32."""
+    logits, bias = (torch.empty(shape, dtype=dtype) for shape in ((BATCH * TOKENS, case.experts), (case.experts,)))
+    for scores in {dtype, torch.float32}:
+        choice = replace(case, dtype=scores, weight_dtype=dtype)
+        choose_experts(logits, bias if case.biased else None, *choice.arguments())
 
 
 def all_ops(dtype: torch.dtype) -> None:
@@ -228,6 +243,7 @@ def all_ops(dtype: torch.dtype) -> None:
     keys, heads = (
         torch.zeros(BATCH, a, b, WIDTH // HEADS, dtype=dtype) for a, b in ((TOKENS, HEADS), (HEADS, some[1]))
     )
+    routers(CASES["DSMoE"], dtype)
     attend_rows(
         keys, keys.clone(), heads, heads, heads, tokens, torch.zeros(some, dtype=torch.bool), None, None, False
     )

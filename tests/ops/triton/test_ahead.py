@@ -31,6 +31,7 @@ KERNELS = {
     "place_kernel",
     "variable_k_kernel",
     "token_kernel",
+    "choice_kernel",
 }
 
 
@@ -93,5 +94,5 @@ def test_every_block_size_dtype_and_layout():
     results = compile_ahead("every")
     check(results)
     blocks = {(found["dtype"], found["blocks"]) for found in results if found["kernel"] == "product_kernel"}
-    assert len(blocks) >= 4 + 4 + 3
+    assert len(blocks) >= 5 + 5 + 3
     assert {80, 90} <= {found["arch"] for found in results}

@@ -82,7 +82,7 @@ def test_any_product(
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_block_size(dtype, gated):
     torch.manual_seed(0)
-    for blocks in every_entry(dtype):
+    for blocks in every_entry(dtype, gated):
         check(70, 2, 3, 130, 70, dtype, "silu", gated, blocks=blocks)
 
 
@@ -127,6 +127,18 @@ def test_nothing_is_written_where_nothing_runs():
 def test_block_sizes_follow_the_rows_of_an_expert():
     sizes = [blocks_for(torch.bfloat16, 16 * share, 16).rows for share in (1, 16, 17, 64, 65, 256, 257, 10**6)]
     assert sizes == [16, 16, 32, 32, 64, 64, 128, 128]
+
+
+def test_a_product_with_one_weight_and_many_rows_has_blocks_of_128_columns():
+    def columns(share, gated=False, outputs=1024, dtype=torch.bfloat16):
+        return blocks_for(dtype, 16 * share, 16, gated, outputs).columns
+
+    assert [columns(share) for share in (512, 513)] == [64, 128]
+    assert columns(10**6, gated=True) == columns(10**6, outputs=64) == columns(10**6, dtype=torch.float32) == 64
+    assert all(
+        blocks_for(torch.float16, 16 * share, 16, False, 1024) in every_entry(torch.float16, False)
+        for share in (1, 600)
+    )
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])

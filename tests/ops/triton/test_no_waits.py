@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moeca_compile.ops import attention as attention_reference
 from moeca_compile.ops import fixed_k as fixed_k_reference
 from moeca_compile.ops import variable_k as variable_k_reference
-from tests.ops.triton.cases import BODIES, WIDTH
+from tests.ops.routing_cases import CASES, make_inputs
+from tests.ops.triton.cases import BODIES, DEVICE, WIDTH
 
 pytest.importorskip("triton")
-from moeca_compile.ops.triton import attention, fixed_k, variable_k
+from moeca_compile.ops.triton import attention, fixed_k, routing, variable_k
 from tests.ops.triton import test_attention as attention_cases
 from tests.ops.triton import test_fixed_k as fixed_k_cases
 from tests.ops.triton import test_variable_k as variable_k_cases
@@ -84,6 +85,13 @@ def test_attention():
     (call,) = attention_calls(attention)
     with waits() as found:
         call()
+    assert found == []
+
+
+def test_a_router():
+    case = CASES["DeepSeek-V3"]
+    with waits() as found:
+        routing.choose_experts(*make_inputs(9, case, torch.float32, DEVICE), *case.arguments())
     assert found == []
 
 
