@@ -17,7 +17,7 @@ ALWAYS = frozenset(
 CACHING = (
     ALWAYS
     | {"full_every", "full_steps", "schedule", "schedule_exponent", "corrector", "forecast", "forecast_slope"}
-    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"}
+    | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs", "trace"}
 )
 """Options that every recipe with caches uses."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
 from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import Timestep, TimestepReader
+from moeca_compile.runtime.tracing import Tracer, is_traced
 from moeca_compile.runtime.tracks import Call, Position
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class StepLoop:
         """The stream of all calls where nothing is cached."""
         self.validated_with: tuple[Any, ...] | None = None
         """The versions of the weights, where they decide when to validate again (runtime.revalidation)."""
+        self.tracer: Tracer | None = None
+        """The trace so far; None where nobody has asked for one."""
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -85,7 +88,7 @@ class StepLoop:
         try:
             kind = self.kind(refresh, stream, position.time, inputs)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
-            outputs = self._run(kind, stream, position.time, inputs, weight)
+            outputs = self._run(kind, stream, position.time, inputs, weight, position.number)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
@@ -159,14 +162,26 @@ class StepLoop:
         return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(
-        self, kind: StepKind, stream: Stream, time: float, inputs: Sequence[Any], correction: float = 0.0
+        self,
+        kind: StepKind,
+        stream: Stream,
+        time: float,
+        inputs: Sequence[Any],
+        correction: float = 0.0,
+        number: int | None = None,
     ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s step at time %g", kind.name, time)
         placed, weights = self._placed(inputs), self.weights(stream, time)
         predicted = self._predicted(stream, placed, weights) if correction else ()
-        result = self._result(kind, stream, placed, weights)
+        tracer = self._tracer() if number is not None else None
+        if tracer is None or number is None:
+            result = self._result(kind, stream, placed, weights)
+        else:
+            self.step(kind, placed, stream.state, weights)  # so that compiling is not timed
+            tracer.observe(kind, number, time, stream, placed, weights)
+            result = tracer.run(kind, number, partial(self._result, kind, stream, placed, weights))
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         outputs = self.compiled.write_back(inputs, result.outputs)
@@ -174,6 +189,16 @@ class StepLoop:
             return outputs
         self.tallies.corrections += 1
         return corrected(outputs, predicted, correction)
+
+    def _tracer(self) -> Tracer | None:
+        """What collects the trace of a step; None unless it was asked for."""
+        if not (self.compiled.config.trace or is_traced(self.notes)):
+            return None
+        if self.graphs is not None and self.graphs.recorder.busy():
+            return None  # the user records the step: what ran beside it would be recorded too
+        if self.tracer is None:
+            self.tracer = Tracer(self.compiled, self.notes)
+        return self.tracer
 
     def _predicted(self, stream: Stream, placed: Sequence[Any], weights: Tensor) -> tuple[Any, ...]:
         """The outputs that a cache step would give here. It changes no cache, and is not counted."""

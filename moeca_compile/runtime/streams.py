@@ -41,6 +41,8 @@ class Stream:
     """The capacity bucket of its cache steps; None before the first."""
     graphs: dict[Any, Any] = field(default_factory=dict)
     """CUDA graphs that were recorded over these caches (runtime.cuda_graphs); dropped together with them."""
+    traced: dict[Any, Any] = field(default_factory=dict)
+    """Where steps are traced, some elements of what regions gave at the last steps that computed them."""
     used: int = 0
     """When it was called last, as a count of all calls."""
     allocated_by: Hashable = None
@@ -77,6 +79,7 @@ class Stream:
         """Mark all caches as invalid: a step was interrupted while it changed them, or they may be another's."""
         self.full_at, self.last_full, self.passed = [[], []], [-1, -1], []
         self.state.filled = [0, 0]
+        self.traced.clear()
 
 
 class Bounds:
