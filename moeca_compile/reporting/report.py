@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeca_compile.reporting.plots import plot
+from moeca_compile.reporting.save import save, target
 from moeca_compile.reporting.trace import Trace, trace_from
 from moeca_compile.text import binary_bytes, count, first_line, flop_count, percent, plural, seconds
 
@@ -133,6 +136,32 @@ class Report:
             values["flops"]["speedup"] = self.flops.speedup
         return values
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to a file.
+
+        Args:
+            path: `report.html` is one page with figures, which opens without a network; `report.json` has what
+                `to_dict` returns, and the command `moeca report` reads it.
+
+        Raises ValueError for any other ending, and OSError where the file cannot be written.
+        """
+        where = target(path)
+        save(self.to_dict(), where)
+
+    def plot(self, figure: str, ax: Any = None) -> Any:
+        """Draw a figure of the first trace with matplotlib.
+
+        Args:
+            figure: "match" or "reuse" by layer and step (the paper's figure 8 is one over the other), "tokens"
+                recomputed by position and step (figure 2 b), "drift" by region and step (figure 9), or "routing":
+                branches by layer and expert (figure 4 a).
+            ax: the axes to draw on; a new figure's if None.
+
+        Returns the axes. Raises ValueError for any other figure and where nothing was traced, ImportError without
+        matplotlib.
+        """
+        return plot(self.traces, figure, ax)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
         """The report of which `to_dict` gave these values.
@@ -148,7 +177,7 @@ class Report:
             if known["flops"] is not None:
                 known["flops"] = Flops(known["flops"]["full_step"], known["flops"]["mean_step"])
             return cls(**known)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"these are not the values of a report of this version ({first_line(error)})") from error
 
     def __str__(self) -> str:

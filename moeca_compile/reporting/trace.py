@@ -15,7 +15,8 @@ class TracedStep:
         number: counts from 0 in each generation.
         time: of the last call.
         kinds: the number of calls by step kind.
-        seconds: the fewest that a call took, compilation left out; None where that is not measured.
+        seconds: the fewest that a call of the kind of most took, compilation left out; None where that is not
+            measured.
         match: for each MoE layer, the share of branches that were in the cache (the paper, eq. 7).
         reuse: for each MoE layer, the share of branches whose cached output was used.
         recomputed: for each MoE layer, the tokens recomputed in a sample, on average.

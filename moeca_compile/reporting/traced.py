@@ -71,7 +71,7 @@ def _step(number: int, log: StepLog, tracer: Tracer) -> TracedStep:
         number=number,
         time=log.time,
         kinds=dict(log.kinds),
-        seconds=log.seconds,
+        seconds=log.seconds.get(log.kinds.most_common(1)[0][0]),
         match=_ratios(counts["matched"], counts["branches"]),
         reuse=_ratios(reused, counts["branches"]),
         recomputed=_ratios(refreshed, rows[: len(refreshed)]),

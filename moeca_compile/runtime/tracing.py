@@ -67,7 +67,7 @@ class StepLog:
     Attributes:
         kinds: the number of calls by the name of their step kind.
         time: of the last call.
-        seconds: the fewest that a call took, after it was compiled; None where that is not measured.
+        seconds: the fewest that a call of each kind took, after it was compiled; of those that are measured.
         counts: (MoE layers, COUNTERS) of cache steps; None before the first.
         tokens: (N,) how often each token of the main stream was recomputed; None before the first cache step.
         rows: how many samples of layers `tokens` is summed over.
@@ -77,7 +77,7 @@ class StepLog:
 
     kinds: Counter[str] = field(default_factory=Counter)
     time: float = 0.0
-    seconds: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     counts: Tensor | None = None
     tokens: Tensor | None = None
     rows: int = 0
@@ -169,9 +169,8 @@ class Tracer:
                 continue
             seconds = _seconds(start, end)
             if seconds is not None:
-                log = self.steps.setdefault(number, StepLog())
-                log.seconds = min(seconds, log.seconds or math.inf)
-                self.seconds[kind] = min(seconds, self.seconds.get(kind, math.inf))
+                for fewest in (self.steps.setdefault(number, StepLog()).seconds, self.seconds):
+                    fewest[kind] = min(seconds, fewest.get(kind, math.inf))
         self._pending = left
 
 
