@@ -18,8 +18,8 @@ from moeca_compile.text import binary_bytes, count, flop_count, percent, plural,
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_MAPS = 60
 """Pictures of recomputed tokens on the page; of more steps, that many are shown, evenly spaced."""
-_MANY_REGIONS = 24
-"""A longer list of regions is folded."""
+_MANY_REGIONS = 12
+"""A longer list of regions is folded, unless some are skipped."""
 
 
 def page_of(values: Mapping[str, Any]) -> str:
@@ -37,7 +37,8 @@ def page_of(values: Mapping[str, Any]) -> str:
         title=", ".join(filter(None, [values["config"].get("recipe"), values["device"], values["dtype"]])),
         facts=list(_facts(values)),
         kinds=_kinds(values["regions"]),
-        folded=len(values["regions"]) > _MANY_REGIONS,
+        regions=sorted(values["regions"], key=lambda region: region["status"] == "cached"),
+        folded=len(values["regions"]) > _MANY_REGIONS and all(r["status"] == "cached" for r in values["regions"]),
         traces=[_Traced(f"trace-{i}", trace_from(trace)) for i, trace in enumerate(values["traces"])],
         memory=_bars(values["memory"], binary_bytes),
         stages=_bars(values["compile_seconds"], seconds),
@@ -99,8 +100,8 @@ class _Traced:
     @property
     def schedule(self) -> Markup:
         steps = self.trace.steps
-        heights = [None if step.seconds is None else 1000 * step.seconds for step in steps]
-        kinds, notes = [step.kind for step in steps], [_note(step) for step in steps]
+        heights, kinds = [step.seconds for step in steps], [step.kind for step in steps]
+        notes = [_note(step) for step in steps]
         return svg.step_bars(
             f"{self.key}-schedule", "Kind and time of each step", self.numbers, heights, kinds, notes
         )
@@ -117,7 +118,11 @@ class _Traced:
         if not any(columns):
             return None
         rows = [[column[i] if column else None for column in columns] for i in range(len(self.trace.layers))]
-        return svg.heat_map(f"{self.key}-{name}", title, self.trace.layers, self.numbers, rows, percent, high=1.0)
+        least = min(value for row in rows for value in row if value is not None)
+        low = max(
+            0.0, min(0.9, int(10 * least - 0.5) / 10)
+        )  # ratios are mostly high: a scale from 0 would show no difference
+        return svg.heat_map(f"{self.key}-{name}", title, self.trace.layers, self.numbers, rows, percent, low, 1.0)
 
     @property
     def most_recomputed(self) -> float:
@@ -168,7 +173,10 @@ class _Traced:
         padded: list[list[float | None]] = [[*row, *[None] * (most - len(row))] for row in rows]
         experts = [str(expert) for expert in range(most)]
         title = "Branches by expert and layer, over an even share"
-        return svg.heat_map(f"{self.key}-balance", title, self.trace.layers, experts, padded, _times, axis="expert")
+        high = max(2.0, *(number for row in rows for number in row))
+        return svg.heat_map(
+            f"{self.key}-balance", title, self.trace.layers, experts, padded, _times, high=high, axis="expert"
+        )
 
     @property
     def balance_in_time(self) -> tuple[str, Markup] | None:
@@ -183,7 +191,8 @@ class _Traced:
         name, numbers = self.trace.layers[layer], [str(step.number) for step in steps]
         experts = [f"expert {expert}" for expert in range(len(by_expert))]
         title = f"Branches by expert and step in {name}, over an even share"
-        return name, svg.heat_map(f"{self.key}-balance-time", title, experts, numbers, by_expert, _times)
+        high = max(2.0, *(number for row in by_expert for number in row))
+        return name, svg.heat_map(f"{self.key}-balance-time", title, experts, numbers, by_expert, _times, high=high)
 
     def _totals(self, layer: int) -> list[float]:
         known = [step.routing[layer] for step in self.trace.steps if step.routing and step.routing[layer]]

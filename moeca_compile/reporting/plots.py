@@ -49,8 +49,8 @@ def plot(traces: Sequence[Trace], name: str, ax: Any = None) -> Any:
 
 def _drawn(grid: Grid, ax: Any) -> Any:
     image = ax.imshow(grid.values, aspect="auto", cmap="Blues", vmin=0, vmax=grid.most, interpolation="nearest")
-    for axis, names, label in ((ax.xaxis, grid.columns, grid.x), (ax.yaxis, grid.rows, grid.y)):
-        every = -(-len(names) // 16)
+    for axis, names, label, most in ((ax.xaxis, grid.columns, grid.x, 10), (ax.yaxis, grid.rows, grid.y, 16)):
+        every = -(-len(names) // most)
         axis.set_ticks(range(0, len(names), every), names[::every])
         axis.set_label_text(label)
     ax.figure.colorbar(image, ax=ax, label=grid.scale)

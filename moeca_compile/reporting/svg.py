@@ -6,9 +6,12 @@ has its value as a title, and each figure a legend with numbers. All text is esc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
+
+from moeca_compile.text import seconds
 
 LEVELS = 10
 """Shades of a scale."""
@@ -21,6 +24,14 @@ def level(value: float, low: float, high: float) -> int:
     """The shade of a value, from 0 to LEVELS - 1."""
     share = (value - low) / (high - low) if high > low else 0.0
     return min(LEVELS - 1, max(0, int(share * LEVELS)))
+
+
+def round_above(value: float) -> float:
+    """The next of 1, 2, 4, 5, 10, 20, ... that is no less: the end of an axis with a mark in its middle."""
+    if value <= 0:
+        return 1.0
+    unit = 10.0 ** math.floor(math.log10(value))
+    return next(unit * step for step in (1, 2, 4, 5, 10, 20) if value <= unit * step)
 
 
 def shortened(name: str, longest: int = _LONGEST) -> str:
@@ -83,13 +94,13 @@ def step_bars(
     """A bar for each step. Full steps are filled and marked F, others are hatched.
 
     Args:
-        heights: of the bars, in milliseconds; all bars are alike where none is known.
+        heights: of the bars, in seconds; all bars are alike where none is known.
         kinds: of the steps.
         notes: what is said of each step.
     """
-    cell, left, space = 16, 56, 110
+    cell, left, space = 16, 64, 110
     known = [value for value in heights if value is not None]
-    top = max(known, default=0.0) or 1.0
+    top = round_above(max(known, default=0.0))
     parts = [
         Markup(
             '<defs><pattern id="{}-hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
@@ -102,7 +113,7 @@ def step_bars(
         for share in (0, 0.5, 1):
             y = base - space * share
             parts.append(Markup('<path class="grid" d="M{} {:.1f}h{}"/>').format(left, y, cell * len(columns)))
-            parts.append(_text(left - 6, y + 4, f"{top * share:.3g} ms", "end"))
+            parts.append(_text(left - 6, y + 4, seconds(top * share), "end"))
     for x, (height, kind, note) in enumerate(zip(heights, kinds, notes, strict=True)):
         tall = space * (0.8 if not known else max(height or 0.0, 0.01 * top) / top)
         full = kind == "full"

@@ -128,6 +128,11 @@ def test_values_are_shaded_by_where_they_lie_on_the_scale():
     assert svg.level(3.0, 3.0, 3.0) == 0
 
 
+@pytest.mark.parametrize(("value", "end"), [(0.0, 1.0), (0.003, 0.004), (0.004, 0.004), (0.97, 1.0), (1.4, 2.0)])
+def test_an_axis_ends_at_a_round_number(value, end):
+    assert svg.round_above(value) == pytest.approx(end)
+
+
 def test_the_map_of_tokens_has_the_recomputed_one_in_its_place():
     figure = svg.token_map("map", "tokens", [0.0] * 5 + [1.0] + [0.0] * 6, 4, 1.0)
     assert 'viewBox="0 0 4 3"' in figure

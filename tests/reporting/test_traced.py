@@ -13,9 +13,13 @@ import moeca_compile
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.reporting.found import record_of
+from moeca_compile.reporting.traced import trace_of
 from moeca_compile.runtime import tracing
+from tests.harness import captured
 from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 from tests.policies.reference_moeca import Simulation
+from tests.policies.reference_variable_k import PairSimulation
+from tests.policies.variable_k_models import ExpertChoice, Threshold, make_pairs_model, mark
 
 STEPS = 7
 LAYERS = ("blocks.1.mlp",)
@@ -144,6 +148,30 @@ def test_routing_of_cache_steps_is_that_of_the_probe(model):
             assert set(step.tokens) == {0.0}
 
 
+@pytest.mark.parametrize("router", [ExpertChoice, Threshold])
+def test_layers_without_a_fixed_number_of_experts_are_traced_too(router):
+    options = {"recipe": "moeca", "capacities": (1.0,), "full_every": 3}
+    model = make_pairs_model(router)
+    noise, labels = make_inputs(model)
+    graph = captured(mark(model, True), noise, torch.ones(len(noise)), labels)
+    engine = graph.engine(trace=True, validate=False, lowering="eager", **options)
+    generate(lambda x, t, y: engine(*graph.arguments(x=x, t=t, y=y))[0], model)
+    simulation, decisions = PairSimulation(mark(model, False), MoecaConfig(**options)), []
+    simulation.capacity = model.sizes.tokens
+    generate(lambda *inputs: decisions.append(simulation.step(*inputs)) or decisions[-1].output, model)
+    (loop,) = engine.loops.values()
+    trace = trace_of(loop)
+    assert any(set(step.tokens) - {0.0, 1.0} for step in trace.steps)
+    for step, expected in zip(trace.steps, decisions, strict=True):
+        layers = list(expected.decisions.values())
+        recomputed = [torch.zeros_like(each.ids).masked_scatter(each.ids, each.recomputed) for each in layers]
+        for place, layer in enumerate(layers):
+            assert step.routing[place] == tuple(layer.ids.sum((0, 1)).tolist())
+        if layers:
+            tokens = torch.stack([pairs.any(-1) for pairs in recomputed]).float()
+            assert step.tokens == pytest.approx(tokens.mean((0, 1)).tolist(), abs=1e-6)
+
+
 def test_a_recipe_without_branches_has_no_cache_counts_but_drift_and_routing(model):
     run = compiled(model, recipe="stack", full_every=3, trace=True)
     generate(run, model)
@@ -232,6 +260,9 @@ def test_plain_values_are_the_trace(model):
     values = json.loads(json.dumps(report.to_dict()))
     assert moeca_compile.Report.from_dict(values).traces == report.traces
     assert str(report).splitlines()[-1] == f"trace: {STEPS} calls of {STEPS} steps"
+    line = type(model.blocks[0].attn).forward.__code__.co_firstlineno
+    assert report.places["blocks.0.attn"] == f"dit.py:{line}"
+    assert report.places.keys() == {region.name for region in report.regions}
 
 
 class Event:
