@@ -29,7 +29,7 @@ from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
 from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import Timestep, TimestepReader
-from moeca_compile.runtime.tracing import Tracer, is_traced
+from moeca_compile.runtime.tracing import OPEN, Tracer, is_traced
 from moeca_compile.runtime.tracks import Call, Position
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class StepLoop:
         """The versions of the weights, where they decide when to validate again (runtime.revalidation)."""
         self.tracer: Tracer | None = None
         """The trace so far; None where nobody has asked for one."""
+        self.always_traced = compiled.config.trace
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -175,7 +176,8 @@ class StepLoop:
             _log.debug("%s step at time %g", kind.name, time)
         placed, weights = self._placed(inputs), self.weights(stream, time)
         predicted = self._predicted(stream, placed, weights) if correction else ()
-        tracer = self._tracer() if number is not None else None
+        # Not a call is spent on a step that nobody traces.
+        tracer = self._tracer() if (OPEN or self.always_traced) and number is not None else None
         if tracer is None or number is None:
             result = self._result(kind, stream, placed, weights)
         else:
@@ -192,7 +194,7 @@ class StepLoop:
 
     def _tracer(self) -> Tracer | None:
         """What collects the trace of a step; None unless it was asked for."""
-        if not (self.compiled.config.trace or is_traced(self.notes)):
+        if not (self.always_traced or is_traced(self.notes)):
             return None
         if self.graphs is not None and self.graphs.recorder.busy():
             return None  # the user records the step: what ran beside it would be recorded too

@@ -41,23 +41,23 @@ _ELEMENTS = 1 << 16
 """At most so many elements of a region's output are kept to compare the next one with, for each stream."""
 FAILED = "tracing a step failed ({0}), so no more steps of this graph are traced. Its results are not affected"
 
-_open: list[Callable[[], Notes | None]] = []
+OPEN: list[Callable[[], Notes | None]] = []
 """For each model that is traced for a while, what gives its notes. They may not be there before its first call."""
 
 
 @contextmanager
 def tracing(notes: Callable[[], Notes | None]) -> Iterator[None]:
     """Trace all steps of the model with these notes meanwhile, in whatever thread."""
-    _open.append(notes)
+    OPEN.append(notes)
     try:
         yield
     finally:
-        _open.remove(notes)
+        OPEN.remove(notes)
 
 
 def is_traced(notes: Notes) -> bool:
     """Whether the model with these notes is traced for a while."""
-    return bool(_open) and any(of() is notes for of in list(_open))
+    return any(of() is notes for of in list(OPEN))
 
 
 @dataclass

@@ -154,6 +154,12 @@ def test_hostile_names_stay_words():
     assert not [a for a in page.attributes if a[1].startswith("on")]
 
 
+def test_several_traces_are_told_apart():
+    words = Page(rendered(REPORTS["two graphs"])).words()
+    assert "Trace 1 of 2" in words and "Trace 2 of 2" in words and words.count("Match ratio") >= 2
+    assert "Trace 1 of" not in Page(rendered(make_report())).words()
+
+
 def test_without_a_trace_each_figure_says_how_to_get_it():
     text = rendered(make_report(traces=()))
     assert text.count("with moeca_compile.trace(model):") == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def steps_of(run) -> tuple:
     return trace.steps
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora-forecast", "stack"])
 def test_pictures_and_compiled_steps_are_the_same_with_a_trace(model, recipe):
     plain, traced = (compiled(model, recipe=recipe, full_every=3, trace=trace) for trace in (False, True))
@@ -110,6 +112,7 @@ def test_routing_and_drift_of_full_steps_are_the_models_own(model):
         assert step.match == step.tokens == ()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{}, {"budget": 0.25}, {"tau0": 100.0}, {"mask_source": "previous"}], ids=str)
 def test_match_reuse_and_tokens_of_cache_steps_are_those_of_the_simulation(deep, options):
     model = deep
@@ -314,6 +317,26 @@ def test_branches_of_experts_are_counted_in_both_forms():
     assert tracing.branches_by_expert(ids, 5).tolist() == [1, 0, 2, 1, 0]
     mask = torch.zeros(2, 5, dtype=torch.bool).scatter(1, ids, True)
     assert tracing.branches_by_expert(mask, 5).tolist() == [1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "grid"),
+    [
+        ((2, 4, 8, 8), 16, (4, 4)),
+        ((2, 4, 16, 8), 32, (8, 4)),
+        ((2, 4, 12, 6), 72, (12, 6)),
+        ((2, 4, 8, 8), 25, (5, 5)),  # tokens of something else: a square is as good a guess as any
+        ((2, 4, 8, 8), 24, None),
+        ((2, 16, 64), 16, (4, 4)),
+        ((2, 15, 64), 15, None),
+    ],
+)
+def test_tokens_lie_over_the_picture_as_its_shape_says(shape, tokens, grid):
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["val"] = torch.empty(shape)
+    main = SimpleNamespace(tokens=tokens)
+    compiled = SimpleNamespace(regions=SimpleNamespace(main=main), placeholders=[node], picture=0)
+    assert tracing.grid_of(compiled) == grid
 
 
 def test_kinds_have_their_steps_flops_and_times(model):
