@@ -36,8 +36,8 @@ def trace(model: Any) -> Iterator[None]:
     """
     record = record_of(model)
     for engine in record.engines if record else ():
-        for loop in engine.loops.values():
-            loop.tracer = None
+        for loop in list(engine.loops.values()):
+            loop.forget_trace()
     with tracing(lambda: found.notes if (found := record_of(model)) is not None else None):
         yield
 

@@ -202,6 +202,12 @@ class StepLoop:
             self.tracer = Tracer(self.compiled, self.notes)
         return self.tracer
 
+    def forget_trace(self) -> None:
+        """Drop what was traced so far, and what the next traced steps would be compared with."""
+        self.tracer = None
+        for stream in self.streams.held():
+            stream.traced.clear()
+
     def _predicted(self, stream: Stream, placed: Sequence[Any], weights: Tensor) -> tuple[Any, ...]:
         """The outputs that a cache step would give here. It changes no cache, and is not counted."""
         return self._result(REUSING, stream, placed, weights).outputs[len(self.compiled.mutated) :]

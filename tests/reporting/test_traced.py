@@ -196,6 +196,22 @@ def test_only_steps_inside_are_traced_before_the_first_call_too(model):
     assert len(steps_of(run)) == 3, "what an earlier trace collected is dropped"
 
 
+def test_drift_is_never_since_a_step_of_an_earlier_trace(model):
+    run, (x, y) = compiled(model, recipe="stack", full_every=1), make_inputs(model)
+
+    @torch.no_grad()
+    def step(number):
+        run(x * (1 - number / 100), torch.full((len(x),), 1 - number / 10), y)
+
+    for numbers in ((0, 1), (2, 3)):
+        with moeca_compile.trace(run):
+            for number in numbers:
+                step(number)
+        first, second = steps_of(run)
+        assert (first.number, second.number) == numbers
+        assert first.drift == () and None not in second.drift
+
+
 def test_another_model_is_not_traced(model):
     one, other = compiled(model, recipe="stack"), None
     other = torch.compile(
