@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeca_compile.reporting.collect import report as report
     from moeca_compile.reporting.collect import reset as reset
     from moeca_compile.reporting.report import Report as Report
+    from moeca_compile.reporting.traced import trace as trace
     from moeca_compile.runtime.scope import generation as generation
     from moeca_compile.runtime.scope import step as step
     from moeca_compile.runtime.scope import stream as stream
@@ -36,6 +37,7 @@ _MODULES = {
     "reset": "reporting.collect",
     "step": "runtime.scope",
     "stream": "runtime.scope",
+    "trace": "reporting.traced",
 }
 """The module of each public name."""
 

@@ -520,6 +520,13 @@ class Options:
         COMPILATION,
         """Show on a terminal how far compilation is, where rich is installed; else the log has it, at level INFO.""",
     )
+    trace: bool = setting(
+        False,
+        flag,
+        COMPILATION,
+        """Collect at every step what the report draws: match and reuse by layer, recomputed tokens, routing, drift,
+        times. Each step is run a second time for it, op by op; moeca_compile.trace(model) does so for a while.""",
+    )
     dump: str | None = setting(
         None,
         optional(folder),

@@ -83,6 +83,7 @@ WRONG = [
     ("lowering", "triton", "'eager'"),
     ("disk_cache", 1, "True | False"),
     ("progress", "no", "True | False"),
+    ("trace", "yes", "True | False"),
     ("dump", "", "a folder"),
     ("dump", "a\0b", "a folder"),
 ]

@@ -1,1 +1,1 @@
-"""The command line: `moeca explain` says what would be cached of a model, `moeca env` what it runs on."""
+"""The command line: what would be cached of a model, saved reports, what lies on disk, what it all runs on."""

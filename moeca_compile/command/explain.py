@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
 from moeca_compile.policies import RECIPES
 from moeca_compile.reporting.collect import regions_of, report
+from moeca_compile.reporting.places import places_of
 from moeca_compile.reporting.report import GraphBreak, Region
 from moeca_compile.runtime.engine import Stages
 
@@ -165,7 +165,7 @@ def explain(subject: Subject, recipes: Sequence[str]) -> Explanation:
         graph_breaks=found.graph_breaks,
         timesteps=tuple(graph.captured.names[i] for graph in first for i in graph.timesteps),
         choices=choices,
-        places=_places(subject.model, {region.name for choice in choices for region in choice.regions}),
+        places=places_of(subject.model, {region.name for choice in choices for region in choice.regions}),
         warnings=tuple(dict.fromkeys(_ours(told))),
     )
 
@@ -190,21 +190,6 @@ def _most(graph: CompiledGraph) -> tuple[float, float]:
     """The largest fractions of tokens and branches that a cache step recomputes."""
     fraction = graph.plan.capacities[-1] / graph.plan.sizes[1]
     return fraction, fraction
-
-
-def _places(model: nn.Module, names: set[str]) -> dict[str, str]:
-    """file:line of the forward of each module of these names, or of the next one around it that is not torch's."""
-    modules = dict(model.named_modules())
-    places = {}
-    for name in names:
-        parts = name.split(".")
-        around = (modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1))
-        own = next(
-            (each for each in around if each is not None and not type(each).__module__.startswith("torch.")), model
-        )
-        code = inspect.unwrap(type(own).forward).__code__
-        places[name] = f"{Path(code.co_filename).name}:{code.co_firstlineno}"
-    return places
 
 
 def _ours(told: Sequence[warnings.WarningMessage]) -> list[str]:

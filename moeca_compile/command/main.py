@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        print(_env() if given.command == "env" else _explain(given))
+        print(_RUN[given.command](given))
     except CommandError as error:
         print(f"moeca {given.command}: {error}", file=sys.stderr)
         return 2
@@ -36,11 +36,31 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--device", default="cpu", choices=("cpu", "meta"), help="meta: shapes without data, for large models"
     )
+    report = commands.add_parser("report", help="show a report that report(model).save wrote")
+    report.add_argument("file", metavar="FILE", help="the report as JSON")
+    report.add_argument("--html", metavar="OUT", help="write the page with figures to this file instead")
+    cache = commands.add_parser("cache", help="what earlier compilations have left on disk")
+    actions = cache.add_subparsers(dest="action", required=True)
+    actions.add_parser("info", help="where it is, how much, and of what kinds")
+    clear = actions.add_parser("clear", help="remove it; the next process finds all out anew")
+    clear.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("env", help="versions, devices and kernels, for bug reports")
     return parser
 
 
-def _env() -> str:
+def _report(given: argparse.Namespace) -> str:
+    from moeca_compile.command.report import shown, written
+
+    return shown(given.file) if given.html is None else written(given.file, given.html)
+
+
+def _cache(given: argparse.Namespace) -> str:
+    from moeca_compile.command.cache import clear, info
+
+    return info() if given.action == "info" else clear(given.yes)
+
+
+def _env(given: argparse.Namespace) -> str:
     from moeca_compile.command.env import environment
 
     known = environment()
@@ -58,3 +78,6 @@ def _explain(given: argparse.Namespace) -> str:
         raise CommandError(f"there is no recipe {wrong[0]!r}. The recipes are {', '.join(RECIPES)}")
     recipes = list(dict.fromkeys(given.recipe or (recipe for recipe in RECIPES if recipe != "none")))
     return text_of(explain(subject_named(given.factory, given.inputs, given.device), recipes))
+
+
+_RUN = {"explain": _explain, "report": _report, "cache": _cache, "env": _env}

@@ -27,7 +27,7 @@ from moeca_compile.passes.match.regions import Regions
 _SMALL = 1 << 24
 """Bytes of a tensor of integers up to which its values count. Larger ones are packed weights."""
 
-_ELSEWHERE = ("dump", "disk_cache", "progress")
+_ELSEWHERE = ("dump", "disk_cache", "progress", "trace")
 """Options that say what people see, and change nothing that runs."""
 
 

@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,29 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "moeca_compile"
 _FORMAT = 1
+
+
+_NAME = re.compile(r"(?P<kind>[a-z]+)-\w+\.json")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.\d+\.\d+")
+"""What a process that was killed leaves behind."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of ours on disk.
+
+    Attributes:
+        kind: what it holds.
+        nbytes: its size.
+        written: seconds since 1970.
+        format: of which version it is; None where it is damaged or unfinished, and so counts as none.
+    """
+
+    path: Path
+    kind: str
+    nbytes: int
+    written: float
+    format: int | None
 
 
 def folder() -> Path | None:
@@ -56,6 +81,41 @@ def write(kind: str, key: str, value: Any) -> None:
     if folder() is not None:
         _put(name, content)
         record_artifact(FOLDER, name, content)
+
+
+def entries() -> list[Entry]:
+    """All files of ours in the folder, by name; others are left out."""
+    where = folder()
+    paths = sorted(where.iterdir()) if where is not None and where.is_dir() else []
+    found = (_entry(path) for path in paths)
+    return [entry for entry in found if entry is not None]
+
+
+def remove(entry: Entry) -> bool:
+    """Remove a file. Returns whether it is gone now; another process may have removed it."""
+    try:
+        entry.path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.debug("%s cannot be removed: %s", entry.path, error)
+        return False
+    return True
+
+
+def _entry(path: Path) -> Entry | None:
+    name = _NAME.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)
+    try:
+        if name is None or not path.is_file():
+            return None
+        facts, content = path.stat(), path.read_bytes()
+    except OSError:  # gone meanwhile, or not to be read
+        return None
+    known = _value_in(content, path.name) is not None
+    return Entry(path, name["kind"], facts.st_size, facts.st_mtime, _format_in(content) if known else None)
+
+
+def _format_in(content: bytes) -> int:
+    found: int = json.loads(content.partition(b"\n")[0])["format"]
+    return found
 
 
 def _put(name: str, content: bytes) -> None:

@@ -18,6 +18,7 @@ from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_o
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.passes.rewrite.step import Observer
 from moeca_compile.passes.rewrite.step_function import StepFunction, probe_function, step_function
 from moeca_compile.plan import Plan
 
@@ -183,12 +184,12 @@ class CompiledGraph:
         names = [name for name, value in zip(self.captured.names, inputs, strict=True) if isinstance(value, Tensor)]
         return [*names, *state_names, "forecast_weights"]
 
-    def function(self, kind: StepKind, updates: bool = True) -> StepFunction:
+    def function(self, kind: StepKind, updates: bool = True, observer: Observer | None = None) -> StepFunction:
         """The step of this kind as an eager function, which may write to some of the caches."""
         probe = self.plan.probe
         if kind.probe and probe is not None:
             return probe_function(self.graph, self.regions, probe)
-        return step_function(self.graph, self.regions, self.plan.replacements, kind, updates, probe)
+        return step_function(self.graph, self.regions, self.plan.replacements, kind, updates, probe, observer)
 
     def write_back(self, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copy new values into the inputs that the model changes in place; returns the model's outputs."""

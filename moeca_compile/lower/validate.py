@@ -31,7 +31,7 @@ from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, 
 from moeca_compile.passes.rewrite.caches import Caches, Untouched
 from moeca_compile.passes.rewrite.kinds import REUSING, Role, StepKind
 from moeca_compile.passes.rewrite.replacement import Replacement
-from moeca_compile.passes.rewrite.step import Step
+from moeca_compile.passes.rewrite.step import Observer, Step
 from moeca_compile.passes.rewrite.step_function import StepResult, probe_function, step_function
 from moeca_compile.plan import cache_specs, probe_of, replacements_of
 from moeca_compile.policies.forecast import rule_of, weights_after_one
@@ -309,10 +309,11 @@ def run_eagerly(
     state: Caches,
     weights: Tensor,
     updates: bool = True,
+    observer: Observer | None = None,
 ) -> StepResult:
     """Run a step in eager mode. The caches do not change; their new values are returned if `updates` says so."""
     with torch.no_grad(), undisturbed(compiled.device):
-        return compiled.function(kind, updates)(inputs, Untouched(state), weights)
+        return compiled.function(kind, updates, observer)(inputs, Untouched(state), weights)
 
 
 def same_values(

@@ -163,6 +163,15 @@ class ExpertCache(ABC):
         dropped = needed - decision.valid.sum()
         total = torch.full_like(dropped, prod(matched.shape)) if routed is None else routed.sum()
         step.counts.append(torch.stack([total, matched.sum(), mask.sum(), dropped, needed]))
+        if step.observer is not None:
+            chosen = torch.zeros_like(matched[..., 0]).scatter(1, decision.chosen, decision.valid)
+            step.observer.recomputed(self.layer.marker, *self.observed(decision, routed, chosen, mask))
+
+    @abstractmethod
+    def observed(
+        self, decision: Decision, routed: Tensor | None, chosen: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The recomputed tokens (B, N) and the routing (B, N, E), from what `count` is given; `chosen` is (B, N)."""
 
     def by_token(self, value: Tensor) -> Tensor:
         """(T, ...) -> (B, N, ...)."""

@@ -106,6 +106,12 @@ class FixedKCache(ExpertCache):
             result = self._refresh(step, decision)
         return result.reshape(shape_of(self.layer.marker)).to(self.dtype)
 
+    def observed(
+        self, decision: Decision, routed: Tensor | None, chosen: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(decision, SlotDecision)
+        return chosen, self._routed(decision.routing.index)
+
     def _combine_cached(self, step: Step, weight: Tensor) -> Tensor:
         """Combine cached outputs alone. Plain ops may read the caches, since no op of this graph writes to them."""
         ring = self.ring(step)

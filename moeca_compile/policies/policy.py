@@ -19,9 +19,15 @@ FORECASTING = frozenset({"forecast", "forecaster", "forecast_order", "forecast_s
 """Options of recipes that may extrapolate what is cached."""
 SPACED = frozenset({"full_every", "full_steps", "schedule", "schedule_exponent", "warmup_steps"})
 """Options of recipes whose full steps come by their numbers."""
-KEEPING = (
-    ALWAYS | {"max_generations", "cache_dtype", "max_cache_bytes", "coarser_caches", "check_inputs"} | {"corrector"}
-)
+KEEPING = ALWAYS | {
+    "max_generations",
+    "cache_dtype",
+    "max_cache_bytes",
+    "coarser_caches",
+    "check_inputs",
+    "corrector",
+    "trace",
+}
 """Options that every recipe with caches uses."""
 CACHING = KEEPING | SPACED | FORECASTING
 """Options of recipes whose full steps come by their numbers, and that may extrapolate."""

@@ -103,6 +103,12 @@ class VariableKCache(ExpertCache):
         self.count(step, decision, routed, matched, mask)
         return result.to(self.dtype)
 
+    def observed(
+        self, decision: Decision, routed: Tensor | None, chosen: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert routed is not None
+        return chosen | mask.any(-1), routed
+
     def _store(self, step: Step, mask: Tensor, pool_row: Tensor, weight: Tensor, norms: Tensor) -> None:
         """Cache weights, norms and ages of the recomputed branches; they become 0 where a branch lost its row."""
         fresh = {self.weight: weight, self.norms: norms}

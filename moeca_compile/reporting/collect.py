@@ -6,17 +6,21 @@ import dataclasses
 from statistics import fmean
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from moeca_compile import capture
-from moeca_compile._torch_private import compiled_module, wrapper_of
+from moeca_compile._torch_private import compiled_module
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, PROBE, REUSING
 from moeca_compile.reporting.bypass import methods_past_the_compiled
+from moeca_compile.reporting.found import record_of
+from moeca_compile.reporting.memory import memory_by_kind
 from moeca_compile.reporting.peak import peak_memory
+from moeca_compile.reporting.places import places_of
 from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
+from moeca_compile.reporting.traced import trace_of
 from moeca_compile.runtime.loop import StepLoop
-from moeca_compile.runtime.record import Record, find_record
+from moeca_compile.runtime.record import Record
 from moeca_compile.runtime.tallies import Counted
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
@@ -33,20 +37,23 @@ def report(model: Any) -> Report:
 
     Never runs anything. Raises TypeError for a model that is not compiled.
     """
-    record = _record(model)
+    record, module = record_of(model), compiled_module(model)
     if record is None:
-        return Report(warnings=(*methods_past_the_compiled(compiled_module(model)), *_refusals()))
+        return Report(warnings=(*methods_past_the_compiled(module), *_refusals()))
     loops = [loop for engine in record.engines for loop in engine.loops.values()]
     notes, last = record.notes, loops[-1].compiled if loops else None
     counted = [each for engine in record.engines for each in engine.counted()]
     counts, cache_steps = _counts(counted)
+    regions, weights = tuple(regions_of(last)) if last else (), sum(engine.weight_bytes for engine in record.engines)
     return Report(
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
-        regions=tuple(regions_of(last)) if last else (),
+        regions=regions,
+        places=places_of(module or _module_of(record), {region.name for region in regions}),
         cache_bytes=sum(loop.streams.nbytes for loop in loops),
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
-        **peak_memory(last.device if last else None, sum(engine.weight_bytes for engine in record.engines)),
+        memory=memory_by_kind([loop.compiled for loop in loops], weights),
+        **peak_memory(last.device if last else None, weights),
         compile_seconds=dict(notes.seconds),
         from_disk=dict(notes.from_disk),
         compiled_parts=notes.parts,
@@ -64,6 +71,7 @@ def report(model: Any) -> Report:
         device=str(last.device) if last else None,
         dtype=str(last.dtype) if last else None,
         config=dataclasses.asdict(last.config if last else record.config),
+        traces=tuple(found for loop in loops if (found := trace_of(loop)) is not None),
     )
 
 
@@ -75,18 +83,15 @@ def reset(model: Any) -> None:
 
     Raises TypeError for a model that is not compiled.
     """
-    record = _record(model)
+    record = record_of(model)
     for engine in record.engines if record else ():
         engine.reset()
 
 
-def _record(model: Any) -> Record | None:
-    wrapper, module = wrapper_of(model), compiled_module(model)
-    if wrapper is None and module is None:
-        raise TypeError(
-            f"{type(model).__name__} is not compiled: pass what torch.compile(model, backend='moeca') returned"
-        )
-    return find_record(wrapper, module)
+def _module_of(record: Record) -> nn.Module | None:
+    """The model where it was compiled in a function: the first module that a graph is called for."""
+    modules = (ref() for engine in record.engines for ref in engine.captured.modules)
+    return next((module for module in modules if module is not None), None)
 
 
 def regions_of(compiled: CompiledGraph) -> list[Region]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeca_compile.text import binary_bytes, count, flop_count, percent, plural, seconds
+from moeca_compile.reporting.plots import plot
+from moeca_compile.reporting.save import save, target
+from moeca_compile.reporting.trace import Trace, trace_from
+from moeca_compile.text import binary_bytes, count, first_line, flop_count, percent, plural, seconds
 
 PARTS = "compiled parts"
 KINDS = ("router", "experts", "attention", "feedforward")
@@ -75,8 +79,10 @@ class Report:
         graphs: number of graphs compiled.
         graph_breaks: where Dynamo had to stop.
         regions: all recognized regions, cached and skipped.
+        places: file:line of their code, by name.
         cache_bytes: bytes of all caches that exist now.
         planned_cache_bytes: bytes of the caches of one stream by plan, summed over graphs.
+        memory: bytes of the weights, and of the caches of one stream by what they hold.
         peak_bytes: the most bytes that tensors took at a time, beside the model's weights; None where nobody counts.
         peak_measured: how that was measured, or why it was not.
         compile_seconds: seconds of each stage of compilation, in order.
@@ -97,13 +103,16 @@ class Report:
         warnings: all warnings so far, with the reasons why classes were not captured.
         device, dtype: those of the graph that was used last.
         config: all options with their values.
+        traces: what was traced, for each graph and set of input shapes (`moeca_compile.trace`).
     """
 
     graphs: int = 0
     graph_breaks: tuple[GraphBreak, ...] = ()
     regions: tuple[Region, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
     cache_bytes: int = 0
     planned_cache_bytes: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
     peak_measured: str = ""
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -123,6 +132,7 @@ class Report:
     device: str | None = None
     dtype: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    traces: tuple[Trace, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-serializable values."""
@@ -130,6 +140,50 @@ class Report:
         if self.flops is not None:
             values["flops"]["speedup"] = self.flops.speedup
         return values
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to a file.
+
+        Args:
+            path: `report.html` is one page with figures, which opens without a network; `report.json` has what
+                `to_dict` returns, and the command `moeca report` reads it.
+
+        Raises ValueError for any other ending, and OSError where the file cannot be written.
+        """
+        where = target(path)
+        save(self.to_dict(), where)
+
+    def plot(self, figure: str, ax: Any = None) -> Any:
+        """Draw a figure of the first trace with matplotlib.
+
+        Args:
+            figure: "match" or "reuse" by layer and step (the paper's figure 8 is one over the other), "tokens"
+                recomputed by position and step (figure 2 b), "drift" by region and step (figure 9), or "routing":
+                branches by layer and expert (figure 4 a).
+            ax: the axes to draw on; a new figure's if None.
+
+        Returns the axes. Raises ValueError for any other figure and where nothing was traced, ImportError without
+        matplotlib.
+        """
+        return plot(self.traces, figure, ax)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report of which `to_dict` gave these values.
+
+        Raises ValueError where they are of no report, or of one that another version has written.
+        """
+        try:
+            known: dict[str, Any] = dict(values)
+            known["warnings"] = tuple(known["warnings"])
+            known["graph_breaks"] = tuple(GraphBreak(**item) for item in known["graph_breaks"])
+            known["regions"] = tuple(Region(**item) for item in known["regions"])
+            known["traces"] = tuple(map(trace_from, known["traces"]))
+            if known["flops"] is not None:
+                known["flops"] = Flops(known["flops"]["full_step"], known["flops"]["mean_step"])
+            return cls(**known)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"these are not the values of a report of this version ({first_line(error)})") from error
 
     def __str__(self) -> str:
         parts = [
@@ -139,6 +193,7 @@ class Report:
             *_cache_lines(self),
             *_step_lines(self),
             *_check_lines(self),
+            *_trace_lines(self),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(parts)
@@ -225,6 +280,11 @@ def _step_lines(report: Report) -> list[str]:
         full, mean = flop_count(report.flops.full_step), flop_count(report.flops.mean_step)
         lines.append(f"FLOPs: {full} a full step, {mean} a step on average, {report.flops.speedup:.2f}x fewer")
     return lines
+
+
+def _trace_lines(report: Report) -> list[str]:
+    calls = [sum(step.kinds.values()) for trace in report.traces for step in trace.steps]
+    return [f"trace: {plural(sum(calls), 'call')} of {plural(len(calls), 'step')}"] if calls else []
 
 
 def _check_lines(report: Report) -> list[str]:

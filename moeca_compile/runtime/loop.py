@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
 from moeca_compile.runtime.tallies import Counted, Tallies
 from moeca_compile.runtime.timesteps import Timestep, TimestepReader
+from moeca_compile.runtime.tracing import OPEN, Tracer, is_traced
 from moeca_compile.runtime.tracks import Call, Position
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,9 @@ class StepLoop:
         """The stream of all calls where nothing is cached."""
         self.validated_with: tuple[Any, ...] | None = None
         """The versions of the weights, where they decide when to validate again (runtime.revalidation)."""
+        self.tracer: Tracer | None = None
+        """The trace so far; None where nobody has asked for one."""
+        self.always_traced = compiled.config.trace
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -102,7 +106,7 @@ class StepLoop:
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
-            outputs = self._run(kind, stream, inputs, given, weight)
+            outputs = self._run(kind, stream, inputs, given, weight, position)
             self.measure(refresh, position, stream, given)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
@@ -206,11 +210,24 @@ class StepLoop:
         return run_eagerly(self.compiled, kind, inputs, state, weights)
 
     def _run(
-        self, kind: StepKind, stream: Stream, inputs: Sequence[Any], given: Given, correction: float = 0.0
+        self,
+        kind: StepKind,
+        stream: Stream,
+        inputs: Sequence[Any],
+        given: Given,
+        correction: float = 0.0,
+        position: Position | None = None,
     ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
         predicted = self._predicted(stream, given) if correction else ()
-        result = self._result(kind, stream, *given)
+        # Not a call is spent on a step that nobody traces.
+        tracer = self._tracer() if (OPEN or self.always_traced) and position is not None else None
+        if tracer is None or position is None:
+            result = self._result(kind, stream, *given)
+        else:
+            self.step(kind, given.inputs, stream.state, given.weights)  # so that compiling is not timed
+            tracer.observe(kind, position.number, position.time, stream, *given)
+            result = tracer.run(kind, position.number, partial(self._result, kind, stream, *given))
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         outputs = self.compiled.write_back(inputs, result.outputs)
@@ -218,6 +235,22 @@ class StepLoop:
             return outputs
         self.tallies.corrections += 1
         return corrected(outputs, predicted, correction)
+
+    def _tracer(self) -> Tracer | None:
+        """What collects the trace of a step; None unless it was asked for."""
+        if not (self.always_traced or is_traced(self.notes)):
+            return None
+        if self.graphs is not None and self.graphs.recorder.busy():
+            return None  # the user records the step: what ran beside it would be recorded too
+        if self.tracer is None:
+            self.tracer = Tracer(self.compiled, self.notes)
+        return self.tracer
+
+    def forget_trace(self) -> None:
+        """Drop what was traced so far, and what the next traced steps would be compared with."""
+        self.tracer = None
+        for stream in self.streams.held():
+            stream.traced.clear()
 
     def _predicted(self, stream: Stream, given: Given) -> tuple[Any, ...]:
         """The outputs that a cache step would give here. It changes no cache, and is not counted."""

@@ -43,6 +43,8 @@ class Stream:
     """The capacity bucket of its cache steps; None before the first."""
     graphs: dict[Any, Any] = field(default_factory=dict)
     """CUDA graphs that were recorded over these caches (runtime.cuda_graphs); dropped together with them."""
+    traced: dict[Any, Any] = field(default_factory=dict)
+    """Where steps are traced, some elements of what regions gave at the last steps that computed them."""
     used: int = 0
     """When it was called last, as a count of all calls."""
     criterion: Criterion | None = None
@@ -96,6 +98,7 @@ class Stream:
         self.state.filled = [0, 0]
         if self.criterion is not None:
             self.criterion.forget()
+        self.traced.clear()
 
 
 class Bounds:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.dit import sinusoidal
 from moeca_compile import report, reset
-from moeca_compile.reporting.collect import _record
+from moeca_compile.reporting.found import record_of
 from moeca_compile.runtime.engine import Engine
 from tests.harness import own_warnings
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
@@ -43,7 +43,7 @@ def generate(model: Callable[..., Tensor], steps: int = STEPS, batch: int = 2) -
 
 
 def engines(fast: Any) -> list[Engine]:
-    record = _record(fast)
+    record = record_of(fast)
     return record.engines if record else []
 
 

@@ -16,7 +16,7 @@ import moeca_compile
 from moeca_compile.capture.refusals import forget_refusals
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import StepKind
-from moeca_compile.reporting.collect import _record
+from moeca_compile.reporting.found import record_of
 from moeca_compile.runtime.loop import StepLoop
 from tests.harness import caches_of, eager_backend
 from tests.variants.blocks import Modelling, make_inputs, make_model, moving, timestep
@@ -59,7 +59,7 @@ class Compiled:
 
     @property
     def loop(self) -> StepLoop:
-        (engine,) = _record(self.compiled).engines
+        (engine,) = record_of(self.compiled).engines
         (loop,) = engine.loops.values()
         return loop
 
@@ -121,7 +121,7 @@ def assert_uncached(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | No
 
 def arguments_of(compiled: Compiled, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Any]:
     """The graph's inputs at these arguments: caught on the way in."""
-    (engine,) = _record(compiled.compiled).engines
+    (engine,) = record_of(compiled.compiled).engines
     caught: list[Any] = []
 
     def catch(values: Any) -> Any:

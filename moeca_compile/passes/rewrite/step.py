@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, fx
 
@@ -13,6 +13,24 @@ from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute, Evaluation
 from moeca_compile.passes.rewrite.kinds import Part, StepKind
 from moeca_compile.passes.rewrite.rows import Rows, put_rows, take_rows
+
+
+class Observer(Protocol):
+    """Sees what a step that runs eagerly computes and decides. It must change none of it."""
+
+    @property
+    def watched(self) -> Mapping[fx.Node, Sequence[fx.Node]]:
+        """By node, the nodes whose values are shown to it as soon as that node is computed.
+
+        They must be among those that the step computes by then.
+        """
+
+    def see(self, node: fx.Node, value: Tensor) -> None:
+        """The value of a watched node."""
+
+    def recomputed(self, marker: fx.Node, tokens: Tensor, routed: Tensor) -> None:
+        """What an MoE layer does on a cache step: which tokens (B, N) it recomputes, and which experts each token is
+        routed to, (B, N, E), both bool."""
 
 
 class Step:
@@ -33,6 +51,7 @@ class Step:
         updates: new values of the caches, by name; by that of a ring, the value that goes to its oldest slot.
         counts: what each MoE layer counted (COUNTERS).
         memo: values that the replacements of one step share.
+        observer: who watches this step; nobody where it is traced or compiled.
     """
 
     def __init__(
@@ -51,6 +70,7 @@ class Step:
         self.updates: dict[str, Tensor] = {}
         self.counts: list[Tensor] = []
         self.memo: dict[Any, Any] = {}
+        self.observer: Observer | None = None
         boundaries = {residual.add for residual in regions.residuals}
         boundaries |= {residual.stream for residual in regions.residuals[:1]}
         self.values = Evaluation(graph, inputs, replacements, boundaries, reads, kept)

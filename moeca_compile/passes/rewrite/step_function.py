@@ -17,7 +17,7 @@ from moeca_compile.passes.rewrite.kinds import PROBE, StepKind
 from moeca_compile.passes.rewrite.layers import layer_output
 from moeca_compile.passes.rewrite.probe import Probe
 from moeca_compile.passes.rewrite.replacement import Cache, Replacement
-from moeca_compile.passes.rewrite.step import Step
+from moeca_compile.passes.rewrite.step import Observer, Step
 
 
 class StepResult(NamedTuple):
@@ -39,11 +39,12 @@ def step_function(
     kind: StepKind,
     updates: bool = True,
     probe: Probe | None = None,
+    observer: Observer | None = None,
 ) -> StepFunction:
     """The step of this kind as an eager function. What a `probe` hands on, the caches have.
 
     Without `updates`, new values of caches are dropped after their last use, and the result has none: all of them are
-    as large as the caches.
+    as large as the caches. An `observer` watches the step, which then must not be traced.
     """
     replacements = [each for each in replacements if kind.computes(each.part) or each.reused_at(kind)]
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
@@ -51,10 +52,13 @@ def step_function(
     stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
     handed_on = probe.names if probe is not None else {}
     reads |= dict.fromkeys(handed_on, ())
+    if observer is not None:
+        stored += [node for watched in observer.watched.values() for node in watched]
 
     def run(inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         computes: dict[fx.Node, Compute] = {}
         step = Step(graph, regions, kind, inputs, state, weights, computes, reads, stored)
+        step.observer = observer
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
             compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
@@ -109,6 +113,8 @@ def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> S
                 read_last.setdefault(replacement.node, []).append(cache)
 
     def fill(node: fx.Node) -> None:
+        if step.observer is not None:
+            _show(step, step.observer, node)
         for cache in waiting.pop(node, ()):
             cache.store(step)
             step.values.release(cache.reads())
@@ -122,6 +128,13 @@ def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> S
         fill(node)
     counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
     return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates if updates else {}, counts)
+
+
+def _show(step: Step, observer: Observer, node: fx.Node) -> None:
+    watched = observer.watched.get(node, ())
+    for each in watched:
+        observer.see(each, step[each])
+    step.values.release(watched)
 
 
 def _drop_updates(step: Step, cache: Cache) -> None:
