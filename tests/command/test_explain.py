@@ -40,13 +40,16 @@ def test_each_recipe_has_a_row_that_says_what_it_caches_and_what_that_costs(caps
         "block-forecast",
         "deepcache",
         "delta",
+        "teacache",
+        "block-cache",
+        "magcache",
     ]
     assert list(rows) == recipes
     assert re.fullmatch(rf"moeca +{found} +\S+ KiB +\S+ MFLOP +\S+ kFLOP to \S+ MFLOP", rows["moeca"])
     assert re.fullmatch(rf"stack +{found} +4 KiB +\S+ MFLOP +\S+ kFLOP", rows["stack"])
     line = factories.make_model().blocks[0].attn.forward.__code__.co_firstlineno
     first = f"attention blocks.0.attn (dit.py:{line}): the recipe runs it at every step"
-    assert f"{first} [block, block-forecast, deepcache]" in text
+    assert f"{first} [block, block-forecast, deepcache, block-cache]" in text
     assert "(linear.py" not in text, "torch's own code tells nothing"
     assert "warning" not in text
 
