@@ -147,7 +147,7 @@ class Tracer:
     def watched(self, kind: StepKind) -> dict[fx.Node, list[fx.Node]]:
         """The outputs and routings that a step of this kind computes as the model does, by when they are there."""
         plan = self.compiled.plan
-        reused = [r for r in plan.replacements if not kind.computes(r.part)]
+        reused = [r for r in plan.replacements if r.reused_at(kind)]
         cached = {node for r in reused for node in between(r.source, [r.node])}
         found: dict[fx.Node, list[fx.Node]] = {}
         for _, _, output in self.regions:

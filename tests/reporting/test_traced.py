@@ -183,6 +183,26 @@ def test_a_recipe_without_branches_has_no_cache_counts_but_drift_and_routing(mod
     assert all(not step.full and step.routing == step.match == step.drift == () for step in cached)
 
 
+def test_what_another_group_of_a_recipe_caches_runs_and_is_traced(deep):
+    """Early the last blocks are cached, late the first ones; each time the experts of the others run."""
+    run = compiled(deep, recipe="delta", cached_blocks=0.5, full_every=7, trace=True)
+    with moeca_compile.generation(steps=STEPS):
+        generate(run, deep)
+    first, second = (1, 3)  # of four blocks
+    for step in steps_of(run):
+        ran = [block for block, routing in zip((first, second), step.routing, strict=True) if routing]
+        assert ran == [first, second] if step.full else [first] if step.number < STEPS / 2 else [second]
+
+
+@pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
+def test_steps_that_the_data_decide_are_traced(deep, recipe):
+    plain, traced = (compiled(deep, recipe=recipe, reuse_threshold=0.3, trace=trace) for trace in (False, True))
+    expected, found = generate(plain, deep), generate(traced, deep)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    full = moeca_compile.report(traced).steps["full"]
+    assert 1 < full < STEPS and sum(step.full for step in steps_of(traced)) == full
+
+
 def test_only_steps_inside_are_traced_before_the_first_call_too(model):
     run = compiled(model, recipe="stack")
     with moeca_compile.trace(run):

@@ -112,9 +112,18 @@ def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> S
             elif not updates:
                 read_last.setdefault(replacement.node, []).append(cache)
 
+    observer = step.observer
+    unseen = dict(observer.watched) if observer is not None else {}
+
+    def show(node: fx.Node) -> None:
+        if observer is not None:
+            watched = unseen.pop(node, ())
+            for each in watched:
+                observer.see(each, step[each])
+            step.values.release(watched)
+
     def fill(node: fx.Node) -> None:
-        if step.observer is not None:
-            _show(step, step.observer, node)
+        show(node)
         for cache in waiting.pop(node, ()):
             cache.store(step)
             step.values.release(cache.reads())
@@ -126,15 +135,11 @@ def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> S
     outputs = step.run(None if step.values.tracing else fill)
     for node in list(waiting):
         fill(node)
+    for node in list(unseen):
+        if node in step.values.values:  # a replacement asked for it
+            show(node)
     counts = torch.stack(step.counts).to(torch.float32) if step.counts else None
     return StepResult(_apart(outputs, {**step.state, **step.updates}), step.updates if updates else {}, counts)
-
-
-def _show(step: Step, observer: Observer, node: fx.Node) -> None:
-    watched = observer.watched.get(node, ())
-    for each in watched:
-        observer.see(each, step[each])
-    step.values.release(watched)
 
 
 def _drop_updates(step: Step, cache: Cache) -> None:
