@@ -20,7 +20,7 @@ from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
-from moeca_compile.policies.criterion import StepAt
+from moeca_compile.policies.criterion import Criterion, StepAt
 from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.corrector import corrected, gain
@@ -101,13 +101,15 @@ class StepLoop:
             position, stream, refresh = self.enter(inputs)
         try:
             given = self._given(stream, position.number, position.time, inputs)
-            refresh = self.decided(refresh, position, stream, given)
+            if stream.criterion is not None:
+                refresh = self.decided(stream.criterion, refresh, position, stream, given)
             kind = self.kind(refresh, stream, given)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
             outputs = self._run(kind, stream, inputs, given, weight, position)
-            self.measure(refresh, position, stream, given)
+            if stream.criterion is not None:
+                self.measure(stream.criterion, refresh, position, stream, given)
             stream.note_refreshed(refresh, position.number, position.time)
         except BaseException:
             self.streams.requests.interrupted(position)
@@ -142,15 +144,15 @@ class StepLoop:
         marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items() if i != own}
         return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
 
-    def decided(self, refresh: RefreshPlan, position: Position, stream: Stream, given: Given) -> RefreshPlan:
+    def decided(
+        self, criterion: Criterion, refresh: RefreshPlan, position: Position, stream: Stream, given: Given
+    ) -> RefreshPlan:
         """What the step computes anew where the data decide: everything if it must, or if the criterion says so.
 
         The probe runs before every step, since the step may go on from it. Its signal is copied while the host goes
         on, which waits for it only where the criterion asks.
         """
-        criterion, probe = stream.criterion, self.compiled.plan.probe
-        if criterion is None:
-            return refresh
+        probe = self.compiled.plan.probe
         signal = self._probed(stream, given) if probe is not None and not probe.after else None
         at = StepAt(position.number, position.request.expected, position.time)
         if refresh == EVERYTHING or recording(self.compiled.device):
@@ -161,10 +163,12 @@ class StepLoop:
             self.notes.warn(criterion.remark)
         return EVERYTHING if full else refresh
 
-    def measure(self, refresh: RefreshPlan, position: Position, stream: Stream, given: Given) -> None:
+    def measure(
+        self, criterion: Criterion, refresh: RefreshPlan, position: Position, stream: Stream, given: Given
+    ) -> None:
         """Let the criterion know what a probe finds after a full step, if it has one that runs then."""
-        criterion, probe = stream.criterion, self.compiled.plan.probe
-        if criterion is None or probe is None or not probe.after or refresh != EVERYTHING:
+        probe = self.compiled.plan.probe
+        if probe is None or not probe.after or refresh != EVERYTHING:
             return
         signal = self._probed(stream, given)
         if signal is not None:

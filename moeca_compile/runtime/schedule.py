@@ -68,7 +68,7 @@ class Schedule:
     """
 
     def __init__(self, config: MoecaConfig, cached: Set[Part]) -> None:
-        self.config, self.whole = config, Part.WHOLE in cached
+        self.config, self.policy, self.whole = config, config.policy, Part.WHOLE in cached
         self.unplanned = self._due(None)
         self.planned = lru_cache(maxsize=64)(self._due)
 
@@ -82,12 +82,12 @@ class Schedule:
                 then is due now, also if it was due at a step at which this stream was not called.
             steps: how many the generation is expected to have; None where that is not known.
         """
-        if self.config.policy.decides is not None:
+        if self.policy.decides is not None:
             return EVERYTHING if attention_at < 0 or number + 1 == steps else NOTHING
         by_length = steps is not None and self.config.schedule == "power"
         attention, experts = self.planned(steps) if by_length else self.unplanned
         due = attention.within(attention_at, number), experts.within(experts_at, number)
-        return EVERYTHING if all(due) else RefreshPlan(*due, self.config.policy.group_at(self.config, number, steps))
+        return EVERYTHING if all(due) else RefreshPlan(*due, self.policy.group_at(self.config, number, steps))
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
         config = self.config

@@ -14,7 +14,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
-from moeca_compile.policies.criterion import Criterion, Memory
+from moeca_compile.policies.criterion import Criterion, Decides, Memory
 from moeca_compile.policies.forecast import LINEAR, Rule, rule_of, slot_weights
 from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
@@ -88,9 +88,10 @@ class Stream:
             self.passed.append(time)
         for part, refreshed in ((Part.ATTENTION, refresh.attention), (Part.EXPERTS, refresh.experts)):
             if refreshed:
-                self.full_at[part.row] = [time, *self.full_at[part.row]][: self.rule.slots]
-                self.full_numbers[part.row] = [number, *self.full_numbers[part.row]][: self.rule.slots]
-                self.state.filled[part.row] += 1
+                row = part.row
+                self.full_at[row] = [time, *self.full_at[row]][: self.rule.slots]
+                self.full_numbers[row] = [number, *self.full_numbers[row]][: self.rule.slots]
+                self.state.filled[row] += 1
 
     def invalidate(self) -> None:
         """Mark all caches as invalid: a step was interrupted while it changed them, or they may be another's."""
@@ -159,6 +160,7 @@ class Streams:
     ) -> None:
         self.bounds, self.requests, self.specs, self.device = bounds, bounds.requests, specs, device
         self.config, self.schedule = config, Schedule(config, parts)
+        self.rule, self.decides = rule_of(config), config.policy.decides
         self.recycles = config.records_on(device)
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
@@ -260,14 +262,15 @@ class Streams:
 
     def _new_stream(self, name: Hashable) -> Stream:
         """A stream without valid values, in the memory of an ended one (preferably of that name) if there is any."""
-        allocator, criterion = self._allocator(), self._criterion(name)
+        allocator = self._allocator()
+        criterion = self._criterion(name, self.decides) if self.decides is not None else None
         fitting = [(other == name, i) for i, (other, s) in enumerate(self.spare) if s.allocated_by == allocator]
         if not fitting:
             self.bounds.make_room(self.stream_bytes)
             capacity = self.capacities.get(name)
             return Stream(
                 self.new_caches(),
-                rule_of(self.config),
+                self.rule,
                 capacity=capacity,
                 criterion=criterion,
                 allocated_by=allocator,
@@ -276,9 +279,8 @@ class Streams:
         stream = self.spare.pop(index)[1]
         return stream.emptied(stream.capacity if same_name else None, criterion)
 
-    def _criterion(self, name: Hashable) -> Criterion | None:
-        decides = self.config.policy.decides
-        return decides.criterion(self.config, self.memories.setdefault(name, {})) if decides is not None else None
+    def _criterion(self, name: Hashable, decides: Decides) -> Criterion:
+        return decides.criterion(self.config, self.memories.setdefault(name, {}))
 
     def _allocator(self) -> Hashable:
         """Inference mode and CUDA stream: one stream must not write to memory that another may still be using."""
