@@ -288,6 +288,7 @@ def test_torchs_grouped_product_of_packed_weights_is_that_of_each_expert():
 # --- models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_generation_with_and_without_recorded_steps():
     rows: list[Row] = []
     done(generation.run(bench(rows), TINY, generation.RECIPES[1]))
