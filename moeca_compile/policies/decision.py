@@ -68,7 +68,13 @@ def _count_before(flags: Tensor) -> Tensor:
 
 def normalized(weight: Tensor) -> Tensor:
     """Weights scaled to sum to 1 over a token's branches, as the score and tau0 assume."""
-    return weight / weight.sum(-1, keepdim=True).clamp_min(1e-20)
+    return _share(weight, -1)
+
+
+def _share(value: Tensor, dim: int) -> Tensor:
+    """What each value is of the sum over a dim; 0 where that is 0. A small number to divide by is 0 in float16."""
+    total = value.sum(dim, keepdim=True)
+    return value / total.where(total > 0, 1)
 
 
 def score(options: Options, weight: Tensor, cached_weight: Tensor, norms: Tensor, age: Tensor) -> Tensor:
@@ -79,8 +85,7 @@ def score(options: Options, weight: Tensor, cached_weight: Tensor, norms: Tensor
     drift = (weight - cached_weight).abs()
     if options.score == "drift":
         return drift
-    contribution = norms / norms.sum(-1, keepdim=True).clamp_min(1e-20)
-    paper = weight + options.lambda1 * drift + options.lambda2 * contribution
+    paper = weight + options.lambda1 * drift + options.lambda2 * _share(norms, -1)
     return paper + 0.25 * age / options.full_every if options.score == "staleness" else paper
 
 
@@ -98,11 +103,11 @@ def thresholds(options: Options, statistic: Tensor) -> Tensor:
     """Expert-aware thresholds (paper, eqs. 11 and 12): statistic (B, N, E) -> (B, E)."""
     if options.statistic == "batch":
         statistic = statistic.mean(0, keepdim=True).expand_as(statistic)
-    share = statistic / statistic.sum(1, keepdim=True).clamp_min(1e-20)
-    entropy = torch.special.entr(share).sum(1)
+    entropy = torch.special.entr(_share(statistic, 1)).sum(1)
     if options.entropy == "minmax":
         low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
-        entropy = (entropy - low) / (high - low).clamp_min(1e-20)
+        spread = high - low
+        entropy = (entropy - low) / spread.where(spread > 0, 1)
     else:
         entropy = entropy / math.log(max(statistic.shape[1], 2))
     return options.tau0 * (1 + options.alpha * (2 * entropy - 1))

@@ -87,6 +87,17 @@ def test_a_contribution_of_nothing_is_zero():
     assert decide.score(MoecaConfig(), zero, zero, zero, zero).tolist() == [[[0.0, 0.0]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shares_of_nothing_are_zero_in_16_bits_too(dtype):
+    """In float16 a small number to divide by is 0."""
+    nothing = torch.zeros(1, 2, 3, dtype=dtype)
+    assert torch.equal(decide.normalized(nothing), nothing)
+    options = MoecaConfig(recipe="moeca")
+    assert decide.score(options, nothing, nothing, nothing, nothing).eq(0).all()
+    for entropy in ("log", "minmax"):
+        assert decide.thresholds(MoecaConfig(recipe="moeca", entropy=entropy), nothing).isfinite().all()
+
+
 def test_normalized_weights():
     torch.testing.assert_close(decide.normalized(torch.tensor([[0.9, 0.3]])), torch.tensor([[0.75, 0.25]]))
     assert decide.normalized(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]

@@ -76,7 +76,7 @@ def for_score(routed: Tensor, weights: Tensor, config: MoecaConfig) -> Tensor:
     weights = torch.where(routed, weights, 0)
     if config.score_weights == "raw":
         return weights
-    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return (weights / weights.sum(-1, keepdim=True)).nan_to_num()
 
 
 def pair_scores(pool: Pool, routed: Tensor, weights: Tensor, config: MoecaConfig, step: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def pair_scores(pool: Pool, routed: Tensor, weights: Tensor, config: MoecaConfig
     matched, norms = torch.zeros_like(routed), torch.zeros_like(weights)
     for pair, kept in pool.held.items():
         matched[pair], norms[pair] = routed[pair], kept.norm
-    contributions = norms / norms.sum(-1, keepdim=True).clamp_min(1e-20)
+    contributions = (norms / norms.sum(-1, keepdim=True)).nan_to_num()
     scores = torch.zeros_like(weights)
     for pair in pairs_of(routed):
         kept = pool.held.get(pair)

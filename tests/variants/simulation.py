@@ -96,7 +96,7 @@ class Branches(Cached):
         self.norms[slot], self.made[slot] = fresh.norm(), step
 
     def contributions(self) -> Tensor:
-        return self.norms / self.norms.sum(-1, keepdim=True).clamp_min(1e-20)
+        return (self.norms / self.norms.sum(-1, keepdim=True)).nan_to_num()
 
 
 def places(values: Tensor) -> list[tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,6 +84,17 @@ def test_a_choice_over_the_batch_is_told_whatever_the_first_try_chose():
     blocks = (Blocking(Attending(heads=4, kv_heads=4, rope=None), layer), Blocking(second, other))
     kind = {"chunks": 4, "gate": "clamp", "label": "text", "timestep": "scalar"}
     check(Modelling(blocks, width=24, side=2, batch=3, **kind, dtype=torch.float16, seed=2), {})
+
+
+def test_tokens_without_a_cached_branch_have_a_rank_in_float16():
+    """Their share of the norms was not a number, so a budget took other branches."""
+    layer = Layering("choice_normalized", Routing(6, 1, "sigmoid", "raw", wide=True), "normed", 8, True)
+    attending = Attending(rope="interleaved", kv_heads=2, spread="expanded")
+    block = Blocking(attending, replace(layer, reads="unmodulated"), "residual")
+    other = Blocking(attending, Layering("beside", Routing(6, 2, "sigmoid", "scaled"), "mlp", 24, True), "residual")
+    kind = {"chunks": 2, "gate": "tanh", "label": "none", "timestep": "long", "skip": "add"}
+    model = Modelling((block, other), width=24, side=2, **kind, dtype=torch.float16)
+    check(model, {"budget": 0.5, "score": "staleness", "mask_source": "previous", "shared": "always"})
 
 
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
