@@ -43,7 +43,7 @@ def statements(draw: st.DrawFn) -> tuple[str, ...]:
 def layerings(draw: st.DrawFn, dtype: torch.dtype) -> Layering:
     kinds, routing = [*WITH_MODULES, *WITH_EXTRAS, *PACKED, *PAIRED, *BY_RUNNING], draw(routings())
     if routing.top_k == routing.experts:  # what the host reads is always the same: nothing is known of other ids
-        kinds = [kind for kind in kinds if kind not in ("host_set", "put_back", "beside")]
+        kinds = [kind for kind in kinds if kind not in ("host_set", "put_back", "beside", "idle_ones")]
     if dtype not in (torch.float32, torch.bfloat16):  # there is no grouped product for them on a CPU
         kinds = [kind for kind in kinds if kind not in GROUPED]
     dispatch = draw(st.sampled_from(kinds))
