@@ -97,6 +97,12 @@ def test_tokens_without_a_cached_branch_have_a_rank_in_float16():
     check(model, {"budget": 0.5, "score": "staleness", "mask_source": "previous", "shared": "always"})
 
 
+def test_equal_weights_are_taken_by_token_and_not_as_they_are_sorted():
+    """Where all are one number, only one that is none (NaN) tells the two orders apart."""
+    layer = Layering("packed_split", Routing(8, 1, "sigmoid", "groups"), hidden=8, beside=("nested",))
+    check(Modelling((Blocking(feedforward=layer),)), {})
+
+
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
     """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})

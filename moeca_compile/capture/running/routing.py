@@ -19,7 +19,7 @@ from moeca_compile.capture.idioms.routing import Reading, readings, token_ids
 from moeca_compile.capture.idioms.routing import routing as chosen_routing
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, close
 from moeca_compile.capture.running.graph import Graph
-from moeca_compile.capture.running.rows import Pairs
+from moeca_compile.capture.running.rows import PICKS, Pairs, moves_rows
 from moeca_compile.capture.running.total import all_one
 
 
@@ -96,7 +96,7 @@ def told(
     if by_ids:
         ids = routing.of(graph.values[routing.node]).long()
         wanted = weights.gather(1, ids)
-    for table in _tables(graph, [*reversed(before)], tokens, {routing.columns, count}, shared):
+    for table in _tables(graph, _latest_first(graph, before), tokens, {routing.columns, count}, shared):
         value = table.of(graph.values[table.node])
         if not value.dtype.is_floating_point:
             continue
@@ -116,6 +116,13 @@ def _computed_before(graph: Graph, total: fx.Node, same: dict[fx.Node, bool]) ->
     return [
         node for node in graph.nodes if same[node] and graph.tensor(node) is not None and place[node] < place[total]
     ]
+
+
+def _latest_first(graph: Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    """What is computed last has all of what is done to weights. Those in another order come behind: where all weights
+    are one number, only one that is none would tell them from those by token."""
+    ordered = graph.after([node for node in graph.nodes if node.target in PICKS and moves_rows(graph, node)])
+    return sorted(reversed(nodes), key=lambda node: node in ordered)
 
 
 def _ids(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:

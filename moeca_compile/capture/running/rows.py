@@ -19,6 +19,8 @@ _MOVES = (
     *(_aten.scatter.src, _aten.scatter_add.default, _aten.scatter_reduce.two),
 )
 """Ops that put rows elsewhere: by their numbers, and by places that they are given."""
+PICKS = (_aten.index.Tensor, _aten.index_select.default)
+"""Those that put whole rows into another order."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterat
     """The tensors that all experts' rows are rows of, the nearest first. In each call their rows are of the same
     tokens: not sorted by expert, say, since caches are kept by token."""
     first = graph.values[experts.pieces[0].rows]
-    moved = graph.after([node for node in graph.nodes if _moves_rows(graph, node)])
+    moved = graph.after([node for node in graph.nodes if moves_rows(graph, node)])
     for node in reversed(graph.before([experts.pieces[0].rows])):
         value = graph.tensor(node)
         if value is None or not same[node] or node not in graph.made_of_data or value.dtype != first.dtype:
@@ -45,7 +47,7 @@ def streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterat
             yield node, pairs
 
 
-def _moves_rows(graph: Graph, node: fx.Node) -> bool:
+def moves_rows(graph: Graph, node: fx.Node) -> bool:
     """Whether an op puts rows of the data elsewhere, by the data."""
     if node.target in _SORTS:
         return node in graph.made_of_data
