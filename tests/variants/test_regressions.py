@@ -103,6 +103,12 @@ def test_equal_weights_are_taken_by_token_and_not_as_they_are_sorted():
     check(Modelling((Blocking(feedforward=layer),)), {})
 
 
+def test_choices_that_are_also_a_map_have_a_cache_for_each_branch():
+    """By the map, the number of branches is not known, and some of them were computed at every step."""
+    layer = Layering("choice_normalized", Routing(6, 4, "sigmoid", "raw"), beside=("import",))
+    check(Modelling((Blocking(feedforward=layer),), batch=1), {})
+
+
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
     """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})

@@ -82,11 +82,12 @@ def told(
         weights = weights.where(pairs.routed, 0)
     routing = _ids(graph, before, pairs.routed, shared)
     by_ids = routing is not None
-    routing = routing or _map(graph, before, pairs.routed, shared)
-    if routing is None:
+    if routing is None:  # choices before a map: they say how many branches there are
         choices = _choices(graph, before, pairs.routed, weights, tolerance)
         if choices is not None:
             return Told(choices[0], False, choices[1])
+        routing = _map(graph, before, pairs.routed, shared)
+    if routing is None:
         raise NoExpertsError("no tensor of the layer says which expert gets which row")
     tokens, count = pairs.routed.shape
     whole = not by_ids or routing.columns * tokens == int(pairs.routed.sum())
