@@ -14,7 +14,10 @@ _NOTES = {Role.ACTIVATION: "", Role.ROUTING: ", routing", Role.STATISTIC: ", sta
 
 
 def memory_by_kind(graphs: Sequence[CompiledGraph], weights: int) -> dict[str, int]:
-    """Bytes of the weights, and of one stream's caches: by the kind of region and, for MoE layers, by their role."""
+    """Bytes of the weights, and of one stream's caches: by the kind of region and, for MoE layers, by their role.
+
+    What a probe keeps is a kind of its own.
+    """
     found = {"weights": weights} if graphs else {}
     for compiled in graphs:
         kinds = _kinds(compiled.regions)
@@ -22,6 +25,8 @@ def memory_by_kind(graphs: Sequence[CompiledGraph], weights: int) -> dict[str, i
             for spec in replacement.specs:
                 name = kinds.get(replacement.node, "blocks") + _NOTES[spec.role]
                 found[name] = found.get(name, 0) + spec.nbytes
+        if compiled.plan.probe is not None:
+            found["probe"] = found.get("probe", 0) + sum(spec.nbytes for spec in compiled.plan.probe.caches)
     return found
 
 

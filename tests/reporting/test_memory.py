@@ -10,6 +10,8 @@ KINDS = {
     "moeca": {"attention", "feedforward", "shared experts", "experts", "experts, routing", "experts, statistics"},
     "fora": {"attention", "feedforward", "experts"},
     "stack": {"blocks"},
+    "teacache": {"blocks", "probe"},
+    "magcache": {"blocks", "probe"},
     "none": set(),
 }
 
