@@ -94,7 +94,8 @@ def _others(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> list[_Can
 
 def _measured(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> _Candidate:
     paying = regions_that_pay(graph, regions, config)
-    specs = cache_specs(replacements_of(config, paying), probe_of(config, paying))
+    replacements = replacements_of(config, paying)
+    specs = cache_specs(replacements, probe_of(config, paying, replacements))
     return _Candidate(config, sum(spec.nbytes for spec in specs))
 
 

@@ -114,7 +114,7 @@ class Plan:
 def plan_steps(graph: fx.Graph, regions: Regions, config: MoecaConfig) -> Plan:
     """What the recipe replaces in this graph, and the costs and capacities that follow."""
     costs, replacements = _Costs(graph, regions, config), replacements_of(config, regions)
-    probe = probe_of(config, regions)
+    probe = probe_of(config, regions, replacements)
     sizes = (regions.main.samples, regions.main.tokens) if regions.main else (1, 1)
     plan = Plan(regions, replacements, (0,), costs.of_steps(replacements, probe), sizes, probe, costs.of_probe(probe))
     return replace(plan, capacities=_capacities(plan, config))
@@ -133,10 +133,10 @@ def replacements_of(config: MoecaConfig, regions: Regions) -> tuple[Replacement,
     return tuple(config.policy.declare(config, regions)) if applies else ()
 
 
-def probe_of(config: MoecaConfig, regions: Regions) -> Probe | None:
-    """The probe by which the recipe decides on steps; None where it needs none, or caches nothing."""
+def probe_of(config: MoecaConfig, regions: Regions, replacements: Sequence[Replacement]) -> Probe | None:
+    """The probe by which the recipe decides on steps; None where it needs none, or replaces nothing."""
     decides = config.policy.decides
-    return decides.probe(config, regions) if decides is not None and replacements_of(config, regions) else None
+    return decides.probe(config, regions) if decides is not None and replacements else None
 
 
 def cache_specs(replacements: Iterable[Replacement], probe: Probe | None) -> tuple[CacheSpec, ...]:

@@ -33,7 +33,7 @@ from moeca_compile.lower.inlined import insert_traced
 from moeca_compile.ops import triton as kernels
 from moeca_compile.ops.aten import COPIES, RESHAPES, SOFTMAXES, aten
 from moeca_compile.ops.routing import NONE, SIGMOID, SOFTMAX, SUM
-from moeca_compile.passes.analysis.graph import argument, shape_of
+from moeca_compile.passes.analysis.graph import argument, dtype_of, shape_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ORDERED = RESHAPES | COPIES | {aten.unsqueeze.default, aten.squeeze.dim}
@@ -75,10 +75,10 @@ class _Choice:
 
     def op(self) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
         """The function of logits and bias that gives ids and weights in the shapes of their nodes."""
-        shape, dtype = shape_of(self.ids), _dtype(self.score)
+        shape, dtype = shape_of(self.ids), dtype_of(self.score)
         arguments = (
             *(self.k, self.scores, self.groups, self.kept_groups, self.best_of, self.fill, self.gathered),
-            *(self.norm, self.eps, self.scale, dtype, dtype if self.weights is None else _dtype(self.weights)),
+            *(self.norm, self.eps, self.scale, dtype, dtype if self.weights is None else dtype_of(self.weights)),
         )
 
         def run(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def _choice(topk: fx.Node) -> _Choice | None:
         return None
     results = {user.args[1]: user for user in topk.users}
     value, ids = argument(topk, 0, "self"), results.get(1)
-    if ids is None or _dtype(value) not in _DTYPES:
+    if ids is None or dtype_of(value) not in _DTYPES:
         return None
     experts = shape_of(value)[-1]
     base = _before_views(value)
@@ -117,7 +117,7 @@ def _choice(topk: fx.Node) -> _Choice | None:
     value = grouped.value if grouped is not None else base
     score, bias = _biased(value, experts)
     logits, scores = _scored(score)
-    if any(shape_of(node)[-1:] != (experts,) for node in (score, logits)) or _dtype(score) != _dtype(topk):
+    if any(shape_of(node)[-1:] != (experts,) for node in (score, logits)) or dtype_of(score) != dtype_of(topk):
         return None
     found = _Choice(topk, ids, logits, score, bias, scores)
     if grouped is not None:
@@ -138,12 +138,6 @@ def _before_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    value: Any = node.meta["val"]
-    first: Tensor = value[0] if isinstance(value, (tuple, list)) else value
-    return first.dtype
-
-
 # --- before the top-k -----------------------------------------------------------------------------------------
 
 
@@ -158,11 +152,11 @@ def _scored(score: fx.Node) -> tuple[fx.Node, str]:
     logits: Any = score.args[0]
     if logits.target is aten._to_copy.default and set(logits.kwargs) == {"dtype"}:
         source = logits.args[0]
-        if _dtype(logits) == _dtype(score) == torch.float32 and _dtype(source) in _DTYPES:
+        if dtype_of(logits) == dtype_of(score) == torch.float32 and dtype_of(source) in _DTYPES:
             logits = source  # widened, which is exact
-    if _dtype(logits) != _dtype(score) and _dtype(score) != torch.float32:
+    if dtype_of(logits) != dtype_of(score) and dtype_of(score) != torch.float32:
         return score, NONE
-    return (logits, scores) if _dtype(logits) in _DTYPES else (score, NONE)
+    return (logits, scores) if dtype_of(logits) in _DTYPES else (score, NONE)
 
 
 def _biased(value: fx.Node, experts: int) -> tuple[fx.Node, fx.Node | None]:
@@ -172,7 +166,7 @@ def _biased(value: fx.Node, experts: int) -> tuple[fx.Node, fx.Node | None]:
             if not isinstance(score, fx.Node) or not isinstance(bias, fx.Node):
                 continue
             one_each = shape_of(bias)[-1:] == (experts,) and prod(shape_of(bias)) == experts
-            if one_each and _dtype(score) == _dtype(value) and shape_of(score) == shape_of(value):
+            if one_each and dtype_of(score) == dtype_of(value) and shape_of(score) == shape_of(value):
                 return _before_views(score), bias
     return value, None
 
@@ -213,7 +207,7 @@ def _grouped(masked: fx.Node, experts: int) -> _Grouped | None:
     if shape_of(source)[-2:] != (groups, size) or marked.size != size or shape_of(marked.index)[-1] != kept:
         return None
     value = _before_views(value)
-    if _before_views(source) is not value or _dtype(value) != _dtype(goodness):
+    if _before_views(source) is not value or dtype_of(value) != dtype_of(goodness):
         return None
     return _Grouped(value, groups, kept, best_of, fill)
 
@@ -317,7 +311,7 @@ def _compares(node: fx.Node, *targets: object) -> bool:
 
 def _negates(node: fx.Node, source: fx.Node) -> bool:
     """Whether it is true where its source is 0."""
-    bits = node.target is aten.bitwise_not.default and _dtype(source) == torch.bool
+    bits = node.target is aten.bitwise_not.default and dtype_of(source) == torch.bool
     return bits or node.target is aten.logical_not.default or _compares(node, aten.eq.Scalar)
 
 
@@ -353,7 +347,7 @@ def _normalized(choice: _Choice, weights: fx.Node) -> _Choice:
     only = _only_user(weights)
     last = len(shape_of(weights)) - 1
     if only is not None and only.target in SOFTMAXES and argument(only, 1, "dim") in (-1, last):
-        return replace(choice, weights=only, norm=SOFTMAX) if _dtype(only) == _dtype(weights) else choice
+        return replace(choice, weights=only, norm=SOFTMAX) if dtype_of(only) == dtype_of(weights) else choice
     for total in weights.users:
         if total.target is aten.sum.dim_IntList and not total.kwargs and _over_last(total, keepdim=True):
             divisor, eps = _with_number(total)
@@ -382,7 +376,7 @@ def _with_number(total: fx.Node) -> tuple[fx.Node, float]:
 
 
 def _divides(node: fx.Node, weights: fx.Node, divisor: fx.Node) -> bool:
-    return node.target is aten.div.Tensor and node.args == (weights, divisor) and _dtype(node) == _dtype(weights)
+    return node.target is aten.div.Tensor and node.args == (weights, divisor) and dtype_of(node) == dtype_of(weights)
 
 
 def _scaled(choice: _Choice, weights: fx.Node) -> _Choice:
@@ -395,7 +389,7 @@ def _scaled(choice: _Choice, weights: fx.Node) -> _Choice:
 def _cast(choice: _Choice, weights: fx.Node) -> _Choice:
     only = _only_user(weights)
     cast = only is not None and only.target is aten._to_copy.default and set(only.kwargs) == {"dtype"}
-    return replace(choice, weights=only) if cast and _dtype(only) in _DTYPES else choice  # type: ignore[arg-type]
+    return replace(choice, weights=only) if cast and dtype_of(only) in _DTYPES else choice  # type: ignore[arg-type]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

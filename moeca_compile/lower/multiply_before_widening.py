@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from moeca_compile.lower.inlined import insert_traced
 from moeca_compile.ops.aten import aten
-from moeca_compile.passes.analysis.graph import argument
+from moeca_compile.passes.analysis.graph import argument, dtype_of
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -26,7 +26,7 @@ def multiply_before_widening(graph: fx.Graph) -> int:
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight = (_before_widening(each) for each in node.args[:2])
-        if x is None or weight is None or argument(node, 2, "bias") is not None or _dtype(x) != _dtype(weight):
+        if x is None or weight is None or argument(node, 2, "bias") is not None or dtype_of(x) != dtype_of(weight):
             continue
         (product,) = insert_traced(graph, node, _product, x, weight)
         node.replace_all_uses_with(product)
@@ -48,12 +48,7 @@ def _before_widening(node: Any) -> fx.Node | None:
     if node.target is not aten._to_copy.default or node.kwargs != {"dtype": torch.float32}:
         return None
     source: fx.Node = node.args[0]
-    return source if _dtype(source) in _NARROW and _on_cuda(source) else None
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    value: Tensor = node.meta["val"]
-    return value.dtype
+    return source if dtype_of(source) in _NARROW and _on_cuda(source) else None
 
 
 def _on_cuda(node: fx.Node) -> bool:

@@ -125,7 +125,7 @@ def _faults(
     device = regions.residuals[0].stream.meta["val"].device
     with torch.no_grad(), undisturbed(device):
         try:
-            probe = probe_of(config, regions)
+            probe = probe_of(config, regions, replacements)
             caches = Caches(cache_specs(replacements, probe), device)
             weights = weights_after_one(rule_of(config).slots, device)
             with undisturbed(device):

@@ -108,20 +108,19 @@ class _Traced:
 
     @property
     def match(self) -> Markup | None:
-        return self._by_layer("match", "Match ratio by layer and step", [step.match for step in self.trace.steps])
+        return self._by_layer("match", "Match ratio by layer and step")
 
     @property
     def reuse(self) -> Markup | None:
-        return self._by_layer("reuse", "Reuse ratio by layer and step", [step.reuse for step in self.trace.steps])
+        return self._by_layer("reuse", "Reuse ratio by layer and step")
 
-    def _by_layer(self, name: str, title: str, columns: Sequence[Sequence[float | None]]) -> Markup | None:
-        if not any(columns):
+    def _by_layer(self, name: str, title: str) -> Markup | None:
+        rows = self.trace.by_layer(name)
+        if not rows:
             return None
-        rows = [[column[i] if column else None for column in columns] for i in range(len(self.trace.layers))]
         least = min(value for row in rows for value in row if value is not None)
-        low = max(
-            0.0, min(0.9, int(10 * least - 0.5) / 10)
-        )  # ratios are mostly high: a scale from 0 would show no difference
+        # Ratios are mostly high: a scale from 0 would show no difference.
+        low = max(0.0, min(0.9, int(10 * least - 0.5) / 10))
         return svg.heat_map(f"{self.key}-{name}", title, self.trace.layers, self.numbers, rows, percent, low, 1.0)
 
     @property
@@ -155,7 +154,7 @@ class _Traced:
 
     @property
     def drift(self) -> Markup | None:
-        steps = [step for step in self.trace.steps if any(value is not None for value in step.drift)]
+        steps = self.trace.with_drift
         if not steps:
             return None
         rows = [[step.drift[i] for step in steps] for i in range(len(self.trace.regions))]

@@ -59,17 +59,17 @@ def _drawn(grid: Grid, ax: Any) -> Any:
 
 def _match(trace: Trace) -> Grid:
     """The paper's figure 8 is reuse over match."""
-    return _by_layer(trace, [step.match for step in trace.steps], "matched branches")
+    return _by_layer(trace, "match", "matched branches")
 
 
 def _reuse(trace: Trace) -> Grid:
-    return _by_layer(trace, [step.reuse for step in trace.steps], "reused branches")
+    return _by_layer(trace, "reuse", "reused branches")
 
 
-def _by_layer(trace: Trace, columns: Sequence[Sequence[float | None]], scale: str) -> Grid:
+def _by_layer(trace: Trace, ratio: str, scale: str) -> Grid:
     numbers = [str(step.number) for step in trace.steps]
-    rows = [[_number(column[i] if column else None) for column in columns] for i in range(len(trace.layers))]
-    return Grid(trace.layers, numbers, rows if any(columns) else [], "step", "", scale, 1.0)
+    rows = [[_number(value) for value in row] for row in trace.by_layer(ratio)]
+    return Grid(trace.layers, numbers, rows, "step", "", scale, 1.0)
 
 
 def _tokens(trace: Trace) -> Grid:
@@ -82,7 +82,7 @@ def _tokens(trace: Trace) -> Grid:
 
 def _drift(trace: Trace) -> Grid:
     """The paper's figure 9."""
-    steps = [step for step in trace.steps if any(value is not None for value in step.drift)]
+    steps = trace.with_drift
     rows = [[_number(step.drift[i]) for step in steps] for i in range(len(trace.regions))]
     return Grid(trace.regions, [str(step.number) for step in steps], rows, "step", "", "relative change")
 

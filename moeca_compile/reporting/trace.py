@@ -88,6 +88,17 @@ class Trace:
     steps: tuple[TracedStep, ...] = field(default=())
     kinds: tuple[KindCost, ...] = ()
 
+    def by_layer(self, ratio: str) -> list[list[float | None]]:
+        """A ratio of the steps, "match" or "reuse", by layer and step; empty where no step has any."""
+        columns = [getattr(step, ratio) for step in self.steps]
+        rows = [[column[i] if column else None for column in columns] for i in range(len(self.layers))]
+        return rows if any(columns) else []
+
+    @property
+    def with_drift(self) -> list[TracedStep]:
+        """The steps of which the drift of some region is known."""
+        return [step for step in self.steps if any(value is not None for value in step.drift)]
+
 
 def trace_from(values: Mapping[str, Any]) -> Trace:
     """The trace of which these are the plain values. Raises KeyError or TypeError where they are of no trace."""

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from examples.families.dsmoe import DSMoESizes, GroupedSigmoidRouter
 from moeca_compile.lower import fuse_routers as fuse
 from moeca_compile.lower import fuse_selections
 from tests.harness import exported
-from tests.lower.test_fuse_selections import traced
-from tests.runtime.fake_cuda import CUDA, without_guards
+from tests.lower import rewrites
+from tests.lower.rewrites import traced
+from tests.runtime.fake_cuda import CUDA
 from tests.variants.routing import Router, Routing
 
 aten = torch.ops.aten
 CHOOSE = torch.ops.moeca.choose_experts.default
 T, E = 64, 16
+rewritten = partial(rewrites.rewritten, fuse.fuse_routers)
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +31,6 @@ def on_a_device(monkeypatch):
     """As on CUDA with Triton: what is traced for a CPU here is run there, too."""
     monkeypatch.setattr(fuse.kernels, "available", lambda: True)
     monkeypatch.setattr(fuse_selections, "_on_cuda_float", lambda node: node.meta["val"].is_floating_point())
-
-
-def rewritten(gm: fx.GraphModule) -> int:
-    with without_guards():
-        count = fuse.fuse_routers(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return count
 
 
 def dsmoe(groups: int) -> Callable[..., Any]:

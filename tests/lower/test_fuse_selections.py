@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from moeca_compile._torch_private import trace_to_graph
 from moeca_compile.lower import fuse_selections as fuse
 from moeca_compile.ops import selection
-from tests.runtime.fake_cuda import CUDA, without_guards
+from tests.lower import rewrites
+from tests.lower.rewrites import traced
+from tests.runtime.fake_cuda import CUDA
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -64,18 +65,7 @@ def test_marks_are_those_of_scatter(shape, k):
 
 # --- what is rewritten ----------------------------------------------------------------------------------------
 
-
-def traced(function, *shapes, device: torch.device = CUDA, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    with FakeTensorMode(allow_non_fake_inputs=True), without_guards():
-        return trace_to_graph(function, *(torch.empty(shape, device=device, dtype=dtype) for shape in shapes))
-
-
-def rewritten(gm: fx.GraphModule) -> int:
-    with without_guards():
-        count = fuse.fuse_selections(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return count
+rewritten = partial(rewrites.rewritten, fuse.fuse_selections)
 
 
 def grouped(scores: Tensor) -> tuple[Tensor, Tensor]:

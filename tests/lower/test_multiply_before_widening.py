@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor, fx
 
 from moeca_compile.lower import multiply_before_widening as pass_
 from moeca_compile.passes.analysis.flops import step_flops
-from tests.lower.test_fuse_selections import traced
-from tests.runtime.fake_cuda import CUDA, without_guards
+from tests.lower import rewrites
+from tests.lower.rewrites import traced
+from tests.runtime.fake_cuda import CUDA
 
 aten = torch.ops.aten
 SHAPES = ((2, 5, 8), (6, 8))
+rewritten = partial(rewrites.rewritten, pass_.multiply_before_widening)
 
 
 def wide(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,14 +28,6 @@ def wide(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def router(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(wide(x), wide(weight)).sigmoid()
-
-
-def rewritten(gm: fx.GraphModule) -> int:
-    with without_guards():
-        count = pass_.multiply_before_widening(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

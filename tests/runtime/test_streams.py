@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
+from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.loop import StepLoop
 from tests.harness import Captured, caches_of, captured
 from tests.models import make_inputs
@@ -108,18 +110,24 @@ def generate(run: Any, model: Streams, steps: int = 6) -> tuple[Tensor, list[Ten
     return x, outs
 
 
+def called(engine: Engine, graph: Captured) -> Callable[..., Tensor]:
+    """The engine as the model is called."""
+
+    def run(x: Tensor, t: Tensor, y: Tensor, text: Tensor) -> Tensor:
+        (out,) = engine(*graph.arguments(x=x, t=t, y=y, text=text))
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "stack-forecast"])
 @pytest.mark.parametrize("kind", [Streams, DoubleThenSingle, TokensForABlock, ExpertsForThePicture])
 def test_a_cached_generation_stays_close(kind, recipe):
     model, graph, _ = prepared(kind, validate=False)
     engine = graph.engine(recipe=recipe, full_every=3)
 
-    def run(x, t, y, text):
-        (out,) = engine(*graph.arguments(x=x, t=t, y=y, text=text))
-        return out
-
     with torch.no_grad():
-        (x, outs), (want, exact) = generate(run, model), generate(model, model)
+        (x, outs), (want, exact) = generate(called(engine, graph), model), generate(model, model)
     loop = engine.loop_for(graph.inputs)
     steps = Counter(kind.full for kind, tally in loop.tallies.items() for _ in range(tally.steps))
     assert steps == {True: 2, False: 4}
@@ -170,11 +178,7 @@ def test_steps_that_the_data_make_full_are_the_model(kind, recipe):
     model, graph, _ = prepared(kind, validate=False)
     engine = graph.engine(recipe=recipe, reuse_threshold=0)
 
-    def run(x, t, y, text):
-        (out,) = engine(*graph.arguments(x=x, t=t, y=y, text=text))
-        return out
-
     with torch.no_grad():
-        (_, outs), (_, exact) = generate(run, model), generate(model, model)
+        (_, outs), (_, exact) = generate(called(engine, graph), model), generate(model, model)
     torch.testing.assert_close(outs, exact, atol=1e-5, rtol=0)
     assert engine.loop_for(graph.inputs).compiled.caching and not engine.notes.warnings

@@ -16,7 +16,7 @@ from moeca_compile.capture.numerics import NoExpertsError, UntrustedError
 from moeca_compile.capture.running.experts import Experts, grouped, groups, of_group, of_grouped, without_idle
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.routing import Told, told
-from moeca_compile.capture.running.rows import streams
+from moeca_compile.capture.running.rows import moved_rows, streams
 from moeca_compile.capture.running.total import totals
 
 DEPTHS = 8
@@ -30,7 +30,6 @@ class Found:
     stream: its rows are what experts are given; total: the node that has the sum over experts
     base: what the sum is added to, None for zeros
     told: what holds its routing and weights
-    same: whether a node is computed in the same way whatever the data, and before the experts
     """
 
     experts: Experts
@@ -38,7 +37,6 @@ class Found:
     total: fx.Node
     base: fx.Node | None
     told: Told
-    same: dict[fx.Node, bool]
 
 
 def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
@@ -47,16 +45,17 @@ def find(graph: Graph, layer: nn.Module, tolerance: float) -> Found:
     reason = ""  # why experts are left as they are
     # Ids or counts are given to a part of a layer, and random ones may not fit its rows.
     partial = any(not graph.values[each].dtype.is_floating_point for each in graph.arguments)
+    moved = moved_rows(graph)
     for experts in _candidates(graph, layer, hints):
         own = graph.after([piece.out for piece in experts.pieces])
         same = _same_in_another_call(graph, own)
         hints.append("what an expert is given are no rows of one tensor of the layer")
-        for stream, pairs in streams(graph, experts, same):
+        for stream, pairs in streams(graph, experts, same, moved):
             missing = "no sum of its experts' weighted outputs was found"
             for total, base, weights in totals(graph, experts, pairs, own, same, tolerance):
                 try:
                     routing = told(graph, stream, pairs, total, weights, same, tolerance)
-                    return Found(experts, stream, total, base, routing, same)
+                    return Found(experts, stream, total, base, routing)
                 except NoExpertsError as error:
                     missing = str(error)
                 except UntrustedError as error:

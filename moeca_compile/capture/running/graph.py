@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile.capture.running.trace import Trace
-from moeca_compile.capture.running.watch import size_by_data
+from moeca_compile.capture.running.watch import is_choice, size_by_data
 
 
 class Graph:
@@ -22,7 +22,7 @@ class Graph:
         self.values = trace.values
         *self.nodes, self.output = trace.graph.nodes
         # What was computed for nothing tells nothing; but integers and truths the host may have read.
-        choices = [node for node in self.nodes if _is_choice(self.values[node])]
+        choices = [node for node in self.nodes if (value := self.tensor(node)) is not None and is_choice(value)]
         read = set(self.before([*self.output.all_input_nodes, *choices]))
         self.nodes = [node for node in self.nodes if node in read or node.op == "placeholder"]
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
@@ -68,10 +68,6 @@ class Graph:
         args = fx.map_arg(node.args, lambda each: self.values[each])
         by_data = size_by_data(node.target, args) or _fills_by_mask(node, args)
         return "a tensor whose size the data say" if by_data else None
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.dtype.is_floating_point
 
 
 def _fills_by_mask(node: fx.Node, args: Any) -> bool:

@@ -31,11 +31,12 @@ class Pairs:
     routed: Tensor
 
 
-def streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterator[tuple[fx.Node, Pairs]]:
+def streams(
+    graph: Graph, experts: Experts, same: dict[fx.Node, bool], moved: set[fx.Node]
+) -> Iterator[tuple[fx.Node, Pairs]]:
     """The tensors that all experts' rows are rows of, the nearest first. In each call their rows are of the same
-    tokens: not sorted by expert, say, since caches are kept by token."""
+    tokens: not `moved`, sorted by expert, say, since caches are kept by token."""
     first = graph.values[experts.pieces[0].rows]
-    moved = graph.after([node for node in graph.nodes if moves_rows(graph, node)])
     for node in reversed(graph.before([experts.pieces[0].rows])):
         value = graph.tensor(node)
         if value is None or not same[node] or node not in graph.made_of_data or value.dtype != first.dtype:
@@ -45,6 +46,11 @@ def streams(graph: Graph, experts: Experts, same: dict[fx.Node, bool]) -> Iterat
         pairs = _pairs(graph, experts, value.reshape(-1, value.shape[-1]))
         if pairs is not None:
             yield node, pairs
+
+
+def moved_rows(graph: Graph) -> set[fx.Node]:
+    """All that is made of rows that the data have moved."""
+    return graph.after([node for node in graph.nodes if moves_rows(graph, node)])
 
 
 def moves_rows(graph: Graph, node: fx.Node) -> bool:

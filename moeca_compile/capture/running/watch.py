@@ -124,7 +124,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         varies = self.asks_size or any(id(each) in self.of_varying_size for each in _tensors((args, kwargs)))
         made = _tensors(result)
-        self.asked.chooses |= any(_is_choice(each) for each in made) and not all(map(_is_choice, _tensors(args)))
+        self.asked.chooses |= any(is_choice(each) for each in made) and not all(map(is_choice, _tensors(args)))
         if args and id(args[0]) in self.of_integers:
             self.of_integers.update({id(each): each for each in made if _is_integer(each)})
             if func.__name__.strip("_") in _COMPARES:
@@ -201,7 +201,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
-def _is_choice(value: Tensor) -> bool:
+def is_choice(value: Tensor) -> bool:
+    """Whether it holds integers or truths."""
     return not value.dtype.is_floating_point
 
 

@@ -32,6 +32,13 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(first.shape) if isinstance(first, torch.Tensor) else ()
 
 
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """Dtype of the node's value, or of its first output where it has several."""
+    value: Any = node.meta["val"]
+    first: torch.Tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return first.dtype
+
+
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
