@@ -156,7 +156,7 @@ def note_breaks(record: Record) -> None:
     record.partial = bool(callers)
     if broken is not None:
         record.breaks.append(broken)
-        refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals()}
+        refused = {refusal.where.rpartition(":")[0] for refusal in capture.refusals(outermost_module())}
         if broken[0].rpartition(":")[0] not in refused:  # the warning about that dispatch explains it already
             read = any(words in broken[1] for words in _READS)
             record.notes.warn((HOST_READ if read else BREAK).format(*broken))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
 
 class CaptureWarning(UserWarning):
     """A MoE layer is compiled as plain torch.compile would, often with graph breaks, and without caching."""
@@ -18,18 +21,25 @@ class Refusal(NamedTuple):
     reason: str
 
 
-_refusals: dict[Refusal, None] = {}  # in order, each once
+_refusals: dict[Refusal, WeakIdKeyDictionary] = {}  # in order, each once, with the layers that it was said of
 
 
-def refusals() -> tuple[Refusal, ...]:
-    """The methods that capture left as they were in this process, in the order in which they were met."""
-    return tuple(_refusals)
+def refusals(model: nn.Module | None = None) -> tuple[Refusal, ...]:
+    """The methods that capture left as they were, in the order in which they were met.
+
+    Args:
+        model: of whose layers; of all that were met in this process where it is None.
+    """
+    if model is None:
+        return tuple(_refusals)
+    modules = list(model.modules())
+    return tuple(refusal for refusal, layers in _refusals.items() if any(each in layers for each in modules))
 
 
-def refuse(refusal: Refusal, advice: str) -> None:
-    """Record `refusal`; warn the first time that its method is refused."""
+def refuse(refusal: Refusal, layer: nn.Module, advice: str) -> None:
+    """Record `refusal` of a method of `layer`; warn the first time that its method is refused."""
     known = any(other[:2] == refusal[:2] for other in _refusals)
-    _refusals.setdefault(refusal)
+    _refusals.setdefault(refusal, WeakIdKeyDictionary())[layer] = True
     if not known:
         message = (
             f"{refusal.where}: {refusal.method} runs as torch.compile would run it, and nothing of it is "

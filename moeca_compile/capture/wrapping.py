@@ -122,9 +122,9 @@ def with_equivalent(
         ran = _ran.get(module)
         more = f". It was run to see what it does: {ran}" if ran else ""
         if reason is not None:
-            refuse(Refusal(where, name, reason + more), _REWRITE)
+            refuse(Refusal(where, name, reason + more), module, _REWRITE)
         elif suspects.holds_modules(module, lists) or (ran and ran.routes and not _others_are_wrapped(module)):
-            refuse(Refusal(where, name, suspects.REASON + more), suspects.ADVICE)
+            refuse(Refusal(where, name, suspects.REASON + more), module, suspects.ADVICE)
         return True
 
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,8 @@ def report(model: Any) -> Report:
     """
     record, module = record_of(model), compiled_module(model)
     if record is None:
-        return Report(warnings=(*methods_past_the_compiled(module), *_refusals()))
+        return Report(warnings=(*methods_past_the_compiled(module), *_refusals(module)))
+    module = module or _module_of(record)
     loops = [loop for engine in record.engines for loop in engine.loops.values()]
     notes, last = record.notes, loops[-1].compiled if loops else None
     counted = [each for engine in record.engines for each in engine.counted()]
@@ -49,7 +50,7 @@ def report(model: Any) -> Report:
         graphs=len(record.engines) + record.untouched,
         graph_breaks=tuple(GraphBreak(*item) for item in record.breaks),
         regions=regions,
-        places=places_of(module or _module_of(record), {region.name for region in regions}),
+        places=places_of(module, {region.name for region in regions}),
         cache_bytes=sum(loop.streams.nbytes for loop in loops),
         planned_cache_bytes=sum(loop.compiled.plan.nbytes for loop in loops),
         memory=memory_by_kind([loop.compiled for loop in loops], weights),
@@ -67,7 +68,7 @@ def report(model: Any) -> Report:
         probes=sum(each.tallies.probes for each in counted),
         flops=_flops(counted),
         validation_errors=dict(notes.errors),
-        warnings=(*notes.warnings, *_refusals()),
+        warnings=(*notes.warnings, *_refusals(module)),
         device=str(last.device) if last else None,
         dtype=str(last.dtype) if last else None,
         config=dataclasses.asdict(last.config if last else record.config),
@@ -167,5 +168,5 @@ def _flops(counted: list[Counted]) -> Flops | None:
     return Flops(full / calls, spent / calls) if calls and full else None
 
 
-def _refusals() -> tuple[str, ...]:
-    return tuple(f"{r.where} {r.method}: {r.reason}" for r in capture.refusals())
+def _refusals(module: nn.Module | None) -> tuple[str, ...]:
+    return tuple(f"{r.where} {r.method}: {r.reason}" for r in capture.refusals(module))

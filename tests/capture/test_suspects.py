@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import moeca_compile
 from moeca_compile import capture
 from tests.capture.layers import WIDTH, MoE, NumpyEnds, stack, tokens
 from tests.harness import RecordingBackend
@@ -133,3 +134,26 @@ def test_the_same_rows_for_every_block_are_no_suspect():
 
     captured(Masked().eval(), tokens(), torch.tensor([0, 2]))
     assert capture.refusals() == ()
+
+
+class Reads(nn.Module):
+    """A block without experts whose Python asks for a value, so the graph breaks."""
+
+    def forward(self, x):
+        return x * 2 if x.sum().item() > 0 else x
+
+
+@pytest.mark.filterwarnings("ignore::moeca_compile.capture.CaptureWarning")
+def test_what_was_left_alone_in_one_model_says_nothing_about_another():
+    """Neither in its report, nor in place of the warning about a break of its own in the same file."""
+    options = {"lowering": "eager"}
+    models = stack(OneHotLoop()), Reads().eval()
+    refused, other = (torch.compile(model, backend="moeca", options=options) for model in models)
+    with torch.no_grad():
+        refused(tokens())
+        with pytest.warns(UserWarning, match="the graph breaks here"):
+            other(tokens())
+    assert any("OneHotLoop.route_to_experts" in text for text in moeca_compile.report(refused).warnings)
+    assert not any("OneHotLoop" in text for text in moeca_compile.report(other).warnings)
+    assert [refusal.method for refusal in capture.refusals(refused._orig_mod)] == ["OneHotLoop.route_to_experts"]
+    assert capture.refusals(other._orig_mod) == ()
