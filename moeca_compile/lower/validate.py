@@ -42,9 +42,9 @@ _log = logging.getLogger(__name__)
 Region = Attention | Experts | FeedForward
 NOT_FINITE = "the model's first outputs were not finite, so the rewrite could not be validated yet"
 CONSTANT = (
-    "on the inputs for validation {0} had the same value for all tokens, as with gates or projections that are zero. "
-    "So nothing shows whether caching is right there. It is validated once the weights have changed: load them "
-    "before the first call"
+    "on the inputs for validation {0} had the same value for all tokens, as with gates or projections that are zero, "
+    "or a router that takes no token. So nothing shows whether caching is right there. It is validated once the "
+    "weights have changed: load them before the first call"
 )
 
 

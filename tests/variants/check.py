@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +23,11 @@ from moeca_compile.runtime.loop import StepLoop
 from tests.harness import caches_of, eager_backend
 from tests.variants.blocks import Modelling, make_inputs, make_model, moving, timestep
 from tests.variants.expectations import expected, regions
+from tests.variants.pairs import PairLayer
 from tests.variants.simulation import Simulation
 
 STEPS = 6
+UNPROVEN_THERE = r"moeca: on the inputs for validation blocks\.\d+\.mlp had the same value for all tokens"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Relative to the greatest magnitude; for the last two of root mean squares, since single routings flip there. In
 float64 models, some routers and rotary tables are in float32, and so are the weights of a forecast."""
@@ -68,25 +72,52 @@ def check(how: Modelling, options: dict[str, Any]) -> Outcome:
     """Raises AssertionError where the compiled model is not what it should be."""
     compiled = Compiled(how, options)
     noise, inputs = make_inputs(how)
+    empty = without_branches(compiled, noise, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        if empty:
+            warnings.filterwarnings("ignore", message=UNPROVEN_THERE)
         compiled.step(noise, timestep(how, 0, STEPS), inputs)
-    assert_regions(compiled, options)
+    assert_regions(compiled, options, empty)
     if not compiled.loop.compiled.caching:
         return assert_uncached(compiled, noise, inputs)
     assert_exact(compiled, noise, inputs)
     return compare(compiled, options)
 
 
-def assert_regions(compiled: Compiled, options: dict[str, Any]) -> None:
+def without_branches(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> frozenset[int]:
+    """Blocks whose layer takes no token of the first picture: then nothing shows there whether caching is right."""
+    found: set[int] = set()
+
+    def look(number: int, layer: PairLayer, args: tuple[Any, ...]) -> None:
+        routed, _ = layer.pairs(*args[:2])
+        if not routed.any():
+            found.add(number)
+
+    layers = [(number, block.mlp) for number, block in enumerate(compiled.model.blocks)]
+    hooks = [
+        layer.register_forward_pre_hook(partial(look, number))
+        for number, layer in layers
+        if isinstance(layer, PairLayer) and layer.by_the_data
+    ]
+    with torch.no_grad():
+        if hooks:
+            compiled.model(noise, timestep(compiled.how, 0, STEPS), *inputs)
+    for hook in hooks:
+        hook.remove()
+    return frozenset(found)
+
+
+def assert_regions(compiled: Compiled, options: dict[str, Any], empty: frozenset[int] = frozenset()) -> None:
     report = compiled.report
     assert (report.graphs, report.graph_breaks) == (1, ()), str(report)
     found = sorted((region.kind, region.status, region.reason) for region in report.regions)
-    want = regions(compiled.how, options)
+    want = regions(compiled.how, options, empty)
     missed, surprising = Counter(want) - Counter(found), Counter(found) - Counter(want)
     assert not missed and not surprising, f"missed {dict(missed)}, surprising {dict(surprising)}\n{report}"
-    assert report.warnings == (), str(report)
+    told = [text for text in report.warnings if not (empty and re.match(UNPROVEN_THERE, f"moeca: {text}"))]
+    assert not told and len(report.warnings) == bool(empty), str(report)
 
 
 def assert_exact(compiled: Compiled, noise: Tensor, inputs: tuple[Tensor | None, ...]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeca_compile.reporting.collect import AT_EVERY_STEP
+from moeca_compile.reporting.collect import AT_EVERY_STEP, UNPROVEN
 from tests.variants.attention import Attending
 from tests.variants.blocks import Blocking, Modelling
 from tests.variants.dispatch import Layering
@@ -58,19 +58,23 @@ def _first(table: tuple[tuple[Callable[..., bool], str], ...], part: object) -> 
     return next((reason for applies, reason in table if applies(part)), None)
 
 
-def regions(how: Modelling, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(kind, status, reason) of every region of the report, sorted."""
+def regions(
+    how: Modelling, options: Mapping[str, Any], empty: frozenset[int] = frozenset()
+) -> list[tuple[str, str, str]]:
+    """(kind, status, reason) of every region of the report, sorted; empty: blocks whose layer took no token yet."""
     want, found = expected(how), []
     shared = AT_EVERY_STEP if options.get("shared") == "always" else None
-    for block, attention, feedforward in zip(how.blocks, want.attention, want.feedforward, strict=True):
+    parts = zip(how.blocks, want.attention, want.feedforward, strict=True)
+    for number, (block, attention, feedforward) in enumerate(parts):
         if attention != NOT_TOLD:
             found.append(region("attention", attention))
         if not isinstance(block.feedforward, Layering):
             found += [region("feedforward", feedforward)] if feedforward in (None, IDLE) else []
         elif feedforward is None:
+            routed_together = COUPLED if coupled(block.feedforward, how) else ""
             found += [
-                ("router", "cached", COUPLED if coupled(block.feedforward, how) else ""),
-                region("experts", None),
+                ("router", "cached", UNPROVEN if number in empty else routed_together),
+                ("experts", "cached", UNPROVEN if number in empty else ""),
             ]
             found += [region("feedforward", shared) for _ in block.feedforward.shared]
         else:

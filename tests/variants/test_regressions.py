@@ -109,6 +109,13 @@ def test_choices_that_are_also_a_map_have_a_cache_for_each_branch():
     check(Modelling((Blocking(feedforward=layer),), batch=1), {})
 
 
+def test_a_layer_that_takes_no_token_of_the_first_picture_is_said_to_be_unproven():
+    """The data tell how many tokens it takes, and with no branch nothing shows whether caching is right."""
+    layer = Layering("predicted_topk", Routing(3, 3))
+    outcome = check(Modelling((Blocking(feedforward=layer),), side=2, batch=1, seed=30), {})
+    assert outcome.steps == 6
+
+
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
     """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})
