@@ -64,6 +64,7 @@ from moeca_compile._torch_private.running import before_each_op, trace_by_runnin
 from moeca_compile._torch_private.sdp_kernel import trace_sdp_kernel
 from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
+    compilation,
     graph_break,
     hand_over_whole,
     numeric_modes,
@@ -84,6 +85,7 @@ __all__ = [
     "cache_folder",
     "calling_code",
     "calls_ours",
+    "compilation",
     "compilation_at_start",
     "compile_cpp",
     "compile_graph",

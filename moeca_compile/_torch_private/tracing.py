@@ -20,7 +20,7 @@ _TRANSLATOR = Private(
 )
 
 
-def _output() -> Any:
+def compilation() -> Any:
     """Dynamo's OutputGraph of the compilation under way; None outside of one."""
     try:
         return _TRANSLATOR.value.current_tx().output
@@ -30,7 +30,7 @@ def _output() -> Any:
 
 def tracing_backend() -> Iterator[Any]:
     """The backend that Dynamo is tracing for, then what each of torch's wrappers around it holds."""
-    return _unwrapped(getattr(_output(), "compiler_fn", None))
+    return _unwrapped(getattr(compilation(), "compiler_fn", None))
 
 
 def traces_for_us() -> bool:
@@ -43,10 +43,10 @@ def hand_over_whole() -> None:
 
     For graphs without gradients. A split may fall between a marker op and the expert's body before it.
     """
-    splitting = getattr(getattr(_output(), "compiler_fn", None), "__self__", None)
+    splitting = getattr(getattr(compilation(), "compiler_fn", None), "__self__", None)
     whole = getattr(splitting, "backend_compile_fn", None)
     if whole is not None:
-        _output().compiler_fn = whole
+        compilation().compiler_fn = whole
 
 
 def traced_wrapper() -> Any:
@@ -102,7 +102,7 @@ _INSTEAD = {
 def graph_break() -> tuple[str, str] | None:
     """(file:line, reason) where Dynamo ends the graph that it is handing over before the function's end."""
     try:
-        reason = _output().compile_subgraph_reason
+        reason = compilation().compile_subgraph_reason
         if reason is None or not reason.graph_break:
             return None
         frame = reason.user_stack[-1] if reason.user_stack else None
@@ -116,7 +116,7 @@ def graph_break() -> tuple[str, str] | None:
 def root_module() -> nn.Module | None:
     """The module whose forward Dynamo is tracing: the first argument of the outermost frame."""
     try:
-        translator = _output().root_tx
+        translator = compilation().root_tx
         value = first_argument(translator.f_code, translator.f_locals)
     except AttributeError:
         return None
@@ -126,7 +126,7 @@ def root_module() -> nn.Module | None:
 
 def traced_code() -> CodeType | None:
     """The code of the function that Dynamo is compiling."""
-    code = getattr(getattr(_output(), "root_tx", None), "f_code", None)
+    code = getattr(getattr(compilation(), "root_tx", None), "f_code", None)
     return code if isinstance(code, CodeType) else None
 
 
@@ -137,7 +137,7 @@ def traced_self(identity: int) -> Any:
     a guard on it; the object itself may not in torch 2.11.
     """
     try:
-        found = _output().current_tx.symbolic_locals["self"].realize().value
+        found = compilation().current_tx.symbolic_locals["self"].realize().value
         if id(found) == identity:
             return found
     except (AttributeError, KeyError):
@@ -147,7 +147,7 @@ def traced_self(identity: int) -> Any:
 
 def traced_scope() -> dict[str, Any]:
     """The variables of the function that Dynamo is tracing, by the names that its sources have for them."""
-    output = _output()
+    output = compilation()
     return {"L": output.local_scope, "G": output.global_scope}
 
 

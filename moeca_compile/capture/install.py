@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
@@ -32,6 +31,7 @@ from moeca_compile.capture import suspects
 from moeca_compile.capture.idioms import IDIOMS
 from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Idiom
+from moeca_compile.capture.refusals import warn_once
 from moeca_compile.capture.running import Running, layers_within, modules_among
 from moeca_compile.capture.source import Method, innermost, read_method
 from moeca_compile.capture.wrapping import ORIGINAL, marked_as_known, with_equivalent, with_single_experts
@@ -74,12 +74,7 @@ def wrap(*_: Any) -> None:
             _let_layers_run()
         except Exception as error:  # this is called in each compilation of the process, for whatever backend
             _log.debug("looking through the classes failed", exc_info=True)
-            _warn_once(UNREAD.format(first_line(error)))
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    warnings.warn(f"moeca: {text}", stacklevel=3)
+            warn_once(UNREAD.format(first_line(error)))
 
 
 def _note(owner: type) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -49,6 +50,13 @@ def refuse(refusal: Refusal, layer: nn.Module, advice: str) -> None:
         warnings.warn_explicit(message, CaptureWarning, file, int(line))
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn of a fault of capture itself, once in this process."""
+    warnings.warn(f"moeca: {text}", stacklevel=3)
+
+
 def forget_refusals() -> None:
     """Forget them all, so that each would be warned of again. For tests."""
     _refusals.clear()
+    warn_once.cache_clear()

@@ -45,6 +45,7 @@ from tests.test_backend import assert_near, told
 
 install = importlib.import_module("moeca_compile.capture.install")
 wrapping = importlib.import_module("moeca_compile.capture.wrapping")
+gate = importlib.import_module("moeca_compile.capture.gate")
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 STEPS = 4
 
@@ -88,6 +89,7 @@ def fails(*_: Any, **__: Any) -> Any:
 FAULTS: dict[str, tuple[Any, str]] = {
     "looking through the classes": (install, "_subclasses"),
     "checking the dispatch": (wrapping, "vouch"),
+    "asking for whom Dynamo traces": (gate, "_is_for_moeca"),
     "asking whether to run the original": (fallback, "why_original"),
     "noting graph breaks": (fallback, "note_breaks"),
     "looking at the graph": (fallback, "worth_rewriting"),

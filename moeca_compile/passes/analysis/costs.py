@@ -46,7 +46,7 @@ def symbolic_flops(
     N is the number of tokens of `main`, by default of a graph's only stream; tokens of other streams, such as text,
     stay numbers. With `only`, row-wise work is counted for the tokens of that axis alone.
     """
-    total = sympy.Integer(0)
+    terms = []
     for node in nodes:
         flops = sympy.Integer(node_flops(node))
         if flops and node in layouts:
@@ -56,8 +56,8 @@ def symbolic_flops(
             if node.target is SDPA and node.args[1] in layouts:
                 key = layouts[node.args[1]]  # type: ignore[index]
                 flops = flops / key.tokens * token_count(key.axis, main)
-        total += flops
-    return total
+        terms.append(flops)
+    return sympy.Add(*terms)
 
 
 def token_count(axis: Axis, main: Axis = ()) -> sympy.Expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -161,11 +162,11 @@ class Regions:
         left = self.only([part for part in self.parts if part not in reasons])
         return replace(left, skipped=(*self.skipped, *skipped))
 
-    @property
-    def token_dtypes(self) -> set[torch.dtype]:
+    @cached_property
+    def token_dtypes(self) -> frozenset[torch.dtype]:
         """The floating-point dtypes of the values that have tokens."""
         values = (node.meta["val"] for node in self.layouts)
-        return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
 
     @property
     def main(self) -> Layout | None:

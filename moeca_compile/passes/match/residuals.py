@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -37,6 +38,7 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
     """
     found: dict[fx.Node, Residual] = {}
     paths: list[tuple[fx.Node, set[fx.Node], fx.Node | None]] = [(anchor, {anchor}, None)]
+    upstream = cache(lambda: ancestors([anchor]))
     while paths:
         node, path, part = paths.pop()
         users = list(node.users)
@@ -50,7 +52,7 @@ def residuals_around(anchor: fx.Node) -> list[Residual]:
             stream = _stream(add, node, anchor)
             if stream is None:
                 other = _other_operand(add, node, ADD)
-                shared = part is None and other is not None and _has_anchor(other, anchor)
+                shared = part is None and other is not None and _has_anchor(other, upstream())
                 paths.append((add, path | {add}, _before_gate(node, path) if shared else part))
             elif add in found:
                 return []  # the parts meet again
@@ -83,9 +85,8 @@ def _fork(start: fx.Node, anchor: fx.Node) -> set[fx.Node] | None:
     return None
 
 
-def _has_anchor(node: fx.Node, anchor: fx.Node) -> bool:
-    """Whether `node` depends on an attention or MoE layer that the anchor does not depend on."""
-    upstream = ancestors([anchor])
+def _has_anchor(node: fx.Node, upstream: set[fx.Node]) -> bool:
+    """Whether `node` depends on an attention or MoE layer that is not in `upstream`."""
     return any(one.target in ANCHORS for one in ancestors([node], stop=upstream) - upstream)
 
 

@@ -96,8 +96,8 @@ class Evaluation:
 
     def evaluate_with(self, known: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> list[Any]:
         """Values of `wanted` if the nodes of `known` had the given values; the values stored here do not change."""
-        changed = dict(known)
-        for node in sorted(ancestors(wanted, stop=known)):
+        changed, first = dict(known), min(known, default=None)
+        for node in sorted(ancestors(wanted, stop=known, since=first)):
             if node not in known and any(arg in changed for arg in node.all_input_nodes):
                 changed[node] = call(node, lambda n: changed[n] if n in changed else self[n])
         return [changed[node] if node in changed else self[node] for node in wanted]
