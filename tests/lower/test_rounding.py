@@ -144,6 +144,26 @@ def test_where_each_trial_moves_a_row_that_no_other_does_a_few_more_may_differ()
         compare([found(1)], [wanted], 0.016, shaken(wanted, 0.01))
 
 
+def test_rows_that_stray_together_are_as_many_as_one_trial_moves_alone():
+    """A token that goes elsewhere takes the rows of all its heads along, so a mean over trials says little."""
+    wanted = rows(count=256)
+
+    def trial(generator: torch.Generator) -> list[Tensor]:
+        (moved,) = shaken(wanted, 0.01)(generator)
+        if generator.initial_seed() == 3:
+            moved[:6] = wanted[6:12]
+        return [moved]
+
+    def found(different: int) -> Tensor:
+        value = wanted.clone()
+        value[100 : 100 + different] = wanted[200 : 200 + different]
+        return value
+
+    compare([found(6)], [wanted], 0.016, trial)
+    with pytest.raises(ValidationError, match="in 7 of 256 rows"):
+        compare([found(7)], [wanted], 0.016, trial)
+
+
 def test_without_trials_the_bound_is_the_last_word():
     wanted = rows()
     with pytest.raises(ValidationError, match="exceeds"):
