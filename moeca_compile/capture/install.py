@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import ref
@@ -33,7 +33,7 @@ from moeca_compile.capture.idioms.bank import Bank
 from moeca_compile.capture.idioms.base import Dispatch, Idiom
 from moeca_compile.capture.refusals import warn_once
 from moeca_compile.capture.running import Running, layers_within, modules_among
-from moeca_compile.capture.source import Method, innermost, read_method
+from moeca_compile.capture.source import Method, functions_of, innermost, is_torchs, namespace_of, read_method
 from moeca_compile.capture.wrapping import ORIGINAL, marked_as_known, with_equivalent, with_single_experts
 from moeca_compile.text import first_line
 
@@ -101,22 +101,12 @@ def _subclasses(root: type) -> Iterator[type]:
             if id(owner) not in met:
                 met.add(id(owner))
                 pending.append(owner)
-                if not _is_torchs(owner):
+                if not is_torchs(owner):
                     yield owner
 
 
-def _is_torchs(owner: type) -> bool:
-    return str(_namespace(owner).get("__module__", "")).startswith("torch.")
-
-
-def _namespace(owner: type) -> Mapping[str, Any]:
-    """What a class's body defined, whatever its metaclass answers."""
-    namespace: Mapping[str, Any] = type.__dict__["__dict__"].__get__(owner)
-    return namespace
-
-
 def _methods(owner: type) -> list[tuple[str, FunctionType]]:
-    return [(name, value) for name, value in _namespace(owner).items() if isinstance(value, FunctionType)]
+    return [(name, value) for name, value in namespace_of(owner).items() if isinstance(value, FunctionType)]
 
 
 def _wrap_methods(owner: type) -> None:
@@ -174,9 +164,9 @@ def _let_layers_run() -> None:
 
 
 def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:
-    owner = next(each for each in kind.__mro__ if "forward" in _namespace(each))
-    forward = _namespace(owner)["forward"]
-    if _is_torchs(owner) or not isinstance(forward, FunctionType) or hasattr(forward, ORIGINAL):
+    owner = next(each for each in kind.__mro__ if "forward" in namespace_of(each))
+    forward = namespace_of(owner)["forward"]
+    if is_torchs(owner) or not isinstance(forward, FunctionType) or hasattr(forward, ORIGINAL):
         return
     code = getattr(innermost(forward), "__code__", None)
     if not any(code is each for each in codes):
@@ -187,8 +177,7 @@ def _let_run(kind: type, codes: tuple[CodeType, ...]) -> None:
 def _may_route(kind: type) -> bool:
     """Whether the methods of a class, inherited ones too, may ask the host about tensors, or choose by them."""
     if id(kind) not in _routes:
-        functions = [value for owner in kind.__mro__ if not _is_torchs(owner) for _, value in _methods(owner)]
-        _routes[id(kind)] = any(suspects.may_route(innermost(each)) for each in functions)
+        _routes[id(kind)] = any(map(suspects.may_route, functions_of(kind)))
         _note(kind)
     return _routes[id(kind)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -43,9 +43,16 @@ def read_method(function: Callable[..., Any]) -> Method | None:
 def functions_of(owner: type) -> Iterator[FunctionType]:
     """The functions of a class and of those that it inherits from, torch's own excepted, as someone wrote them."""
     for each in owner.__mro__:
-        if not each.__module__.startswith("torch.") and each is not object:
-            for value in vars(each).values():
-                while hasattr(value, "__wrapped__"):
-                    value = value.__wrapped__
-                if isinstance(value, FunctionType):
-                    yield value
+        if not is_torchs(each) and each is not object:
+            written = map(innermost, namespace_of(each).values())
+            yield from (value for value in written if isinstance(value, FunctionType))
+
+
+def is_torchs(owner: type) -> bool:
+    return str(namespace_of(owner).get("__module__", "")).startswith("torch.")
+
+
+def namespace_of(owner: type) -> Mapping[str, Any]:
+    """What a class's body defined, whatever its metaclass answers."""
+    namespace: Mapping[str, Any] = type.__dict__["__dict__"].__get__(owner)
+    return namespace
