@@ -52,6 +52,8 @@ class Teacher:
         for node, source in compared:
             self.beginnings.setdefault(node, []).append(source)
         self.step = self._step(StepKind(), {}, self.computes, kept=[source for _, source in compared])
+        self.pupils: list[Step] = []
+        """The steps that were `taught`."""
         self.values = self.step.values
         self.values.repeatable = True
         self.output = next(iter(reversed(graph.nodes)))
@@ -61,8 +63,10 @@ class Teacher:
         self.computes |= {node: partial(layer_output, self.step, node) for node in self.regions.bodies}
         try:
             return tuple(self.values.run(self._computed))
-        finally:  # what refers to the step would keep its values alive until Python looks for cycles
+        finally:  # what refers to a step would keep its values alive until Python looks for cycles
             self.computes.clear()
+            for step in self.pupils:
+                step.memo.clear()
 
     def _computed(self, node: fx.Node) -> None:
         """Check the value of a watched or replaced node. What the check computes once more is dropped again."""
@@ -82,6 +86,7 @@ class Teacher:
         """A step of this kind in which every value of the graph is the model's own."""
         step = self._step(kind, state, {})
         step.values = self.values
+        self.pupils.append(step)
         return step
 
     def noisy(self, replacement: Replacement) -> Callable[[torch.Generator], list[Any]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from moeca_compile import backend
 from moeca_compile.lower import program, teacher
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite import rows as rows_module
@@ -50,6 +52,27 @@ def prepared(graph: Captured, **options: Any) -> tuple[Engine, StepLoop, list[st
 
 def regions_of(graph: Captured) -> Regions:
     return graph.loop(validate=False).compiled.regions
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "teacache"])
+def test_validation_leaves_no_values_for_the_garbage_collector(graph, recipe, monkeypatch):
+    """A cycle would keep its caches, as large as those of a stream, until Python looks for cycles."""
+    left, original = [], backend.sound_regions
+
+    def watched(*arguments: Any) -> Regions:
+        gc.collect()
+        gc.disable()
+        try:
+            known = {id(each) for each in gc.get_objects()}
+            found = original(*arguments)
+            left.extend(each for each in gc.get_objects() if type(each) is Tensor and id(each) not in known)
+        finally:
+            gc.enable()
+        return found
+
+    monkeypatch.setattr(backend, "sound_regions", watched)
+    prepared(graph, recipe=recipe)
+    assert [tuple(each.shape) for each in left] == []
 
 
 @pytest.mark.parametrize("recipe", ["moeca", "fora-forecast"])

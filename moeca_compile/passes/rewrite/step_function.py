@@ -85,6 +85,7 @@ def probe_function(graph: fx.Graph, regions: Regions, probe: Probe) -> StepFunct
             return StepResult((probe.run(step),), step.updates, None)
         finally:
             computes.clear()
+            step.memo.clear()
 
     return run
 
