@@ -116,6 +116,19 @@ def test_a_layer_that_takes_no_token_of_the_first_picture_is_said_to_be_unproven
     assert outcome.steps == 6
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layering("choice_loop", Routing(4, 2), body="rms", beside=("widest",)),
+        Layering("grouped", Routing(3, 2), hidden=16, beside=("attribute",)),
+    ],
+    ids=["exponent", "width"],
+)
+def test_an_exponent_or_a_width_is_not_taken_for_as_many_rows(layer):
+    """Two rows an expert and a square, 16 rows in all and a width of 16: numbers that are equal by chance."""
+    check(Modelling((Blocking(feedforward=layer),), side=2, batch=1 if layer.dispatch == "choice_loop" else 2), {})
+
+
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
     """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})

@@ -20,6 +20,10 @@ from moeca_compile.capture.structure import structure
 
 GROUPED = torch.ops.aten._grouped_mm.default
 ROWS = "rows"  # in a body's code: as many as it is given
+_SIZES = frozenset(
+    {"size", "shape", "sizes", "end", "length", "repeats", "steps", "split_size", "split_sizes", "output_size"}
+)
+"""The arguments of ATen's ops that are sizes. Others may be equal to a number of rows: exponents, dims, places."""
 
 Own = tuple[fx.Node, int | None]
 """A tensor of an expert: a node, or the part of it with this number."""
@@ -366,8 +370,35 @@ def _common_body(codes: list[_Code]) -> fx.GraphModule:
     spelled = [code.spelled() for code in codes]
     if len({len(each) for each in spelled}) != 1:
         raise UntrustedError("one expert computes something else than another")
-    common = [_common([each[at] for each in spelled], lengths) for at in range(len(spelled[0]))]
+    common = [_common_call([each[at] for each in spelled], lengths) for at in range(len(spelled[0]))]
     return _built(common, len(codes[0].tensors))
+
+
+def _common_call(calls: list[list[Any]], lengths: list[int]) -> list[Any]:
+    """The call of an op that all of them make.
+
+    Where experts have different numbers of rows, a number that differs as these do can be nothing else. Where all
+    have as many, as where they choose their tokens, it may also be an exponent, a width, a dim: then it is taken for
+    the number of rows only as a size in the first place, where the rows are.
+    """
+    op, target, args, kwargs = calls[0]
+    if any([each[:2], len(each[2])] != [[op, target], len(args)] for each in calls):
+        raise UntrustedError("one expert computes something else than another")
+    schema = getattr(target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else [""] * len(args)
+    along = {**dict(zip(names, args, strict=False)), **kwargs}.get("dim", 0)
+
+    def common(name: str, values: list[Any]) -> Any:
+        if len(set(lengths)) > 1:
+            return _common(values, lengths)
+        if name not in _SIZES or along != 0:
+            return _common(values, [])
+        if isinstance(values[0], list):
+            return [_common(list(each), [] if at else lengths) for at, each in enumerate(zip(*values, strict=True))]
+        return _common(values, lengths)
+
+    placed = [common(names[at], [each[2][at] for each in calls]) for at in range(len(args))]
+    return [op, target, placed, {name: common(name, [each[3].get(name) for each in calls]) for name in kwargs}]
 
 
 def _common(args: list[Any], lengths: list[int]) -> Any:
