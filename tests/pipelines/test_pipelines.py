@@ -17,7 +17,6 @@ from tests.harness import own_warnings
 from tests.pipelines.tiny import diffusers, draw, flux, flux_inputs, nucleus, nucleus_inputs, pixart, random, silent
 
 pytestmark = [
-    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of schedulers' use of numpy
 ]
