@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ if not torch.cuda.is_available():
 # ruff: isort: split
 from moeca_compile.backend import compile_graph  # registers the ops and installs capture
 from moeca_compile.disk import store
-from moeca_compile.lower import program
+from moeca_compile.lower.found_before import VALIDATION
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.runtime.engine import Stages
 from tests import harness
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Function]) -> None:
             cases[test] += 1
 
 
+def pytest_collection_finish() -> None:
+    """What imports made stays: to look through it for garbage again and again took a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Models and inputs are the same in whatever order, and on however many processes, the tests run."""
@@ -69,6 +80,24 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return found
 
 
+@pytest.fixture(scope="session")
+def traced_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traced")
+
+
+@pytest.fixture
+def traced_once(nothing_on_disk: None, monkeypatch: pytest.MonkeyPatch, traced_folder: Path) -> None:
+    """Graphs that are equal are exported, and their steps traced, once for all tests that ask for this.
+
+    What is found is validated in each test. For tests of what happens around compiled steps. One that changes how
+    graphs are exported or steps are traced must not ask: the others would get what it made.
+    """
+    read = store.read
+    monkeypatch.setattr(store, "folder", lambda: traced_folder)
+    monkeypatch.setattr(store, "read", lambda kind, key: None if kind == VALIDATION else read(kind, key))
+    monkeypatch.setattr(store, "record_artifact", lambda *_: None)
+
+
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced steps run op by op: Inductor takes 10 seconds each. For tests that compile by the harness."""
@@ -78,15 +107,18 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def inductor_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for code that compiles by itself and has no option for it: benchmarks and examples."""
-    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: gm)
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
+    harness.replace_inductor(monkeypatch)
 
 
 @pytest.fixture
 def eager_steps(monkeypatch: pytest.MonkeyPatch, export_once: Callable[..., Any]) -> None:
-    """Steps run as eager functions, neither traced nor compiled; a captured graph is exported only once."""
+    """Steps run as eager functions, neither traced nor compiled; a captured graph is exported only once.
+
+    Nor is the original compiled by Inductor, where that runs in place of the steps.
+    """
     stages = Stages(partial(compile_graph, export=export_once), harness.eager_step)
     monkeypatch.setattr(harness.how, "stages", stages)
+    monkeypatch.setattr(harness.how, "options", {"lowering": "eager"})
 
 
 @pytest.fixture(scope="session")
@@ -110,11 +142,16 @@ def model() -> TinyDiTMoE:
 
 
 @pytest.fixture(scope="session")
-def small_graph() -> Captured:
-    """A smaller model of two blocks, the second with experts, as the backend gets it."""
-    model = make_model(SMALL)
-    noise, labels = make_inputs(model)
-    return captured(model, noise, torch.ones(len(noise)), labels)
+def small_model() -> TinyDiTMoE:
+    """A smaller one of two blocks, the second with experts. Treat it as constant."""
+    return make_model(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_graph(small_model: TinyDiTMoE) -> Captured:
+    """The smaller model as the backend gets it, at a batch of 2."""
+    noise, labels = make_inputs(small_model)
+    return captured(small_model, noise, torch.ones(len(noise)), labels)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from moeca_compile.passes.analysis.flops import StepFlops
 from tests.harness import how
 from tests.models import MoE, Sizes, TinyDiTMoE, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 STEPS = 6
 

@@ -12,7 +12,9 @@ from torch import Tensor
 import moeca_compile
 from moeca_compile.options import ConfigError
 from moeca_compile.runtime.corrector import corrected, gain
-from tests.models import TinyDiTMoE, make_inputs, make_model
+from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 STEPS, FULL = 9, [0, 1, 4, 8]
 
@@ -91,7 +93,7 @@ def compile_with(model: TinyDiTMoE, recipe: str, full: list[int], **options: obj
     ("recipe", "order"), [("stack", 0), ("stack-forecast", 1), ("moeca-forecast", 1), ("stack-forecast", 2)]
 )
 def test_a_full_step_returns_its_output_and_a_share_of_what_a_cache_step_would_have_missed(recipe, order):
-    model, options = make_model(), {"forecast_order": order} if order else {}
+    model, options = make_model(SMALL), {"forecast_order": order} if order else {}
     exact = outputs(model, model)
     compiled = compile_with(model, recipe, FULL, corrector=True, **options)
     found = outputs(model, compiled)
@@ -108,7 +110,7 @@ def test_a_full_step_returns_its_output_and_a_share_of_what_a_cache_step_would_h
 
 
 def test_the_report_counts_corrections_and_their_work():
-    model = make_model()
+    model = make_model(SMALL)
     compiled, plain = (compile_with(model, "stack", FULL, corrector=on) for on in (True, False))
     outputs(model, compiled)
     report = moeca_compile.report(compiled)
@@ -122,7 +124,7 @@ def test_the_report_counts_corrections_and_their_work():
 
 
 def test_a_new_picture_is_not_corrected_by_the_last_one():
-    model = make_model()
+    model = make_model(SMALL)
     compiled = compile_with(model, "stack-forecast", FULL, corrector=True)
     first, second = outputs(model, compiled, 7), outputs(model, compiled, 1)
     assert torch.equal(first[0], second[0])

@@ -38,6 +38,17 @@ WEIGHTS = torch.zeros(2, 2, 2)
 
 
 @pytest.fixture
+def model(small_model: TinyDiTMoE) -> TinyDiTMoE:
+    """Two blocks have all that is recorded."""
+    return small_model
+
+
+@pytest.fixture
+def graph(small_graph: Captured) -> Captured:
+    return small_graph
+
+
+@pytest.fixture
 def on_tape(without_inductor, monkeypatch, graph: Captured):
     """Makes an engine whose steps are recorded on a tape; the ops of the package count as the device's own."""
     monkeypatch.setattr(cuda_graphs, "ops_without_kernel", lambda graph, device: [])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import moeca_compile
 from moeca_compile.lower.program import CompiledStep
-from tests.models import TinyDiTMoE, make_inputs, make_model
+from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 
 class Counting(nn.Module):
@@ -26,7 +26,7 @@ class Counting(nn.Module):
 
 
 def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output():
-    model = Counting(make_model()).eval()
+    model = Counting(make_model(SMALL)).eval()
     x, y = make_inputs(model.model)
     fast = torch.compile(model, backend="moeca", options={"lowering": "eager"})
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output():
 
 
 def test_two_models_through_one_compiled_function_do_not_share():
-    one, other = make_model(), make_model(seed=7)
+    one, other = make_model(SMALL), make_model(SMALL, seed=7)
     x, y = make_inputs(one)
     call = torch.compile(lambda model, x, t, y: model(x, t, y), backend="moeca", options={"lowering": "eager"})
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_two_models_through_one_compiled_function_do_not_share():
 
 
 def test_a_half_written_step_is_not_used(monkeypatch):
-    model = make_model()
+    model = make_model(SMALL)
     x, y = make_inputs(model)
     fast = torch.compile(model, backend="moeca", options={"keys_values": "chosen", "lowering": "eager"})
     with torch.no_grad():

@@ -19,6 +19,7 @@ from moeca_compile.runtime.engine import Engine
 from tests.harness import own_warnings
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 SIZES = Sizes(depth=2, width=16, heads=2, experts=4, expert_width=8)
 STEPS = 6
 

@@ -80,7 +80,7 @@ def test_nor_where_picture_and_text_attend_together(kind):
 
 @pytest.fixture(scope="module")
 def tiny() -> OnFakeCuda:
-    model = make_model()
+    model = make_model(Sizes(depth=2))
     noise, labels = make_inputs(model)
     return OnFakeCuda(model, (noise, torch.ones(2), labels))
 

@@ -235,9 +235,9 @@ def test_what_stays_unclear_is_not_cached_and_says_so(guided, eager_steps):
 # --- timesteps marked by hand -----------------------------------------------------------------------------------
 
 
-def test_a_marked_timestep_is_not_read(graph, model, eager_steps, monkeypatch):
+def test_a_marked_timestep_is_not_read(small_graph, small_model, eager_steps, monkeypatch):
     """As where it lies on an accelerator: the same steps, bit by bit, and no value of an input is asked for."""
-    (x, y), times = make_inputs(model), [1 - number / 6 for number in range(6)]
+    graph, (x, y), times = small_graph, make_inputs(small_model), [1 - number / 6 for number in range(6)]
     arguments = [graph.arguments(x=x * (2 + time), t=torch.full((2,), time), y=y) for time in times]
     told, marked = graph.engine(recipe="moeca-forecast"), graph.engine(recipe="moeca-forecast")
     expected = [told(*each)[0] for each in arguments]
