@@ -4,8 +4,8 @@ python -m bench.tuning
 python -m bench.tuning --speedup 3 --plot frontier.png
 
 The tune is what a user would run: compiled, and timed in turns with the uncached model. The comparison needs no
-times, so its steps run op by op: a forecast of the stack's change with the corrector, and full steps that are even, of
-the power schedule, or calibrated by the tune. Results go to a JSON file.
+times, so its steps run op by op: a forecast of the stack's change with the corrector, and full steps that are even,
+of the power schedule, or calibrated by the tune. Results go to a JSON file.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moeca_compile.tuning.measure import Candidate, Measure
 from moeca_compile.tuning.rows import Row
 from moeca_compile.tuning.wish import Wish
 
-_PROBES = 4
+_PROBES = 5
 """So many numbers of full steps are tried until the wish is just met."""
 _DB_OF_TWICE = 6.0
 """About how much PSNR twice as many full steps add (docs/policies.md)."""
