@@ -16,7 +16,7 @@ NO_MODEL = "{0} returned a {1}. Let it return the model, an nn.Module"
 NO_PLACE = "{0!r}: name a .json file in a folder that exists"
 
 
-def tuned(factory: str, sample: str, out: str, wish: Mapping[str, float], **arguments: Any) -> str:
+def tuned(factory: str, sample: str, out: str, wish: Mapping[str, Any], **arguments: Any) -> str:
     """Tune the model that `factory` makes, save the outcome to `out`, and say what was found.
 
     Args:

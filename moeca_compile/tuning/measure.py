@@ -20,6 +20,7 @@ from moeca_compile.tuning import reference as runs
 from moeca_compile.tuning.quality import psnr_of_each, ssim
 from moeca_compile.tuning.reference import Reference, Sample
 from moeca_compile.tuning.rows import Row, Store
+from moeca_compile.tuning.shown import Shown
 
 Metric = Callable[[Tensor, Tensor], float]
 """(outputs, uncached outputs) -> a number, the higher the better."""
@@ -64,7 +65,7 @@ class Measure:
         options: of all candidates.
         tables: the calibrated schedules, by kind and number of full steps.
         store: where rows go.
-        tell, advance: say what goes on: what begins with how many runs, and that one is done.
+        shown: says how far it is.
     """
 
     def __init__(
@@ -79,12 +80,11 @@ class Measure:
         tables: Mapping[str, Mapping[int, tuple[int, ...]]],
         store: Store,
         device: torch.device,
-        tell: Callable[[str, int], None],
-        advance: Callable[[], None],
+        shown: Shown,
     ) -> None:
         self.model, self.sample, self.known, self.metric = model, sample, known, metric
         self.seeds, self.held_back, self.options, self.tables = seeds, held_back, options, tables
-        self.store, self.device, self.tell, self.advance = store, device, tell, advance
+        self.store, self.device, self.shown = store, device, shown
 
     @property
     def steps(self) -> int:
@@ -96,9 +96,8 @@ class Measure:
         chosen = {name: self.options[name] for name in _OF_UNCACHED if name in self.options}
         options = {"recipe": "none", **chosen, "progress": False}
         compiled = torch.compile(self.model, backend="moeca", options=options)
-        self.tell("compile the uncached model", 1)
-        runs.run(self.sample, compiled, self.seeds[0], self.device)
-        self.advance()
+        self.shown.begin("compile the uncached model", 1)
+        self._run(compiled, self.seeds[0])
         return compiled
 
     def options_of(self, candidate: Candidate) -> dict[str, Any]:
@@ -123,12 +122,14 @@ class Measure:
         if known is None:
             known = self._measured(candidate, options)
             self.store.add(known)
+            figures = f"{known.speedup:.2f} times as fast, {known.psnr:.1f} dB"
+            self.shown.say(f"{known.name}: {known.note or figures}")
         return known
 
     def _measured(self, candidate: Candidate, options: dict[str, Any]) -> Row:
         uncached = self.uncached
         rounds = self.seeds[:ROUNDS]
-        self.tell(candidate.name, 1 + len(rounds) + len(self.seeds) + len(self.held_back))
+        self.shown.begin(candidate.name, 1 + len(rounds) + len(self.seeds) + len(self.held_back))
         compiled = torch.compile(self.model, backend="moeca", options={**options, "progress": False})
         first = self._run(compiled, self.seeds[0])[1]
         found = report(compiled)
@@ -163,7 +164,7 @@ class Measure:
 
     def _run(self, model: Any, seed: int) -> tuple[Tensor, float]:
         found = runs.run(self.sample, model, seed, self.device)
-        self.advance()
+        self.shown.advance()
         return found
 
     def _qualities(self, outputs: Mapping[int, Tensor]) -> dict[str, Any]:

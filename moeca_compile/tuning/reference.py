@@ -108,9 +108,11 @@ def reference_runs(
     kept: Sequence[int],
     steps: int | None,
     device: torch.device,
-    tell: Callable[[str], None],
+    done: Callable[[], None],
 ) -> Reference:
-    """Run each seed uncached, op by op; the trajectories of `kept` seeds go into the inner products.
+    """Run each seed uncached, op by op, and the first one again; `done` is called after each run.
+
+    The trajectories of `kept` seeds go into the inner products.
 
     Raises ValueError where the outputs are no reference: not finite, not a matter of the seed alone, of generations
     that differ in their steps.
@@ -119,9 +121,9 @@ def reference_runs(
     found: set[tuple[int, int]] = set()
     gram, times = None, None
     for seed in seeds:
-        tell(f"uncached, seed {seed}")
         with _recorded(model, seed in kept) as generation:
             outputs[seed], _ = run(sample, model, seed, device)
+        done()
         if not generation.numbers:
             raise ValueError(NOT_CALLED)
         calls = len(generation.numbers)
@@ -136,6 +138,7 @@ def reference_runs(
             inner = _inner_products(generation.outputs, count)
             gram = inner if gram is None else gram + inner
     again, _ = run(sample, model, seeds[0], device)
+    done()
     span = torch.cat([each.flatten() for each in outputs.values()])
     data_range = float(span.max() - span.min())
     _check_seeds(outputs, seeds, again, data_range)

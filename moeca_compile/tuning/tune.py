@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeca_compile._torch_private import compiled_module, forget_code
+from moeca_compile._torch_private import compiled_module, dynamo_is_running, forget_code
 from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.policy import SPACED
 from moeca_compile.tuned_file import fingerprint
@@ -92,18 +92,15 @@ def tune(
     outputs that cannot be compared and a `resume` file of another tune, ConfigError for a wrong option, and
     NothingCachedError (a RuntimeError) where no recipe can cache anything.
     """
-    wish, names, given = wish_of(speedup, psnr, seconds), _seeds(seeds), dict(options or {})
-    _check(model, recipes, given)
+    wish, names = wish_of(speedup, psnr, seconds), _seeds(seeds)
+    _check(model, recipes, options or {})
+    given = _plain(dict(options or {}))
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     held = max(1, len(names) // 4)
     decisive, held_back = names[:-held], names[-held:]
     with Shown(progress) as shown, _compilations_of(model):
         shown.begin("uncached", len(names) + 1)
-
-        def uncached(what: str) -> None:
-            shown.advance()
-
-        known = reference_runs(model, sample, names, decisive, steps, device, uncached)
+        known = reference_runs(model, sample, names, decisive, steps, device, shown.advance)
         calibrated = tables(known.gram, known.weights) if known.gram is not None else {}
         store = Store(resume, _subject(model, known, names, given, device))
         measure = Measure(
@@ -117,8 +114,7 @@ def tune(
             calibrated,
             store,
             device,
-            shown.begin,
-            shown.advance,
+            shown,
         )
         found = search(measure, wish, recipes)
     if not found.met:
@@ -134,7 +130,7 @@ def tune(
         calls=known.calls,
         seeds=decisive,
         held_back=held_back,
-        schedules=calibrated[found.kind] if found.kind is not None else {},
+        schedules=calibrated[found.kind or next(iter(calibrated))] if calibrated else {},
         model=fingerprint(model),
         environment=environment(model, device),
     )
@@ -167,8 +163,18 @@ def _compilations_of(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
-        for code in {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}:
+        codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
+        for code in codes if not dynamo_is_running() else ():
             forget_code(code)
+
+
+def _plain(value: Any) -> Any:
+    """Options as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, os.PathLike)) else value
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -190,7 +196,7 @@ def _subject(
         "model": list(fingerprint(model)),
         "steps": known.steps,
         "seeds": list(seeds),
-        "options": {name: str(value) for name, value in options.items()},
+        "options": dict(options),
         "environment": environment(model, device),
         "outputs": [list(first.shape), round(float(first.mean()), 2), round(float(first.std()), 2)],
     }

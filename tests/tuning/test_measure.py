@@ -29,11 +29,27 @@ class Clock:
         return self.now
 
 
+class Said:
+    """In place of what shows how far it is."""
+
+    def __init__(self) -> None:
+        self.expected, self.done, self.lines = 0, 0, []
+
+    def begin(self, what: str, runs: int) -> None:
+        self.expected += runs
+
+    def advance(self) -> None:
+        self.done += 1
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """A row with the order of its runs."""
     model, sample, clock = small(), loop(6), Clock()
-    known = reference_runs(model, sample, (*SEEDS, *HELD_BACK), SEEDS, None, CPU, lambda text: None)
+    known = reference_runs(model, sample, (*SEEDS, *HELD_BACK), SEEDS, None, CPU, lambda: None)
 
     def timed(compiled, seed):
         who = "uncached" if compiled is measure.__dict__.get("uncached") or not clock.order else "candidate"
@@ -43,7 +59,7 @@ def measured(monkeypatch):
         return outputs if who == "uncached" or seed in SEEDS else outputs + 1.0
 
     monkeypatch.setattr(runs, "time", clock)
-    told, store = [], Store(None, {})
+    shown = Said()
     measure = Measure(
         model,
         timed,
@@ -53,17 +69,16 @@ def measured(monkeypatch):
         EAGER,
         lambda outputs, wanted: -float((outputs - wanted).abs().max()),
         {"calibrated": {3: (0, 2, 4)}},
-        store,
+        Store(None, {}),
         CPU,
-        lambda what, runs: told.append((what, runs)),
-        lambda: told.append(None),
+        shown,
     )
     row = measure.row(Candidate("stack-forecast", "calibrated", 3))
-    return measure, row, clock, told, known
+    return measure, row, clock, shown, known
 
 
 def test_turns_and_medians(measured):
-    _, row, clock, told, _ = measured
+    _, row, clock, shown, _ = measured
     warm = [("uncached", 0), ("candidate", 0)]
     turns = [(who, seed) for seed in SEEDS[:3] for who in ("uncached", "candidate")]
     assert clock.order == [*warm, *turns, ("candidate", 3), ("candidate", 7)]
@@ -71,7 +86,8 @@ def test_turns_and_medians(measured):
     assert (row.uncached_seconds, row.seconds) == (12, 5)
     assert row.speedup == median((8 / 2, 80 / 4, 12 / 6)) == 4.0, "a mean, or a ratio of medians, would differ"
     assert row.compile_seconds == 50 - 5, "compilation counts apart"
-    assert sum(told[i][1] for i in range(len(told)) if told[i]) == told.count(None) == len(clock.order)
+    assert shown.expected == shown.done == len(clock.order)
+    assert shown.lines[0].startswith("stack-forecast, calibrated 3: 4.00 times as fast, ")
 
 
 def test_quality_is_to_the_uncached_outputs_and_held_back_seeds_count_apart(measured):

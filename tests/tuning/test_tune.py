@@ -10,7 +10,7 @@ import torch
 
 import moeca_compile
 from moeca_compile import ConfigError, Tuned, tune
-from moeca_compile.tuning import tune as module  # noqa: F401
+from moeca_compile.tuning import tune as module
 from tests.tuning.tiny import EAGER, loop, small
 
 STEPS = 6
@@ -104,6 +104,11 @@ def test_the_log_says_how_far_it_is(tuned, caplog):
     with caplog.at_level(logging.INFO, "moeca_compile.tuning.shown"):
         tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path)
     assert "uncached, 4 generations" in caplog.text
+
+
+def test_options_are_kept_in_plain_values():
+    given = {"forecast": ("stack",), "cache_dtype": torch.bfloat16, "lowering": "eager"}
+    assert module._plain(given) == {"forecast": ["stack"], "cache_dtype": "bfloat16", "lowering": "eager"}
 
 
 def never(model, seed):
