@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from statistics import median
 
 import pytest
@@ -45,8 +46,8 @@ class Said:
         self.lines.append(text)
 
 
-@pytest.fixture
-def measured(monkeypatch):
+@pytest.fixture(scope="module")
+def measured():
     """A row with the order of its runs."""
     model, sample, clock = small(), loop(6), Clock()
     known = reference_runs(model, sample, (*SEEDS, *HELD_BACK), SEEDS, None, CPU, lambda: None)
@@ -58,7 +59,6 @@ def measured(monkeypatch):
         clock.now += next(clock.seconds[who])
         return outputs if who == "uncached" or seed in SEEDS else outputs + 1.0
 
-    monkeypatch.setattr(runs, "time", clock)
     shown = Said()
     measure = Measure(
         model,
@@ -73,7 +73,9 @@ def measured(monkeypatch):
         CPU,
         shown,
     )
-    row = measure.row(Candidate("stack-forecast", "calibrated", 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "time", clock)
+        row = measure.row(Candidate("stack-forecast", "calibrated", 3))
     return measure, row, clock, shown, known
 
 
@@ -116,18 +118,19 @@ def test_a_known_row_is_not_measured_again(measured):
 def test_steps_and_caches_of_a_candidate_are_dropped(measured, monkeypatch):
     from moeca_compile.tuning import measure as module
 
-    measure, kept = measured[0], []
+    measure, kept = copy(measured[0]), []
     monkeypatch.setattr(
         module, "_release", lambda compiled, drop=module._release: (kept.append(compiled), drop(compiled))
     )
-    measure.sample = loop(6)
+    measure.sample, measure.shown = loop(6), Said()
     measure.row(Candidate("stack-forecast", "power", 2))
     (engine,) = module.record_of(kept[0]).engines
     assert not engine.loops and engine.counted()[0].tallies.steps > 0
 
 
 def test_what_caches_nothing_says_why(measured):
-    measure = measured[0]
+    measure = copy(measured[0])
+    measure.shown = Said()
     measure.sample, measure.model = lambda model, seed: model(torch.ones(2, 2) * seed), torch.nn.Linear(2, 2).eval()
     measure.__dict__.pop("uncached")
     outputs = {seed: measure.model(torch.ones(2, 2) * seed).detach() for seed in (*SEEDS, *HELD_BACK)}

@@ -14,7 +14,7 @@ import moeca_compile
 from moeca_compile import tuned_file
 from tests.models import SMALL, make_model
 
-EAGER = {"lowering": "eager", "validate": False}
+EAGER = {"lowering": "eager", "validate": False, "disk_cache": False}
 
 
 def small() -> nn.Module:
