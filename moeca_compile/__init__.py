@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from moeca_compile.runtime.scope import generation as generation
     from moeca_compile.runtime.scope import step as step
     from moeca_compile.runtime.scope import stream as stream
+    from moeca_compile.tuning.tune import tune as tune
+    from moeca_compile.tuning.tuned import Tuned as Tuned
 
 _MODULES = {
     "ConfigError": "options",
     "MoecaConfig": "config",
     "Report": "reporting.report",
+    "Tuned": "tuning.tuned",
     "disable": "pipelines.enable",
     "enable": "pipelines.enable",
     "generation": "runtime.scope",
@@ -38,6 +41,7 @@ _MODULES = {
     "step": "runtime.scope",
     "stream": "runtime.scope",
     "trace": "reporting.traced",
+    "tune": "tuning.tune",
 }
 """The module of each public name."""
 

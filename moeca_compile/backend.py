@@ -114,6 +114,7 @@ def compile_captured(
         reason = fallback.why_original(gm, inputs, record)
         if reason is None:
             fallback.note_breaks(record)
+            fallback.check_tuned(record, root_module())
             if fallback.worth_rewriting(gm):
                 return _cached(gm, inputs, record, stages, original)
     except ConfigError:

@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 
-from moeca_compile.options import UNSET, Check, ConfigError, NotAllowedError, Options, one_of
+from moeca_compile.options import (
+    SCHEDULES,
+    UNSET,
+    Check,
+    ConfigError,
+    NotAllowedError,
+    Options,
+    one_of,
+    tuned_options,
+)
 from moeca_compile.policies import RECIPES
 from moeca_compile.policies.policy import Policy, ignored_by_all
+from moeca_compile.tuned_file import Calibrated, TunedFor, schedule_of
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,13 @@ class MoecaConfig(Options):
     """
 
     def __post_init__(self) -> None:
-        self._set("recipe", one_of(*RECIPES), self.recipe)
+        known = self._from_file(self.tuned)
+        self._set("recipe", one_of(*RECIPES), known.get("recipe", "moeca") if self.recipe is UNSET else self.recipe)
         for field in self._settings():
-            self._complete(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            self._complete(field, known.get(field.name, UNSET) if value is UNSET else value)
         self._set("forecast", self._forecastable, self.forecast)
+        self._set("schedule", self._planned, self.schedule)
         for name, reason in {**ignored_by_all(self), **self.policy.ignored(self)}.items():
             self._reject(name, reason)
 
@@ -35,6 +48,13 @@ class MoecaConfig(Options):
     def policy(self) -> Policy:
         """The policy behind the recipe."""
         return RECIPES[self.recipe]
+
+    @property
+    def usual_steps(self) -> int | None:
+        """How many steps generations are expected to have, as far as a schedule or a tuned file says."""
+        if isinstance(self.schedule, Calibrated):
+            return self.schedule.steps
+        return self.tuned.steps if self.tuned is not None else None
 
     def records_on(self, device: torch.device) -> bool:
         """Whether steps on this device are recorded as CUDA graphs, which know caches by their addresses."""
@@ -57,6 +77,31 @@ class MoecaConfig(Options):
     @classmethod
     def _settings(cls) -> list[dataclasses.Field[Any]]:
         return [field for field in dataclasses.fields(cls) if "check" in field.metadata]
+
+    def _from_file(self, tuned: Any) -> dict[str, Any]:
+        """The options that a tuned file has; {} where there is no such file."""
+        if tuned is UNSET or tuned is None:
+            return {}
+        self._set("tuned", tuned_options, tuned)
+        known = dict(self.tuned.options) if self.tuned is not None else {}
+        unknown = sorted(known.keys() - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            raise ConfigError(
+                "tuned", tuned, f"the file has the option {unknown[0]!r}, which does not exist: tune again"
+            )
+        if self.recipe not in (UNSET, known.get("recipe")) and not isinstance(tuned, TunedFor):
+            reason = f"the file is for recipe {known.get('recipe')!r}. Leave out tuned, or recipe = {self.recipe!r}"
+            raise ConfigError("tuned", tuned, reason)
+        return known
+
+    def _planned(self, schedule: str | Calibrated) -> str | Calibrated:
+        """The schedule of a file, as many full steps as `full_every` asks for. Raises NotAllowedError."""
+        if isinstance(schedule, Calibrated) or schedule in SCHEDULES:
+            return schedule
+        try:
+            return schedule_of(schedule, self.full_every)
+        except ValueError as error:
+            raise NotAllowedError(f"the path of a JSON file that moeca_compile.tune wrote; {error}") from None
 
     def _complete(self, field: dataclasses.Field[Any], value: Any) -> None:
         """Set a field to `value`, or to the recipe's where that is unset. Ignored options must have their default."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from moeca_compile import capture
+from moeca_compile import capture, tuned_file
 from moeca_compile._torch_private import (
     calling_code,
     forget_code,
@@ -23,6 +23,7 @@ from moeca_compile._torch_private import (
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
 from moeca_compile.notes import Notes
+from moeca_compile.options import ConfigError
 from moeca_compile.passes.analysis.graph import shape_of
 from moeca_compile.passes.match.timestep import find_times_of_tokens
 from moeca_compile.passes.rewrite.without_markers import markers
@@ -84,6 +85,12 @@ GIVEN_UP = (
     "is cached. Most often another backend or training runs the same code between the calls of this model. Let it "
     "run before or after a whole generation, not between its steps"
 )
+OTHER_MODEL = (
+    "the file was tuned for a model of {0}, and {1}. Take the file of this model, or make one by moeca_compile.tune"
+)
+OTHER_VERSIONS = (
+    "{0} was tuned with {1}. Its options hold, but the speed-up may be another one: tune again to know it"
+)
 _MANY_STALE = 256
 """After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
 
@@ -107,6 +114,24 @@ def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> s
         return GRADIENTS if wanted else None
     # MoE dispatch is often decorated with no_grad: in a call with gradients it is a graph of its own, without them.
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
+
+
+def check_tuned(record: Record, model: nn.Module | None) -> None:
+    """Raise ConfigError where options were tuned for a model of another structure; warn of other versions.
+
+    Only a graph of the whole model says which model that is.
+    """
+    tuned = record.config.tuned
+    if tuned is None or model is None or record.partial or record.breaks:
+        return
+    found = tuned_file.fingerprint(model)
+    if found != tuned.model:
+        here = f"this one has {found}" + (" of other shapes" if found[:2] == tuned.model[:2] else "")
+        raise ConfigError("tuned", tuned.path, OTHER_MODEL.format(tuned.model, here))
+    now = tuned_file.versions()
+    others = [f"{name} {then} (now {now[name]})" for name, then in tuned.versions if now.get(name, then) != then]
+    if others:
+        record.notes.warn(OTHER_VERSIONS.format(tuned.path, " and ".join(others)))
 
 
 def compile_original(

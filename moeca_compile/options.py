@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from moeca_compile import tuned_file
+from moeca_compile.tuned_file import Calibrated, TunedFor
+
 CACHE_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -140,6 +143,38 @@ def step_list(value: Any) -> tuple[int, ...]:
     return steps
 
 
+SCHEDULES = ("uniform", "power")
+
+
+def full_step_schedule(value: Any) -> str | Calibrated:
+    """A name, a schedule, or the path of a file that has one for each `full_every` (`MoecaConfig` reads it)."""
+    allowed = f"{' | '.join(map(repr, SCHEDULES))}, or the path of a JSON file that moeca_compile.tune wrote"
+    if isinstance(value, (Calibrated, Mapping)):
+        try:
+            return tuned_file.calibrated(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise NotAllowedError(f"{allowed} ({error})") from None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise NotAllowedError(allowed)
+    name = os.fspath(value)
+    if name not in SCHEDULES and not name.endswith(".json"):
+        raise NotAllowedError(allowed)
+    return name
+
+
+def tuned_options(value: Any) -> TunedFor | None:
+    """The options of a file, with what they were tuned for."""
+    allowed = "None, or the path of a JSON file that moeca_compile.tune wrote"
+    if value is None or isinstance(value, TunedFor):
+        return value
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise NotAllowedError(allowed)
+    try:
+        return tuned_file.tuned_for(value)
+    except ValueError as error:
+        raise NotAllowedError(f"{allowed}; {error}") from None
+
+
 def polynomial(value: Any) -> tuple[float, ...]:
     coefficients = each(real(-math.inf))(value)
     if not coefficients:
@@ -218,7 +253,15 @@ class Options:
     cache holds one of a token's k branches. Steps count from 0 in each generation.
     """
 
-    recipe: str = "moeca"
+    recipe: str = dataclasses.field(default=UNSET, metadata={"default": "moeca"})
+    tuned: TunedFor | None = setting(
+        None,
+        tuned_options,
+        SCHEDULE,
+        """The file that moeca_compile.tune(...).save(path) wrote: all options come from it, but for those that are
+        given beside it. A model of another structure is an error; other versions and numbers of steps are warned
+        of.""",
+    )
     full_every: int = setting(4, whole(1), SCHEDULE, "A full step every N steps (N in the paper).")
     full_steps: tuple[int, ...] | None = setting(
         None,
@@ -226,13 +269,15 @@ class Options:
         SCHEDULE,
         """The numbers of the full steps, in place of full_every. Must contain 0. All other steps are cache steps.""",
     )
-    schedule: str = setting(
+    schedule: str | Calibrated = setting(
         "uniform",
-        one_of("uniform", "power"),
+        full_step_schedule,
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
         of the generation, where the model's output changes faster. That needs the number of steps: what
-        generation(model, steps=...) says, else that of the last generation; until it is known, steps are uniform.""",
+        generation(model, steps=...) says, else that of the last generation; until it is known, steps are uniform.
+        The path of a file that moeca_compile.tune(...).save(path) wrote takes as many where this model was found to
+        need them ("calibrated"); in a generation of another length they are spread alike.""",
     )
     schedule_exponent: float = setting(
         1.45,
@@ -476,7 +521,7 @@ class Options:
         """Compare the picture of each call with that of the step before: another picture's caches are never read,
         whatever the order, the threads and the timesteps of calls say.""",
     )
-    cache_dtype: torch.dtype | None = setting(  # noqa: RUF009
+    cache_dtype: torch.dtype | None = setting(
         None,
         activation_dtype,
         STATE,

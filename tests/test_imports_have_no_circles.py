@@ -55,7 +55,7 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle(edges) == []
 
 
-ROOMS = ("ops", "passes", "policies", "disk", "lower", "runtime", "reporting", "pipelines", "command")
+ROOMS = ("ops", "passes", "policies", "disk", "lower", "runtime", "reporting", "pipelines", "tuning", "command")
 """Folders in the order of the data: one may import those before it."""
 
 

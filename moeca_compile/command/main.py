@@ -36,6 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--device", default="cpu", choices=("cpu", "meta"), help="meta: shapes without data, for large models"
     )
+    tune = commands.add_parser("tune", help="find options for a model and a sampling loop, by measuring")
+    tune.add_argument("factory", metavar="module:factory", help="returns the model, or a tuple that begins with it")
+    tune.add_argument("sample", metavar="module:sample", help="gets a model and a seed; returns the outputs")
+    wish = tune.add_mutually_exclusive_group()
+    wish.add_argument("--speedup", type=float, metavar="X", help="so many times faster than uncached (4)")
+    wish.add_argument("--psnr", type=float, metavar="DB", help="so near to the uncached outputs")
+    wish.add_argument("--seconds", type=float, metavar="S", help="so long a generation")
+    tune.add_argument("--seeds", type=int, default=8, metavar="N", help="how many (8)")
+    tune.add_argument("--steps", type=int, metavar="N", help="of a generation; found if not given")
+    tune.add_argument("--recipe", action="append", metavar="R", help="may be given again")
+    tune.add_argument("--out", default="tuned.json", metavar="FILE", help="(tuned.json)")
+    tune.add_argument("--resume", metavar="FILE", help="keep rows here, and go on from them")
     report = commands.add_parser("report", help="show a report that report(model).save wrote")
     report.add_argument("file", metavar="FILE", help="the report as JSON")
     report.add_argument("--html", metavar="OUT", help="write the page with figures to this file instead")
@@ -80,4 +92,13 @@ def _explain(given: argparse.Namespace) -> str:
     return text_of(explain(subject_named(given.factory, given.inputs, given.device), recipes))
 
 
-_RUN = {"explain": _explain, "report": _report, "cache": _cache, "env": _env}
+def _tune(given: argparse.Namespace) -> str:
+    from moeca_compile.command.tune import tuned
+
+    known = {name: value for name in ("speedup", "psnr", "seconds") if (value := getattr(given, name)) is not None}
+    more = {"seeds": given.seeds, "steps": given.steps, "resume": given.resume}
+    more |= {"recipes": given.recipe} if given.recipe else {}
+    return tuned(given.factory, given.sample, given.out, known or {"speedup": 4.0}, **more)
+
+
+_RUN = {"explain": _explain, "tune": _tune, "report": _report, "cache": _cache, "env": _env}

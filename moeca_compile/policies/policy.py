@@ -12,7 +12,7 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
-    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes"}
+    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes", "tuned"}
 )
 """Options that every recipe uses."""
 FORECASTING = frozenset({"forecast", "forecaster", "forecast_order", "forecast_slope"})
@@ -84,7 +84,9 @@ def ignored_by_all(options: Options) -> Mapping[str, str]:
     if options.full_steps:
         listed = "full_steps lists the full steps, so it has no effect"
         found |= dict.fromkeys({*spaced, "warmup_steps"}, listed)
-    if options.schedule == "uniform":
+    if options.schedule not in ("uniform", "power"):
+        found["warmup_steps"] = "the schedule lists the full steps, so it has no effect"
+    if options.schedule != "power":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
     if not options.forecast_order:
         found |= dict.fromkeys(("forecaster", "forecast_slope"), "order 0 holds the last value, so it has no effect")

@@ -130,6 +130,7 @@ class StepLoop:
         position = requests.enter(self.brought(time, inputs))
         stream = self.streams.of(position)
         self.streams.warn_if_caches_unused(self.notes)
+        self.streams.warn_if_other_steps(position, self.notes)
         if time is None:
             return position, stream, EVERYTHING
         if found:

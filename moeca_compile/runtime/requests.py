@@ -66,10 +66,11 @@ class Requests:
     Args:
         most: how many unmarked requests are kept. A server may sample each in a thread of its own, without an end
             that could be seen, and each call is compared with all of them.
+        usual: how many steps the options were made for; None where they do not say.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, usual: int | None = None) -> None:
+        self.most, self.usual = most, usual
         self.live: OrderedDict[int, Request] = OrderedDict()
         """By identity, the least recently used first."""
         self.remembered: deque[Request] = deque(maxlen=_REMEMBERED)
@@ -90,6 +91,20 @@ class Requests:
         self.lock = threading.RLock()
         scope.at_end(self)
 
+    @property
+    def expected(self) -> int | None:
+        """How many steps the next request is expected to have, unless its handle says so."""
+        return min(self.lengths, default=self.usual)
+
+    def unusual(self, request: Request) -> int | None:
+        """How many steps a request surely has, or those before it had, where that is not the usual number."""
+        if self.usual is None:
+            return None
+        if request.number >= self.usual:
+            return request.number + 1
+        known = request.steps or (self.lengths[0] if len(self.lengths) > 1 and len(set(self.lengths)) == 1 else None)
+        return known if known != self.usual else None
+
     def enter(self, call: Call) -> Position:
         """The position of a call that is about to run."""
         handle = scope.current_generation()
@@ -108,9 +123,7 @@ class Requests:
 
     def _of(self, handle: Generation) -> Request:
         known = (r for r in self._latest_first() if r.handle is not None and r.handle() is handle)
-        return next(known, None) or self._added(
-            Request(weakref.ref(handle), handle.steps or min(self.lengths, default=None))
-        )
+        return next(known, None) or self._added(Request(weakref.ref(handle), handle.steps or self.expected))
 
     def _latest_first(self) -> list[Request]:
         """A copy: Python may collect a handle, and so end its request, in the middle of a walk."""
@@ -151,7 +164,7 @@ class Requests:
             if not self.interleaved:
                 self.end(last)
                 self.remembered.append(last)
-        return self._added(Request(expected=min(self.lengths, default=None))), _Fit(1.0)
+        return self._added(Request(expected=self.expected)), _Fit(1.0)
 
     def end(self, request: Request) -> None:
         """Drop a request; its caches go back to their owners."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
+from moeca_compile.tuned_file import Calibrated, apart
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Schedule:
         """
         if self.policy.decides is not None:
             return EVERYTHING if attention_at < 0 or number + 1 == steps else NOTHING
-        by_length = steps is not None and self.config.schedule == "power"
+        by_length = steps is not None and self.config.schedule != "uniform"
         attention, experts = self.planned(steps) if by_length else self.unplanned
         due = attention.within(attention_at, number), experts.within(experts_at, number)
         return EVERYTHING if all(due) else RefreshPlan(*due, self.policy.group_at(self.config, number, steps))
@@ -103,6 +104,9 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         return DueSteps(interval)
     if config.full_steps is not None:
         return DueSteps(listed=config.full_steps)
+    if isinstance(config.schedule, Calibrated):
+        steps = steps if steps is not None else config.schedule.steps
+        return DueSteps(config.full_every, config.schedule.over(steps), planned=steps)
     every, start = config.full_every, max(0, config.warmup_steps - 1)
     if steps is not None:
         spaced = power_steps(steps - start, math.ceil(steps / every) - start, config.schedule_exponent)
@@ -112,8 +116,4 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
 
 def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
     """The numbers of `full` full steps in a generation of `steps`, the closer together the later they are."""
-    found = [0]
-    for i in range(1, full):
-        place = round(steps * (1 - (1 - i / full) ** exponent))
-        found.append(min(max(found[-1] + 1, place), steps - full + i))  # so that there is room for the rest
-    return tuple(found)
+    return apart([round(steps * (1 - (1 - i / full) ** exponent)) for i in range(full)], steps)

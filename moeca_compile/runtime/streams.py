@@ -142,8 +142,15 @@ def bounds_of(config: MoecaConfig) -> Bounds:
     """The bounds that the options set, for a model without requests so far."""
     most = config.max_cache_bytes
     # Requests beyond those with caches are kept for a while, so that a warning can say that they lost theirs.
-    requests = Requests(4 * config.max_generations)
+    requests = Requests(4 * config.max_generations, config.usual_steps)
     return Bounds(requests, config.max_generations, most if isinstance(most, int) else None)
+
+
+OTHER_STEPS = (
+    "the full steps were tuned for generations of {0} steps, and yours have another number. They are spread alike "
+    "over as many as are expected, and come every full_every steps beyond. Pictures may be worse than they could be: "
+    "tune with your number of steps (moeca_compile.tune)"
+)
 
 
 class Streams:
@@ -218,6 +225,12 @@ class Streams:
                 "back or jumped. So most steps are full steps. If your sampler does that (churn, restarts), mark "
                 "each generation: with moeca_compile.generation(): ..."
             )
+
+    def warn_if_other_steps(self, position: Position, notes: Notes) -> None:
+        """Warn if generations have another number of steps than the options were made for."""
+        steps = self.requests.unusual(position.request)
+        if steps is not None:
+            notes.warn(OTHER_STEPS.format(self.requests.usual))
 
     def finished(self, position: Position) -> None:
         """A call has run. If that was the last step of its generation, the stream's caches are dropped."""

@@ -80,3 +80,15 @@ def too_few(model: Any) -> Any:
 
 def one_tensor(model: Any) -> Any:
     return inputs(model)[0]
+
+
+def sample(model: Any, seed: int) -> torch.Tensor:
+    """Four Euler steps."""
+    x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), torch.tensor([1, 2])
+    for i in range(4):
+        x = x - model(x, torch.full((2,), 1 - i / 4), labels) / 4
+    return x
+
+
+def raising_sample(model: Any, seed: int) -> torch.Tensor:
+    raise KeyError("prompt")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule, power_steps
+from moeca_compile.tuned_file import Calibrated
 from tests.harness import calls_of
 
 SEVERAL, WHOLE = frozenset({Part.ATTENTION, Part.EXPERTS}), frozenset({Part.WHOLE})
@@ -69,6 +70,29 @@ def test_a_power_schedule_has_as_many_full_steps_the_closer_the_later():
 @pytest.mark.parametrize("recipe", ["moeca", "stack"])
 def test_a_generation_longer_than_expected_goes_on_evenly(recipe):
     assert planned(8, 20, recipe=recipe) == [0, 5, 8, 12, 16]
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "stack"])
+@pytest.mark.parametrize(
+    ("expected", "length", "full"),
+    [
+        (None, 8, [0, 3, 6, 7]),
+        (8, 8, [0, 3, 6, 7]),
+        (8, 5, [0, 3]),
+        (8, 20, [0, 3, 6, 7, 8, 12, 16]),  # beyond the plan every fourth, the first at once
+        (None, 12, [0, 3, 6, 7, 8]),
+        (4, 4, [0, 3]),  # spread alike over another number of steps
+        (16, 16, [0, 3, 6, 9, 12, 13, 14, 15]),
+    ],
+    ids=str,
+)
+def test_a_calibrated_schedule_has_its_full_steps_and_goes_on_soundly(recipe, expected, length, full):
+    plan = schedule(recipe=recipe, schedule=Calibrated(8, (0, 3, 6, 7)))
+    assert [
+        number
+        for number in range(length)
+        if plan.parts_to_refresh(number - 1, number - 1, number, expected) == EVERYTHING
+    ] == full
 
 
 def test_without_a_number_of_steps_it_is_even():

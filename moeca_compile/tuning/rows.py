@@ -1,0 +1,126 @@
+"""What was measured of one candidate, and the file that keeps rows while a tune goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORM, FORMAT = "moeca_tuning", 1
+OTHER = "{0} has rows of another tune: {1} was {2!r} there and is {3!r} now. Give another path, or remove the file"
+DAMAGED = "{0} is damaged or has no rows of a tune ({1}). Give another path, or remove the file"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate, measured.
+
+    Attributes:
+        name: recipe, schedule, number of full steps and what else differs, in words.
+        options: of `torch.compile(model, backend="moeca", options=...)`, in plain values.
+        full_steps: how many of the steps of a generation are full.
+        seconds: median of a generation's wall-clock time.
+        uncached_seconds: that of the uncached model (recipe "none", compiled), in turns with it.
+        speedup: median of the ratios of these turns.
+        times, uncached_times: the single generations, in seconds.
+        compile_seconds: what the first generation took beyond the median, most of it compilation.
+        flops_speedup: how many times fewer FLOPs; None where that is not known.
+        cache_bytes: of the caches of one stream.
+        psnr, psnr_worst: mean and least over the first dimension of the outputs, in dB to the uncached ones.
+        ssim: mean structural similarity; None where it does not apply or scikit-image is not installed.
+        metric: mean of the user's metric; None without one.
+        held_back_psnr, held_back_metric: the same on the seeds that were held back.
+        environment: device, threads, dtype and versions of this measurement.
+        note: why the row cannot be chosen, "" where it can.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    full_steps: int
+    seconds: float
+    uncached_seconds: float
+    speedup: float
+    times: tuple[float, ...]
+    uncached_times: tuple[float, ...]
+    compile_seconds: float
+    flops_speedup: float | None
+    cache_bytes: int
+    psnr: float
+    psnr_worst: float
+    ssim: float | None
+    metric: float | None
+    held_back_psnr: float
+    held_back_metric: float | None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def quality(self) -> float:
+        """The user's metric, or else the PSNR."""
+        return self.psnr if self.metric is None else self.metric
+
+    @property
+    def held_back_quality(self) -> float:
+        return self.held_back_psnr if self.held_back_metric is None else self.held_back_metric
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Raises TypeError or KeyError for values that are none of a row."""
+        lists = {name: tuple(values[name]) for name in ("times", "uncached_times")}
+        return cls(**{**values, **lists})
+
+
+class Store:
+    """The rows of one tune, by name.
+
+    Args:
+        path: where each row is written as soon as it is there; None keeps them in memory alone.
+        subject: what the rows depend on, in plain values: a file with another one is refused.
+
+    Raises ValueError where the file is damaged or of another tune.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, subject: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path).expanduser()
+        self.subject = json.loads(json.dumps(subject))
+        self.rows = self._read() if self.path is not None and self.path.exists() else {}
+
+    def known(self, name: str, options: Mapping[str, Any]) -> Row | None:
+        """The row of that name, if it was measured with these options."""
+        row = self.rows.get(name)
+        return row if row is not None and row.options == json.loads(json.dumps(options)) else None
+
+    def add(self, row: Row) -> None:
+        self.rows[row.name] = row
+        if self.path is None:
+            return
+        values = {FORM: FORMAT, "subject": self.subject, "rows": [each.to_dict() for each in self.rows.values()]}
+        write_json(self.path, values)
+
+    def _read(self) -> dict[str, Row]:
+        assert self.path is not None
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            if values[FORM] != FORMAT:
+                raise ValueError(f"format {values[FORM]!r}")
+            subject, rows = dict(values["subject"]), [Row.from_dict(row) for row in values["rows"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(DAMAGED.format(self.path, f"{type(error).__name__}: {error}")) from None
+        for name, now in self.subject.items():
+            if subject.get(name) != now:
+                raise ValueError(OTHER.format(self.path, name, subject.get(name), now))
+        return {row.name: row for row in rows}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a file whole, or leave the one that is there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

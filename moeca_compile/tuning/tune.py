@@ -1,0 +1,202 @@
+"""The public `tune`: options for one model and one sampling loop, found by measuring."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeca_compile._torch_private import compiled_module, dynamo_is_running, forget_code
+from moeca_compile.config import MoecaConfig
+from moeca_compile.policies.policy import SPACED
+from moeca_compile.tuned_file import fingerprint
+from moeca_compile.tuning.calibrate import tables
+from moeca_compile.tuning.measure import Measure, Metric, environment
+from moeca_compile.tuning.reference import Reference, Sample, reference_runs
+from moeca_compile.tuning.rows import Store
+from moeca_compile.tuning.search import search
+from moeca_compile.tuning.shown import Shown
+from moeca_compile.tuning.tuned import Tuned
+from moeca_compile.tuning.wish import wish_of
+
+RECIPES = ("stack-forecast", "fora-forecast")
+"""The recipes that are tried: docs/recipes.md says which model wants which."""
+COMPILED = "the model is compiled already: pass the module itself, not what torch.compile returned"
+TRAINING = "the model is in training mode: call model.eval() first"
+NO_MODULE = "tune(model, ...): the model is a {0}, and must be an nn.Module"
+SEEDS = "seeds={0!r}: a number of seeds >= 2, or a list of at least two different whole numbers"
+DECIDED = "options={{{0!r}: ...}}: the tuner decides on {0}"
+NOT_MET = (
+    "moeca: the wish {0}={1:g} was not met. The nearest of what was tried, {2!r}, has a speed-up of {3:.2f} and "
+    "{4:.1f} dB; tuned.frontier has the others"
+)
+_COMPILATIONS = 64
+"""So many times Dynamo may compile the model's code in a tune; it gives up after 8 by itself."""
+
+
+def tune(
+    model: nn.Module,
+    sample: Sample,
+    *,
+    speedup: float | None = None,
+    psnr: float | None = None,
+    seconds: float | None = None,
+    seeds: int | Sequence[int] = 8,
+    recipes: Sequence[str] = RECIPES,
+    steps: int | None = None,
+    metric: Metric | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+) -> Tuned:
+    """Find options for this model and this sampling loop, by measuring.
+
+        def sample(model, seed):
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            return my_loop(model, noise)
+
+        tuned = moeca_compile.tune(model, sample, speedup=4.0)
+        tuned.save("tuned.json")
+        fast = torch.compile(model, backend="moeca", options={"tuned": "tuned.json"})
+
+    Runs uncached first, which gives the outputs to come near to, the number of steps, and by the inner products of
+    the model's outputs calibrated schedules. Then it measures a dozen candidates, each in turns with the uncached
+    model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: what is taken is
+    no worse on them than the default candidate (`stack-forecast`, power schedule, corrector).
+
+    Args:
+        model: the uncompiled model, in eval mode.
+        sample: (model, seed) -> outputs [B, ...]: one generation with the model that it is given, compiled or not,
+            whose noise depends on the seed alone. It is called without gradients. PSNR is of what it returns: latents
+            or, decoded, pictures.
+        speedup: wish for a generation so many times faster than uncached; exactly one of this and the next two.
+        psnr: wish for so many dB to the uncached outputs, and the fastest that has them.
+        seconds: wish for a generation of at most so many seconds.
+        seeds: how many, from 0 on, or which.
+        recipes: those to try. The first that caches anything in this model is tried in more ways.
+        steps: of a generation; None finds them by the model's argument that says the time.
+        metric: (outputs, uncached outputs) -> number, the higher the better, in place of the PSNR to choose by.
+        options: of all candidates, such as {"max_cache_bytes": ...}; they are saved with the chosen ones.
+        progress: show how far it is, where rich is installed and stderr is a terminal; else the log has it.
+        resume: a JSON file where each row is kept as soon as it is measured. Started again with the same file, a tune
+            goes on where it was.
+
+    Returns the outcome; it warns where nothing that was tried meets the wish. Raises ValueError for wrong arguments,
+    outputs that cannot be compared and a `resume` file of another tune, ConfigError for a wrong option, and
+    NothingCachedError (a RuntimeError) where no recipe can cache anything.
+    """
+    wish, names = wish_of(speedup, psnr, seconds), _seeds(seeds)
+    _check(model, recipes, options or {})
+    given = _plain(dict(options or {}))
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    held = max(1, len(names) // 4)
+    decisive, held_back = names[:-held], names[-held:]
+    with Shown(progress) as shown, _compilations_of(model):
+        shown.begin("uncached", len(names) + 1)
+        known = reference_runs(model, sample, names, decisive, steps, device, shown.advance)
+        calibrated = tables(known.gram, known.weights) if known.gram is not None else {}
+        store = Store(resume, _subject(model, known, names, given, device))
+        measure = Measure(
+            model,
+            sample,
+            known,
+            decisive,
+            held_back,
+            given,
+            metric,
+            calibrated,
+            store,
+            device,
+            shown,
+        )
+        found = search(measure, wish, recipes)
+    if not found.met:
+        row = found.chosen
+        warnings.warn(NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr), stacklevel=2)
+    return Tuned(
+        wish={wish.kind: wish.value},
+        met=found.met,
+        chosen=found.chosen.name,
+        default=found.default.name,
+        rows=tuple(store.rows.values()),
+        steps=known.steps,
+        calls=known.calls,
+        seeds=decisive,
+        held_back=held_back,
+        schedules=calibrated[found.kind or next(iter(calibrated))] if calibrated else {},
+        model=fingerprint(model),
+        environment=environment(model, device),
+    )
+
+
+def _check(model: Any, recipes: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise what is wrong with the arguments, before any work."""
+    if compiled_module(model) is not None:
+        raise ValueError(COMPILED)
+    if not isinstance(model, nn.Module):
+        raise ValueError(NO_MODULE.format(type(model).__name__))
+    if model.training:
+        raise ValueError(TRAINING)
+    if isinstance(recipes, str) or not recipes:
+        raise ValueError(f"recipes={recipes!r}: a list of at least one name")
+    for name in ("recipe", "tuned", *sorted(SPACED)):
+        if name in options:
+            raise ValueError(DECIDED.format(name))
+    for recipe in recipes:
+        whole = {"steps": 2, "full_steps": [0]}
+        MoecaConfig.from_options({"recipe": recipe, "schedule": whole, "corrector": True, **options})
+
+
+@contextmanager
+def _compilations_of(model: nn.Module) -> Iterator[None]:
+    """Let Dynamo compile a model often, inside, and forget it then: else it would not compile it any more."""
+    config: Any = import_module("torch.compiler.config")
+    try:
+        with config.patch(recompile_limit=_COMPILATIONS):
+            yield
+    finally:
+        forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+        codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
+        for code in codes if not dynamo_is_running() else ():
+            forget_code(code)
+
+
+def _plain(value: Any) -> Any:
+    """Options as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, os.PathLike)) else value
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    wrong = ValueError(SEEDS.format(seeds))
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, list, tuple, range)):
+        raise wrong
+    found = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if len(set(found)) != len(found) or len(found) < 2 or not all(type(seed) is int for seed in found):
+        raise wrong
+    return found
+
+
+def _subject(
+    model: nn.Module, known: Reference, seeds: Sequence[int], options: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What rows depend on."""
+    first = known.outputs[seeds[0]]
+    return {
+        "model": list(fingerprint(model)),
+        "steps": known.steps,
+        "seeds": list(seeds),
+        "options": dict(options),
+        "environment": environment(model, device),
+        "outputs": [list(first.shape), round(float(first.mean()), 2), round(float(first.std()), 2)],
+    }

@@ -1,0 +1,139 @@
+"""Rows of candidates by a clock that the test moves: turns, medians, ratios, and what is compared with what."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from statistics import median
+
+import pytest
+import torch
+
+from moeca_compile.tuning import reference as runs
+from moeca_compile.tuning.measure import Candidate, Measure
+from moeca_compile.tuning.reference import reference_runs
+from moeca_compile.tuning.rows import Store
+from tests.tuning.tiny import EAGER, loop, small
+
+CPU = torch.device("cpu")
+SEEDS, HELD_BACK = (0, 1, 2, 3), (7,)
+
+
+class Clock:
+    """Each run of the loop takes what is next for its model: the uncached one, or a candidate."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0.0, []
+        self.seconds = {"uncached": iter((99, 8, 80, 12)), "candidate": iter((50, 2, 4, 6, 5, 40))}
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Said:
+    """In place of what shows how far it is."""
+
+    def __init__(self) -> None:
+        self.expected, self.done, self.lines = 0, 0, []
+
+    def begin(self, what: str, runs: int) -> None:
+        self.expected += runs
+
+    def advance(self) -> None:
+        self.done += 1
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A row with the order of its runs."""
+    model, sample, clock = small(), loop(6), Clock()
+    known = reference_runs(model, sample, (*SEEDS, *HELD_BACK), SEEDS, None, CPU, lambda: None)
+
+    def timed(compiled, seed):
+        who = "uncached" if compiled is measure.__dict__.get("uncached") or not clock.order else "candidate"
+        clock.order.append((who, seed))
+        outputs = sample(compiled, seed)
+        clock.now += next(clock.seconds[who])
+        return outputs if who == "uncached" or seed in SEEDS else outputs + 1.0
+
+    shown = Said()
+    measure = Measure(
+        model,
+        timed,
+        known,
+        SEEDS,
+        HELD_BACK,
+        EAGER,
+        lambda outputs, wanted: -float((outputs - wanted).abs().max()),
+        {"calibrated": {3: (0, 2, 4)}},
+        Store(None, {}),
+        CPU,
+        shown,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "time", clock)
+        row = measure.row(Candidate("stack-forecast", "calibrated", 3))
+    return measure, row, clock, shown, known
+
+
+def test_turns_and_medians(measured):
+    _, row, clock, shown, _ = measured
+    warm = [("uncached", 0), ("candidate", 0)]
+    turns = [(who, seed) for seed in SEEDS[:3] for who in ("uncached", "candidate")]
+    assert clock.order == [*warm, *turns, ("candidate", 3), ("candidate", 7)]
+    assert row.uncached_times == (8, 80, 12) and row.times == (2, 4, 6, 5, 40)
+    assert (row.uncached_seconds, row.seconds) == (12, 5)
+    assert row.speedup == median((8 / 2, 80 / 4, 12 / 6)) == 4.0, "a mean, or a ratio of medians, would differ"
+    assert row.compile_seconds == 50 - 5, "compilation counts apart"
+    assert shown.expected == shown.done == len(clock.order)
+    assert shown.lines[0].startswith("stack-forecast, calibrated 3: 4.00 times as fast, ")
+
+
+def test_quality_is_to_the_uncached_outputs_and_held_back_seeds_count_apart(measured):
+    _, row, _, _, known = measured
+    assert 20 < row.psnr_worst <= row.psnr < 150
+    assert row.held_back_psnr == pytest.approx(20 * math.log10(known.data_range), abs=1.0), "one off everywhere"
+    assert -1 < row.metric < 0 and row.held_back_metric < -0.9 and row.quality == row.metric
+    assert row.held_back_quality == row.held_back_metric
+
+
+def test_a_row_says_what_ran_and_where(measured):
+    _, row, _, _, _ = measured
+    assert row.name == "stack-forecast, calibrated 3" and row.full_steps == 3 and row.note == ""
+    assert row.options["schedule"] == {"steps": 6, "full_steps": [0, 2, 4]} and row.options["corrector"]
+    assert row.flops_speedup == pytest.approx(2.0, rel=0.1) and row.cache_bytes > 0
+    assert row.environment["torch"] == str(torch.__version__) and row.environment["device"].startswith("CPU")
+    assert row.environment["threads"] == torch.get_num_threads() and row.environment["dtype"] == "float32"
+
+
+def test_a_known_row_is_not_measured_again(measured):
+    measure, row, clock, _, _ = measured
+    before = len(clock.order)
+    assert measure.row(Candidate("stack-forecast", "calibrated", 3)) is row and len(clock.order) == before
+
+
+def test_steps_and_caches_of_a_candidate_are_dropped(measured, monkeypatch):
+    from moeca_compile.tuning import measure as module
+
+    measure, kept = copy(measured[0]), []
+    monkeypatch.setattr(
+        module, "_release", lambda compiled, drop=module._release: (kept.append(compiled), drop(compiled))
+    )
+    measure.sample, measure.shown = loop(6), Said()
+    measure.row(Candidate("stack-forecast", "power", 2))
+    (engine,) = module.record_of(kept[0]).engines
+    assert not engine.loops and engine.counted()[0].tallies.steps > 0
+
+
+def test_what_caches_nothing_says_why(measured):
+    measure = copy(measured[0])
+    measure.shown = Said()
+    measure.sample, measure.model = lambda model, seed: model(torch.ones(2, 2) * seed), torch.nn.Linear(2, 2).eval()
+    measure.__dict__.pop("uncached")
+    outputs = {seed: measure.model(torch.ones(2, 2) * seed).detach() for seed in (*SEEDS, *HELD_BACK)}
+    measure.known = runs.Reference(outputs, 6, 6, None, None, 2.0)
+    row = measure.row(Candidate("stack-forecast", "uniform", 2))
+    assert "all its steps were full" in row.note

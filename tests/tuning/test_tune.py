@@ -1,0 +1,155 @@
+"""A whole tune of a small model, its file, and its use in the same process."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+import moeca_compile
+from moeca_compile import ConfigError, Tuned, tune
+from moeca_compile.tuning import tune as module
+from tests.tuning.tiny import EAGER, loop, small
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The outcome, its model, and the file of its rows."""
+    model, path = small(), tmp_path_factory.mktemp("tune") / "rows.json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path), model, path
+
+
+def test_what_it_finds(tuned):
+    found, model, _ = tuned
+    assert (found.steps, found.calls, found.seeds, found.held_back) == (STEPS, STEPS, (0, 1), (2,))
+    assert found.met and found.row.psnr >= 25.0 and found.options["recipe"] in ("stack-forecast", "fora-forecast")
+    assert 8 <= len(found.rows) <= 16 and len({row.name for row in found.rows}) == len(found.rows)
+    default = found.named(found.default)
+    assert default.name.startswith("stack-forecast, power")
+    assert found.row.held_back_psnr >= min(25.0, default.held_back_psnr)
+    assert set(found.schedules) == {1, 2, 3}
+    speeds, qualities = ([getattr(row, name) for row in found.frontier] for name in ("speedup", "quality"))
+    assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)
+    assert sum(weight.numel() for weight in model.parameters()) == found.model.elements
+    assert found.chosen in str(found) and "held back" in str(found)
+
+
+def test_more_full_steps_are_nearer(tuned):
+    found, _, _ = tuned
+    power = {row.full_steps: row.psnr for row in found.rows if row.name.startswith("stack-forecast, power")}
+    assert len(power) > 1 and power[max(power)] > power[min(power)]
+
+
+def test_the_file_is_taken_in_the_same_process_and_runs_what_was_measured(tuned, tmp_path):
+    """A dozen compilations of the model's code came before: Dynamo would have given it up."""
+    found, model, _ = tuned
+    path = tmp_path / "tuned.json"
+    found.save(path)
+    assert Tuned.load(path) == found
+    compiled = torch.compile(model, backend="moeca", options={"tuned": path})
+    with torch.no_grad():
+        loop(STEPS)(compiled, 0)
+    full = found.row.full_steps
+    assert moeca_compile.report(compiled).steps == {"full": full, "cache": STEPS - full}
+    assert moeca_compile.report(compiled).warnings == ()
+
+
+def test_its_schedules_are_taken_by_other_recipes(tuned, tmp_path):
+    found, _, _ = tuned
+    path = tmp_path / "tuned.json"
+    found.save(path)
+    config = moeca_compile.MoecaConfig(recipe="fora", schedule=str(path), full_every=2)
+    assert config.schedule.full_steps == found.schedules[3]
+
+
+def test_a_second_start_measures_nothing(tuned, monkeypatch):
+    from moeca_compile.tuning.measure import Measure
+
+    found, model, path = tuned
+    monkeypatch.setattr(Measure, "_measured", lambda *_: pytest.fail("measured again"))
+    assert tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path) == found
+
+
+def test_rows_of_another_loop_are_refused(tuned):
+    _, model, path = tuned
+    with pytest.raises(ValueError, match="steps was 6 there and is 5 now"):
+        tune(model, loop(5), psnr=25.0, seeds=3, options=EAGER, resume=path)
+
+
+def test_the_plot_has_all_rows_and_marks_the_chosen_one(tuned):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    ax = tuned[0].plot()
+    points = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.get_lines()}
+    assert len(points["measured"]) == len(tuned[0].rows)
+    assert points["chosen"] == [(tuned[0].row.speedup, tuned[0].row.psnr)]
+    assert len(points["frontier"]) == len(tuned[0].frontier)
+    pyplot.close("all")
+
+
+def test_a_wish_that_was_not_met_is_warned_of(tuned, monkeypatch):
+    _, model, path = tuned
+    with pytest.warns(UserWarning, match=r"the wish psnr=149 was not met. The nearest of what was tried"):
+        found = tune(model, loop(STEPS), psnr=149.0, seeds=3, options=EAGER, resume=path)
+    assert not found.met and "not met" in str(found)
+
+
+def test_the_log_says_how_far_it_is(tuned, caplog):
+    _, model, path = tuned
+    with caplog.at_level(logging.INFO, "moeca_compile.tuning.shown"):
+        tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path)
+    assert "uncached, 4 generations" in caplog.text
+
+
+def test_options_are_kept_in_plain_values():
+    given = {"forecast": ("stack",), "cache_dtype": torch.bfloat16, "lowering": "eager"}
+    assert module._plain(given) == {"forecast": ["stack"], "cache_dtype": "bfloat16", "lowering": "eager"}
+
+
+def never(model, seed):
+    pytest.fail("work began before the arguments were checked")
+
+
+WRONG = {
+    "exactly one of speedup": ({}, ValueError),
+    "a finite number above 0": ({"psnr": -1.0}, ValueError),
+    "a number of seeds >= 2": ({"psnr": 40.0, "seeds": 1}, ValueError),
+    "at least two different": ({"psnr": 40.0, "seeds": [3, 3]}, ValueError),
+    "a list of at least one name": ({"psnr": 40.0, "recipes": "stack"}, ValueError),
+    "did you mean": ({"psnr": 40.0, "options": {"cache_dtyp": None}}, ConfigError),
+    "the tuner decides on full_every": ({"psnr": 40.0, "options": {"full_every": 3}}, ValueError),
+    "'recipe' = 'stakc'": ({"psnr": 40.0, "recipes": ["stakc"]}, ConfigError),
+    "recipe 'teacache' ignores it": ({"psnr": 40.0, "recipes": ["teacache"]}, ConfigError),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_errors_before_any_work(message):
+    arguments, kind = WRONG[message]
+    with pytest.raises(kind) as caught:
+        tune(small(), never, **arguments)
+    assert message in str(caught.value)
+
+
+def test_models_that_cannot_be_tuned_are_errors_before_any_work():
+    model = small()
+    with pytest.raises(ValueError, match="compiled already"):
+        tune(torch.compile(model), never, psnr=40.0)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        tune(model.train(), never, psnr=40.0)
+    with pytest.raises(ValueError, match=r"must be an nn\.Module"):
+        tune(never, never, psnr=40.0)
+
+
+def test_a_file_that_is_none_cannot_be_loaded(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"moeca_tuned": 1}')
+    with pytest.raises(ValueError, match="is damaged"):
+        Tuned.load(path)
+    with pytest.raises(ValueError, match="there is no file"):
+        Tuned.load(tmp_path / "y.json")
