@@ -36,6 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--device", default="cpu", choices=("cpu", "meta"), help="meta: shapes without data, for large models"
     )
+    bench = commands.add_parser("bench", help="sample from a model by recipes, plain torch.compile and eager")
+    bench.add_argument("factory", metavar="module:factory", help="returns the model")
+    bench.add_argument("sample", metavar="module:sample", help="sample(model, seed) returns one generation's result")
+    bench.add_argument(
+        "--recipe", action="append", default=[], metavar="R", help="may be given again; 'R option=value' has its own"
+    )
+    bench.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of all recipes; may be given again"
+    )
+    bench.add_argument("--seeds", default="0,1,2", metavar="S,S,...", help="a timed generation each (0,1,2)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(as the factory makes the model)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (cpu)")
+    bench.add_argument("--json", metavar="FILE", help="write all figures to this file, too")
+    bench.add_argument("--picture", metavar="FILE", help="draw samples side by side to this .png, .pdf, .svg or .jpg")
     report = commands.add_parser("report", help="show a report that report(model).save wrote")
     report.add_argument("file", metavar="FILE", help="the report as JSON")
     report.add_argument("--html", metavar="OUT", help="write the page with figures to this file instead")
@@ -80,4 +94,23 @@ def _explain(given: argparse.Namespace) -> str:
     return text_of(explain(subject_named(given.factory, given.inputs, given.device), recipes))
 
 
-_RUN = {"explain": _explain, "report": _report, "cache": _cache, "env": _env}
+def _bench(given: argparse.Namespace) -> str:
+    from moeca_compile.command.bench import compare, subject_named
+    from moeca_compile.command.comparison import save_picture, save_values, text_of
+    from moeca_compile.command.given import device_of, file_for, picture_file, recipes_of, seeds_of
+
+    values = file_for("--json", given.json, (".json",)) if given.json else None
+    picture = picture_file(given.picture) if given.picture else None
+    recipes, seeds = recipes_of(given.recipe, given.option), seeds_of(given.seeds)
+    device = device_of(given.device)
+    subject = subject_named(given.factory, given.sample, seeds, recipes, device, given.dtype)
+    found = compare(subject, lambda line: print(line, file=sys.stderr, flush=True), need_pictures=picture is not None)
+    if values is not None:
+        save_values(found, values)
+    if picture is not None:
+        save_picture(found, picture)
+    wrote = " and ".join(str(path) for path in (values, picture) if path is not None)
+    return text_of(found) + (f"\nwrote {wrote}" if wrote else "")
+
+
+_RUN = {"explain": _explain, "bench": _bench, "report": _report, "cache": _cache, "env": _env}
