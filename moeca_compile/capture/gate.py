@@ -20,8 +20,8 @@ def tracing_for_moeca() -> bool:
     """While Dynamo traces: whether it does so for a backend of ours (`_moeca_backend = True`) or one that calls ours.
 
     Dynamo runs this at trace time and takes the answer for a constant; its caches are kept per backend. Never where
-    the backend leaves the model to torch.compile, because torch lacks what it needs, or a weight is no plain tensor or
-    sharded.
+    the backend leaves the model to torch.compile, because torch lacks what it needs, or a weight is no plain tensor
+    or sharded.
     """
     if not (traces_for_us() or calls_ours()) or missing():
         return False

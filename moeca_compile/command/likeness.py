@@ -15,6 +15,7 @@ NO_SCIKIT_IMAGE = "SSIM is left out: scikit-image is not installed"
 NO_PICTURES = "SSIM is left out: the results, {0}, are no pictures (batch, 1 or 3, height, width)"
 TOO_SMALL = f"SSIM is left out: the pictures, {{0}}, are smaller than its window of {WINDOW} pixels"
 NO_LPIPS = "LPIPS is left out: {0}"
+OTHER_SHAPE = "the results have other shapes than those of eager, so nothing is compared"
 NOT_FINITE = "some values are not finite, so nothing is compared"
 
 
@@ -25,7 +26,7 @@ class Likeness:
     Attributes:
         equal: all values are the same.
         psnr: peak signal-to-noise ratio in dB over all values, where the peak is the range of the wanted values (for
-            integers, of their dtype). None where they are equal, or some are not finite.
+            integers, of their dtype). None where they are equal, not finite, or of other shapes.
         ssim: structural similarity (Wang et al. 2004), the mean over pictures. None where that cannot be had.
         lpips: learned perceptual distance (Zhang et al. 2018, AlexNet), the mean over pictures. Likewise.
         remarks: why something is None.
@@ -57,6 +58,8 @@ def likeness(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Likeness:
     """Compare results, one a seed, with those wanted."""
     if all(map(torch.equal, found, wanted)):
         return Likeness(equal=True)
+    if any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
+        return Likeness(equal=False, remarks=(OTHER_SHAPE,))
     if not all(bool(each.isfinite().all()) for each in (*found, *wanted)):
         return Likeness(equal=False, remarks=(NOT_FINITE,))
     low, high = value_range(wanted)

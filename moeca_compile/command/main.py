@@ -105,12 +105,15 @@ def _bench(given: argparse.Namespace) -> str:
     device = device_of(given.device)
     subject = subject_named(given.factory, given.sample, seeds, recipes, device, given.dtype)
     found = compare(subject, lambda line: print(line, file=sys.stderr, flush=True), need_pictures=picture is not None)
-    if values is not None:
-        save_values(found, values)
-    if picture is not None:
-        save_picture(found, picture)
-    wrote = " and ".join(str(path) for path in (values, picture) if path is not None)
-    return text_of(found) + (f"\nwrote {wrote}" if wrote else "")
+    lines = [text_of(found)]
+    for path, save in ((values, save_values), (picture, save_picture)):
+        try:
+            if path is not None:
+                save(found, path)
+                lines.append(f"wrote {path}")
+        except OSError as error:  # the table is there all the same
+            lines.append(f"{path} cannot be written: {error.strerror}")
+    return "\n".join(lines)
 
 
 _RUN = {"explain": _explain, "bench": _bench, "report": _report, "cache": _cache, "env": _env}

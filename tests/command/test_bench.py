@@ -12,7 +12,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from moeca_compile.command import bench, ways
+from moeca_compile.command import bench, comparison, ways
 from moeca_compile.command.given import recipes_of
 from moeca_compile.command.main import main
 from moeca_compile.command.own_code import with_own_code
@@ -67,7 +67,7 @@ def test_the_figures_are_those_of_the_same_samples_drawn_by_hand(small, tmp_path
     assert found["shape"] == [2, 1, 8, 8] and found["seeds"] == [0, 5]
 
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"wrote {values} and {picture}" in shown.out
+    assert f"wrote {values}\nwrote {picture}" in shown.out
     assert "fora full_every=4: first generation in" in shown.err
     (line,) = [line for line in shown.out.splitlines() if "fora full_every=4" in line]
     assert f"{fora['psnr']:.1f}" in line and "2 full, 6 cache" in line
@@ -259,6 +259,17 @@ def test_a_mistake_is_explained_before_anything_is_compiled(case, small, capsys,
     shown = capsys.readouterr()
     assert shown.out == "" and "moeca bench: " in shown.err and message in shown.err
     assert len(shown.err.splitlines()) == 1, "nothing was done before"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_table(small, capsys, monkeypatch, tmp_path):
+    def full(found, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(comparison, "save_values", full)
+    command = ["bench", *FILES, "--recipe", "none", "--seeds", "0", "--json", str(tmp_path / "b.json")]
+    assert main([*command, *EAGER_STEPS]) == 0
+    shown = capsys.readouterr().out
+    assert "torch.compile" in shown and "b.json cannot be written: No space left on device" in shown
 
 
 def test_a_picture_needs_matplotlib(small, capsys, monkeypatch):

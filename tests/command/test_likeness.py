@@ -63,6 +63,11 @@ def test_values_that_are_not_finite_are_not_compared():
     assert found.psnr is None and "not finite" in found.remarks[0]
 
 
+def test_results_of_other_shapes_are_not_compared():
+    found = likeness([torch.ones(2, 1)], [torch.zeros(2, 2)])
+    assert found.psnr is None and "other shapes" in found.remarks[0]
+
+
 class MeanDistance(torch.nn.Module):
     """In the place of the network: it takes what the network takes."""
 

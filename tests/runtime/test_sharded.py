@@ -16,7 +16,7 @@ from moeca_compile.fallback import SHARDED
 from tests.runtime.sharded_worker import WAYS
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 300
+LIMIT = 600
 """Seconds that both processes may take, also where the machine is busy."""
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
