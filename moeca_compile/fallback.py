@@ -16,6 +16,7 @@ from moeca_compile._torch_private import (
     forget_code,
     graph_break,
     in_decorated_function,
+    is_sharded,
     missing,
     outermost_module,
     subclass_among,
@@ -51,6 +52,11 @@ MISSING = (
 SUBCLASS = (
     "{0} is a {1}, and values of tensor subclasses cannot be cached. The model runs as under plain torch.compile, so "
     "sampling is no faster. Quantize the model by modules of its own, or not at all"
+)
+SHARDED = (
+    "the model is sharded over processes (by fully_shard, parallelize_module or another maker of DTensors), and its "
+    "values cannot be cached then. It runs as under plain torch.compile, so sampling is no faster. Give each process "
+    "the whole model and a part of the samples"
 )
 BREAK = (
     "{0}: the graph breaks here ({1}). The model is compiled in parts and nothing is cached across the break, so "
@@ -98,14 +104,18 @@ _MANY_STALE = 256
 def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
     """Why a graph is left to torch.compile; None where it is not.
 
-    Gradients, training mode, a weight that is no plain tensor, or a name that this torch lacks.
+    Gradients, training mode, a weight that is no plain tensor or sharded, or a name that this torch lacks.
     """
-    subclass = subclass_among(outermost_module(), gm, inputs)
+    module = outermost_module()
+    if is_sharded(module):
+        return SHARDED
+    subclass = subclass_among(module, gm, inputs)
     if subclass is not None:
-        return SUBCLASS.format(*subclass)
+        name, value = subclass
+        return SHARDED if is_sharded(value) else SUBCLASS.format(name, type(value).__name__)
     if missing():
         return MISSING.format(torch.__version__, ", ".join(missing()))
-    module, callers = outermost_module(), calling_code()
+    callers = calling_code()
     if module is not None and module.training:
         return TRAINING
     # Capture is off while gradients are enabled, so graph breaks then say nothing about the model.

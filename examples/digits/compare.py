@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from examples.digits import metrics
+from examples.digits import metrics, ranks
 from examples.digits.classifier import DigitsClassifier
 from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
 from examples.machine import environment as environment  # re-exported
@@ -37,6 +37,10 @@ class Setting:
     repeats: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the backend, for recipes that cache."""
+    lowering: str = "inductor"
+    """"eager" compiles nothing: all graphs run op by op, for a try."""
+    processes: int = 1
+    """Ranks that share the images."""
 
     @property
     def labels(self) -> Tensor:
@@ -83,7 +87,7 @@ def timed_generation(
     device: torch.device,
     on_step: Callable[[], None],
 ) -> tuple[Tensor, float]:
-    """Images and wall-clock seconds of one generation."""
+    """Images of this rank's rows, and wall-clock seconds of one generation."""
     labels = setting.labels.to(device)
     start = time.perf_counter()
     images = generate(
@@ -93,6 +97,7 @@ def timed_generation(
         guidance=setting.guidance,
         sampler=policy.sampler,
         seed=seed,
+        rows=ranks.own_rows(setting.batch),
         on_step=on_step,
     )
     if device.type == "cuda":
@@ -104,9 +109,9 @@ def compiled_policy(model: nn.Module, name: str, setting: Setting) -> Policy:
     """``model`` under plain torch.compile (``BASELINE``) or a recipe. It is compiled at the first run."""
     own = private_copy(model)
     if name == BASELINE:
-        compiled = torch.compile(own)
+        compiled = torch.compile(own, backend=setting.lowering)
     else:
-        chosen = {"recipe": name, **({} if name == UNCACHED else setting.options)}
+        chosen = {"recipe": name, "lowering": setting.lowering, **({} if name == UNCACHED else setting.options)}
         compiled = torch.compile(own, backend="moeca", options=chosen)
     return Policy(name, compiled, setting.steps, setting.sampler)
 
@@ -117,11 +122,14 @@ def warmup_steps(policy: Policy) -> int:
 
 
 def warm_up(policy: Policy, setting: Setting, device: torch.device, on_step: Callable[[], None]) -> None:
-    """Compile every kind of step. A recipe needs a whole generation, which also gives its FLOPs."""
+    """Compile every kind of step, one rank after the first. A recipe needs a whole generation, which also gives its
+    FLOPs."""
     short = replace(policy, steps=warmup_steps(policy))
-    _, policy.warmup_seconds = timed_generation(short, setting, setting.seed, device, on_step)
+    with ranks.first_one_first():
+        _, policy.warmup_seconds = timed_generation(short, setting, setting.seed, device, on_step)
     if policy.name != BASELINE:
-        policy.flops_speedup = float(moeca_compile.report(policy.model).to_dict()["flops"]["speedup"])
+        flops = moeca_compile.report(policy.model).to_dict()["flops"]
+        policy.flops_speedup = ranks.mean(float(flops["speedup"]))
 
 
 def step_reductions(baseline: Policy, target: Policy, setting: Setting) -> Iterator[Policy]:
@@ -141,14 +149,15 @@ def run_paired(
 ) -> None:
     """Run all policies once, then all again, and so on, so that drift of the machine affects all of them alike.
 
-    ``on_step`` gets the policy's name after each sampling step.
+    A generation ends when the last rank ends. ``on_step`` gets the policy's name after each sampling step.
     """
     for repeat in range(setting.repeats):
         for policy in policies:
             advance = partial(on_step, policy.name)
+            ranks.wait_for_all()
             images, seconds = timed_generation(policy, setting, setting.seed + repeat, device, advance)
-            policy.images.append(images)
-            policy.seconds.append(seconds)
+            policy.images.append(ranks.gathered(images))
+            policy.seconds.append(ranks.longest(seconds))
 
 
 def paired_speedup(reference: Policy, policy: Policy) -> float:

@@ -2,6 +2,7 @@
 
 python examples/digits/sample.py
 python examples/digits/sample.py --recipe moeca --recipe fora-forecast --sampler ddpm --json figures.json
+torchrun --nproc-per-node 2 examples/digits/sample.py    # the images are divided over two processes
 """
 
 import argparse
@@ -17,8 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from examples.digits import ranks
 from examples.digits.arguments import guidance_scale, output_file, usable_device, whole_number
 from examples.digits.checkpoint import MODEL_PATH, CheckpointError, load_classifier, load_model
+from examples.digits.classifier import DigitsClassifier
 from examples.digits.compare import (
     BASELINE,
     UNCACHED,
@@ -84,6 +87,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=default_device, help=f"({default_device})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--lowering", choices=("inductor", "eager"), default="inductor", help="eager compiles nothing, for a try"
+    )
     parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the table as JSON too")
     parser.add_argument(
         "--out",
@@ -162,19 +168,52 @@ def make_table(rows: list[Row], setting: Setting, real_frechet: float) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
     try:
         model, classifier = load_model(args.checkpoint), load_classifier()
     except CheckpointError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
-    setting = Setting(args.batch, args.steps, args.guidance, args.sampler, args.seed, args.repeats, args.options)
+    with ranks.joined(args.device) as args.device:
+        if args.batch < ranks.count():
+            print(f"sample.py: --batch {args.batch} is less than one image a process", file=sys.stderr)
+            return 1
+        compare(model, classifier, args)
+    return 0
+
+
+def compare(model: DigitsDiT, classifier: DigitsClassifier, args: argparse.Namespace) -> None:
+    """Run all policies; the first rank prints and writes what was found."""
+    console = Console(quiet=not ranks.is_first())
+    if not console.is_terminal:
+        console = Console(width=120, quiet=not ranks.is_first())
+    setting = Setting(
+        args.batch,
+        args.steps,
+        args.guidance,
+        args.sampler,
+        args.seed,
+        args.repeats,
+        args.options,
+        args.lowering,
+        ranks.count(),
+    )
     dtype = getattr(torch, args.dtype)
     where = environment(args.device, dtype)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
     policies = run(model.to(args.device, dtype), args, setting, console)
+    if ranks.is_first():
+        write(policies, setting, classifier, where, args, console)
+
+
+def write(
+    policies: list[Policy],
+    setting: Setting,
+    classifier: DigitsClassifier,
+    where: dict[str, str | int],
+    args: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Print the table, and write the figures and the picture."""
     train, held_out = load_split()
     rows = make_rows(policies, setting, classifier, held_out.images)
     real = of_classes(train, setting.labels.repeat(setting.repeats))
@@ -184,7 +223,6 @@ def main(argv: list[str] | None = None) -> int:
     shown = [policy for policy in policies if policy.name not in (BASELINE, UNCACHED)]
     save_picture(args.out, policies[0], shown, rows)
     console.print(f"wrote {args.out}" + (f" and {args.json}" if args.json else ""))
-    return 0
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.running import before_each_op, trace_by_running
 from moeca_compile._torch_private.sdp_kernel import trace_sdp_kernel
-from moeca_compile._torch_private.subclasses import subclass_among, subclass_weight
+from moeca_compile._torch_private.subclasses import is_sharded, subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     compilation,
     graph_break,
@@ -108,6 +108,7 @@ __all__ = [
     "inductor_identity",
     "is_fake",
     "is_module_state",
+    "is_sharded",
     "is_size",
     "missing",
     "not_on_compile_start",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from moeca_compile.command.explain import Choice, Explanation
+from moeca_compile.command.table import aligned
 from moeca_compile.reporting.report import KINDS, Region
 from moeca_compile.text import binary_bytes, count, flop_count, plural
 
@@ -22,7 +23,7 @@ def text_of(found: Explanation) -> str:
         *(f"  {each.where}: {each.reason}" for each in found.graph_breaks),
         f"timestep: {' or '.join(dict.fromkeys(found.timesteps)) or 'not found'}",
         "",
-        *(_table([_HEADINGS, *map(_row, found.choices)]) if any(c.regions for c in found.choices) else [_NOTHING]),
+        *(aligned([_HEADINGS, *map(_row, found.choices)]) if any(c.regions for c in found.choices) else [_NOTHING]),
         *_left(found),
         *(f"warning: {warning}" for warning in found.warnings),
     ]
@@ -37,12 +38,6 @@ def _row(choice: Choice) -> tuple[str, ...]:
         step += f" to {flop_count(choice.most)}"
     bytes_ = binary_bytes(choice.cache_bytes) if choice.cache_bytes else "-"
     return choice.recipe, ", ".join(kinds) or "nothing", bytes_, flop_count(choice.full_step), step
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _left(found: Explanation) -> Iterator[str]:

@@ -36,6 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--device", default="cpu", choices=("cpu", "meta"), help="meta: shapes without data, for large models"
     )
+    bench = commands.add_parser("bench", help="sample from a model by recipes, plain torch.compile and eager")
+    bench.add_argument("factory", metavar="module:factory", help="returns the model")
+    bench.add_argument("sample", metavar="module:sample", help="sample(model, seed) returns one generation's result")
+    bench.add_argument(
+        "--recipe", action="append", default=[], metavar="R", help="may be given again; 'R option=value' has its own"
+    )
+    bench.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of all recipes; may be given again"
+    )
+    bench.add_argument("--seeds", default="0,1,2", metavar="S,S,...", help="a timed generation each (0,1,2)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(as the factory makes the model)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (cpu)")
+    bench.add_argument("--json", metavar="FILE", help="write all figures to this file, too")
+    bench.add_argument("--picture", metavar="FILE", help="draw samples side by side to this .png, .pdf, .svg or .jpg")
     tune = commands.add_parser("tune", help="find options for a model and a sampling loop, by measuring")
     tune.add_argument("factory", metavar="module:factory", help="returns the model, or a tuple that begins with it")
     tune.add_argument("sample", metavar="module:sample", help="gets a model and a seed; returns the outputs")
@@ -92,6 +106,28 @@ def _explain(given: argparse.Namespace) -> str:
     return text_of(explain(subject_named(given.factory, given.inputs, given.device), recipes))
 
 
+def _bench(given: argparse.Namespace) -> str:
+    from moeca_compile.command.bench import compare, subject_named
+    from moeca_compile.command.comparison import save_picture, save_values, text_of
+    from moeca_compile.command.given import device_of, file_for, picture_file, recipes_of, seeds_of
+
+    values = file_for("--json", given.json, (".json",)) if given.json else None
+    picture = picture_file(given.picture) if given.picture else None
+    recipes, seeds = recipes_of(given.recipe, given.option), seeds_of(given.seeds)
+    device = device_of(given.device)
+    subject = subject_named(given.factory, given.sample, seeds, recipes, device, given.dtype)
+    found = compare(subject, lambda line: print(line, file=sys.stderr, flush=True), need_pictures=picture is not None)
+    lines = [text_of(found)]
+    for path, save in ((values, save_values), (picture, save_picture)):
+        try:
+            if path is not None:
+                save(found, path)
+                lines.append(f"wrote {path}")
+        except OSError as error:  # the table is there all the same
+            lines.append(f"{path} cannot be written: {error.strerror}")
+    return "\n".join(lines)
+
+
 def _tune(given: argparse.Namespace) -> str:
     from moeca_compile.command.tune import tuned
 
@@ -101,4 +137,4 @@ def _tune(given: argparse.Namespace) -> str:
     return tuned(given.factory, given.sample, given.out, known or {"speedup": 4.0}, **more)
 
 
-_RUN = {"explain": _explain, "tune": _tune, "report": _report, "cache": _cache, "env": _env}
+_RUN = {"explain": _explain, "bench": _bench, "tune": _tune, "report": _report, "cache": _cache, "env": _env}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from examples import families
-from tests.models import make_inputs, make_model
+from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 NUMBER = 3
 
@@ -82,13 +82,70 @@ def one_tensor(model: Any) -> Any:
     return inputs(model)[0]
 
 
+class Scaled(TinyDiTMoE):
+    """Its graph breaks after the model. It calls the method that it overrides."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, *, power: int = 2) -> torch.Tensor:
+        out = super().forward(x, t, y)
+        return out * out.abs().mean().item() ** power
+
+
+class Wrapped(nn.Module):
+    """A model within another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled(SMALL)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, t, y)
+
+
+def wrapped() -> nn.Module:
+    torch.manual_seed(0)
+    return Wrapped()
+
+
 def sample(model: Any, seed: int) -> torch.Tensor:
-    """Four Euler steps."""
-    x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), torch.tensor([1, 2])
-    for i in range(4):
-        x = x - model(x, torch.full((2,), 1 - i / 4), labels) / 4
+    """Eight Euler steps from noise of this seed."""
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 1, 8, 8, generator=generator).to(like)
+    labels = torch.tensor([3, 7], device=like.device)
+    for step in range(8):
+        x = x - model(x, torch.full((2,), 1 - step / 8, dtype=like.dtype, device=like.device), labels) / 8
     return x
 
 
-def raising_sample(model: Any, seed: int) -> torch.Tensor:
-    raise KeyError("prompt")
+def two_seeds(model: Any, seed: int, other: int) -> torch.Tensor:
+    return sample(model, seed + other)
+
+
+def sample_another(model: Any, seed: int) -> torch.Tensor:
+    return sample(make_model(), seed)
+
+
+def sample_list(model: Any, seed: int) -> Any:
+    return [sample(model, seed)]
+
+
+def sample_tokens(model: Any, seed: int) -> torch.Tensor:
+    return sample(model, seed).flatten(2)
+
+
+calls = 0
+
+
+def sample_anew(model: Any, seed: int) -> torch.Tensor:
+    """Another result at each call."""
+    global calls
+    calls += 1
+    return sample(model, seed + calls)
+
+
+def sample_raising(model: Any, seed: int) -> torch.Tensor:
+    raise KeyError("vae")
+
+
+def tensor() -> torch.Tensor:
+    return torch.ones(1)

@@ -63,7 +63,7 @@ WRONG = {
     "there is no module 'nowhere'": (["nowhere:make", f"{AT}sample"], "x.json"),
     "has no smaple": ([f"{AT}model", f"{AT}smaple"], "x.json"),
     "returned a int": (["builtins:int", f"{AT}sample"], "x.json"),
-    "raising_sample raised KeyError in factories.py:": ([f"{AT}model", f"{AT}raising_sample"], "x.json"),
+    "sample_raising raised KeyError in factories.py:": ([f"{AT}model", f"{AT}sample_raising"], "x.json"),
     "name a .json file in a folder that exists": ([f"{AT}model", f"{AT}sample"], "nowhere/x.json"),
     "a number above 1": ([f"{AT}model", f"{AT}sample", "--speedup", "1"], "x.json"),
     "a number of seeds >= 2": ([f"{AT}model", f"{AT}sample", "--seeds", "1"], "x.json"),
