@@ -28,7 +28,7 @@ class MoecaConfig(Options):
         for field in self._settings():
             self._complete(field, getattr(self, field.name))
         self._set("forecast", self._forecastable, self.forecast)
-        for name, reason in {**ignored_by_all(self), **self.policy.ignored(self)}.items():
+        for name, reason in {**ignored_by_all(self, self.policy), **self.policy.ignored(self)}.items():
             self._reject(name, reason)
 
     @property

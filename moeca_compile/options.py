@@ -228,11 +228,12 @@ class Options:
     )
     schedule: str = setting(
         "uniform",
-        one_of("uniform", "power"),
+        one_of("uniform", "power", "toca"),
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
-        of the generation, where the model's output changes faster. That needs the number of steps: what
-        generation(model, steps=...) says, else that of the last generation; until it is known, steps are uniform.""",
+        of the generation, where the model's output changes faster; "toca" spaces them as that paper's code for DiT
+        does, about N apart. The last two need the number of steps: what generation(model, steps=...) says, else that
+        of the last generation; until it is known, steps are uniform.""",
     )
     schedule_exponent: float = setting(
         1.45,
@@ -284,6 +285,24 @@ class Options:
         REUSE,
         """The share of a generation's steps before which delta caches the last blocks, and after which the first.
         That needs the number of steps, as schedule="power" does; until it is known, all steps count as early.""",
+    )
+    fresh_ratio: float = setting(
+        0.07,
+        real(0, 1),
+        REUSE,
+        """The share of the tokens that a cache step of toca recomputes, and every second one of duca, before the
+        paper's factors: 2.5 for feed-forwards, one that grows from 0.6 to 1.4 over the generation, and one that falls
+        from 1.8 to 0.2 over the layers. The second needs the number of steps, as schedule="power" does; until it is
+        known it is 1.""",
+    )
+    token_score: str = setting(
+        "attention",
+        one_of("attention", "value_norm", "random"),
+        REUSE,
+        """What ranks the tokens that toca and duca recompute, besides their age and place. "attention": how much
+        attention a token gets from all others, which costs one more product of queries and keys at full steps, and
+        the memory of the attention map. "value_norm": how small its values are, summed over heads. "random": chance,
+        the same at each run.""",
     )
     reuse_threshold: float = setting(
         0.1,
