@@ -23,7 +23,7 @@ from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.depth import places
-from moeca_compile.policies.token_layer import Told, TokenLayer
+from moeca_compile.policies.token_layer import TokenLayer, Told
 from moeca_compile.policies.token_scores import Measure, TokenStatistic
 
 Tokens = tuple[Tensor, Tensor]
