@@ -31,7 +31,7 @@ EARLY, LATE = 0.6, 1.4
 """The factors of the first and last steps."""
 CAPACITIES = (*(i / 16 for i in range(1, 9)), 1.0)
 """Capacity buckets: the share falls evenly over the layers, so they lie evenly. With the default fresh_ratio no layer
-exceeds 0.441."""
+exceeds 0.441; beyond a half there is one bucket, to spare graphs."""
 
 
 def share_at(options: Options, at: CacheStepAt) -> float:

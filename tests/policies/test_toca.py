@@ -15,7 +15,7 @@ from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.kinds import TOLD, StepKind
 from moeca_compile.policies import toca
 from moeca_compile.policies.policy import CacheStepAt
-from moeca_compile.policies.token_scores import by_chance
+from moeca_compile.policies.token_scores import by_chance, with_bonus
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.policies.reference_token_wise import TokenWise
@@ -283,6 +283,18 @@ def test_a_step_reads_what_the_host_says_and_draws_no_random_numbers(model, grap
             loop(graph.arguments(x=x, t=torch.full((len(x),), 1 - number / STEPS), y=y))
     assert torch.equal(torch.get_rng_state(), state)
     assert {kind.full for kind in loop.tallies.by_kind} == {True, False}
+
+
+def test_the_best_token_of_each_patch_has_a_bonus_of_its_size():
+    scores = torch.tensor([[1.0, 5, 2, 3, 0, -9, 3, -6, -4]])  # 3 by 3, so the last patches hold two tokens and one
+    found = with_bonus(scores, 3)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 8, 2, 3, 0, -9, 4.8, -6, -1.6]]) + bonus_at(2, 1.2))
+    tied = with_bonus(torch.ones(1, 4), 2)
+    assert tied.tolist() == [[pytest.approx(1.6), 1, 1, 1]], "the first of equal ones"
+
+
+def bonus_at(token: int, bonus: float) -> Tensor:
+    return torch.zeros(1, 9).index_fill(1, torch.tensor([token]), bonus)
 
 
 def test_chance_is_even_and_other_at_each_step_and_layer():
