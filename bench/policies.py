@@ -219,6 +219,16 @@ _RIVALS: tuple[dict[str, Any], ...] = (
     {"recipe": "delta", "boundary": 0.0},
     {"recipe": "delta", "boundary": 1.0},
     {"recipe": "delta", "forecast": ("blocks",)},
+    {"recipe": "toca", "token_score": "value_norm"},
+    {"recipe": "toca", "token_score": "random"},
+    {"recipe": "toca", "fresh_ratio": 0.0},
+    {"recipe": "toca", "fresh_ratio": 0.28},
+    {"recipe": "toca", "schedule": "uniform"},
+    {"recipe": "toca", "schedule": "power"},
+    {"recipe": "duca", "token_score": "attention"},
+    {"recipe": "duca", "token_score": "random"},
+    {"recipe": "duca", "schedule": "uniform"},
+    {"recipe": "duca", "schedule": "power"},
 )
 """Options of the papers' methods, whose defaults are among the recipes."""
 

@@ -41,7 +41,7 @@ class MoecaConfig(Options):
             self._complete(field, known.get(field.name, UNSET) if value is UNSET else value)
         self._set("forecast", self._forecastable, self.forecast)
         self._set("schedule", self._planned, self.schedule)
-        for name, reason in {**ignored_by_all(self), **self.policy.ignored(self)}.items():
+        for name, reason in {**ignored_by_all(self, self.policy), **self.policy.ignored(self)}.items():
             self._reject(name, reason)
 
     @property

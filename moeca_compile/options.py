@@ -143,7 +143,7 @@ def step_list(value: Any) -> tuple[int, ...]:
     return steps
 
 
-SCHEDULES = ("uniform", "power")
+SCHEDULES = ("uniform", "power", "toca")
 
 
 def full_step_schedule(value: Any) -> str | Calibrated:
@@ -274,8 +274,9 @@ class Options:
         full_step_schedule,
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
-        of the generation, where the model's output changes faster. That needs the number of steps: what
-        generation(model, steps=...) says, else that of the last generation; until it is known, steps are uniform.
+        of the generation, where the model's output changes faster; "toca" spaces them as that paper's code for DiT
+        does, about N apart. The last two need the number of steps: what generation(model, steps=...) says, else that
+        of the last generation; until it is known, steps are uniform.
         The path of a file that moeca_compile.tune(...).save(path) wrote takes as many where this model was found to
         need them ("calibrated"); in a generation of another length they are spread alike.""",
     )
@@ -329,6 +330,24 @@ class Options:
         REUSE,
         """The share of a generation's steps before which delta caches the last blocks, and after which the first.
         That needs the number of steps, as schedule="power" does; until it is known, all steps count as early.""",
+    )
+    fresh_ratio: float = setting(
+        0.07,
+        real(0, 1),
+        REUSE,
+        """The share of the tokens that a cache step of toca recomputes, and every second one of duca, before the
+        paper's factors: 2.5 for feed-forwards, one that grows from 0.6 to 1.4 over the generation, and one that falls
+        from 1.8 to 0.2 over the layers. The second needs the number of steps, as schedule="power" does; until it is
+        known it is 1.""",
+    )
+    token_score: str = setting(
+        "attention",
+        one_of("attention", "value_norm", "random"),
+        REUSE,
+        """What ranks the tokens that toca and duca recompute, besides their age and place. "attention": how much
+        attention a token gets from all others, which costs one more product of queries and keys at full steps, and
+        the memory of the attention map. "value_norm": how small its values are, summed over heads. "random": chance,
+        the same at each run.""",
     )
     reuse_threshold: float = setting(
         0.1,

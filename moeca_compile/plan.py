@@ -13,7 +13,7 @@ from torch import fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.ops.markers import ENTRY
-from moeca_compile.passes.analysis.axis import Axis, offset_in
+from moeca_compile.passes.analysis.axis import Axis
 from moeca_compile.passes.analysis.costs import (
     BATCH,
     CHOSEN,
@@ -84,6 +84,11 @@ class Plan:
     def parts(self) -> frozenset[Part]:
         """The parts of the schedule that have cached values."""
         return frozenset(replacement.part for replacement in self.replacements)
+
+    @property
+    def filling_flops(self) -> int:
+        """FLOPs that a full step spends on what it caches alone, beyond the model's own work."""
+        return sum(replacement.store_flops for replacement in self.replacements)
 
     @cached_property
     def recomputes(self) -> bool:
@@ -215,15 +220,17 @@ class _Costs:
         """FLOPs of the probe alone."""
         return self._whole(ancestors([*probe.reads, *probe.handed_on])) if probe is not None else sympy.Integer(0)
 
-    def of_step(self, replacements: Iterable[Replacement], kind: StepKind, probe: Probe | None) -> sympy.Expr:
+    def of_step(self, replacements: Sequence[Replacement], kind: StepKind, probe: Probe | None) -> sympy.Expr:
         """FLOPs of a step of this kind: what runs for all tokens, plus what is recomputed of cached values."""
         reused = [replacement for replacement in replacements if replacement.reused_at(kind)]
         run = self._run_for_all_tokens(reused, probe.handed_on if probe is not None else ())
         cost = self._whole(run)
+        cost += sum(replacement.store_flops for replacement in replacements if replacement.filled_at(kind))
         for replacement in reused:
-            if replacement.recomputes_rows:
+            if replacement.recomputes_rows and replacement.chosen is not None:
                 span = between(replacement.source, [replacement.node])
-                cost += CHOSEN * self._chosen(span - run, replacement.node)
+                share = CHOSEN if replacement.share == 1 else sympy.Min(1, CHOSEN * replacement.share)
+                cost += share * self._chosen(span - run, replacement.chosen)
             if replacement.recomputes_branches:
                 cost += RECOMPUTED * self._branches([replacement.node])
         return cost
@@ -258,11 +265,10 @@ class _Costs:
         axis = self.regions.axis(only) if only is not None else None
         return symbolic_flops(nodes, self.regions.layouts, self.main, axis)
 
-    def _chosen(self, nodes: Iterable[fx.Node], output: fx.Node) -> sympy.Expr:
-        """FLOPs of `nodes` for the tokens of `output` that an MoE layer may choose."""
-        axis, markers = self.regions.axis(output), [layer.marker for layer in self.regions.experts]
-        choosing = [marker for marker in markers if offset_in(axis, self.regions.axis(marker)) is not None]
-        return self._rows(nodes, choosing[0]) if choosing else sympy.Integer(0)
+    def _chosen(self, nodes: Set[fx.Node], chosen: fx.Node) -> sympy.Expr:
+        """FLOPs of `nodes` for the tokens of `chosen`, and of the MoE layers among them for all."""
+        layers = (marker for marker in self.regions.bodies if marker in nodes)
+        return self._rows(nodes & self.counted, chosen) + self._branches(layers)
 
     def _branches(self, markers: Iterable[fx.Node]) -> sympy.Expr:
         """FLOPs of all branches of these MoE layers."""

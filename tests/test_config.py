@@ -35,6 +35,8 @@ WRONG = [
     ("last_blocks", 0.5, "whole number"),
     ("cached_blocks", 1.0, "(0, 1)"),
     ("boundary", 1.5, "[0, 1]"),
+    ("fresh_ratio", -0.1, "[0, 1]"),
+    ("token_score", "norm", "'value_norm'"),
     ("full_steps", (), "contains 0"),
     ("full_steps", (4, 8), "contains 0"),
     ("full_steps", (0, -3), ">= 0"),

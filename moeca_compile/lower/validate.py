@@ -223,7 +223,9 @@ class _Check:
         copies, tokens = Untouched(self.caches), self.regions.main.tokens  # type: ignore[union-attr]
         found = [("reused", teacher.taught(REUSING, copies))]
         if any(replacement.recomputes for replacement in teacher.replacements.values()):
-            activations = {name for name, spec in self.caches.specs.items() if spec.role is Role.ACTIVATION}
+            held = {spec.name for r in teacher.replacements.values() if r.always_cached for spec in r.specs}
+            roles = {name: spec.role for name, spec in self.caches.specs.items()}
+            activations = {name for name, role in roles.items() if role is Role.ACTIVATION} - held
             # A step that recomputes everything must not read what was cached.
             states = {tokens: Untouched(self.caches, activations)}
             for capacity, state in (states | {max(1, tokens // 2): copies}).items():
@@ -261,6 +263,7 @@ def _region_of(regions: Regions) -> dict[fx.Node, Region]:
     """The region that each replaced node belongs to; shared experts belong to their layer."""
     found: dict[fx.Node, Region] = {attention.residual.output: attention for attention in regions.attentions}
     found |= {feedforward.output: feedforward for feedforward in regions.feedforwards}
+    found = {layer.residual.output: layer for layer in regions.experts} | found
     found |= {node: e for e in regions.experts for node in (e.marker, *(shared.output for shared in e.shared))}
     return found
 

@@ -7,16 +7,18 @@ from moeca_compile.policies import (
     block_cache,
     deepcache,
     delta,
+    duca,
     layerwise,
     magcache,
     moeca,
     none,
     stack,
     teacache,
+    toca,
 )
 from moeca_compile.policies.policy import Policy
 
-POLICIES = (none, moeca, layerwise, stack, block, deepcache, delta, teacache, block_cache, magcache)
+POLICIES = (none, moeca, layerwise, stack, block, deepcache, delta, toca, duca, teacache, block_cache, magcache)
 
 RECIPES: dict[str, Policy] = {recipe: module.POLICY for module in POLICIES for recipe in module.POLICY.recipes}
 """The policy behind each recipe."""

@@ -20,7 +20,7 @@ from moeca_compile.options import Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.depth import depth_of, spans
-from moeca_compile.policies.policy import CACHING, Policy
+from moeca_compile.policies.policy import CACHING, CacheStepAt, Policy
 from moeca_compile.policies.stack import change_replacements
 
 REAR, FRONT = "rear", "front"
@@ -40,9 +40,9 @@ def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     ]
 
 
-def group_at(options: Options, number: int, steps: int | None) -> str:
-    """The group that step `number` of `steps` takes from the cache. Where `steps` is not known, all are early."""
-    return REAR if steps is None or number < options.boundary * steps else FRONT
+def group_at(options: Options, at: CacheStepAt) -> str:
+    """The group that a step takes from the cache. Where the number of steps is not known, all are early."""
+    return REAR if at.steps is None or at.number < options.boundary * at.steps else FRONT
 
 
 POLICY = Policy(

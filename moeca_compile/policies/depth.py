@@ -5,6 +5,8 @@ A *depth* counts the blocks that a stream has passed: 0 is the stream before the
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from moeca_compile.passes.analysis.axis import offset_in
@@ -17,6 +19,15 @@ from moeca_compile.policies.stack import Span
 def depth_of(regions: Regions) -> int:
     """How many blocks the output's streams pass; the fewest of them, and 0 where there is none."""
     return min((len(_path(regions, *stack)) - 1 for stack in regions.stacks), default=0)
+
+
+def places(outputs: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """For each of these nodes of a graph, how many others of them it is computed from, one after the other."""
+    behind: dict[fx.Node, int] = {}
+    for node in next(iter(outputs)).graph.nodes if outputs else ():
+        most = max((behind[arg] for arg in node.all_input_nodes), default=0)
+        behind[node] = most + (node in outputs)
+    return {node: behind[node] - 1 for node in outputs}
 
 
 def spans(regions: Regions, first: int, last: int) -> list[Span]:

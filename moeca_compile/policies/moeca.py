@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from moeca_compile.options import Options
+from moeca_compile.passes.analysis.axis import offset_in
 from moeca_compile.passes.match.regions import Attention, Experts, FeedForward, Regions
 from moeca_compile.passes.rewrite.kinds import Part
 from moeca_compile.passes.rewrite.replacement import Cache, Replacement
@@ -56,17 +57,20 @@ class Moeca:
             lambda step: self._at(step).attention(attention),
             reads=() if keys_values is not None else (attention.key, attention.value),
             recomputes_rows=True,
+            chosen=self._chosen_on(attention.residual.output),
         )
 
     def _feedforward_replacement(self, feedforward: FeedForward) -> Replacement:
         cached, ends = self.caches.feedforward[feedforward], (feedforward.output, feedforward.stream)
         reuse = partial(self._reuse_rows, feedforward, cached, None)
-        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=True)
+        chosen = self._chosen_on(feedforward.output)
+        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=True, chosen=chosen)
 
     def _shared_replacement(self, layer: Experts, shared: FeedForward) -> Replacement:
         cached, ends = self.caches.shared[layer, shared], (shared.output, shared.stream)
         reuse = partial(self._reuse_rows, shared, cached, layer)
-        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=self.caches.options.shared == "any")
+        runs, chosen = self.caches.options.shared == "any", self._chosen_on(shared.output)
+        return Replacement(*ends, Part.EXPERTS, (cached,), reuse, recomputes_rows=runs, chosen=chosen)
 
     def _experts_replacement(self, layer: Experts) -> Replacement:
         cache = self.caches.experts[layer]
@@ -80,6 +84,12 @@ class Moeca:
             reads=(layer.choice, layer.weight),
             recomputes_branches=True,
         )
+
+    def _chosen_on(self, output: fx.Node) -> fx.Node | None:
+        """The first MoE layer that chooses among the tokens of `output`."""
+        axis, markers = self.caches.regions.axis(output), [layer.marker for layer in self.caches.experts]
+        on_axis = (m for m in markers if offset_in(axis, self.caches.regions.axis(m)) is not None)
+        return next(on_axis, None)
 
     def _reuse_rows(self, region: FeedForward, cached: Cached, layer: Experts | None, step: Step) -> Tensor:
         return self._at(step).row_wise(region, cached, layer)

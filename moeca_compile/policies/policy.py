@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeca_compile.options import Options
+from moeca_compile.options import SCHEDULES, Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
@@ -39,8 +39,27 @@ def _nothing_ignored(options: Options) -> Mapping[str, str]:
     return {}
 
 
-def _one_group(options: Options, number: int, steps: int | None) -> str:
+@dataclass(frozen=True)
+class CacheStepAt:
+    """Where a cache step stands in its generation.
+
+    Attributes:
+        number: from 0.
+        steps: how many steps the generation is expected to have; None where that is not known.
+        since: how many steps ago a step computed something anew last, from 1.
+    """
+
+    number: int
+    steps: int | None
+    since: int
+
+
+def _one_group(options: Options, at: CacheStepAt) -> str:
     return ""
+
+
+def _weighs_age(options: Options) -> bool:
+    return options.score == "staleness"
 
 
 @dataclass(frozen=True)
@@ -59,8 +78,12 @@ class Policy:
         stands_in: whether it may take the place of another whose caches are too large: its cache steps are as cheap.
         decides: how it decides by the data which steps are full; None where step numbers do (runtime.schedule).
         ignored: returns options that have no effect because of another option's value, each with the reason.
-        group_at: returns the group of replacements (`Replacement.group`) that a cache step uses, from the number of
-            the step and of all steps, None where that is not known. "" where there is one group.
+        group_at: returns the group of replacements (`Replacement.group`) that a cache step uses; "" where there is
+            one.
+        share_at: returns the share of the tokens that a cache step recomputes, where step numbers say that; the step
+            reads it from `kinds.TOLD`, which must be among the caches. None where the data say it, or nothing is
+            recomputed.
+        weighs_age: whether something is weighed by its age in units of full_every.
     """
 
     reuses: str
@@ -74,17 +97,19 @@ class Policy:
     stands_in: bool = True
     decides: Decides | None = None
     ignored: Callable[[Options], Mapping[str, str]] = _nothing_ignored
-    group_at: Callable[[Options, int, int | None], str] = _one_group
+    group_at: Callable[[Options, CacheStepAt], str] = _one_group
+    share_at: Callable[[Options, CacheStepAt], float] | None = None
+    weighs_age: Callable[[Options], bool] = _weighs_age
 
 
-def ignored_by_all(options: Options) -> Mapping[str, str]:
+def ignored_by_all(options: Options, policy: Policy) -> Mapping[str, str]:
     """Options without effect because of another option's value, whatever the policy."""
     found: dict[str, str] = {}
-    spaced = {"schedule"} | ({"full_every"} if options.score != "staleness" else set())  # it counts in such steps
+    spaced = {"schedule"} | ({"full_every"} if not policy.weighs_age(options) else set())  # it counts in such steps
     if options.full_steps:
         listed = "full_steps lists the full steps, so it has no effect"
         found |= dict.fromkeys({*spaced, "warmup_steps"}, listed)
-    if options.schedule not in ("uniform", "power"):
+    if options.schedule not in SCHEDULES:
         found["warmup_steps"] = "the schedule lists the full steps, so it has no effect"
     if options.schedule != "power":
         found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'

@@ -26,6 +26,9 @@ class Capacities:
         """The kind of a step. `counts` runs a step of a given kind and returns its counters (layers, COUNTERS)."""
         if refresh.experts or not self.plan.recomputes:
             return StepKind(refresh.attention, refresh.experts, group=refresh.group)
+        if refresh.share is not None:
+            capacity = self._bucket(refresh.share * self.plan.sizes[1]) if refresh.share else 0
+            return StepKind(refresh.attention, refresh.experts, capacity, group=refresh.group)
         if stream.capacity is None:
             stream.capacity = self._first(refresh, counts)
         return StepKind(refresh.attention, refresh.experts, stream.capacity, group=refresh.group)

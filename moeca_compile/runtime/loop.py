@@ -18,7 +18,7 @@ from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
-from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, TOLD, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.policies.criterion import Criterion, StepAt
 from moeca_compile.runtime.arguments import mark
@@ -57,6 +57,12 @@ class Given(NamedTuple):
 
     inputs: Sequence[Any]
     weights: Tensor
+
+
+def tell(state: Caches, share: float, number: int) -> None:
+    """Write what the host says of a cache step (kinds.TOLD). Nothing waits, and the tensor stays where it is."""
+    for place, value in enumerate((share, number)):
+        state[TOLD.name][place].fill_(value)
 
 
 def _nothing() -> float:
@@ -104,6 +110,8 @@ class StepLoop:
             if stream.criterion is not None:
                 refresh = self.decided(stream.criterion, refresh, position, stream, given)
             kind = self.kind(refresh, stream, given)
+            if refresh.share is not None:
+                tell(stream.state, refresh.share, position.number)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
@@ -304,7 +312,8 @@ class StepLoop:
         flops = {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind, *probes)}
         probe = self.compiled.plan.probe
         handed_on = flops.get(PROBE, 0.0) if probe is not None and probe.handed_on else 0.0
-        return Counted(self.tallies, flops, flops[StepKind()] + handed_on)
+        filling = self.compiled.plan.filling_flops
+        return Counted(self.tallies, flops, flops[StepKind()] + handed_on - filling)
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""

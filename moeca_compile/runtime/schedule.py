@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
+from moeca_compile.policies.policy import CacheStepAt
 from moeca_compile.tuned_file import Calibrated, apart
 
 
@@ -21,6 +22,8 @@ class RefreshPlan:
     experts: bool
     group: str = ""
     """The group of replacements that a cache step uses (Policy.group_at)."""
+    share: float | None = None
+    """The share of the tokens that a cache step recomputes, where step numbers say that (Policy.share_at)."""
 
 
 EVERYTHING = RefreshPlan(attention=True, experts=True)
@@ -88,7 +91,11 @@ class Schedule:
         by_length = steps is not None and self.config.schedule != "uniform"
         attention, experts = self.planned(steps) if by_length else self.unplanned
         due = attention.within(attention_at, number), experts.within(experts_at, number)
-        return EVERYTHING if all(due) else RefreshPlan(*due, self.policy.group_at(self.config, number, steps))
+        if all(due):
+            return EVERYTHING
+        at = CacheStepAt(number, steps, number - max(attention_at, experts_at))
+        share = self.policy.share_at(self.config, at) if self.policy.share_at is not None else None
+        return RefreshPlan(*due, self.policy.group_at(self.config, at), share)
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
         config = self.config
@@ -109,7 +116,11 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         return DueSteps(config.full_every, config.schedule.over(steps), planned=steps)
     every, start = config.full_every, max(0, config.warmup_steps - 1)
     if steps is not None:
-        spaced = power_steps(steps - start, math.ceil(steps / every) - start, config.schedule_exponent)
+        left = steps - start
+        if config.schedule == "toca":
+            spaced = toca_steps(left, every)
+        else:
+            spaced = power_steps(left, math.ceil(steps / every) - start, config.schedule_exponent)
         return DueSteps(every, (*range(start), *(start + step for step in spaced)), planned=steps)
     return DueSteps(every, tuple(range(start + 1)), planned=start + every) if start else DueSteps(every)
 
@@ -117,3 +128,25 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
 def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
     """The numbers of `full` full steps in a generation of `steps`, the closer together the later they are."""
     return apart([round(steps * (1 - (1 - i / full) ** exponent)) for i in range(full)], steps)
+
+
+def toca_steps(steps: int, every: int) -> tuple[int, ...]:
+    """The numbers of the full steps in a generation of `steps`, as ToCa's code for DiT ("ddpm250") has them.
+
+    With s = steps - 1 - number, which counts down, a step is full if s is divisible by an interval that each full
+    step sets anew: every / (1.4 - 0.8 s / steps), rounded, and 2 for 0.2 <= s / steps < 0.4. So full steps are rare
+    early on, twice as frequent in that stretch, and the last step is full.
+    """
+    found, interval = [0], _toca_interval(steps - 1, steps, every)
+    for number in range(1, steps):
+        left = steps - 1 - number
+        if left % interval == 0:
+            found.append(number)
+            interval = _toca_interval(left, steps, every)
+    return tuple(found)
+
+
+def _toca_interval(left: int, steps: int, every: int) -> int:
+    if 0.2 * steps <= left < 0.4 * steps:
+        return 2
+    return max(1, round(every / (1.4 - 0.8 * left / steps)))

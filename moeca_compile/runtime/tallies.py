@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
-from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.analysis.graph import between, shape_of
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.plan import expected_branches
@@ -91,9 +91,15 @@ class Counted:
 
 
 def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
-    """The number of branches of each variable-k layer that a step of this kind runs as the model has it."""
+    """The number of branches of each variable-k layer that a step of this kind runs as the model has it, for all
+    tokens or for those that it chooses."""
     regions, config = compiled.regions, compiled.config
-    cached = {replacement.node for replacement in compiled.plan.replacements if replacement.reused_at(kind)}
-    whole = [marker for marker in regions.bodies if marker not in cached]
-    variable = [marker for marker in whole if marker.target is VARIABLE_K]
-    return [float(expected_branches(regions.bodies[m], shape_of(m)[0], config)) for m in variable]
+    share = dict.fromkeys((marker for marker in regions.bodies if marker.target is VARIABLE_K), 1.0)
+    for replacement in compiled.plan.replacements:
+        if replacement.reused_at(kind):
+            chosen = min(1.0, replacement.share * kind.capacity / compiled.plan.sizes[1])
+            own = chosen if replacement.recomputes_rows else 0.0
+            inside = between(replacement.source, [replacement.node]) & share.keys()
+            share |= dict.fromkeys(inside, own)
+    run = ((marker, own) for marker, own in share.items() if own)
+    return [own * expected_branches(regions.bodies[m], shape_of(m)[0], config) for m, own in run]

@@ -52,7 +52,7 @@ def test_every_case_has_options_that_the_config_takes():
     configs = [MoecaConfig.from_options(case.options) for case in cases if case.options is not None]
     assert {config.recipe for config in configs} == {
         "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast", "block",
-        "block-forecast", "taylorseer", "deepcache", "delta",
+        "block-forecast", "taylorseer", "deepcache", "delta", "toca", "duca",
         "teacache", "block-cache", "magcache",
     }  # fmt: skip
     for question in policies.questions():

@@ -40,6 +40,8 @@ def test_each_recipe_has_a_row_that_says_what_it_caches_and_what_that_costs(caps
         "block-forecast",
         "deepcache",
         "delta",
+        "toca",
+        "duca",
         "teacache",
         "block-cache",
         "magcache",

@@ -10,6 +10,7 @@ KINDS = {
     "moeca": {"attention", "feedforward", "shared experts", "experts", "experts, routing", "experts, statistics"},
     "fora": {"attention", "feedforward", "experts"},
     "stack": {"blocks"},
+    "toca": {f"{kind}{what}" for kind in ("attention", "feedforward", "experts") for what in ("", ", statistics")},
     "teacache": {"blocks", "probe"},
     "magcache": {"blocks", "probe"},
     "none": set(),

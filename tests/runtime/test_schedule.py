@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import Part
-from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule, power_steps
+from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule, power_steps, toca_steps
 from moeca_compile.tuned_file import Calibrated
 from tests.harness import calls_of
 
@@ -93,6 +93,16 @@ def test_a_calibrated_schedule_has_its_full_steps_and_goes_on_soundly(recipe, ex
         for number in range(length)
         if plan.parts_to_refresh(number - 1, number - 1, number, expected) == EVERYTHING
     ] == full
+
+
+def test_toca_s_steps_are_those_of_its_code():
+    """By hand, with 20 steps and N = 4: after 19 multiples of 6 (4 / 0.64), after 12 of 4 (4 / 0.92), then of 2."""
+    assert [19 - number for number in toca_steps(20, 4)] == [19, 18, 12, 8, 4, 2, 0]
+    assert len(toca_steps(50, 4)) == 17 and len(toca_steps(250, 4)) == 74
+    assert toca_steps(1, 4) == (0,) and toca_steps(5, 1) == (0, 1, 2, 3, 4)
+    plan = schedule(recipe="toca", warmup_steps=3)
+    full = [n for n in range(22) if plan.parts_to_refresh(n - 1, n - 1, n, 22) == EVERYTHING]
+    assert full == [0, 1, *(2 + n for n in toca_steps(20, 4))]
 
 
 def test_without_a_number_of_steps_it_is_even():

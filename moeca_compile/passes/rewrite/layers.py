@@ -1,32 +1,64 @@
-"""Run the MoE layers behind markers: all branches of a layer, weighted and summed."""
+"""Run the MoE layers behind markers: all branches of a layer, or of chosen tokens, weighted and summed."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from moeca_compile.passes.analysis.graph import shape_of
+from moeca_compile.passes.analysis.graph import between, shape_of
+from moeca_compile.passes.rewrite.rows import Rows
 from moeca_compile.passes.rewrite.step import Step
 
 
 def layer_output(step: Step, marker: fx.Node) -> Tensor:
     """The layer's output (T, width), with every branch computed and nothing cached (paper, eq. 6)."""
-    choice, weight = marker.args[1:3]
-    assert isinstance(choice, fx.Node) and isinstance(weight, fx.Node)
+    inputs = [step[node] for node in step.regions.bodies[marker].rows]
+    return _combined(step, marker, inputs, *(step[node] for node in _routing(marker)))
+
+
+def rows_through_layers(step: Step, chosen: Tensor, source: fx.Node, output: fx.Node) -> Rows:
+    """`Step.rows`, with the MoE layers between `source` and `output` run on the chosen tokens too.
+
+    A layer runs all branches of these tokens. Where experts choose among all tokens, they still do, and the chosen
+    tokens take their share of it.
+    """
+    inside = between(source, [output]) & step.regions.bodies.keys()
+    return step.rows(chosen, source, output, {marker: partial(_layer_rows, step, marker) for marker in inside})
+
+
+def _layer_rows(step: Step, marker: fx.Node, rows: Rows) -> Tensor:
+    """The layer's output (B * C, width) on the chosen tokens of `rows`."""
+    like = marker.args[0]
+    assert isinstance(like, fx.Node)
+    inputs = [rows.aligned(node, like) for node in step.regions.bodies[marker].rows]
+    return _combined(step, marker, inputs, *rows.of(*_routing(marker)))
+
+
+def _routing(marker: fx.Node) -> list[fx.Node]:
+    """The choice and the weights of a layer's router."""
+    return [node for node in marker.args[1:3] if isinstance(node, fx.Node)]
+
+
+def _combined(step: Step, marker: fx.Node, inputs: list[Tensor], choice: Tensor, weight: Tensor) -> Tensor:
+    """Sum of weight * output over the branches of each row of `inputs`: (rows, width)."""
     if marker.target is torch.ops.moeca.experts_fixed_k.default:
-        return combine(run_fixed_k(step, marker, step[choice]), step[weight])
+        return combine(run_fixed_k(step, marker, choice, inputs), weight)
     body = step.regions.bodies[marker]
-    rows, parameters = ([step[node] for node in nodes] for nodes in (body.rows, body.parameters))
-    routing, width = (step[choice], step[weight]), shape_of(marker)[-1]
-    out: Tensor = torch.ops.moeca.variable_k_outputs(rows, *routing, None, parameters, body.key, width, 0)[0]
+    parameters, width = [step[node] for node in body.parameters], shape_of(marker)[-1]
+    out: Tensor = torch.ops.moeca.variable_k_outputs(inputs, choice, weight, None, parameters, body.key, width, 0)[0]
     return out
 
 
-def run_fixed_k(step: Step, marker: fx.Node, index: Tensor) -> Tensor:
-    """The branches of a layer whose tokens have these experts (T, k): (T, k, width), before weighting."""
+def run_fixed_k(step: Step, marker: fx.Node, index: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
+    """The branches of a layer whose tokens have these experts (T, k): (T, k, width), before weighting.
+
+    `inputs` are those of the experts, by default for all tokens.
+    """
     body = step.regions.bodies[marker]
     out: Tensor = torch.ops.moeca.fixed_k_outputs(
-        [step[node] for node in body.rows],
+        inputs if inputs is not None else [step[node] for node in body.rows],
         index,
         [step[node] for node in body.parameters],
         body.experts,

@@ -40,9 +40,14 @@ class Replacement:
         reads: values of the graph that `reuse` reads for all tokens. Any other that it reads must be among those that
             `node` is computed from in the graph.
         recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
+        chosen: the value among whose tokens these are chosen; None where only validation chooses any.
+        share: how many of them a step takes, as a multiple of the share that its kind has (StepKind.capacity).
         recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.
+        always_cached: whether `reuse` reads the cache alone, also where everything is recomputed (StepKind.forced).
+        store_flops: what filling the caches costs beyond the model's own work, in FLOPs.
         group: which cache steps use it (StepKind.group), where those of a generation do not all use the same; "" for
             all of them. Other cache steps run the model's work there.
+        filled_by: the groups whose cache steps fill the caches too, from the values that they have computed.
     """
 
     node: fx.Node
@@ -53,12 +58,21 @@ class Replacement:
     fresh: Callable[[Step], Tensor] | None = None
     reads: tuple[fx.Node, ...] = ()
     recomputes_rows: bool = False
+    chosen: fx.Node | None = None
+    share: float = 1.0
     recomputes_branches: bool = False
+    always_cached: bool = False
+    store_flops: int = 0
     group: str = ""
+    filled_by: tuple[str, ...] = ()
 
     def reused_at(self, kind: StepKind) -> bool:
         """Whether a step of this kind takes the value from the caches."""
         return not kind.computes(self.part) and self.group in ("", kind.group)
+
+    def filled_at(self, kind: StepKind) -> bool:
+        """Whether a step of this kind fills the caches."""
+        return kind.computes(self.part) or bool(kind.group and kind.group in self.filled_by)
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:

@@ -7,7 +7,7 @@ does (rotary tables, other activations), the same rows are gathered from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,10 @@ from moeca_compile.passes.analysis.token_axis import Layouts, sliced_dim
 from moeca_compile.passes.match.attention import sdpa_options
 
 aten = torch.ops.aten
+
+
+RunRows = Callable[["Rows"], Tensor]
+"""Runs an MoE layer on chosen tokens: the output of the layer's marker for these rows."""
 
 
 class NotRowWiseError(Exception):
@@ -83,6 +87,7 @@ class Rows:
         axis: the axis that `chosen` indexes, by default that of the first source. On a longer axis, such as image
             and text together, the indices are offset to where these tokens begin.
         mixed: nodes that mix tokens; their rows are gathered from the whole value.
+        layers: by its marker, what runs an MoE layer on chosen tokens (rewrite.layers). Others cannot be run.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Rows:
         sources: Iterable[fx.Node],
         axis: Axis | None = None,
         mixed: Set[fx.Node] = frozenset(),
+        layers: Mapping[fx.Node, RunRows] | None = None,
     ) -> None:
         self.chosen = chosen
         self.layouts = layouts
@@ -102,6 +108,7 @@ class Rows:
         self.axis = axis or layouts[self.first].axis
         self.offsets: dict[Axis, int | None] = {}
         self.mixed = mixed
+        self.layers = layers or {}
         self.values: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
@@ -171,8 +178,8 @@ class Rows:
         return self.chosen + offset if offset else self.chosen
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
-        if node in self.values or self._gathered(node):
-            return []
+        if node in self.values or self._gathered(node) or node in self.layers:
+            return []  # a layer asks for its inputs by itself
         if self._offset(node) is None:
             raise NotRowWiseError(f"{node.target} has no token axis")
         if node.target is SDPA:
@@ -204,6 +211,8 @@ class Rows:
         return holder
 
     def _compute(self, node: fx.Node) -> Any:
+        if node in self.layers:
+            return self.layers[node](self)
         if self._joins(node):
             return self.values[self._holder(node)]
         layout = self.layouts[node]

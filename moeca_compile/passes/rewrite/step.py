@@ -12,7 +12,7 @@ from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.evaluate import Compute, Evaluation
 from moeca_compile.passes.rewrite.kinds import Part, StepKind
-from moeca_compile.passes.rewrite.rows import Rows, put_rows, take_rows
+from moeca_compile.passes.rewrite.rows import Rows, RunRows, put_rows, take_rows
 
 
 class Observer(Protocol):
@@ -97,10 +97,15 @@ class Step:
     def layout(self, node: fx.Node) -> Layout:
         return self.regions.layouts[node]
 
-    def rows(self, chosen: Tensor, source: fx.Node, output: fx.Node) -> Rows:
-        """The graph's values on the tokens `chosen` (B, C) of `output`, computed from the rows of `source`."""
+    def rows(
+        self, chosen: Tensor, source: fx.Node, output: fx.Node, layers: Mapping[fx.Node, RunRows] | None = None
+    ) -> Rows:
+        """The graph's values on the tokens `chosen` (B, C) of `output`, computed from the rows of `source`.
+
+        `layers` run the MoE layers in between; without, there must be none.
+        """
         regions, axis = self.regions, self.regions.axis(output)
-        return Rows(chosen, regions.layouts, self.values.__getitem__, [source], axis, regions.mixed)
+        return Rows(chosen, regions.layouts, self.values.__getitem__, [source], axis, regions.mixed, layers)
 
     def capacity_for(self, tokens: int) -> int:
         """The capacity of a stream of `tokens` tokens: the same fraction as the kind has in the main stream."""

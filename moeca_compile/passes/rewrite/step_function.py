@@ -46,10 +46,10 @@ def step_function(
     Without `updates`, new values of caches are dropped after their last use, and the result has none: all of them are
     as large as the caches. An `observer` watches the step, which then must not be traced.
     """
-    replacements = [each for each in replacements if kind.computes(each.part) or each.reused_at(kind)]
+    replacements = [each for each in replacements if each.filled_at(kind) or each.reused_at(kind)]
     reads: dict[fx.Node, Sequence[fx.Node]] = dict.fromkeys(regions.bodies, ())
     reads |= {each.node: _reads(each, kind) for each in replacements}
-    stored = [node for each in replacements if kind.computes(each.part) for node in each.stored]
+    stored = [node for each in replacements if each.filled_at(kind) for node in each.stored]
     handed_on = probe.names if probe is not None else {}
     reads |= dict.fromkeys(handed_on, ())
     if observer is not None:
@@ -61,7 +61,7 @@ def step_function(
         step.observer = observer
         computes |= {marker: partial(layer_output, step, marker) for marker in regions.bodies}
         for replacement in replacements:
-            compute = replacement.fresh if kind.computes(replacement.part) else replacement.reuse
+            compute = replacement.reuse if replacement.reused_at(kind) else replacement.fresh
             if compute is not None:
                 computes[replacement.node] = partial(compute, step)
         computes |= {node: partial(step.current, name) for node, name in handed_on.items()}
@@ -108,7 +108,7 @@ def _result(step: Step, replacements: Sequence[Replacement], updates: bool) -> S
     read_last: dict[fx.Node, list[Cache]] = {}
     for replacement in replacements:
         for cache in replacement.caches:
-            if step.kind.computes(replacement.part):
+            if replacement.filled_at(step.kind):
                 waiting.setdefault(max(replacement.node, *cache.reads()), []).append(cache)
             elif not updates:
                 read_last.setdefault(replacement.node, []).append(cache)

@@ -1,0 +1,200 @@
+"""Token-wise caching: attention from the cache, feed-forwards recomputed on the tokens of the highest score.
+
+What ToCa does at its cache steps (toca.py), and DuCa at every second one (duca.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import ceil, isqrt
+
+import torch
+from torch import Tensor
+
+from moeca_compile.options import Options
+from moeca_compile.passes.analysis.axis import Layout, offset_in
+from moeca_compile.passes.match.regions import Attention, Regions, Residual
+from moeca_compile.passes.rewrite.kinds import TOLD, Part
+from moeca_compile.passes.rewrite.layers import rows_through_layers
+from moeca_compile.passes.rewrite.replacement import Cache, Replacement
+from moeca_compile.passes.rewrite.step import Step
+from moeca_compile.policies import decision as decide
+from moeca_compile.policies import token_scores as score
+from moeca_compile.policies.cached import Cached
+from moeca_compile.policies.depth import places
+from moeca_compile.policies.token_layer import TokenLayer, Told
+from moeca_compile.policies.token_scores import Measure, TokenStatistic
+
+Tokens = tuple[Tensor, Tensor]
+"""Chosen tokens (B, C) of a layer, and (B, C) which of them are valid."""
+
+FIRST, LAST = 1.8, 0.2
+"""The factors of the first and last layers."""
+
+
+class TokenWise:
+    """The replacements for one graph's regions.
+
+    Args:
+        group: that of the cache steps which recompute tokens.
+    """
+
+    def __init__(self, options: Options, regions: Regions, group: str = "") -> None:
+        self.options, self.regions, self.group = options, regions, group
+        attended = {attention.residual for attention in regions.attentions}
+        residuals = [residual for residual in regions.residuals if residual not in attended]
+        place = places([residual.output for residual in residuals])
+        self.depth = max(place.values(), default=0) + 1
+        self.statistics: dict[Attention, list[TokenStatistic]] = {}
+        self.layers = [self._layer(i, residual, place[residual.output]) for i, residual in enumerate(residuals)]
+
+    # --- what is cached -------------------------------------------------------------------------------------
+
+    def _layer(self, number: int, residual: Residual, place: int) -> TokenLayer:
+        output, name = residual.output, f"tokens.{number}"
+        cached = Cached(name, output, Part.EXPERTS, 1, self.options.cache_dtype)
+        experts = next((layer for layer in self.regions.experts if layer.residual == residual), None)
+        layout, statistics = self.regions.layouts[output], tuple(self._statistics_before(residual))
+        return TokenLayer(residual, layout, cached, f"{name}.age", statistics, place, self._side(layout), experts)
+
+    def _side(self, layout: Layout) -> int:
+        """The side of the square that these tokens fill in the picture; 0 where they do not."""
+        side = isqrt(layout.tokens)
+        if not self.regions.stacks or side * side != layout.tokens:
+            return 0
+        picture = self.regions.axis(self.regions.main_stack[0])
+        return side if offset_in(picture, layout.axis) is not None else 0
+
+    def _statistics_before(self, residual: Residual) -> Iterator[tuple[TokenStatistic, int]]:
+        """Of the nearest attention among tokens before a layer, and of the nearest cross-attention, what
+        `token_score` asks for; with the place where the layer's tokens begin."""
+        axis = self.regions.axis(residual.output)
+        for by_token, measures in ((True, score.AMONG), (False, score.ACROSS)):
+            measure = measures.get(self.options.token_score)
+            nearest = next((each for each in self._before(residual) if each.by_token is by_token), None)
+            if measure is not None and nearest is not None:
+                statistic = self._statistic(nearest, measure)
+                start = offset_in(statistic.layout.axis, axis)
+                assert start is not None, "an attention before a layer holds the layer's tokens"
+                yield statistic, start
+
+    def _before(self, residual: Residual) -> Iterator[Attention]:
+        """The attentions before a layer whose outputs hold its tokens, the last first."""
+        axis = self.regions.axis(residual.output)
+        for attention in reversed(self.regions.attentions):
+            output = attention.residual.output
+            if output < residual.output and offset_in(self.regions.axis(output), axis) is not None:
+                yield attention
+
+    def _statistic(self, attention: Attention, measure: Measure) -> TokenStatistic:
+        known = self.statistics.setdefault(attention, [])
+        found = next((each for each in known if each.measure is measure), None)
+        if found is None:
+            number = self.regions.attentions.index(attention)
+            layout = self.regions.layouts[attention.residual.output]
+            found = TokenStatistic(f"statistic.{number}", attention, measure, layout)
+            known.append(found)
+        return found
+
+    # --- replacements ---------------------------------------------------------------------------------------
+
+    def replacements(self) -> list[Replacement]:
+        """None where no layer could run on chosen tokens: other recipes cache attention alone."""
+        if not self.layers:
+            return []
+        attentions = (self._attention(i, attention) for i, attention in enumerate(self.regions.attentions))
+        return [*attentions, *map(self._feedforward, self.layers)]
+
+    def _attention(self, number: int, attention: Attention) -> Replacement:
+        output, stream = attention.residual.output, attention.residual.stream
+        cached = Cached(f"attention.{number}", output, Part.ATTENTION, 1, self.options.cache_dtype)
+        own = self.statistics.get(attention, [])
+        # The streams of a joint attention share what is computed of it.
+        first = next((each for each in self.statistics if each.sdpa is attention.sdpa), None)
+        flops = sum(each.measure.flops(attention) for each in own) if first == attention else 0
+        return Replacement(
+            output,
+            stream,
+            Part.ATTENTION,
+            (cached, *own),
+            cached.read,
+            always_cached=True,
+            store_flops=flops,
+            group=self.group,
+        )
+
+    def _feedforward(self, layer: TokenLayer) -> Replacement:
+        output = layer.residual.output
+        told: list[Cache] = [Told(output)] if layer is self.layers[0] else []
+        return Replacement(
+            output,
+            layer.residual.stream,
+            Part.EXPERTS,
+            (layer, *told),
+            partial(self._reuse, layer),
+            recomputes_rows=True,
+            chosen=output,
+            share=layer_factor(layer.place, self.depth),
+            group=self.group,
+        )
+
+    # --- a cache step ---------------------------------------------------------------------------------------
+
+    def _reuse(self, layer: TokenLayer, step: Step) -> Tensor:
+        """The layer's output: recomputed on the chosen tokens, cached for all others."""
+        tokens = self._tokens(layer, step)
+        if tokens is not None:
+            chosen, valid = tokens
+            rows = rows_through_layers(step, chosen, layer.residual.stream, layer.residual.output)
+            layer.cached.refresh(step, chosen, rows[layer.residual.output], valid)
+        if not step.kind.forced:
+            recomputed = torch.zeros_like(step.state[layer.age], dtype=torch.bool)
+            layer.grow_older(step, recomputed if tokens is None else recomputed.scatter(1, *tokens))
+        return layer.cached.read(step)
+
+    def _tokens(self, layer: TokenLayer, step: Step) -> Tokens | None:
+        """The tokens to recompute, the highest score first. Ties go to the lower index. None where there are none."""
+        samples, tokens = layer.layout.samples, layer.layout.tokens
+        if step.kind.forced:
+            return decide.forced_tokens(samples, tokens, step.capacity_for(tokens), step.weights.device)
+        capacity = self._capacity(layer, step)
+        if not capacity:
+            return None
+        ratio, place, number = (each[layer.place] for each in self._ratios(step))
+        scores = layer.scores(step, self.options)
+        if self.options.token_score == "random":
+            scores = scores + score.by_chance(number, place, samples, tokens)
+        if layer.side:
+            scores = score.with_bonus(scores, layer.side)
+        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+        fresh = (ratio * tokens).to(torch.int64)
+        return chosen, (torch.arange(capacity, device=fresh.device) < fresh).expand_as(chosen)
+
+    def _capacity(self, layer: TokenLayer, step: Step) -> int:
+        """The most tokens that a step of this kind recomputes in a layer: one of few sizes, so that layers are alike.
+
+        A step with capacity for all tokens may have a ratio beyond 1, of which late layers take a part.
+        """
+        assert self.regions.main is not None
+        tokens, share = layer.layout.tokens, step.kind.capacity / self.regions.main.tokens
+        most = share * layer_factor(layer.place, self.depth) * tokens if share < 1 else tokens
+        sizes = (ceil(fraction * tokens) for fraction in self.options.capacities)
+        return next(size for size in sizes if size >= min(tokens, ceil(most))) if most else 0
+
+    def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
+        """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""
+        if self not in step.memo:
+            told = step.state[TOLD.name]
+            place = torch.arange(self.depth, device=told.device)
+            factors = FIRST - (FIRST - LAST) * (place.to(told.dtype) / max(1, self.depth - 1))
+            ratio, number = (told[0] * factors).clamp(0, 1), told[1].to(torch.int64).expand(self.depth)
+            # Taken apart here, so that layers do not differ in which element they take.
+            step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
+        found: tuple[Sequence[Tensor], ...] = step.memo[self]
+        return found
+
+
+def layer_factor(place: int, depth: int) -> float:
+    """The factor of a layer, from the first to the last."""
+    return FIRST - (FIRST - LAST) * (place / max(1, depth - 1))
