@@ -7,9 +7,12 @@ an ended generation, and 0 times NaN would be NaN. Sums are in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from moeca_compile._torch_private import is_fake
 
 
 def weighted_sum(slots: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -40,5 +43,15 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _sum(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum of weight * value over those terms whose weight is not 0."""
-    return sum(torch.where(weight != 0, weight.to(value.dtype) * value, 0.0) for weight, value in terms)  # type: ignore[return-value]
+    """The sum of weight * value over those terms whose weight is not 0; the number 0 without terms."""
+    return reduce(_added, terms, 0)  # type: ignore[return-value, arg-type]
+
+
+def _added(total: Tensor | float, term: tuple[Tensor, Tensor]) -> Tensor:
+    """The total and one more term. Where nothing is traced, in place: a value may be as large as a cache."""
+    weight, value = term
+    product = weight.to(value.dtype) * value
+    if is_fake(product):
+        return total + torch.where(weight != 0, product, 0.0)
+    product.masked_fill_(weight == 0, 0.0)
+    return product.add_(total)
