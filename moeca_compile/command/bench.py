@@ -30,6 +30,10 @@ DIFFERS = (
     "two calls of {0} with seed {1} returned different results, so nothing can be compared. Draw all random numbers "
     "from torch.Generator().manual_seed(seed), and change nothing that the next call reads"
 )
+NOT_FINITE = (
+    "{0} returned values that are not finite for seed {1}, so nothing can be compared. Look at the uncached model first; "
+    "float16 overflows where bfloat16 does not (--dtype)"
+)
 NO_PICTURES = (
     "--picture: {0} returned values of the shape {1}. Let it return pictures, (batch, channels, height, width) with "
     "1 or 3 channels, or leave out --picture"
@@ -167,6 +171,9 @@ def _try_out(eager: Way, subject: Subject, need_pictures: bool) -> int:
             raise CommandError(NOT_CALLED.format(subject.name))
         if need_pictures and pictures(result) is None:
             raise CommandError(NO_PICTURES.format(subject.name, tuple(result.shape)))
+        if not result.isfinite().all():
+            raise CommandError(NOT_FINITE.format(subject.name, seed))
+        result = result.detach().clone()  # the next call may fill the same buffer
         again, _ = ways.generation(eager, subject.sample, seed, subject.device)
     except CommandError:
         raise

@@ -95,7 +95,7 @@ def timed(way: Way, sample: Sample, seed: int, device: torch.device) -> None:
             longer.append(spent)
         way.later_compile_seconds += sum(max(0.0, each - spent) for each in longer)
         way.seconds.append(spent)
-        way.results.append(result.detach().cpu())
+        way.results.append(result.detach().to("cpu", copy=True))  # a sampler may fill one buffer again
         if before is not None:
             way.peak_bytes = max(way.peak_bytes or 0, torch.cuda.max_memory_allocated(device) - before)
         _note_caches(way)
@@ -118,6 +118,7 @@ def generation(way: Way, sample: Sample, seed: int, device: torch.device) -> tup
 def counted_calls(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Count the calls of a model inside, also those of `model.forward`. Yields what returns their number."""
     calls, forward = 0, model.forward
+    own = vars(model).get("forward")  # hooks of other libraries replace it in the instance
 
     def counting(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
@@ -129,6 +130,8 @@ def counted_calls(model: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: calls
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own
 
 
 @contextmanager

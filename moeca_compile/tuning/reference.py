@@ -90,7 +90,7 @@ def run(sample: Sample, model: Any, seed: int, device: torch.device) -> tuple[Te
     seconds = time.perf_counter() - start
     if not isinstance(outputs, Tensor) or not outputs.ndim:
         raise ValueError(NO_TENSOR.format(type(outputs).__name__ if not isinstance(outputs, Tensor) else "number"))
-    outputs = outputs.detach().to("cpu", torch.float32)
+    outputs = outputs.detach().to("cpu", torch.float32, copy=True)  # a loop may fill one buffer again
     if not outputs.isfinite().all():
         raise ValueError(NOT_FINITE.format(seed))
     return outputs, seconds
