@@ -36,6 +36,8 @@ class Row:
         held_back_psnr, held_back_metric: the same on the seeds that were held back.
         environment: device, threads, dtype and versions of this measurement.
         note: why the row cannot be chosen, "" where it can.
+        warnings: of the candidate's report after all its generations.
+        uncached_psnr: mean PSNR of the uncached model, compiled, in the timed generations: what rounding alone does.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Row:
     held_back_metric: float | None
     environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    warnings: tuple[str, ...] = ()
+    uncached_psnr: float | None = None
 
     @property
     def quality(self) -> float:
@@ -74,6 +78,7 @@ class Row:
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Raises TypeError or KeyError for values that are none of a row."""
         lists = {name: tuple(values[name]) for name in ("times", "uncached_times")}
+        lists["warnings"] = tuple(values.get("warnings", ()))
         return cls(**{**values, **lists})
 
 
@@ -96,6 +101,11 @@ class Store:
         """The row of that name, if it was measured with these options."""
         row = self.rows.get(name)
         return row if row is not None and row.options == json.loads(json.dumps(options)) else None
+
+    def alike(self, options: Mapping[str, Any]) -> Row | None:
+        """A row of any name that was measured with these options: one full step is one by every schedule."""
+        plain = json.loads(json.dumps(options))
+        return next((row for row in self.rows.values() if json.loads(json.dumps(row.options)) == plain), None)
 
     def add(self, row: Row) -> None:
         self.rows[row.name] = row

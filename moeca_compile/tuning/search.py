@@ -36,7 +36,7 @@ class Found:
 
 
 class NothingCachedError(RuntimeError):
-    """No recipe could cache anything in this model; the message has the reasons."""
+    """No recipe could cache anything in this model, or gave outputs to compare; the message has the reasons."""
 
 
 def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
@@ -75,7 +75,8 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
     for factor in _BESIDE:
         full = min(max(2, round(factor * best.full)), measure.steps - 1)
         measure.row(_with(measure, best, full))
-    rated = {kind: measure.row(Candidate(recipe, kind, default.full_steps)).quality for kind in kinds}
+    tried = {kind: measure.row(Candidate(recipe, kind, default.full_steps)) for kind in kinds}
+    rated = {kind: row.quality for kind, row in tried.items() if not row.note}
     better = max(rated, key=lambda each: rated[each]) if rated else None
     return _taken([row for row in measure.store.rows.values() if not row.note], default, wish, better)
 
@@ -100,28 +101,29 @@ def _default(measure: Measure, wish: Wish, recipes: Sequence[str]) -> tuple[str,
         if not first.note:
             return recipe, _fitting(measure, wish, partial(Candidate, recipe, "power"), hint)
         reasons.append(f"{recipe}: {first.note}")
-    raise NothingCachedError("no recipe caches anything in this model. " + "; ".join(reasons))
+    raise NothingCachedError("no recipe can be used with this model. " + "; ".join(reasons))
 
 
 def _fitting(measure: Measure, wish: Wish, make: Callable[[int], Candidate], full: int) -> Row:
     """The row with the number of full steps that just meets the wish, found by a few probes from `full` on.
 
-    That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it.
+    The first probe must be usable. That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it.
     """
     low, high, rows = 0, measure.steps, []
     for _ in range(_PROBES):
         row = measure.row(make(full))
         rows.append(row)
-        if wish.meets(row) is wish.is_quality:
+        if not row.note and wish.meets(row) is wish.is_quality:
             high = min(high, full)
         else:
             low = max(low, full)
         if high - low <= 1:
             break
         full = min(max(_predicted(row, wish, measure.steps), low + 1), high - 1)
-    meeting = [row for row in rows if wish.meets(row)]
+    usable = [row for row in rows if not row.note]
+    meeting = [row for row in usable if wish.meets(row)]
     if not meeting:
-        return min(rows, key=wish.shortfall)
+        return min(usable, key=wish.shortfall)
     return (min if wish.is_quality else max)(meeting, key=lambda row: row.full_steps)
 
 

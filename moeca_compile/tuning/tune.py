@@ -116,7 +116,10 @@ def tune(
             device,
             shown,
         )
-        found = search(measure, wish, recipes)
+        try:
+            found = search(measure, wish, recipes)
+        finally:
+            measure.release()
     if not found.met:
         row = found.chosen
         warnings.warn(NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr), stacklevel=2)

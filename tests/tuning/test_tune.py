@@ -10,6 +10,7 @@ import torch
 
 import moeca_compile
 from moeca_compile import ConfigError, Tuned, tune
+from moeca_compile.runtime.record import _by_module
 from moeca_compile.tuning import tune as module
 from tests.tuning.tiny import EAGER, loop, small
 
@@ -38,6 +39,10 @@ def test_what_it_finds(tuned):
     assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)
     assert sum(weight.numel() for weight in model.parameters()) == found.model.elements
     assert found.chosen in str(found) and "held back" in str(found)
+
+
+def test_it_leaves_no_record_with_the_model(tuned):
+    assert tuned[1] not in _by_module
 
 
 def test_more_full_steps_are_nearer(tuned):
