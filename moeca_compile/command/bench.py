@@ -31,8 +31,8 @@ DIFFERS = (
     "from torch.Generator().manual_seed(seed), and change nothing that the next call reads"
 )
 NOT_FINITE = (
-    "{0} returned values that are not finite for seed {1}, so nothing can be compared. The uncached model does that by "
-    "itself; float16 overflows where bfloat16 does not (--dtype)"
+    "{0} returned values that are not finite for seed {1}, so nothing can be compared. The uncached model does that "
+    "by itself; float16 overflows where bfloat16 does not (--dtype)"
 )
 NO_PICTURES = (
     "--picture: {0} returned values of the shape {1}. Let it return pictures, (batch, channels, height, width) with "

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_compile.config import MoecaConfig
+from moeca_compile.options import ConfigError
 from moeca_compile.reporting.collect import report
 from moeca_compile.reporting.found import record_of
 from moeca_compile.reporting.report import Report
@@ -125,11 +127,8 @@ class Measure:
             listed = power_steps(self.steps, candidate.full, _EXPONENTS[candidate.schedule])
         else:
             listed = self.tables[candidate.schedule][candidate.full]
-        found: dict[str, Any] = {
-            "recipe": candidate.recipe,
-            "schedule": {"steps": self.steps, "full_steps": list(listed)},
-        }
-        found |= {"corrector": True, **self.options}
+        found = usual_options(candidate.recipe, self.options)
+        found["schedule"] = {"steps": self.steps, "full_steps": list(listed)}
         for _, more in candidate.more:
             found |= more
         return found
@@ -213,6 +212,16 @@ class Measure:
             "metric": fmean(metrics[seed] for seed in self.seeds) if metrics else None,
             "held_back_metric": fmean(metrics[seed] for seed in self.held_back) if metrics else None,
         }
+
+
+def usual_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options with a recipe, and the corrector where the recipe takes it."""
+    plain, corrected = {"recipe": recipe, **options}, {"recipe": recipe, "corrector": True, **options}
+    try:
+        MoecaConfig.from_options(corrected)
+    except ConfigError as error:
+        return plain if error.field == "corrector" and "corrector" not in options else corrected
+    return corrected
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moeca_compile.runtime.scope import current_time
-from moeca_compile.tuning.quality import psnr_of_each
+from moeca_compile.tuning.quality import REPEATABLE, psnr_of_each
 
 Sample = Callable[[Any, int], Tensor]
 """The user's sampling loop: (model, seed) -> outputs [B, ...]."""
@@ -35,8 +35,6 @@ NOT_STEPS = (
     "steps={0} does not fit the {1} calls of the model in a generation: they are no whole number for each step"
 )
 
-_REPEATABLE = 30.0
-"""dB between two runs of one seed: kernels may sum in another order, and chaotic pictures make much of it."""
 _MOST = 1 << 16
 """So many elements of each output of the model are kept for inner products, evenly spread."""
 
@@ -152,7 +150,7 @@ def _check_seeds(outputs: Mapping[int, Tensor], seeds: Sequence[int], again: Ten
     if first.shape == second.shape and torch.equal(first, second):
         raise ValueError(NO_SEED)
     apart = min(psnr_of_each(again, first, data_range)) if again.shape == first.shape else 0.0
-    if apart < _REPEATABLE:
+    if apart < REPEATABLE:
         raise ValueError(NOT_REPEATED.format(apart))
 
 

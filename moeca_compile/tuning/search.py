@@ -78,7 +78,7 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
     tried = {kind: measure.row(Candidate(recipe, kind, default.full_steps)) for kind in kinds}
     rated = {kind: row.quality for kind, row in tried.items() if not row.note}
     better = max(rated, key=lambda each: rated[each]) if rated else None
-    return _taken([row for row in measure.store.rows.values() if not row.note], default, wish, better)
+    return _taken([row for row in measure.store.asked.values() if not row.note], default, wish, better)
 
 
 def _taken(rows: Sequence[Row], default: Row, wish: Wish, kind: str | None) -> Found:
@@ -107,7 +107,8 @@ def _default(measure: Measure, wish: Wish, recipes: Sequence[str]) -> tuple[str,
 def _fitting(measure: Measure, wish: Wish, make: Callable[[int], Candidate], full: int) -> Row:
     """The row with the number of full steps that just meets the wish, found by a few probes from `full` on.
 
-    The first probe must be usable. That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it.
+    That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it. The first
+    probe must be one that can be chosen.
     """
     low, high, rows = 0, measure.steps, []
     for _ in range(_PROBES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 
@@ -12,6 +13,7 @@ import moeca_compile
 from moeca_compile import ConfigError, Tuned, tune
 from moeca_compile.runtime.record import _by_module
 from moeca_compile.tuning import tune as module
+from moeca_compile.tuning.measure import usual_options
 from tests.tuning.tiny import EAGER, loop, small
 
 STEPS = 6
@@ -87,6 +89,44 @@ def test_rows_of_another_loop_are_refused(tuned):
         tune(model, loop(5), psnr=25.0, seeds=3, options=EAGER, resume=path)
 
 
+def test_rows_of_another_metric_or_other_outputs_are_refused(tuned):
+    _, model, path = tuned
+    with pytest.raises(ValueError, match=r"metric was None there and is '.*nearness' now"):
+        tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path, metric=nearness)
+    shifted = lambda model, seed: loop(STEPS)(model, seed).flip(0)  # noqa: E731 - equal mean and deviation
+    with pytest.raises(ValueError, match=r"the uncached outputs were others there \(-?\d+ dB apart\)"):
+        tune(model, shifted, psnr=25.0, seeds=3, options=EAGER, resume=path)
+
+
+def nearness(outputs, wanted):
+    return -float((outputs - wanted).abs().max())
+
+
+def test_a_row_of_the_file_that_was_not_asked_for_is_not_chosen(tuned, tmp_path):
+    found, model, path = tuned
+    values, copied = json.loads(path.read_text()), tmp_path / "rows.json"
+    values["rows"].append({**values["rows"][0], "name": "fora, power 3", "speedup": 1e6, "psnr": 149.0, "note": ""})
+    copied.write_text(json.dumps(values))
+    again = tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=copied)
+    assert again == found
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "delta", "toca", "duca"])
+def test_the_corrector_is_asked_of_recipes_that_take_it(recipe):
+    class Begun(Exception):
+        pass
+
+    def begun(model, seed):
+        raise Begun
+
+    with pytest.raises(Begun):
+        tune(small(), begun, psnr=25.0, recipes=[recipe])
+    assert usual_options(recipe, {}) == {"recipe": recipe}
+    assert (
+        usual_options("stack", {"corrector": False})["corrector"] is False and usual_options("stack", {})["corrector"]
+    )
+
+
 def test_the_plot_has_all_rows_and_marks_the_chosen_one(tuned):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     ax = tuned[0].plot()
@@ -129,7 +169,12 @@ WRONG = {
     "did you mean": ({"psnr": 40.0, "options": {"cache_dtyp": None}}, ConfigError),
     "the tuner decides on full_every": ({"psnr": 40.0, "options": {"full_every": 3}}, ValueError),
     "'recipe' = 'stakc'": ({"psnr": 40.0, "recipes": ["stakc"]}, ConfigError),
-    "recipe 'teacache' ignores it": ({"psnr": 40.0, "recipes": ["teacache"]}, ConfigError),
+    "'teacache' has no schedule of full steps. tune tries recipes with a schedule: moeca, ": (
+        {"psnr": 40.0, "recipes": ["teacache"]},
+        ValueError,
+    ),
+    "recipe 'toca' ignores it": ({"psnr": 40.0, "recipes": ["toca"], "options": {"corrector": True}}, ConfigError),
+    "name a file in a folder that exists": ({"psnr": 40.0, "resume": "nowhere/rows.json"}, ValueError),
 }
 
 
