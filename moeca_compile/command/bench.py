@@ -38,6 +38,9 @@ NO_PICTURES = (
     "--picture: {0} returned values of the shape {1}. Let it return pictures, (batch, channels, height, width) with "
     "1 or 3 channels, or leave out --picture"
 )
+STILL_COMPILING = (
+    "something was compiled in each of {0} runs of a generation, and the last one counts: its time is too long"
+)
 NO_COPY = "the model cannot be copied for each way to run it: it {0}"
 
 
@@ -212,6 +215,7 @@ def _row(way: Way, eager: Way, compiled: Way, calls: int) -> Row:
     if ran and way is not eager:
         near = likeness(way.results, eager.results)
     remarks = [way.failure] if way.failure else []
+    remarks += [STILL_COMPILING.format(ways.AGAIN + 1)] if way.still_compiling else []
     remarks += [*(report.warnings if report else ()), *(near.remarks if near else ())]
     return Row(
         name=way.name,

@@ -100,6 +100,7 @@ class Measure:
         self.model, self.sample, self.known, self.metric = model, sample, known, metric
         self.seeds, self.held_back, self.options, self.tables = seeds, held_back, options, tables
         self.store, self.device, self.shown = store, device, shown
+        self.uncached_warnings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -113,6 +114,7 @@ class Measure:
         compiled = torch.compile(self.model, backend="moeca", options=options)
         self.shown.begin("compile the uncached model", 1)
         self._run(compiled, self.seeds[0])
+        self.uncached_warnings = report(compiled).warnings
         return compiled
 
     def release(self) -> None:
@@ -150,12 +152,13 @@ class Measure:
         rounds = self.seeds[:ROUNDS]
         self.shown.begin(candidate.name, 1 + len(rounds) + len(self.seeds) + len(self.held_back))
         compiled = torch.compile(self.model, backend="moeca", options={**options, "progress": False})
-        outputs, times, uncached_times = {}, [], []
+        outputs, times, uncached_outputs, uncached_times = {}, [], {}, []
         with _released(compiled):
             first = self._run(compiled, self.seeds[0])[1]
             for seed in (*self.seeds, *self.held_back):
                 if seed in rounds:
-                    uncached_times.append(self._run(uncached, seed)[1])
+                    uncached_outputs[seed], seconds = self._run(uncached, seed)
+                    uncached_times.append(seconds)
                 outputs[seed], seconds = self._run(compiled, seed)
                 times.append(seconds)
             found = report(compiled)
@@ -176,6 +179,7 @@ class Measure:
             environment=environment(self.model, self.device),
             note=note,
             warnings=found.warnings,
+            uncached_psnr=self._psnr(uncached_outputs) if self._comparable(uncached_outputs) else None,
         )
 
     def _note(self, compiled: Any, found: Report, outputs: Mapping[int, Tensor]) -> str:
@@ -187,6 +191,10 @@ class Measure:
         if all(kind == "full" for kind in found.steps):
             return CACHED_NOTHING.format(found.warnings[0] if found.warnings else _NO_REASON)
         return "" if self._comparable(outputs) else NOT_COMPARABLE
+
+    def _psnr(self, outputs: Mapping[int, Tensor]) -> float:
+        wanted, span = self.known.outputs, self.known.data_range
+        return fmean(value for seed in outputs for value in psnr_of_each(outputs[seed], wanted[seed], span))
 
     def _comparable(self, outputs: Mapping[int, Tensor]) -> bool:
         wanted = self.known.outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -182,6 +182,8 @@ def _first_tensor(result: Any) -> Tensor | None:
         return result if result.is_floating_point() else None
     if isinstance(result, Mapping):
         result = list(result.values())
+    elif is_dataclass(result):
+        result = [getattr(result, each.name) for each in fields(result)]
     if isinstance(result, (tuple, list)):
         return next((found for each in result if (found := _first_tensor(each)) is not None), None)
     return None

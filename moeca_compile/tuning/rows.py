@@ -16,7 +16,9 @@ from moeca_compile.tuning.quality import BEST, REPEATABLE, psnr_of_each
 
 FORM, FORMAT = "moeca_tuning", 1
 OTHER = "{0} has rows of another tune: {1} was {2!r} there and is {3!r} now. Give another path, or remove the file"
-OTHER_LOOP = "{0} has rows of another tune: the uncached outputs were others there ({1}). Give another path, or remove the file"
+OTHER_LOOP = (
+    "{0} has rows of another tune: the uncached outputs were others there ({1}). Give another path, or remove it"
+)
 DAMAGED = "{0} is damaged or has no rows of a tune ({1}). Give another path, or remove the file"
 
 

@@ -42,6 +42,8 @@ class NothingCachedError(RuntimeError):
 def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
     """Measure candidates, and take the best that meets the wish and holds up on the seeds that were held back.
 
+    Where nothing that meets the wish holds up, the best that meets it is taken; where nothing meets it, the nearest.
+
     The default candidate is what docs/recipes.md says: a forecast of the stack's change (or what else of `recipes`
     caches anything first), power schedule and corrector.
 
@@ -87,7 +89,7 @@ def _taken(rows: Sequence[Row], default: Row, wish: Wish, kind: str | None) -> F
     if not meeting:
         return Found(min(rows, key=wish.shortfall), default, False, kind)
     holding = [row for row in meeting if row is default or wish.holds_up(row, default)]
-    # Where the default candidate itself misses the wish, what meets it is taken all the same.
+    # The default candidate may itself miss the wish: what meets it is taken all the same.
     return Found((holding or meeting)[0], default, True, kind)
 
 

@@ -26,8 +26,18 @@ from moeca_compile.tuning.rows import Store
 from moeca_compile.tuning.search import search
 from moeca_compile.tuning.shown import Shown
 from moeca_compile.tuning.tuned import Tuned
-from moeca_compile.tuning.wish import wish_of
+from moeca_compile.tuning.wish import Wish, wish_of
 
+BELOW = ". The uncached model itself, compiled, is at {0:.1f} dB by rounding alone"
+NOT_HELD_UP = (
+    "moeca: on the seeds that were held back, the chosen {0!r} is worse than the default candidate {1!r}. Give more "
+    "seeds, or look at tuned.frontier"
+)
+NOT_CALIBRATED = (
+    "moeca: no schedule was calibrated: the {0} calls of the model are no whole number for each of {1} steps (give "
+    "steps=...), or it returns no floating-point tensor"
+)
+UNCACHED = "moeca: speed-ups are over an uncached model that is not as fast as it could be: {0}"
 SCHEDULED = tuple(recipe for recipe, policy in POLICIES.items() if "schedule" in policy.options)
 """The recipes that can be tried: those with full steps at places that a schedule says."""
 UNSCHEDULED = "recipes: {0!r} has no schedule of full steps. tune tries recipes with a schedule: {1}"
@@ -75,8 +85,11 @@ def tune(
 
     Runs uncached first, which gives the outputs to come near to, the number of steps, and by the inner products of
     the model's outputs calibrated schedules. Then it measures a dozen candidates, each in turns with the uncached
-    model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: what is taken is
-    no worse on them than the default candidate (`stack-forecast`, power schedule, corrector).
+    model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: of what meets
+    the wish, what is no worse on them than the default candidate (`stack-forecast`, power schedule, corrector) goes
+    first; for a wish of quality, meeting the wish on them is enough. What is taken because nothing such is there, or
+    because nothing meets the wish, may be worse on them than the default: `Tuned.held_up` and a warning say so.
+    Whether the wish is met is not measured again after the choice.
 
     Args:
         model: the uncompiled model, in eval mode.
@@ -127,10 +140,7 @@ def tune(
             found = search(measure, wish, recipes)
         finally:
             measure.release()
-    if not found.met:
-        row = found.chosen
-        warnings.warn(NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr), stacklevel=2)
-    return Tuned(
+    outcome = Tuned(
         wish={wish.kind: wish.value},
         met=found.met,
         chosen=found.chosen.name,
@@ -144,6 +154,25 @@ def tune(
         model=fingerprint(model),
         environment=environment(model, device),
     )
+    for text in _warnings(outcome, wish, known, calibrated, measure.uncached_warnings):
+        warnings.warn(text, stacklevel=2)
+    return outcome
+
+
+def _warnings(
+    found: Tuned, wish: Wish, known: Reference, calibrated: Mapping[str, Any], uncached: Sequence[str]
+) -> Iterator[str]:
+    """What the user should know of an outcome."""
+    row, floor = found.row, found.uncached_psnr
+    if not found.met:
+        text = NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr)
+        yield text + (BELOW.format(floor) if wish.is_quality and floor is not None and floor < wish.value else "")
+    if not found.held_up:
+        yield NOT_HELD_UP.format(found.chosen, found.default)
+    if not calibrated and known.gram is None:
+        yield NOT_CALIBRATED.format(known.calls, known.steps)
+    if uncached:
+        yield UNCACHED.format(uncached[0])
 
 
 def _check(
@@ -173,16 +202,21 @@ def _check(
 
 @contextmanager
 def _compilations_of(model: nn.Module) -> Iterator[None]:
-    """Let Dynamo compile a model often, inside, and forget it then: else it would not compile it any more."""
+    """Let Dynamo compile a model often, inside. It forgets before and after, else it would not compile any more."""
     config: Any = import_module("torch.compiler.config")
+    _forget_compiled(model)  # it may have given up on the model before
     try:
         with config.patch(recompile_limit=_COMPILATIONS):
             yield
     finally:
-        forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
-        codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
-        for code in codes if not dynamo_is_running() else ():
-            forget_code(code)
+        _forget_compiled(model)
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
+    for code in codes if not dynamo_is_running() else ():
+        forget_code(code)
 
 
 def _plain(value: Any) -> Any:

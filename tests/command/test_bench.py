@@ -172,6 +172,16 @@ def test_a_generation_in_which_dynamo_compiled_is_run_again():
     assert way.later_compile_seconds > 0 and not way.failure
 
 
+def test_a_generation_in_which_something_is_compiled_each_time_has_a_remark():
+    compiled, sizes = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False), iter(range(20, 40))
+    way = Way("torch.compile", compiled)
+    ways.timed(way, lambda model, seed: model(torch.ones(next(sizes))), 0, torch.device("cpu"))
+    assert next(sizes) == 20 + ways.AGAIN + 1 and way.still_compiling
+    eager = Way("eager", None, seconds=[1.0], results=way.results)
+    (remark,) = bench._row(way, eager, way, 8).remarks
+    assert "compiled in each of 5 runs" in remark
+
+
 def test_a_generation_in_which_a_kind_of_step_was_compiled_is_run_again(monkeypatch):
     spent = iter([1.0, 3.5])
     latest = {"lower": 0.0}

@@ -20,6 +20,14 @@ CPU = torch.device("cpu")
 SEEDS, HELD_BACK = (0, 1, 2, 3), (7,)
 
 
+@pytest.fixture(autouse=True)
+def room_for_compilations():
+    """Dynamo would give up the model's code after 8; a whole tune lets it do more."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 class Clock:
     """Each run of the loop takes what is next for its model: the uncached one, or a candidate."""
 
@@ -101,6 +109,24 @@ def test_quality_is_to_the_uncached_outputs_and_held_back_seeds_count_apart(meas
     assert row.held_back_quality == row.held_back_metric
 
 
+def test_the_uncached_model_has_its_rounding_and_its_warnings(measured):
+    measure, row, *_ = measured
+    assert 60 < row.uncached_psnr <= 150 and row.warnings == measure.uncached_warnings == ()
+    broken = copy(measure)
+    broken.shown, broken.model, broken.sample = (
+        Said(),
+        Breaking().eval(),
+        lambda model, seed: model(torch.ones(2) + seed),
+    )
+    broken.__dict__.pop("uncached")
+    assert broken.uncached is not None and "the graph breaks" in broken.uncached_warnings[0]
+
+
+class Breaking(torch.nn.Module):
+    def forward(self, x):
+        return x * x.sum().item()
+
+
 def test_a_row_says_what_ran_and_where(measured):
     _, row, _, _, _ = measured
     assert row.name == "stack-forecast, calibrated 3" and row.full_steps == 3 and row.note == ""
@@ -150,9 +176,6 @@ def test_the_same_options_by_another_name_are_not_measured_again(measured):
     first = measure.row(Candidate("stack-forecast", "power", 1))
     measure.sample = None
     assert measure.row(Candidate("stack-forecast", "uniform", 1)).times == first.times
-
-
-# Each test has options of its own: Dynamo keeps the code of those that were compiled.
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from moeca_compile import ConfigError, Tuned, tune
 from moeca_compile.runtime.record import _by_module
 from moeca_compile.tuning import tune as module
 from moeca_compile.tuning.measure import usual_options
+from moeca_compile.tuning.reference import Reference
+from moeca_compile.tuning.wish import Wish
 from tests.tuning.tiny import EAGER, loop, small
 
 STEPS = 6
@@ -113,18 +116,14 @@ def test_a_row_of_the_file_that_was_not_asked_for_is_not_chosen(tuned, tmp_path)
 
 @pytest.mark.parametrize("recipe", ["moeca", "delta", "toca", "duca"])
 def test_the_corrector_is_asked_of_recipes_that_take_it(recipe):
-    class Begun(Exception):
-        pass
-
     def begun(model, seed):
-        raise Begun
+        raise KeyError("begun")
 
-    with pytest.raises(Begun):
+    with pytest.raises(KeyError, match="begun"):
         tune(small(), begun, psnr=25.0, recipes=[recipe])
     assert usual_options(recipe, {}) == {"recipe": recipe}
-    assert (
-        usual_options("stack", {"corrector": False})["corrector"] is False and usual_options("stack", {})["corrector"]
-    )
+    assert usual_options("stack", {}) == {"recipe": "stack", "corrector": True}
+    assert usual_options("stack", {"corrector": False}) == {"recipe": "stack", "corrector": False}
 
 
 def test_the_plot_has_all_rows_and_marks_the_chosen_one(tuned):
@@ -142,6 +141,28 @@ def test_a_wish_that_was_not_met_is_warned_of(tuned, monkeypatch):
     with pytest.warns(UserWarning, match=r"the wish psnr=149 was not met. The nearest of what was tried"):
         found = tune(model, loop(STEPS), psnr=149.0, seeds=3, options=EAGER, resume=path)
     assert not found.met and "not met" in str(found)
+
+
+def test_what_the_user_should_know_of_an_outcome(tuned):
+    found, _, _ = tuned
+    known = Reference({}, 7, 6, None, None, 1.0)
+    assert list(module._warnings(found, Wish("psnr", 25.0), known, {"calibrated": {}}, ())) == []
+    (text,) = module._warnings(found, Wish("psnr", 25.0), known, {}, ())
+    assert "the 7 calls of the model are no whole number for each of 6 steps" in text
+    (text,) = module._warnings(found, Wish("psnr", 25.0), known, {"calibrated": {}}, ("the graph breaks",))
+    assert text.endswith("is not as fast as it could be: the graph breaks")
+
+
+def test_a_choice_that_is_worse_on_held_back_seeds_is_said(tuned):
+    found, _, _ = tuned
+    worse = replace(found.row, name="worse", held_back_psnr=-1.0, warnings=("crowded",), uncached_psnr=24.0)
+    poor = replace(found, wish={"psnr": 149.0}, met=False, chosen="worse", rows=(*found.rows, worse))
+    assert found.held_up and "worse than the default" not in str(found) and not poor.held_up
+    assert "on the held-back seeds the chosen one is worse than the default" in str(poor)
+    assert "worse: crowded" in str(poor) and "uncached, compiled: 24.0 dB" in str(poor)
+    known = Reference({}, 6, 6, None, None, 1.0)
+    not_met, not_held = module._warnings(poor, Wish("psnr", 149.0), known, {"calibrated": {}}, ())
+    assert "itself, compiled, is at 24.0 dB" in not_met and "the chosen 'worse' is worse than" in not_held
 
 
 def test_the_log_says_how_far_it_is(tuned, caplog):
