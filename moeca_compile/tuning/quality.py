@@ -20,6 +20,8 @@ _WINDOW = 7
 def psnr_of_each(outputs: Tensor, reference: Tensor, data_range: float) -> list[float]:
     """Peak signal-to-noise ratio in dB of each item of the first dimension, at most 150.
 
+    `moeca bench` shows the dB of the error over all items at once, which is no more than the mean of these.
+
     Args:
         outputs, reference: [B, ...].
         data_range: the largest minus the smallest value that there can be.
