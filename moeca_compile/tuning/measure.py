@@ -112,6 +112,7 @@ class Measure:
         chosen = {name: self.options[name] for name in _OF_UNCACHED if name in self.options}
         options = {"recipe": "none", **chosen, "progress": False}
         compiled = torch.compile(self.model, backend="moeca", options=options)
+        vars(self)["uncached"] = compiled  # so that it is released also where its first run fails
         self.shown.begin("compile the uncached model", 1)
         self._run(compiled, self.seeds[0])
         self.uncached_warnings = report(compiled).warnings
