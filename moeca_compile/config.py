@@ -21,7 +21,7 @@ from moeca_compile.options import (
     tuned_options,
 )
 from moeca_compile.policies import RECIPES
-from moeca_compile.policies.policy import Policy, ignored_by_all
+from moeca_compile.policies.policy import SPACED, Policy, ignored_by_all
 from moeca_compile.tuned_file import Calibrated, TunedFor, schedule_of
 
 
@@ -92,6 +92,9 @@ class MoecaConfig(Options):
         if self.recipe not in (UNSET, known.get("recipe")) and not isinstance(tuned, TunedFor):
             reason = f"the file is for recipe {known.get('recipe')!r}. Leave out tuned, or recipe = {self.recipe!r}"
             raise ConfigError("tuned", tuned, reason)
+        given = any(getattr(self, name) is not UNSET for name in SPACED)
+        if given and isinstance(known.get("schedule"), Calibrated):
+            del known["schedule"]  # it says where all full steps are, so that nothing else could say it
         return known
 
     def _planned(self, schedule: str | Calibrated) -> str | Calibrated:

@@ -148,7 +148,7 @@ SCHEDULES = ("uniform", "power", "toca")
 
 def full_step_schedule(value: Any) -> str | Calibrated:
     """A name, a schedule, or the path of a file that has one for each `full_every` (`MoecaConfig` reads it)."""
-    allowed = f"{' | '.join(map(repr, SCHEDULES))}, or the path of a JSON file that moeca_compile.tune wrote"
+    allowed = f"{' | '.join(map(repr, SCHEDULES))}, or the path of a file in '.json' that moeca_compile.tune wrote"
     if isinstance(value, (Calibrated, Mapping)):
         try:
             return tuned_file.calibrated(value)

@@ -114,10 +114,10 @@ def tuned_for(path: str | os.PathLike[str]) -> TunedFor:
     values, where = read(path), os.path.abspath(os.path.expanduser(os.fspath(path)))
     try:
         model, known = values["model"], values["versions"]
-        print_ = Fingerprint(int(model["parameters"]), int(model["elements"]), str(model["shapes"]))
+        wanted = Fingerprint(int(model["parameters"]), int(model["elements"]), str(model["shapes"]))
         options = tuple((str(name), hashable(value)) for name, value in values["options"].items())
         pairs = tuple((str(name), str(version)) for name, version in known.items())
-        return TunedFor(where, options, print_, int(values["steps"]), pairs)
+        return TunedFor(where, options, wanted, int(values["steps"]), pairs)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _damaged(where, error) from None
 

@@ -30,9 +30,16 @@ DIFFERS = (
     "two calls of {0} with seed {1} returned different results, so nothing can be compared. Draw all random numbers "
     "from torch.Generator().manual_seed(seed), and change nothing that the next call reads"
 )
+NOT_FINITE = (
+    "{0} returned values that are not finite for seed {1}, so nothing can be compared. The uncached model does that "
+    "by itself; float16 overflows where bfloat16 does not (--dtype)"
+)
 NO_PICTURES = (
     "--picture: {0} returned values of the shape {1}. Let it return pictures, (batch, channels, height, width) with "
     "1 or 3 channels, or leave out --picture"
+)
+STILL_COMPILING = (
+    "something was compiled in each of {0} runs of a generation, and the last one counts: its time is too long"
 )
 NO_COPY = "the model cannot be copied for each way to run it: it {0}"
 
@@ -167,6 +174,9 @@ def _try_out(eager: Way, subject: Subject, need_pictures: bool) -> int:
             raise CommandError(NOT_CALLED.format(subject.name))
         if need_pictures and pictures(result) is None:
             raise CommandError(NO_PICTURES.format(subject.name, tuple(result.shape)))
+        if not result.isfinite().all():
+            raise CommandError(NOT_FINITE.format(subject.name, seed))
+        result = result.detach().clone()  # the next call may fill the same buffer
         again, _ = ways.generation(eager, subject.sample, seed, subject.device)
     except CommandError:
         raise
@@ -205,6 +215,7 @@ def _row(way: Way, eager: Way, compiled: Way, calls: int) -> Row:
     if ran and way is not eager:
         near = likeness(way.results, eager.results)
     remarks = [way.failure] if way.failure else []
+    remarks += [STILL_COMPILING.format(ways.AGAIN + 1)] if way.still_compiling else []
     remarks += [*(report.warnings if report else ()), *(near.remarks if near else ())]
     return Row(
         name=way.name,

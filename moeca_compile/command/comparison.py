@@ -71,7 +71,7 @@ def _psnr(near: Likeness | None) -> str:
 
 
 def _remarks(found: Comparison) -> Iterator[str]:
-    """Remarks, each once, with the rows that it holds for where these are not all that have a likeness."""
+    """Each remark once, after the names of the rows that have it."""
     rows: dict[str, list[str]] = {}
     for row in found.rows:
         for remark in row.remarks:

@@ -25,8 +25,9 @@ class Likeness:
 
     Attributes:
         equal: all values are the same.
-        psnr: peak signal-to-noise ratio in dB over all values, where the peak is the range of the wanted values (for
-            integers, of their dtype). None where they are equal, not finite, or of other shapes.
+        psnr: peak signal-to-noise ratio in dB of the mean squared error over all values, where the peak is the range
+            of the wanted values (for integers, of their dtype). The tuner's is the mean of the dB of each picture,
+            which is no lower at the same peak. None where they are equal, not finite, or of other shapes.
         ssim: structural similarity (Wang et al. 2004), the mean over pictures. None where that cannot be had.
         lpips: learned perceptual distance (Zhang et al. 2018, AlexNet), the mean over pictures. Likewise.
         remarks: why something is None.

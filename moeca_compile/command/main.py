@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     wish.add_argument("--seconds", type=float, metavar="S", help="so long a generation")
     tune.add_argument("--seeds", type=int, default=8, metavar="N", help="how many (8)")
     tune.add_argument("--steps", type=int, metavar="N", help="of a generation; found if not given")
-    tune.add_argument("--recipe", action="append", metavar="R", help="may be given again")
+    tune.add_argument(
+        "--recipe", action="append", metavar="R", help="one whose full steps a schedule says; may be given again"
+    )
     tune.add_argument("--out", default="tuned.json", metavar="FILE", help="(tuned.json)")
     tune.add_argument("--resume", metavar="FILE", help="keep rows here, and go on from them")
     report = commands.add_parser("report", help="show a report that report(model).save wrote")

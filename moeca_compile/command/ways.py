@@ -37,6 +37,7 @@ class Way:
         cache_bytes: the most that the caches took after a generation.
         steps: calls of the model by kind, in the timed generations.
         later_compile_seconds: that generations were longer for which something was compiled after the first one.
+        still_compiling: whether something was compiled in a generation that counts, the last of AGAIN.
         failure: what it raised. It is not run any more then.
     """
 
@@ -51,6 +52,7 @@ class Way:
     cache_bytes: int = 0
     steps: dict[str, int] = field(default_factory=dict)
     later_compile_seconds: float = 0.0
+    still_compiling: bool = False
     failure: str = ""
 
     @property
@@ -90,12 +92,15 @@ def timed(way: Way, sample: Sample, seed: int, device: torch.device) -> None:
                 torch.cuda.reset_peak_memory_stats(device)
             with _compilations() as started:
                 result, spent = generation(way, sample, seed, device)
-            if len(longer) == AGAIN or not (started() or _compiled_since(report, way.report)):
+            if not (started() or _compiled_since(report, way.report)):
+                break
+            if len(longer) == AGAIN:
+                way.still_compiling = True
                 break
             longer.append(spent)
         way.later_compile_seconds += sum(max(0.0, each - spent) for each in longer)
         way.seconds.append(spent)
-        way.results.append(result.detach().cpu())
+        way.results.append(result.detach().to("cpu", copy=True))  # a sampler may fill one buffer again
         if before is not None:
             way.peak_bytes = max(way.peak_bytes or 0, torch.cuda.max_memory_allocated(device) - before)
         _note_caches(way)
@@ -118,6 +123,7 @@ def generation(way: Way, sample: Sample, seed: int, device: torch.device) -> tup
 def counted_calls(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Count the calls of a model inside, also those of `model.forward`. Yields what returns their number."""
     calls, forward = 0, model.forward
+    own = vars(model).get("forward")  # hooks of other libraries replace it in the instance
 
     def counting(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
@@ -129,6 +135,8 @@ def counted_calls(model: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: calls
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own
 
 
 @contextmanager

@@ -90,6 +90,17 @@ def keep_with(record: Record, modules: Iterable[nn.Module], wrapper: Any) -> Non
             _by_wrapper[wrapper] = weakref.ref(record)
 
 
+def forget(record: Record) -> None:
+    """Drop a record's compiled steps, caches and CUDA graphs, and keep it no longer with any module."""
+    for engine in record.engines:
+        for loop in list(engine.loops.values()):
+            engine.forget(loop)
+    for module, kept in list(_by_module.items()):
+        kept[:] = [other for other in kept if other is not record]
+        if not kept:
+            del _by_module[module]
+
+
 def find_record(wrapper: Any, module: nn.Module | None) -> Record | None:
     """The record of a compiled model, by its wrapper or else its module; None before its first call."""
     record = _record_of(wrapper)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_compile.config import MoecaConfig
+from moeca_compile.options import ConfigError
 from moeca_compile.reporting.collect import report
 from moeca_compile.reporting.found import record_of
+from moeca_compile.reporting.report import Report
+from moeca_compile.runtime.record import forget
 from moeca_compile.runtime.schedule import power_steps
 from moeca_compile.tuned_file import versions
 from moeca_compile.tuning import reference as runs
-from moeca_compile.tuning.quality import psnr_of_each, ssim
+from moeca_compile.tuning.quality import BEST, psnr_of_each, ssim
 from moeca_compile.tuning.reference import Reference, Sample
 from moeca_compile.tuning.rows import Row, Store
 from moeca_compile.tuning.shown import Shown
@@ -32,6 +37,16 @@ _EXPONENTS = {"uniform": 1.0, "power": 1.45}
 _OF_UNCACHED = ("lowering", "validate", "tolerance", "cuda_graphs", "disk_cache", "max_shapes")
 """The options of candidates that the uncached model has, too."""
 CACHED_NOTHING = "all its steps were full: {0}"
+FAILED = "a cached step failed, and the rest ran uncached: {0}"
+NOT_COMPARABLE = "its outputs were not finite, or of another shape than the uncached ones"
+_WORST = {
+    "psnr": -BEST,
+    "psnr_worst": -BEST,
+    "held_back_psnr": -BEST,
+    "ssim": None,
+    "metric": None,
+    "held_back_metric": None,
+}
 _NO_REASON = "see moeca_compile.report"
 
 
@@ -85,6 +100,7 @@ class Measure:
         self.model, self.sample, self.known, self.metric = model, sample, known, metric
         self.seeds, self.held_back, self.options, self.tables = seeds, held_back, options, tables
         self.store, self.device, self.shown = store, device, shown
+        self.uncached_warnings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -96,9 +112,17 @@ class Measure:
         chosen = {name: self.options[name] for name in _OF_UNCACHED if name in self.options}
         options = {"recipe": "none", **chosen, "progress": False}
         compiled = torch.compile(self.model, backend="moeca", options=options)
+        vars(self)["uncached"] = compiled  # so that it is released also where its first run fails
         self.shown.begin("compile the uncached model", 1)
         self._run(compiled, self.seeds[0])
+        self.uncached_warnings = report(compiled).warnings
         return compiled
+
+    def release(self) -> None:
+        """Drop the compiled uncached model."""
+        if "uncached" in vars(self):
+            with _released(vars(self).pop("uncached")):
+                pass
 
     def options_of(self, candidate: Candidate) -> dict[str, Any]:
         """The options of a candidate, in plain values."""
@@ -106,11 +130,8 @@ class Measure:
             listed = power_steps(self.steps, candidate.full, _EXPONENTS[candidate.schedule])
         else:
             listed = self.tables[candidate.schedule][candidate.full]
-        found: dict[str, Any] = {
-            "recipe": candidate.recipe,
-            "schedule": {"steps": self.steps, "full_steps": list(listed)},
-        }
-        found |= {"corrector": True, **self.options}
+        found = usual_options(candidate.recipe, self.options)
+        found["schedule"] = {"steps": self.steps, "full_steps": list(listed)}
         for _, more in candidate.more:
             found |= more
         return found
@@ -120,7 +141,8 @@ class Measure:
         options = self.options_of(candidate)
         known = self.store.known(candidate.name, options)
         if known is None:
-            known = self._measured(candidate, options)
+            alike = self.store.alike(options)
+            known = self._measured(candidate, options) if alike is None else replace(alike, name=candidate.name)
             self.store.add(known)
             figures = f"{known.speedup:.2f} times as fast, {known.psnr:.1f} dB"
             self.shown.say(f"{known.name}: {known.note or figures}")
@@ -131,20 +153,17 @@ class Measure:
         rounds = self.seeds[:ROUNDS]
         self.shown.begin(candidate.name, 1 + len(rounds) + len(self.seeds) + len(self.held_back))
         compiled = torch.compile(self.model, backend="moeca", options={**options, "progress": False})
-        first = self._run(compiled, self.seeds[0])[1]
-        found = report(compiled)
-        note = (
-            ""
-            if any(kind != "full" for kind in found.steps)
-            else CACHED_NOTHING.format(found.warnings[0] if found.warnings else _NO_REASON)
-        )
-        outputs, times, uncached_times = {}, [], []
-        for seed in (*self.seeds, *self.held_back):
-            if seed in rounds:
-                uncached_times.append(self._run(uncached, seed)[1])
-            outputs[seed], seconds = self._run(compiled, seed)
-            times.append(seconds)
-        _release(compiled)
+        outputs, times, uncached_outputs, uncached_times = {}, [], {}, []
+        with _released(compiled):
+            first = self._run(compiled, self.seeds[0])[1]
+            for seed in (*self.seeds, *self.held_back):
+                if seed in rounds:
+                    uncached_outputs[seed], seconds = self._run(uncached, seed)
+                    uncached_times.append(seconds)
+                outputs[seed], seconds = self._run(compiled, seed)
+                times.append(seconds)
+            found = report(compiled)
+            note = self._note(compiled, found, outputs)
         return Row(
             name=candidate.name,
             options=options,
@@ -157,10 +176,30 @@ class Measure:
             compile_seconds=max(0.0, first - median(times)),
             flops_speedup=found.flops.speedup if found.flops is not None else None,
             cache_bytes=found.planned_cache_bytes,
-            **self._qualities(outputs),
+            **(self._qualities(outputs) if self._comparable(outputs) else _WORST),
             environment=environment(self.model, self.device),
             note=note,
+            warnings=found.warnings,
+            uncached_psnr=self._psnr(uncached_outputs) if self._comparable(uncached_outputs) else None,
         )
+
+    def _note(self, compiled: Any, found: Report, outputs: Mapping[int, Tensor]) -> str:
+        """Why a candidate cannot be chosen, "" where it can."""
+        reason = found.warnings[-1] if found.warnings else _NO_REASON
+        record = record_of(compiled)
+        if record is not None and any(engine.failed for engine in record.engines):
+            return FAILED.format(reason)
+        if all(kind == "full" for kind in found.steps):
+            return CACHED_NOTHING.format(found.warnings[0] if found.warnings else _NO_REASON)
+        return "" if self._comparable(outputs) else NOT_COMPARABLE
+
+    def _psnr(self, outputs: Mapping[int, Tensor]) -> float:
+        wanted, span = self.known.outputs, self.known.data_range
+        return fmean(value for seed in outputs for value in psnr_of_each(outputs[seed], wanted[seed], span))
+
+    def _comparable(self, outputs: Mapping[int, Tensor]) -> bool:
+        wanted = self.known.outputs
+        return all(each.shape == wanted[seed].shape and each.isfinite().all() for seed, each in outputs.items())
 
     def _run(self, model: Any, seed: int) -> tuple[Tensor, float]:
         found = runs.run(self.sample, model, seed, self.device)
@@ -184,12 +223,25 @@ class Measure:
         }
 
 
-def _release(compiled: Any) -> None:
-    """Drop the compiled steps and caches of a candidate, and its CUDA graphs with them."""
-    record = record_of(compiled)
-    for engine in record.engines if record is not None else ():
-        for loop in list(engine.loops.values()):
-            engine.forget(loop)
+def usual_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options with a recipe, and the corrector where the recipe takes it."""
+    plain, corrected = {"recipe": recipe, **options}, {"recipe": recipe, "corrector": True, **options}
+    try:
+        MoecaConfig.from_options(corrected)
+    except ConfigError as error:
+        return plain if error.field == "corrector" and "corrector" not in options else corrected
+    return corrected
+
+
+@contextmanager
+def _released(compiled: Any) -> Iterator[None]:
+    """Drop what is known of a compiled candidate after the block, also where it fails."""
+    try:
+        yield
+    finally:
+        record = record_of(compiled)
+        if record is not None:
+            forget(record)
 
 
 def environment(model: nn.Module, device: torch.device) -> dict[str, Any]:

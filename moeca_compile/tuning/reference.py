@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moeca_compile.runtime.scope import current_time
-from moeca_compile.tuning.quality import psnr_of_each
+from moeca_compile.tuning.quality import REPEATABLE, psnr_of_each
 
 Sample = Callable[[Any, int], Tensor]
 """The user's sampling loop: (model, seed) -> outputs [B, ...]."""
@@ -35,8 +35,6 @@ NOT_STEPS = (
     "steps={0} does not fit the {1} calls of the model in a generation: they are no whole number for each step"
 )
 
-_REPEATABLE = 30.0
-"""dB between two runs of one seed: kernels may sum in another order, and chaotic pictures make much of it."""
 _MOST = 1 << 16
 """So many elements of each output of the model are kept for inner products, evenly spread."""
 
@@ -90,9 +88,7 @@ def run(sample: Sample, model: Any, seed: int, device: torch.device) -> tuple[Te
     seconds = time.perf_counter() - start
     if not isinstance(outputs, Tensor) or not outputs.ndim:
         raise ValueError(NO_TENSOR.format(type(outputs).__name__ if not isinstance(outputs, Tensor) else "number"))
-    outputs = outputs.detach().to("cpu", torch.float32)
-    if not outputs.isfinite().all():
-        raise ValueError(NOT_FINITE.format(seed))
+    outputs = outputs.detach().to("cpu", torch.float32, copy=True)  # a loop may fill one buffer again
     return outputs, seconds
 
 
@@ -124,6 +120,8 @@ def reference_runs(
         with _recorded(model, seed in kept) as generation:
             outputs[seed], _ = run(sample, model, seed, device)
         done()
+        if not outputs[seed].isfinite().all():
+            raise ValueError(NOT_FINITE.format(seed))
         if not generation.numbers:
             raise ValueError(NOT_CALLED)
         calls = len(generation.numbers)
@@ -152,7 +150,7 @@ def _check_seeds(outputs: Mapping[int, Tensor], seeds: Sequence[int], again: Ten
     if first.shape == second.shape and torch.equal(first, second):
         raise ValueError(NO_SEED)
     apart = min(psnr_of_each(again, first, data_range)) if again.shape == first.shape else 0.0
-    if apart < _REPEATABLE:
+    if apart < REPEATABLE:
         raise ValueError(NOT_REPEATED.format(apart))
 
 
@@ -184,6 +182,8 @@ def _first_tensor(result: Any) -> Tensor | None:
         return result if result.is_floating_point() else None
     if isinstance(result, Mapping):
         result = list(result.values())
+    elif is_dataclass(result):
+        result = [getattr(result, each.name) for each in fields(result)]
     if isinstance(result, (tuple, list)):
         return next((found for each in result if (found := _first_tensor(each)) is not None), None)
     return None

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moeca_compile.tuning.quality import BEST, REPEATABLE, psnr_of_each
+
 FORM, FORMAT = "moeca_tuning", 1
 OTHER = "{0} has rows of another tune: {1} was {2!r} there and is {3!r} now. Give another path, or remove the file"
+OTHER_LOOP = (
+    "{0} has rows of another tune: the uncached outputs were others there ({1}). Give another path, or remove it"
+)
 DAMAGED = "{0} is damaged or has no rows of a tune ({1}). Give another path, or remove the file"
 
 
@@ -36,6 +43,8 @@ class Row:
         held_back_psnr, held_back_metric: the same on the seeds that were held back.
         environment: device, threads, dtype and versions of this measurement.
         note: why the row cannot be chosen, "" where it can.
+        warnings: of the candidate's report after all its generations.
+        uncached_psnr: mean PSNR of the uncached model, compiled, in the timed generations: what rounding alone does.
     """
 
     name: str
@@ -57,6 +66,8 @@ class Row:
     held_back_metric: float | None
     environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    warnings: tuple[str, ...] = ()
+    uncached_psnr: float | None = None
 
     @property
     def quality(self) -> float:
@@ -74,6 +85,7 @@ class Row:
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """Raises TypeError or KeyError for values that are none of a row."""
         lists = {name: tuple(values[name]) for name in ("times", "uncached_times")}
+        lists["warnings"] = tuple(values.get("warnings", ()))
         return cls(**{**values, **lists})
 
 
@@ -83,26 +95,40 @@ class Store:
     Args:
         path: where each row is written as soon as it is there; None keeps them in memory alone.
         subject: what the rows depend on, in plain values: a file with another one is refused.
+        outputs: [N] values of the uncached outputs; a file is refused where they are further apart than two runs of
+            one seed may be.
 
     Raises ValueError where the file is damaged or of another tune.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, subject: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, subject: Mapping[str, Any], outputs: Sequence[float] = ()
+    ) -> None:
         self.path = None if path is None else Path(path).expanduser()
-        self.subject = json.loads(json.dumps(subject))
+        self.subject, self.outputs = json.loads(json.dumps(subject)), [*outputs]
         self.rows = self._read() if self.path is not None and self.path.exists() else {}
+        self.asked: dict[str, Row] = {}
+        """The rows that this tune has asked for: a file may have those of other recipes and wishes."""
 
     def known(self, name: str, options: Mapping[str, Any]) -> Row | None:
         """The row of that name, if it was measured with these options."""
         row = self.rows.get(name)
-        return row if row is not None and row.options == json.loads(json.dumps(options)) else None
+        if row is None or row.options != json.loads(json.dumps(options)):
+            return None
+        self.asked[name] = row
+        return row
+
+    def alike(self, options: Mapping[str, Any]) -> Row | None:
+        """A row of any name that was measured with these options: one full step is one by every schedule."""
+        plain = json.loads(json.dumps(options))
+        return next((row for row in self.rows.values() if json.loads(json.dumps(row.options)) == plain), None)
 
     def add(self, row: Row) -> None:
-        self.rows[row.name] = row
+        self.rows[row.name] = self.asked[row.name] = row
         if self.path is None:
             return
-        values = {FORM: FORMAT, "subject": self.subject, "rows": [each.to_dict() for each in self.rows.values()]}
-        write_json(self.path, values)
+        rows = [each.to_dict() for each in self.rows.values()]
+        write_json(self.path, {FORM: FORMAT, "subject": self.subject, "outputs": self.outputs, "rows": rows})
 
     def _read(self) -> dict[str, Row]:
         assert self.path is not None
@@ -111,12 +137,23 @@ class Store:
             if values[FORM] != FORMAT:
                 raise ValueError(f"format {values[FORM]!r}")
             subject, rows = dict(values["subject"]), [Row.from_dict(row) for row in values["rows"]]
+            outputs = [float(value) for value in values["outputs"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(DAMAGED.format(self.path, f"{type(error).__name__}: {error}")) from None
         for name, now in self.subject.items():
             if subject.get(name) != now:
                 raise ValueError(OTHER.format(self.path, name, subject.get(name), now))
+        if len(outputs) != len(self.outputs):
+            raise ValueError(OTHER_LOOP.format(self.path, f"{len(outputs)} values and {len(self.outputs)}"))
+        apart = _decibels(outputs, self.outputs)
+        if apart < REPEATABLE:
+            raise ValueError(OTHER_LOOP.format(self.path, f"{apart:.0f} dB apart"))
         return {row.name: row for row in rows}
+
+
+def _decibels(found: Sequence[float], wanted: Sequence[float]) -> float:
+    span = max(wanted, default=0.0) - min(wanted, default=0.0)
+    return psnr_of_each(torch.tensor([found]), torch.tensor([wanted]), span)[0] if span else BEST
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -36,11 +36,13 @@ class Found:
 
 
 class NothingCachedError(RuntimeError):
-    """No recipe could cache anything in this model; the message has the reasons."""
+    """No recipe could cache anything in this model, or gave outputs to compare; the message has the reasons."""
 
 
 def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
     """Measure candidates, and take the best that meets the wish and holds up on the seeds that were held back.
+
+    Where nothing that meets the wish holds up, the best that meets it is taken; where nothing meets it, the nearest.
 
     The default candidate is what docs/recipes.md says: a forecast of the stack's change (or what else of `recipes`
     caches anything first), power schedule and corrector.
@@ -75,9 +77,10 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
     for factor in _BESIDE:
         full = min(max(2, round(factor * best.full)), measure.steps - 1)
         measure.row(_with(measure, best, full))
-    rated = {kind: measure.row(Candidate(recipe, kind, default.full_steps)).quality for kind in kinds}
+    tried = {kind: measure.row(Candidate(recipe, kind, default.full_steps)) for kind in kinds}
+    rated = {kind: row.quality for kind, row in tried.items() if not row.note}
     better = max(rated, key=lambda each: rated[each]) if rated else None
-    return _taken([row for row in measure.store.rows.values() if not row.note], default, wish, better)
+    return _taken([row for row in measure.store.asked.values() if not row.note], default, wish, better)
 
 
 def _taken(rows: Sequence[Row], default: Row, wish: Wish, kind: str | None) -> Found:
@@ -86,7 +89,7 @@ def _taken(rows: Sequence[Row], default: Row, wish: Wish, kind: str | None) -> F
     if not meeting:
         return Found(min(rows, key=wish.shortfall), default, False, kind)
     holding = [row for row in meeting if row is default or wish.holds_up(row, default)]
-    # Where the default candidate itself misses the wish, what meets it is taken all the same.
+    # The default candidate may itself miss the wish: what meets it is taken all the same.
     return Found((holding or meeting)[0], default, True, kind)
 
 
@@ -100,28 +103,30 @@ def _default(measure: Measure, wish: Wish, recipes: Sequence[str]) -> tuple[str,
         if not first.note:
             return recipe, _fitting(measure, wish, partial(Candidate, recipe, "power"), hint)
         reasons.append(f"{recipe}: {first.note}")
-    raise NothingCachedError("no recipe caches anything in this model. " + "; ".join(reasons))
+    raise NothingCachedError("no recipe can be used with this model. " + "; ".join(reasons))
 
 
 def _fitting(measure: Measure, wish: Wish, make: Callable[[int], Candidate], full: int) -> Row:
     """The row with the number of full steps that just meets the wish, found by a few probes from `full` on.
 
-    That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it.
+    That is the most for a wish of speed, the fewest for one of quality. The nearest where none meets it. The first
+    probe must be one that can be chosen.
     """
     low, high, rows = 0, measure.steps, []
     for _ in range(_PROBES):
         row = measure.row(make(full))
         rows.append(row)
-        if wish.meets(row) is wish.is_quality:
+        if not row.note and wish.meets(row) is wish.is_quality:
             high = min(high, full)
         else:
             low = max(low, full)
         if high - low <= 1:
             break
         full = min(max(_predicted(row, wish, measure.steps), low + 1), high - 1)
-    meeting = [row for row in rows if wish.meets(row)]
+    usable = [row for row in rows if not row.note]
+    meeting = [row for row in usable if wish.meets(row)]
     if not meeting:
-        return min(rows, key=wish.shortfall)
+        return min(usable, key=wish.shortfall)
     return (min if wish.is_quality else max)(meeting, key=lambda row: row.full_steps)
 
 

@@ -5,27 +5,42 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeca_compile._torch_private import compiled_module, dynamo_is_running, forget_code
 from moeca_compile.config import MoecaConfig
+from moeca_compile.policies import RECIPES as POLICIES
 from moeca_compile.policies.policy import SPACED
 from moeca_compile.tuned_file import fingerprint
 from moeca_compile.tuning.calibrate import tables
-from moeca_compile.tuning.measure import Measure, Metric, environment
+from moeca_compile.tuning.measure import Measure, Metric, environment, usual_options
 from moeca_compile.tuning.reference import Reference, Sample, reference_runs
 from moeca_compile.tuning.rows import Store
 from moeca_compile.tuning.search import search
 from moeca_compile.tuning.shown import Shown
 from moeca_compile.tuning.tuned import Tuned
-from moeca_compile.tuning.wish import wish_of
+from moeca_compile.tuning.wish import Wish, wish_of
 
+BELOW = ". The uncached model itself, compiled, is at {0:.1f} dB by rounding alone"
+NOT_HELD_UP = (
+    "moeca: on the seeds that were held back, the chosen {0!r} is worse than the default candidate {1!r}. Give more "
+    "seeds, or look at tuned.frontier"
+)
+NOT_CALIBRATED = (
+    "moeca: no schedule was calibrated: the {0} calls of the model are no whole number for each of {1} steps (give "
+    "steps=...), or it returns no floating-point tensor"
+)
+UNCACHED = "moeca: speed-ups are over an uncached model that is not as fast as it could be: {0}"
+SCHEDULED = tuple(recipe for recipe, policy in POLICIES.items() if "schedule" in policy.options)
+"""The recipes that can be tried: those with full steps at places that a schedule says."""
+UNSCHEDULED = "recipes: {0!r} has no schedule of full steps. tune tries recipes with a schedule: {1}"
 RECIPES = ("stack-forecast", "fora-forecast")
 """The recipes that are tried: docs/recipes.md says which model wants which."""
 COMPILED = "the model is compiled already: pass the module itself, not what torch.compile returned"
@@ -37,6 +52,8 @@ NOT_MET = (
     "moeca: the wish {0}={1:g} was not met. The nearest of what was tried, {2!r}, has a speed-up of {3:.2f} and "
     "{4:.1f} dB; tuned.frontier has the others"
 )
+_VALUES = 2048
+"""So many values of the uncached outputs tell whether a file of rows is of this loop."""
 _COMPILATIONS = 64
 """So many times Dynamo may compile the model's code in a tune; it gives up after 8 by itself."""
 
@@ -68,8 +85,11 @@ def tune(
 
     Runs uncached first, which gives the outputs to come near to, the number of steps, and by the inner products of
     the model's outputs calibrated schedules. Then it measures a dozen candidates, each in turns with the uncached
-    model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: what is taken is
-    no worse on them than the default candidate (`stack-forecast`, power schedule, corrector).
+    model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: of what meets
+    the wish, what is no worse on them than the default candidate (`stack-forecast`, power schedule, corrector) goes
+    first; for a wish of quality, meeting the wish on them is enough. What is taken because nothing such is there, or
+    because nothing meets the wish, may be worse on them than the default: `Tuned.held_up` and a warning say so.
+    Whether the wish is met is not measured again after the choice.
 
     Args:
         model: the uncompiled model, in eval mode.
@@ -93,7 +113,7 @@ def tune(
     NothingCachedError (a RuntimeError) where no recipe can cache anything.
     """
     wish, names = wish_of(speedup, psnr, seconds), _seeds(seeds)
-    _check(model, recipes, options or {})
+    _check(model, recipes, options or {}, resume)
     given = _plain(dict(options or {}))
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     held = max(1, len(names) // 4)
@@ -102,7 +122,7 @@ def tune(
         shown.begin("uncached", len(names) + 1)
         known = reference_runs(model, sample, names, decisive, steps, device, shown.advance)
         calibrated = tables(known.gram, known.weights) if known.gram is not None else {}
-        store = Store(resume, _subject(model, known, names, given, device))
+        store = Store(resume, _subject(model, known, names, given, metric, device), _some(known.outputs.values()))
         measure = Measure(
             model,
             sample,
@@ -116,16 +136,16 @@ def tune(
             device,
             shown,
         )
-        found = search(measure, wish, recipes)
-    if not found.met:
-        row = found.chosen
-        warnings.warn(NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr), stacklevel=2)
-    return Tuned(
+        try:
+            found = search(measure, wish, recipes)
+        finally:
+            measure.release()
+    outcome = Tuned(
         wish={wish.kind: wish.value},
         met=found.met,
         chosen=found.chosen.name,
         default=found.default.name,
-        rows=tuple(store.rows.values()),
+        rows=tuple(store.asked.values()),
         steps=known.steps,
         calls=known.calls,
         seeds=decisive,
@@ -134,9 +154,30 @@ def tune(
         model=fingerprint(model),
         environment=environment(model, device),
     )
+    for text in _warnings(outcome, wish, known, calibrated, measure.uncached_warnings):
+        warnings.warn(text, stacklevel=2)
+    return outcome
 
 
-def _check(model: Any, recipes: Sequence[str], options: Mapping[str, Any]) -> None:
+def _warnings(
+    found: Tuned, wish: Wish, known: Reference, calibrated: Mapping[str, Any], uncached: Sequence[str]
+) -> Iterator[str]:
+    """What the user should know of an outcome."""
+    row, floor = found.row, found.uncached_psnr
+    if not found.met:
+        text = NOT_MET.format(wish.kind, wish.value, row.name, row.speedup, row.psnr)
+        yield text + (BELOW.format(floor) if wish.is_quality and floor is not None and floor < wish.value else "")
+    if not found.held_up:
+        yield NOT_HELD_UP.format(found.chosen, found.default)
+    if not calibrated and known.gram is None:
+        yield NOT_CALIBRATED.format(known.calls, known.steps)
+    if uncached:
+        yield UNCACHED.format(uncached[0])
+
+
+def _check(
+    model: Any, recipes: Sequence[str], options: Mapping[str, Any], resume: str | os.PathLike[str] | None
+) -> None:
     """Raise what is wrong with the arguments, before any work."""
     if compiled_module(model) is not None:
         raise ValueError(COMPILED)
@@ -150,22 +191,32 @@ def _check(model: Any, recipes: Sequence[str], options: Mapping[str, Any]) -> No
         if name in options:
             raise ValueError(DECIDED.format(name))
     for recipe in recipes:
-        whole = {"steps": 2, "full_steps": [0]}
-        MoecaConfig.from_options({"recipe": recipe, "schedule": whole, "corrector": True, **options})
+        MoecaConfig.from_options({"recipe": recipe})
+        if recipe not in SCHEDULED:
+            raise ValueError(UNSCHEDULED.format(recipe, ", ".join(SCHEDULED)))
+        MoecaConfig.from_options({**usual_options(recipe, options), "schedule": {"steps": 2, "full_steps": [0]}})
+    place = None if resume is None else Path(resume).expanduser()
+    if place is not None and (not place.parent.is_dir() or place.is_dir()):
+        raise ValueError(f"resume={os.fspath(place)!r}: name a file in a folder that exists")
 
 
 @contextmanager
 def _compilations_of(model: nn.Module) -> Iterator[None]:
-    """Let Dynamo compile a model often, inside, and forget it then: else it would not compile it any more."""
+    """Let Dynamo compile a model often, inside. It forgets before and after, else it would not compile any more."""
     config: Any = import_module("torch.compiler.config")
+    _forget_compiled(model)  # it may have given up on the model before
     try:
         with config.patch(recompile_limit=_COMPILATIONS):
             yield
     finally:
-        forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
-        codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
-        for code in codes if not dynamo_is_running() else ():
-            forget_code(code)
+        _forget_compiled(model)
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    codes = {code for each in forwards if (code := getattr(each, "__code__", None)) is not None}
+    for code in codes if not dynamo_is_running() else ():
+        forget_code(code)
 
 
 def _plain(value: Any) -> Any:
@@ -188,15 +239,34 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _subject(
-    model: nn.Module, known: Reference, seeds: Sequence[int], options: Mapping[str, Any], device: torch.device
+    model: nn.Module,
+    known: Reference,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    metric: Metric | None,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What rows depend on."""
-    first = known.outputs[seeds[0]]
+    """What rows depend on, beside the values of the outputs. A metric is known by its name alone."""
     return {
         "model": list(fingerprint(model)),
         "steps": known.steps,
         "seeds": list(seeds),
         "options": dict(options),
         "environment": environment(model, device),
-        "outputs": [list(first.shape), round(float(first.mean()), 2), round(float(first.std()), 2)],
+        "shape": list(known.outputs[seeds[0]].shape),
+        "metric": _name_of(metric),
     }
+
+
+def _name_of(metric: Metric | None) -> str | None:
+    if metric is None:
+        return None
+    named: Any = metric if hasattr(metric, "__qualname__") else type(metric)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _some(outputs: Iterable[Tensor]) -> list[float]:
+    """At most some thousand values, spread evenly."""
+    flat = torch.cat([each.flatten() for each in outputs])
+    found: list[float] = flat[:: -(-len(flat) // _VALUES)].tolist()
+    return found

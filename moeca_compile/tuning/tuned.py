@@ -13,6 +13,7 @@ from moeca_compile import tuned_file
 from moeca_compile.text import binary_bytes
 from moeca_compile.tuned_file import FORM, FORMAT, Fingerprint
 from moeca_compile.tuning.rows import Row, write_json
+from moeca_compile.tuning.wish import Wish
 
 NO_MATPLOTLIB = "plots need matplotlib: pip install matplotlib"
 
@@ -23,9 +24,10 @@ class Tuned:
 
     Attributes:
         wish: what was wished for: {"speedup": 4.0}, {"psnr": 40.0} or {"seconds": 0.5}.
-        met: whether the chosen row meets it on the seeds that decided.
+        met: whether the chosen row meets it by the very times and outputs that decided. As the best of many
+            measurements they flatter a little; they are not taken again.
         chosen, default: names of the chosen row and of the default candidate's.
-        rows: all that was measured.
+        rows: all that this tune asked for.
         steps, calls: steps of a generation, and its calls of the model.
         seeds, held_back: the seeds that decided, and those that checked the decision.
         schedules: calibrated full steps, by their number.
@@ -57,6 +59,18 @@ class Tuned:
         return self.row.options
 
     @property
+    def held_up(self) -> bool:
+        """Whether the chosen row is no worse than the default candidate on the seeds that were held back. For a wish
+        of quality, meeting the wish there is enough."""
+        ((kind, value),) = self.wish.items()
+        return Wish(kind, value).holds_up(self.row, self.named(self.default))
+
+    @property
+    def uncached_psnr(self) -> float | None:
+        """dB of the uncached model, compiled, to the uncached outputs: what rounding alone does."""
+        return self.row.uncached_psnr
+
+    @property
     def frontier(self) -> tuple[Row, ...]:
         """The rows that no other one beats in both speed and quality, the fastest first."""
         usable = sorted((row for row in self.rows if not row.note), key=lambda row: (-row.speedup, -row.quality))
@@ -74,7 +88,8 @@ class Tuned:
         raise KeyError(name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a JSON file, which the options `tuned` and `schedule` take. Raises OSError where that fails."""
+        """Write it to a JSON file, which the options `tuned` and `schedule` take; `schedule` takes it for a file only
+        where the path ends in ".json". Raises OSError where that fails."""
         values = {
             FORM: FORMAT,
             "wish": dict(self.wish),
@@ -152,7 +167,20 @@ class Tuned:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (head, *body)
         ]
-        return "\n".join([f"{kind} {value:g}, {state}", where, *table, "* chosen, d default"])
+        if not self.held_up:
+            state += "; on the held-back seeds the chosen one is worse than the default"
+        floor = self.uncached_psnr
+        rounding = [] if floor is None else [f"uncached, compiled: {floor:.1f} dB, by rounding alone"]
+        lines = [f"{kind} {value:g}, {state}", where, *table, "* chosen, d default", *rounding, *self._remarks()]
+        return "\n".join(lines)
+
+    def _remarks(self) -> list[str]:
+        """The warnings of rows, each once, with the rows that had it."""
+        names: dict[str, list[str]] = {}
+        for row in self.rows:
+            for warning in row.warnings:
+                names.setdefault(warning, []).append(row.name)
+        return [f"{'; '.join(had)}: {warning}" for warning, had in names.items()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         mark = "*" * (row.name == self.chosen) + "d" * (row.name == self.default)

@@ -47,7 +47,8 @@ class Wish:
         return self.value if self.kind == "seconds" else uncached / self.value
 
     def holds_up(self, row: Row, default: Row) -> bool:
-        """Whether a row is no worse than the default candidate on seeds that were held back."""
+        """Whether a row is no worse than the default candidate on seeds that were held back; or meets the wish on
+        them, where that is one of quality."""
         if row.held_back_quality >= default.held_back_quality:
             return True
         return self.is_quality and row.held_back_psnr >= self.value

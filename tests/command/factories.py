@@ -133,6 +133,19 @@ def sample_tokens(model: Any, seed: int) -> torch.Tensor:
     return sample(model, seed).flatten(2)
 
 
+def sample_nan(model: Any, seed: int) -> torch.Tensor:
+    """Not finite, as in a dtype that overflows."""
+    return sample(model, seed) * float("inf")
+
+
+buffer = torch.zeros(2, 1, 8, 8)
+
+
+def sample_into_a_buffer(model: Any, seed: int) -> torch.Tensor:
+    """Each call returns the same tensor, filled again."""
+    return buffer.copy_(sample(model, seed))
+
+
 calls = 0
 
 

@@ -37,9 +37,9 @@ def small(monkeypatch):
     monkeypatch.setattr(factories, "model", lambda: make_model(SMALL))
 
 
-def compared(factory, *recipes, options=("lowering=eager", "validate=false"), seeds=(0, 1)):
+def compared(factory, *recipes, options=("lowering=eager", "validate=false"), seeds=(0, 1), sample="sample"):
     cpu = torch.device("cpu")
-    subject = bench.subject_named(AT + factory, f"{AT}sample", seeds, recipes_of(recipes, options), cpu, None)
+    subject = bench.subject_named(AT + factory, AT + sample, seeds, recipes_of(recipes, options), cpu, None)
     return bench.compare(subject, lambda line: None)
 
 
@@ -78,6 +78,24 @@ def test_warnings_of_a_recipe_are_remarks():
     eager, plain, fora = compared("wrapped", "fora", seeds=(0,)).rows
     assert eager.remarks == plain.remarks == () and eager.over_eager == 1
     assert any("the graph breaks here, because Python needs the value" in remark for remark in fora.remarks)
+
+
+def test_a_sampler_that_fills_one_buffer_again_is_compared_by_what_it_held(small):
+    found = compared("model", "stack full_every=4", sample="sample_into_a_buffer")
+    stack = found.rows[-1].likeness
+    assert not stack.equal and stack.psnr == compared("model", "stack full_every=4").rows[-1].likeness.psnr
+    assert not torch.equal(*found.results["eager"])
+
+
+def test_a_forward_of_the_instance_is_there_again_after_calls_were_counted():
+    model = make_model(SMALL)
+    with ways.counted_calls(model):
+        pass
+    assert "forward" not in vars(model)
+    own = model.forward = lambda *given: given
+    with ways.counted_calls(model) as calls:
+        model(1)
+    assert calls() == 1 and vars(model)["forward"] is own
 
 
 class Breaking(torch.nn.Module):
@@ -152,6 +170,16 @@ def test_a_generation_in_which_dynamo_compiled_is_run_again():
         ways.timed(way, sample, seed, torch.device("cpu"))
     assert runs == [4, 4, 4, 5, 5] and len(way.seconds) == len(way.results) == 3
     assert way.later_compile_seconds > 0 and not way.failure
+
+
+def test_a_generation_in_which_something_is_compiled_each_time_has_a_remark():
+    compiled, sizes = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False), iter(range(20, 40))
+    way = Way("torch.compile", compiled)
+    ways.timed(way, lambda model, seed: model(torch.ones(next(sizes))), 0, torch.device("cpu"))
+    assert next(sizes) == 20 + ways.AGAIN + 1 and way.still_compiling
+    eager = Way("eager", None, seconds=[1.0], results=way.results)
+    (remark,) = bench._row(way, eager, way, 8).remarks
+    assert "compiled in each of 5 runs" in remark
 
 
 def test_a_generation_in_which_a_kind_of_step_was_compiled_is_run_again(monkeypatch):
@@ -244,6 +272,7 @@ WRONG = {
         [f"{AT}model", f"{AT}sample_anew"],
         "two calls of tests.command.factories:sample_anew with seed 0",
     ),
+    "not finite": ([f"{AT}model", f"{AT}sample_nan"], "sample_nan returned values that are not finite for seed 0"),
     "raises": ([f"{AT}model", f"{AT}sample_raising"], "sample_raising raised KeyError in factories.py:"),
 }
 

@@ -9,6 +9,7 @@ from statistics import median
 import pytest
 import torch
 
+from moeca_compile.runtime.record import _by_module
 from moeca_compile.tuning import reference as runs
 from moeca_compile.tuning.measure import Candidate, Measure
 from moeca_compile.tuning.reference import reference_runs
@@ -17,6 +18,14 @@ from tests.tuning.tiny import EAGER, loop, small
 
 CPU = torch.device("cpu")
 SEEDS, HELD_BACK = (0, 1, 2, 3), (7,)
+
+
+@pytest.fixture(autouse=True)
+def room_for_compilations():
+    """Dynamo would give up the model's code after 8; a whole tune lets it do more."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 class Clock:
@@ -100,6 +109,24 @@ def test_quality_is_to_the_uncached_outputs_and_held_back_seeds_count_apart(meas
     assert row.held_back_quality == row.held_back_metric
 
 
+def test_the_uncached_model_has_its_rounding_and_its_warnings(measured):
+    measure, row, *_ = measured
+    assert 60 < row.uncached_psnr <= 150 and row.warnings == measure.uncached_warnings == ()
+    broken = copy(measure)
+    broken.shown, broken.model, broken.sample = (
+        Said(),
+        Breaking().eval(),
+        lambda model, seed: model(torch.ones(2) + seed),
+    )
+    broken.__dict__.pop("uncached")
+    assert broken.uncached is not None and "the graph breaks" in broken.uncached_warnings[0]
+
+
+class Breaking(torch.nn.Module):
+    def forward(self, x):
+        return x * x.sum().item()
+
+
 def test_a_row_says_what_ran_and_where(measured):
     _, row, _, _, _ = measured
     assert row.name == "stack-forecast, calibrated 3" and row.full_steps == 3 and row.note == ""
@@ -115,17 +142,72 @@ def test_a_known_row_is_not_measured_again(measured):
     assert measure.row(Candidate("stack-forecast", "calibrated", 3)) is row and len(clock.order) == before
 
 
-def test_steps_and_caches_of_a_candidate_are_dropped(measured, monkeypatch):
+def test_a_candidate_leaves_nothing_behind_also_where_it_fails(measured, monkeypatch):
     from moeca_compile.tuning import measure as module
 
     measure, kept = copy(measured[0]), []
-    monkeypatch.setattr(
-        module, "_release", lambda compiled, drop=module._release: (kept.append(compiled), drop(compiled))
-    )
+    monkeypatch.setattr(module, "forget", lambda record, drop=module.forget: (kept.append(record), drop(record)))
     measure.sample, measure.shown = loop(6), Said()
+    known = list(_by_module[measure.model])
     measure.row(Candidate("stack-forecast", "power", 2))
-    (engine,) = module.record_of(kept[0]).engines
+    (engine,) = kept[0].engines
     assert not engine.loops and engine.counted()[0].tallies.steps > 0
+    assert _by_module[measure.model] == known
+    measure.metric = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        measure.row(Candidate("stack-forecast", "power", 3))
+    failing, runs_left = loop(6), [3]
+
+    def sample(model, seed):
+        runs_left[0] -= 1
+        if not runs_left[0]:
+            raise KeyError("vae")
+        return failing(model, seed)
+
+    measure.sample = sample
+    with pytest.raises(KeyError):
+        measure.row(Candidate("stack-forecast", "uniform", 2))
+    assert _by_module[measure.model] == known and len(kept) == 3
+
+
+def test_the_same_options_by_another_name_are_not_measured_again(measured):
+    measure = copy(measured[0])
+    measure.sample, measure.shown = loop(6), Said()
+    first = measure.row(Candidate("stack-forecast", "power", 1))
+    measure.sample = None
+    assert measure.row(Candidate("stack-forecast", "uniform", 1)).times == first.times
+
+
+@pytest.mark.parametrize(
+    ("full", "spoil"), [(4, lambda x: x / 0), (5, lambda x: x[:1])], ids=["not finite", "another shape"]
+)
+def test_outputs_that_cannot_be_compared_are_a_note_and_end_no_tune(measured, full, spoil):
+    measure, plain = copy(measured[0]), loop(6)
+    measure.shown, measure.store = Said(), Store(None, {})
+    uncached = measure.uncached
+    measure.sample = lambda model, seed: plain(model, seed) if model is uncached else spoil(plain(model, seed))
+    row = measure.row(Candidate("stack-forecast", "power", full))
+    assert "not finite, or of another shape" in row.note and row.quality == row.held_back_psnr == -150
+
+
+def test_a_step_that_fails_later_is_a_note(measured, monkeypatch):
+    from moeca_compile.tuning import measure as module
+
+    measure, plain, runs_done = copy(measured[0]), loop(6), []
+    measure.shown, measure.store = Said(), Store(None, {})
+
+    def sample(model, seed):
+        runs_done.append(seed)
+        record = module.record_of(model)
+        if len(runs_done) > 4 and record is not None and record.config.recipe != "none":
+            for engine in record.engines:
+                monkeypatch.setattr(engine, "loop_for", lambda inputs: 1 / 0)
+        return plain(model, seed)
+
+    measure.sample = sample
+    row = measure.row(Candidate("stack-forecast", "uniform", 4))
+    assert row.note.startswith("a cached step failed, and the rest ran uncached: ") and "ZeroDivision" in row.note
+    assert row.warnings
 
 
 def test_what_caches_nothing_says_why(measured):

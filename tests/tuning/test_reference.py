@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,33 @@ def test_the_hook_is_gone_and_gradients_are_off():
     with pytest.raises(ZeroDivisionError):
         reference_runs(model, lambda model, seed: 1 / 0, (0, 1), (0,), None, CPU, lambda: None)
     assert not model._forward_hooks
+
+
+def test_outputs_in_a_dataclass_are_found():
+    @dataclass
+    class Outputs:
+        flag: torch.Tensor
+        sample: torch.Tensor
+
+    class Typed(Velocity):
+        def forward(self, x, t, scale=1.0):
+            found = super().forward(x, t, scale)
+            return Outputs(found["flag"], found["sample"])
+
+    def sample(model, seed):
+        x = noise(seed)
+        for t in (1.0, 0.7, 0.5, 0.4):
+            x = x - 0.1 * model(x, torch.full((2,), t), scale=1.0).sample
+        return x
+
+    found = reference_runs(Typed().eval(), sample, (0, 1, 2), (0, 1), None, CPU, lambda: None)
+    np.testing.assert_allclose(found.gram, recorded(once).gram)
+
+
+def test_a_loop_that_fills_one_buffer_again_is_seen_by_what_it_held():
+    buffer = torch.zeros(2, 3)
+    known, expected = recorded(lambda model, seed: buffer.copy_(once(model, seed))), recorded(once)
+    assert all(torch.equal(known.outputs[seed], expected.outputs[seed]) for seed in (0, 1, 2))
 
 
 def test_times_that_are_marked_count_before_arguments():

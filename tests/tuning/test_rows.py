@@ -31,11 +31,21 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(text, tmp_path):
         Store(path, SUBJECT)
 
 
+def test_outputs_may_differ_by_what_rounding_does_and_no_more(tmp_path):
+    path, values = tmp_path / "rows.json", [0.005 * i for i in range(200)]
+    Store(path, SUBJECT, values).add(row_of("one", 4, 2.0, 40.0, 39.0))
+    assert "one" in Store(path, SUBJECT, [value + 1e-3 for value in values]).rows
+    with pytest.raises(ValueError, match=r"the uncached outputs were others there \(20 dB apart\)"):
+        Store(path, SUBJECT, [value + 0.1 for value in values])
+
+
 def test_rows_of_another_tune_are_refused_with_what_differs(tmp_path):
     path = tmp_path / "rows.json"
     Store(path, SUBJECT).add(row_of("one", 4, 2.0, 40.0, 39.0))
     with pytest.raises(ValueError, match="steps was 8 there and is 9 now"):
         Store(path, {**SUBJECT, "steps": 9})
+    with pytest.raises(ValueError, match=r"the uncached outputs were others there \(0 values and 2\)"):
+        Store(path, SUBJECT, [0.0, 1.0])
     values = json.loads(path.read_text())
     values["rows"][0]["seconds_"] = values["rows"][0].pop("seconds")
     path.write_text(json.dumps(values))

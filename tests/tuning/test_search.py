@@ -41,9 +41,9 @@ def row_of(name: str, full: int, seconds: float, psnr: float, held: float, optio
 class Formula:
     """In place of Measure: 6 dB for each doubling of full steps, and seconds that are linear in them."""
 
-    def __init__(self, held=lambda candidate: 0.0, gain=lambda candidate: 0.0, idle=(), options=None):
+    def __init__(self, held=lambda candidate: 0.0, gain=lambda candidate: 0.0, idle=(), options=None, spoilt=()):
         self.steps, self.options, self.store = STEPS, options or {}, Store(None, {})
-        self.held, self.gain, self.idle = held, gain, idle
+        self.held, self.gain, self.idle, self.spoilt = held, gain, idle, spoilt
         self.tables = {kind: {full: (0,) for full in range(1, 26)} for kind in ("calibrated", "calibrated-mean")}
         self.measured: list[Candidate] = []
 
@@ -61,6 +61,8 @@ class Formula:
             each = CACHE if candidate.recipe.startswith("stack") else 2 * CACHE
             seconds = FULL * candidate.full + each * (STEPS - candidate.full)
             note = "nothing to cache" if candidate.recipe in self.idle else ""
+            if (candidate.schedule, candidate.full) in self.spoilt:
+                psnr, note = -150.0, "not finite"
             held = psnr + self.held(candidate)
             known = row_of(candidate.name, candidate.full, seconds, psnr, held, self.options_of(candidate), note)
             self.store.add(known)
@@ -126,6 +128,13 @@ def test_a_recipe_that_caches_nothing_gives_way():
     assert sum(candidate.recipe == "stack-forecast" for candidate in formula.measured) == 1
     with pytest.raises(NothingCachedError, match="stack-forecast: nothing to cache; fora-forecast: nothing to cache"):
         search(Formula(idle=RECIPES), Wish("speedup", 4.0), RECIPES)
+
+
+def test_rows_that_cannot_be_chosen_are_not_and_the_search_goes_on():
+    spoilt = [("power", 11), ("calibrated", 10), ("calibrated", 9)]
+    found = search(Formula(gain=worse_with_more, spoilt=spoilt), Wish("speedup", 4.0), RECIPES)
+    assert found.met and not found.chosen.note and not found.default.note and found.kind is not None
+    assert found.default.full_steps != 11
 
 
 @pytest.mark.parametrize(("wish", "full"), [(Wish("speedup", 45.0), 1), (Wish("psnr", 90.0), 49)])

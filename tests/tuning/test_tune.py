@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 import moeca_compile
 from moeca_compile import ConfigError, Tuned, tune
+from moeca_compile.runtime.record import _by_module
 from moeca_compile.tuning import tune as module
+from moeca_compile.tuning.measure import usual_options
+from moeca_compile.tuning.reference import Reference
+from moeca_compile.tuning.wish import Wish
 from tests.tuning.tiny import EAGER, loop, small
 
 STEPS = 6
@@ -38,6 +44,10 @@ def test_what_it_finds(tuned):
     assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)
     assert sum(weight.numel() for weight in model.parameters()) == found.model.elements
     assert found.chosen in str(found) and "held back" in str(found)
+
+
+def test_it_leaves_no_record_with_the_model(tuned):
+    assert tuned[1] not in _by_module
 
 
 def test_more_full_steps_are_nearer(tuned):
@@ -82,6 +92,40 @@ def test_rows_of_another_loop_are_refused(tuned):
         tune(model, loop(5), psnr=25.0, seeds=3, options=EAGER, resume=path)
 
 
+def test_rows_of_another_metric_or_other_outputs_are_refused(tuned):
+    _, model, path = tuned
+    with pytest.raises(ValueError, match=r"metric was None there and is '.*nearness' now"):
+        tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=path, metric=nearness)
+    shifted = lambda model, seed: loop(STEPS)(model, seed).flip(0)  # noqa: E731 - equal mean and deviation
+    with pytest.raises(ValueError, match=r"the uncached outputs were others there \(-?\d+ dB apart\)"):
+        tune(model, shifted, psnr=25.0, seeds=3, options=EAGER, resume=path)
+
+
+def nearness(outputs, wanted):
+    return -float((outputs - wanted).abs().max())
+
+
+def test_a_row_of_the_file_that_was_not_asked_for_is_not_chosen(tuned, tmp_path):
+    found, model, path = tuned
+    values, copied = json.loads(path.read_text()), tmp_path / "rows.json"
+    values["rows"].append({**values["rows"][0], "name": "fora, power 3", "speedup": 1e6, "psnr": 149.0, "note": ""})
+    copied.write_text(json.dumps(values))
+    again = tune(model, loop(STEPS), psnr=25.0, seeds=3, options=EAGER, resume=copied)
+    assert again == found
+
+
+@pytest.mark.parametrize("recipe", ["moeca", "delta", "toca", "duca"])
+def test_the_corrector_is_asked_of_recipes_that_take_it(recipe):
+    def begun(model, seed):
+        raise KeyError("begun")
+
+    with pytest.raises(KeyError, match="begun"):
+        tune(small(), begun, psnr=25.0, recipes=[recipe])
+    assert usual_options(recipe, {}) == {"recipe": recipe}
+    assert usual_options("stack", {}) == {"recipe": "stack", "corrector": True}
+    assert usual_options("stack", {"corrector": False}) == {"recipe": "stack", "corrector": False}
+
+
 def test_the_plot_has_all_rows_and_marks_the_chosen_one(tuned):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     ax = tuned[0].plot()
@@ -97,6 +141,28 @@ def test_a_wish_that_was_not_met_is_warned_of(tuned, monkeypatch):
     with pytest.warns(UserWarning, match=r"the wish psnr=149 was not met. The nearest of what was tried"):
         found = tune(model, loop(STEPS), psnr=149.0, seeds=3, options=EAGER, resume=path)
     assert not found.met and "not met" in str(found)
+
+
+def test_what_the_user_should_know_of_an_outcome(tuned):
+    found, _, _ = tuned
+    known = Reference({}, 7, 6, None, None, 1.0)
+    assert list(module._warnings(found, Wish("psnr", 25.0), known, {"calibrated": {}}, ())) == []
+    (text,) = module._warnings(found, Wish("psnr", 25.0), known, {}, ())
+    assert "the 7 calls of the model are no whole number for each of 6 steps" in text
+    (text,) = module._warnings(found, Wish("psnr", 25.0), known, {"calibrated": {}}, ("the graph breaks",))
+    assert text.endswith("is not as fast as it could be: the graph breaks")
+
+
+def test_a_choice_that_is_worse_on_held_back_seeds_is_said(tuned):
+    found, _, _ = tuned
+    worse = replace(found.row, name="worse", held_back_psnr=-1.0, warnings=("crowded",), uncached_psnr=24.0)
+    poor = replace(found, wish={"psnr": 149.0}, met=False, chosen="worse", rows=(*found.rows, worse))
+    assert found.held_up and "worse than the default" not in str(found) and not poor.held_up
+    assert "on the held-back seeds the chosen one is worse than the default" in str(poor)
+    assert "worse: crowded" in str(poor) and "uncached, compiled: 24.0 dB" in str(poor)
+    known = Reference({}, 6, 6, None, None, 1.0)
+    not_met, not_held = module._warnings(poor, Wish("psnr", 149.0), known, {"calibrated": {}}, ())
+    assert "itself, compiled, is at 24.0 dB" in not_met and "the chosen 'worse' is worse than" in not_held
 
 
 def test_the_log_says_how_far_it_is(tuned, caplog):
@@ -124,7 +190,12 @@ WRONG = {
     "did you mean": ({"psnr": 40.0, "options": {"cache_dtyp": None}}, ConfigError),
     "the tuner decides on full_every": ({"psnr": 40.0, "options": {"full_every": 3}}, ValueError),
     "'recipe' = 'stakc'": ({"psnr": 40.0, "recipes": ["stakc"]}, ConfigError),
-    "recipe 'teacache' ignores it": ({"psnr": 40.0, "recipes": ["teacache"]}, ConfigError),
+    "'teacache' has no schedule of full steps. tune tries recipes with a schedule: moeca, ": (
+        {"psnr": 40.0, "recipes": ["teacache"]},
+        ValueError,
+    ),
+    "recipe 'toca' ignores it": ({"psnr": 40.0, "recipes": ["toca"], "options": {"corrector": True}}, ConfigError),
+    "name a file in a folder that exists": ({"psnr": 40.0, "resume": "nowhere/rows.json"}, ValueError),
 }
 
 

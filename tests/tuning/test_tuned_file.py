@@ -40,6 +40,28 @@ def test_what_is_given_beside_the_file_counts(file):
     assert (config.cache_dtype, config.schedule, config.usual_steps) == (None, "power", 8)
 
 
+@pytest.mark.parametrize(
+    ("given", "schedule"),
+    [
+        ({"full_every": 5}, "uniform"),
+        ({"full_steps": [0, 2]}, "uniform"),
+        ({"warmup_steps": 3}, "uniform"),
+        ({"schedule": "power", "schedule_exponent": 2.0}, "power"),
+    ],
+    ids=str,
+)
+def test_what_says_where_full_steps_are_replaces_the_schedule_of_the_file(given, schedule, file):
+    config = MoecaConfig.from_options({"tuned": file, **given})
+    expected = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    assert {name: getattr(config, name) for name in given} == expected and config.schedule == schedule
+    assert config.corrector and config.cache_dtype is torch.bfloat16, "the other options stay"
+    assert MoecaConfig(**dataclasses.asdict(config)) == config
+
+
+def test_full_steps_given_beside_the_file_are_those_that_run(file):
+    assert run({"tuned": file, "full_every": 8})[0] == {"full": 1, "cache": 7}
+
+
 def test_a_tuned_config_round_trips(file):
     config = MoecaConfig.from_options({"tuned": file})
     assert MoecaConfig(**dataclasses.asdict(config)) == config == dataclasses.replace(config)
