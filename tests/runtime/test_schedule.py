@@ -105,6 +105,15 @@ def test_toca_s_steps_are_those_of_its_code():
     assert full == [0, 1, *(2 + n for n in toca_steps(20, 4))]
 
 
+@pytest.mark.parametrize("steps", range(1, 7))
+@pytest.mark.parametrize("warmup", range(6))
+def test_toca_s_schedule_of_generations_no_longer_than_the_warmup(steps, warmup):
+    plan = schedule(recipe="toca", warmup_steps=warmup)
+    full = [n for n in range(steps) if plan.parts_to_refresh(n - 1, n - 1, n, steps) == EVERYTHING]
+    before = list(range(min(steps, max(warmup, 1))))
+    assert full[: len(before)] == before and full[-1] == steps - 1
+
+
 def test_without_a_number_of_steps_it_is_even():
     assert parts(10, schedule="power") == ([0, 4, 8], [0, 4, 8])
 
