@@ -275,8 +275,9 @@ class Options:
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
         of the generation, where the model's output changes faster; "toca" spaces them as that paper's code for DiT
-        does, about N apart. The last two need the number of steps: what generation(model, steps=...) says, else that
-        of the last generation; until it is known, steps are uniform.
+        does, about N apart: some 4/3 as many at N = 4, and all steps at N = 1. The last two need the number of
+        steps: what generation(model, steps=...) says, else that of the last generation; until it is known, steps are
+        uniform.
         The path of a file that moeca_compile.tune(...).save(path) wrote takes as many where this model was found to
         need them ("calibrated"); in a generation of another length they are spread alike.""",
     )
