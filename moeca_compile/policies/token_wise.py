@@ -42,8 +42,7 @@ class TokenWise:
 
     def __init__(self, options: Options, regions: Regions, group: str = "") -> None:
         self.options, self.regions, self.group = options, regions, group
-        attended = {attention.residual for attention in regions.attentions}
-        residuals = [residual for residual in regions.residuals if residual not in attended]
+        residuals = _layers_of(regions)
         place = places([residual.output for residual in residuals])
         self.depth = max(place.values(), default=0) + 1
         self.statistics: dict[Attention, list[TokenStatistic]] = {}
@@ -193,6 +192,15 @@ class TokenWise:
             step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
         found: tuple[Sequence[Tensor], ...] = step.memo[self]
         return found
+
+
+def _layers_of(regions: Regions) -> list[Residual]:
+    """The residual branches that are feed-forwards or MoE layers. Around attention that was skipped there are branches
+    too: rows of these cannot be computed by themselves, so they run as in the model."""
+    attended = {attention.residual for attention in regions.attentions}
+    own = {feedforward.output for feedforward in regions.feedforwards}
+    own |= {layer.residual.output for layer in regions.experts}
+    return [each for each in regions.residuals if each.output in own and each not in attended]
 
 
 def layer_factor(place: int, depth: int) -> float:

@@ -215,6 +215,53 @@ def test_attention_to_words_ranks_tokens_by_its_entropy(eager_steps, score):
     same_generation(model, graph, reference, simulated_captioned, fresh_ratio=0.3, token_score=score)
 
 
+class Windowed(TinyDiTMoE):
+    """Its attention is within windows of four tokens, which is no attention of the stream's tokens."""
+
+    def attend(self, block: Block, z: Tensor) -> Tensor:
+        q, k, v = (split_heads(x.reshape(-1, 4, x.shape[-1])) for x in block.attn.qkv(z).chunk(3, -1))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return block.attn.proj(out.transpose(1, 2).reshape(z.shape))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.embed_inputs(x, t, y)
+        for block in self.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+            h = h + gate1.unsqueeze(1) * self.attend(block, modulate(block.norm1(h), shift1, scale1))
+            h = h + gate2.unsqueeze(1) * block.mlp(modulate(block.norm2(h), shift2, scale2))
+        return self.finish(h, c)
+
+
+@torch.no_grad()
+def simulated_windowed(model: Windowed, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
+    reference.next_step()
+    start, c = model.embed_inputs(x, torch.full((len(x),), time), y)
+    depth = len(model.blocks)
+
+    def blocks() -> Tensor:
+        h = start
+        for i, block in enumerate(model.blocks):
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+            h = h + gate1.unsqueeze(1) * model.attend(block, modulate(block.norm1(h), shift1, scale1))
+            z = modulate(block.norm2(h), shift2, scale2)
+            fed = reference.feedforward(f"layer {i}", i, depth, z, block.mlp, side=model.sizes.grid)
+            h = h + gate2.unsqueeze(1) * fed
+        return h
+
+    return model.finish(reference.stack(blocks), c)
+
+
+@pytest.mark.parametrize("recipe", ["toca", "duca"])
+def test_attention_that_is_not_understood_runs_at_every_step(eager_steps, recipe):
+    torch.manual_seed(0)
+    model = Windowed(Sizes(width=16, depth=2, heads=2, experts=3, expert_width=16)).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise, torch.ones(len(noise)), labels)
+    reference = TokenWise(STEPS, ratio=0.3, dual=recipe == "duca")
+    same_generation(model, graph, reference, simulated_windowed, fresh_ratio=0.3)
+    assert max(reference.fresh) > 1
+
+
 # --- schedule and shares ------------------------------------------------------------------------------------
 
 
