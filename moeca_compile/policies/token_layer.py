@@ -53,7 +53,7 @@ class TokenLayer:
     def store(self, step: Step) -> None:
         self.cached.store(step)
         shape = (self.layout.samples, self.layout.tokens)
-        step.updates[self.age] = torch.zeros(shape, device=step.weights.device)
+        step.updates[self.age] = torch.zeros(shape, dtype=torch.float32, device=step.weights.device)
 
     def scores(self, step: Step, options: Options) -> Tensor:
         """(B, N), the higher the sooner a token is recomputed."""

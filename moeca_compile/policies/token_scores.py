@@ -166,7 +166,8 @@ def by_chance(number: Tensor, layer: Tensor, samples: int, tokens: int) -> Tenso
     value = torch.arange(tokens, device=number.device) + 7919 * number + 104729 * layer
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         value = ((value ^ (value >> shift)) * factor) & 0xFFFFFFFF  # below 2^62 before it is cut to 32 bits
-    return ((value ^ (value >> 15)) / 2**32).to(torch.float32).expand(samples, -1)
+    bits = (value ^ (value >> 15)) >> 8  # 24 of them, which float32 holds exactly
+    return (bits.to(torch.float32) / 2**24).expand(samples, -1)
 
 
 def with_bonus(scores: Tensor, side: int) -> Tensor:

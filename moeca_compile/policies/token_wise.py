@@ -195,8 +195,11 @@ class TokenWise:
 
 
 def _layers_of(regions: Regions) -> list[Residual]:
-    """The residual branches that are feed-forwards or MoE layers. Around attention that was skipped there are branches
-    too: rows of these cannot be computed by themselves, so they run as in the model."""
+    """The residual branches that are feed-forwards or MoE layers.
+
+    Around attention that was skipped there are branches too: rows of these cannot be computed by themselves, so they
+    run as in the model.
+    """
     attended = {attention.residual for attention in regions.attentions}
     own = {feedforward.output for feedforward in regions.feedforwards}
     own |= {layer.residual.output for layer in regions.experts}

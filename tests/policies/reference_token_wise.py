@@ -148,4 +148,4 @@ def chance(token: int, number: int, layer: int) -> float:
     value = token + 7919 * number + 104729 * layer
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         value = ((value ^ (value >> shift)) * factor) % 2**32
-    return (value ^ (value >> 15)) / 2**32
+    return ((value ^ (value >> 15)) >> 8) / 2**24

@@ -16,9 +16,9 @@ from moeca_compile.passes.rewrite.kinds import TOLD, StepKind
 from moeca_compile.policies import toca
 from moeca_compile.policies.policy import CacheStepAt
 from moeca_compile.policies.token_scores import by_chance, with_bonus
-from tests.harness import captured
+from tests.harness import caches_of, captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
-from tests.policies.reference_token_wise import TokenWise
+from tests.policies.reference_token_wise import TokenWise, chance
 from tests.policies.variable_k_models import ExpertChoice, PairsMoE, Threshold, make_pairs_model, mark
 from tests.runtime.joint_models import SIZES, TEXT, SingleStream, Streams, TextFirst, split_heads
 
@@ -354,6 +354,23 @@ def test_chance_is_even_and_other_at_each_step_and_layer():
     best = Counter(found.argmax(1).tolist())
     assert len(best) > 55 and max(best.values()) < 18, "300 draws of 64 tokens"
     assert found.corrcoef().fill_diagonal_(0).abs().mean() < 0.12
+
+
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.float16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_chance_and_caches_do_not_depend_on_the_default_dtype(model, graph, half_by_default):
+    found = by_chance(torch.tensor(3), torch.tensor(1), 1, 64)
+    assert found.dtype == torch.float32 and found[0].tolist() == [chance(i, 3, 1) for i in range(64)]
+    loop = graph.loop(recipe="toca", lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    found = loop.eager(StepKind(), graph.arguments(), state, weights).updates
+    dtypes = {spec.name: spec.dtype for spec in loop.compiled.plan.caches}
+    assert {name: value.dtype for name, value in found.items()} == {name: dtypes[name] for name in found}
 
 
 def test_planned_flops_are_those_of_the_shares(graph):
