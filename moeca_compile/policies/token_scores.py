@@ -45,7 +45,7 @@ class Measure:
     """What may be known of the tokens of an attention.
 
     Attributes:
-        compute: (step, attention) -> (B, N), a number for each token of the attention's output.
+        compute: (step, attention) -> (B, N) float32, a number for each token of the attention's output.
         inputs: the values of the graph that this reads.
         flops: what it costs.
     """
@@ -77,7 +77,9 @@ class TokenStatistic:
         return list(self.measure.inputs(self.attention))
 
     def store(self, step: Step) -> None:
-        step.updates[self.name] = self.measure.compute(step, self.attention).contiguous()
+        # Under the user's autocast, products of float32 values would be computed in 16 bits.
+        with torch.autocast(step.weights.device.type, enabled=False):
+            step.updates[self.name] = self.measure.compute(step, self.attention).contiguous()
 
 
 def received(step: Step, attention: Attention) -> Tensor:

@@ -373,6 +373,19 @@ def test_chance_and_caches_do_not_depend_on_the_default_dtype(model, graph, half
     assert {name: value.dtype for name, value in found.items()} == {name: dtypes[name] for name in found}
 
 
+@pytest.mark.parametrize("score", ["attention", "value_norm"])
+def test_statistics_of_attention_are_float32_under_autocast(graph, score):
+    loop = graph.loop(recipe="toca", token_score=score, lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loop.eager(StepKind(), graph.arguments(), state, weights).updates
+    statistics = [value for name, value in found.items() if name.startswith("statistic")]
+    assert {value.dtype for value in statistics} == {torch.float32} and len(statistics) == 4
+    if score == "attention":
+        for value in statistics:  # each query gives 1
+            torch.testing.assert_close(value.sum(1), torch.full((2,), 16.0), rtol=1e-6, atol=0)
+
+
 def test_planned_flops_are_those_of_the_shares(graph):
     plan = graph.loop(recipe="toca", validate=False).compiled.plan
     tokens = plan.sizes[1]
