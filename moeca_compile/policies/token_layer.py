@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.match.regions import Experts, Residual
-from moeca_compile.passes.rewrite.kinds import TOLD, CacheSpec, Part, Role
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, CacheSpec, Part, Role
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
@@ -76,13 +76,16 @@ class TokenLayer:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the host says of each step (kinds.TOLD); no step fills it. `node` is any value of the graph."""
+class StepScalars:
+    """The numbers of each step that the host writes (kinds.STEP_SCALARS): they need memory, and no step fills it.
+
+    `node` is any value of the graph.
+    """
 
     node: fx.Node
 
     def specs(self) -> list[CacheSpec]:
-        return [TOLD]
+        return [STEP_SCALARS]
 
     def reads(self) -> list[fx.Node]:
         return [self.node]

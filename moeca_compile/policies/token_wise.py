@@ -15,7 +15,7 @@ from torch import Tensor
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Layout, offset_in
 from moeca_compile.passes.match.regions import Attention, Regions, Residual
-from moeca_compile.passes.rewrite.kinds import TOLD, Part
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, Part
 from moeca_compile.passes.rewrite.layers import rows_through_layers
 from moeca_compile.passes.rewrite.replacement import Cache, Replacement
 from moeca_compile.passes.rewrite.step import Step
@@ -23,7 +23,7 @@ from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
 from moeca_compile.policies.cached import Cached
 from moeca_compile.policies.depth import places
-from moeca_compile.policies.token_layer import TokenLayer, Told
+from moeca_compile.policies.token_layer import StepScalars, TokenLayer
 from moeca_compile.policies.token_scores import Measure, TokenStatistic
 
 Tokens = tuple[Tensor, Tensor]
@@ -125,12 +125,12 @@ class TokenWise:
 
     def _feedforward(self, layer: TokenLayer) -> Replacement:
         output = layer.residual.output
-        told: list[Cache] = [Told(output)] if layer is self.layers[0] else []
+        scalars: list[Cache] = [StepScalars(output)] if layer is self.layers[0] else []
         return Replacement(
             output,
             layer.residual.stream,
             Part.EXPERTS,
-            (layer, *told),
+            (layer, *scalars),
             partial(self._reuse, layer),
             recomputes_rows=True,
             chosen=output,
@@ -184,10 +184,10 @@ class TokenWise:
     def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
         """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""
         if self not in step.memo:
-            told = step.state[TOLD.name]
-            place = torch.arange(self.depth, device=told.device)
-            factors = FIRST - (FIRST - LAST) * (place.to(told.dtype) / max(1, self.depth - 1))
-            ratio, number = (told[0] * factors).clamp(0, 1), told[1].to(torch.int64).expand(self.depth)
+            scalars = step.state[STEP_SCALARS.name]
+            place = torch.arange(self.depth, device=scalars.device)
+            factors = FIRST - (FIRST - LAST) * (place.to(scalars.dtype) / max(1, self.depth - 1))
+            ratio, number = (scalars[0] * factors).clamp(0, 1), scalars[1].to(torch.int64).expand(self.depth)
             # Taken apart here, so that layers do not differ in which element they take.
             step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
         found: tuple[Sequence[Tensor], ...] = step.memo[self]

@@ -12,7 +12,7 @@ import moeca_compile
 from examples.dit import Block, modulate, rotate
 from moeca_compile.config import MoecaConfig
 from moeca_compile.options import ConfigError
-from moeca_compile.passes.rewrite.kinds import TOLD, StepKind
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, StepKind
 from moeca_compile.policies import toca
 from moeca_compile.policies.policy import CacheStepAt
 from moeca_compile.policies.token_scores import by_chance, with_bonus
@@ -322,7 +322,7 @@ def test_a_trace_shows_which_tokens_were_recomputed():
 
 def test_a_step_reads_what_the_host_says_and_draws_no_random_numbers(model, graph):
     loop = graph.loop(recipe="toca", token_score="random", lowering="eager")
-    assert TOLD in loop.compiled.plan.caches
+    assert STEP_SCALARS in loop.compiled.plan.caches
     state = torch.get_rng_state()
     x, y = make_inputs(model)
     with torch.no_grad(), moeca_compile.generation(steps=STEPS):
