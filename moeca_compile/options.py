@@ -339,7 +339,8 @@ class Options:
         """The share of the tokens that a cache step of toca recomputes, and every second one of duca, before the
         paper's factors: 2.5 for feed-forwards, one that grows from 0.6 to 1.4 over the generation, and one that falls
         from 1.8 to 0.2 over the layers. The second needs the number of steps, as schedule="power" does; until it is
-        known it is 1.""",
+        known it is 1. From 1/7 on, late steps share the bucket for all tokens: each of their layers runs as many as
+        the last step recomputes there, rounded up to one of the capacities.""",
     )
     token_score: str = setting(
         "attention",

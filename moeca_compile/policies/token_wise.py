@@ -37,11 +37,12 @@ class TokenWise:
     """The replacements for one graph's regions.
 
     Args:
+        largest: the largest share of the tokens that a step has (Policy.share_at), before the factor of the layer.
         group: that of the cache steps which recompute tokens.
     """
 
-    def __init__(self, options: Options, regions: Regions, group: str = "") -> None:
-        self.options, self.regions, self.group = options, regions, group
+    def __init__(self, options: Options, regions: Regions, largest: float, group: str = "") -> None:
+        self.options, self.regions, self.largest, self.group = options, regions, largest, group
         residuals = _layers_of(regions)
         place = places([residual.output for residual in residuals])
         self.depth = max(place.values(), default=0) + 1
@@ -173,13 +174,14 @@ class TokenWise:
     def _capacity(self, layer: TokenLayer, step: Step) -> int:
         """The most tokens that a step of this kind recomputes in a layer: one of few sizes, so that layers are alike.
 
-        A step with capacity for all tokens may have a ratio beyond 1, of which late layers take a part.
+        The last bucket is for all steps beyond the one before it, up to the largest share, which may be beyond 1.
         """
         assert self.regions.main is not None
         tokens, share = layer.layout.tokens, step.kind.capacity / self.regions.main.tokens
-        most = share * layer_factor(layer.place, self.depth) * tokens if share < 1 else tokens
+        bound = share if share < 1 else self.largest
+        most = min(tokens, ceil(bound * layer_factor(layer.place, self.depth) * tokens))
         sizes = (ceil(fraction * tokens) for fraction in self.options.capacities)
-        return next(size for size in sizes if size >= min(tokens, ceil(most))) if most else 0
+        return next(size for size in sizes if size >= most) if most else 0
 
     def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
         """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""

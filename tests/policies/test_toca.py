@@ -13,7 +13,7 @@ from examples.dit import Block, modulate, rotate
 from moeca_compile.config import MoecaConfig
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, StepKind
-from moeca_compile.policies import toca
+from moeca_compile.policies import toca, token_wise
 from moeca_compile.policies.policy import CacheStepAt
 from moeca_compile.policies.token_scores import by_chance, with_bonus
 from tests.harness import caches_of, captured
@@ -384,6 +384,23 @@ def test_statistics_of_attention_are_float32_under_autocast(graph, score):
     if score == "attention":
         for value in statistics:  # each query gives 1
             torch.testing.assert_close(value.sum(1), torch.full((2,), 16.0), rtol=1e-6, atol=0)
+
+
+def test_steps_in_the_bucket_for_all_tokens_run_no_more_than_the_last_one(graph, model, monkeypatch):
+    """fresh_ratio 0.2: late steps have a share of up to 0.7, of which the last of four layers has a fifth."""
+    found, rows = [], token_wise.rows_through_layers
+
+    def observed(step, chosen, *nodes):
+        found.append(chosen.shape[1])
+        return rows(step, chosen, *nodes)
+
+    monkeypatch.setattr(token_wise, "rows_through_layers", observed)
+    loop = graph.loop(recipe="toca", fresh_ratio=0.2, lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    state.store(loop.eager(StepKind(), graph.arguments(), state, weights).updates)
+    loop.eager(StepKind(False, False, 16), graph.arguments(), state, weights)
+    # 0.7 of 16 tokens by 1.8, 1.267, 0.733 and 0.2: 20, 14.2, 8.2 and 2.2; there is no bucket between 8 and 16.
+    assert found == [16, 16, 16, 3]
 
 
 def test_planned_flops_are_those_of_the_shares(graph):
