@@ -135,7 +135,7 @@ class TokenWise:
             partial(self._reuse, layer),
             recomputes_rows=True,
             chosen=output,
-            share=layer_factor(layer.place, self.depth),
+            shares=tuple(self._shares(layer)),
             group=self.group,
         )
 
@@ -158,7 +158,7 @@ class TokenWise:
         samples, tokens = layer.layout.samples, layer.layout.tokens
         if step.kind.forced:
             return decide.forced_tokens(samples, tokens, step.capacity_for(tokens), step.weights.device)
-        capacity = self._capacity(layer, step)
+        capacity = self._capacity(layer, step.kind.capacity / self._main_tokens)
         if not capacity:
             return None
         ratio, place, number = (each[layer.place] for each in self._ratios(step))
@@ -171,17 +171,30 @@ class TokenWise:
         fresh = (ratio * tokens).to(torch.int64)
         return chosen, (torch.arange(capacity, device=fresh.device) < fresh).expand_as(chosen)
 
-    def _capacity(self, layer: TokenLayer, step: Step) -> int:
-        """The most tokens that a step of this kind recomputes in a layer: one of few sizes, so that layers are alike.
+    def _capacity(self, layer: TokenLayer, share: float) -> int:
+        """The most tokens that a step with capacity for `share` of all recomputes in a layer.
+
+        It is one of few sizes, so that layers are alike.
 
         The last bucket is for all steps beyond the one before it, up to the largest share, which may be beyond 1.
         """
-        assert self.regions.main is not None
-        tokens, share = layer.layout.tokens, step.kind.capacity / self.regions.main.tokens
-        bound = share if share < 1 else self.largest
+        last = max([self.largest, *self.options.capacities[-2:-1]])
+        tokens, bound = layer.layout.tokens, share if share < 1 else last
         most = min(tokens, ceil(bound * layer_factor(layer.place, self.depth) * tokens))
         sizes = (ceil(fraction * tokens) for fraction in self.options.capacities)
         return next(size for size in sizes if size >= most) if most else 0
+
+    def _shares(self, layer: TokenLayer) -> Iterator[tuple[float, float]]:
+        """The share that runs in a layer, by that of each bucket (Replacement.shares)."""
+        for fraction in self.options.capacities:
+            share = ceil(fraction * self._main_tokens) / self._main_tokens
+            yield share, self._capacity(layer, share) / layer.layout.tokens
+
+    @property
+    def _main_tokens(self) -> int:
+        """The tokens of the stream in which capacities are counted."""
+        assert self.regions.main is not None
+        return self.regions.main.tokens
 
     def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
         """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""

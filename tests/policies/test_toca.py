@@ -11,7 +11,6 @@ from torch import Tensor
 import moeca_compile
 from examples.dit import Block, modulate, rotate
 from moeca_compile.config import MoecaConfig
-from moeca_compile.options import ConfigError
 from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, StepKind
 from moeca_compile.policies import toca, token_wise
 from moeca_compile.policies.policy import CacheStepAt
@@ -20,7 +19,7 @@ from tests.harness import caches_of, captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 from tests.policies.reference_token_wise import TokenWise, chance
 from tests.policies.variable_k_models import ExpertChoice, PairsMoE, Threshold, make_pairs_model, mark
-from tests.runtime.joint_models import SIZES, TEXT, SingleStream, Streams, TextFirst, split_heads
+from tests.runtime.joint_models import SIZES, TEXT, Streams, TextFirst, split_heads
 
 STEPS = 14
 
@@ -386,23 +385,6 @@ def test_statistics_of_attention_are_float32_under_autocast(graph, score):
             torch.testing.assert_close(value.sum(1), torch.full((2,), 16.0), rtol=1e-6, atol=0)
 
 
-def test_steps_in_the_bucket_for_all_tokens_run_no_more_than_the_last_one(graph, model, monkeypatch):
-    """fresh_ratio 0.2: late steps have a share of up to 0.7, of which the last of four layers has a fifth."""
-    found, rows = [], token_wise.rows_through_layers
-
-    def observed(step, chosen, *nodes):
-        found.append(chosen.shape[1])
-        return rows(step, chosen, *nodes)
-
-    monkeypatch.setattr(token_wise, "rows_through_layers", observed)
-    loop = graph.loop(recipe="toca", fresh_ratio=0.2, lowering="eager", validate=False)
-    state, weights = caches_of(loop)
-    state.store(loop.eager(StepKind(), graph.arguments(), state, weights).updates)
-    loop.eager(StepKind(False, False, 16), graph.arguments(), state, weights)
-    # 0.7 of 16 tokens by 1.8, 1.267, 0.733 and 0.2: 20, 14.2, 8.2 and 2.2; there is no bucket between 8 and 16.
-    assert found == [16, 16, 16, 3]
-
-
 def test_planned_flops_are_those_of_the_shares(graph):
     plan = graph.loop(recipe="toca", validate=False).compiled.plan
     tokens = plan.sizes[1]
@@ -412,25 +394,30 @@ def test_planned_flops_are_those_of_the_shares(graph):
     assert plan.filling_flops == 4 * 2 * 2 * 4 * tokens**2 * 8, "4 blocks, 2 samples, 4 heads of width 8"
     assert plan.flops(StepKind()) - plan.filling_flops == fora.flops(StepKind())
     assert least < some < most < plan.flops(StepKind())
-    assert not graph.loop(recipe="duca", validate=False).compiled.plan.filling_flops
 
 
-@pytest.mark.parametrize("recipe", ["toca", "duca"])
-def test_a_model_in_one_sequence_and_options(recipe, eager_steps):
-    model = SingleStream().eval().requires_grad_(False)
-    noise, labels = make_inputs(model)
-    graph = captured(model, noise, torch.ones(len(noise)), labels, words_of(noise))
-    assert not graph.loop(recipe=recipe).compiled.regions.skipped
+@pytest.mark.parametrize(
+    ("capacity", "rows"), [(0, [0, 0, 0, 0]), (3, [6, 4, 3, 1]), (4, [8, 6, 3, 1]), (16, [16, 16, 16, 3])], ids=str
+)
+def test_the_rows_that_run_and_the_planned_flops_have_the_padding_of_each_layer(graph, monkeypatch, capacity, rows):
+    """Shares of 3, 4 and up to 11.2 (0.2 * 2.5 * 1.4) of 16 tokens, by 1.8, 1.267, 0.733 and 0.2: rounded up to whole
+    tokens, and beyond 8 to all."""
+    found, run = [], token_wise.rows_through_layers
 
+    def observed(step, chosen, *nodes):
+        found.append(chosen.shape[1])
+        return run(step, chosen, *nodes)
 
-def test_their_options_are_for_no_other_recipe():
-    with pytest.raises(ConfigError, match="recipe 'fora' ignores it; it is for toca, duca"):
-        MoecaConfig(recipe="fora", fresh_ratio=0.1)
-    for name, value in (("corrector", True), ("attention_every", 2), ("forecast", ("attention",)), ("tau0", 0.1)):
-        with pytest.raises(ConfigError):
-            MoecaConfig(recipe="toca", **{name: value})
-    with pytest.raises(ConfigError, match=r"'random'"):
-        MoecaConfig(recipe="duca", token_score="norm")
-    with pytest.raises(ConfigError, match=r"\[0, 1\]"):
-        MoecaConfig(recipe="duca", fresh_ratio=1.5)
-    assert MoecaConfig(recipe="toca", full_steps=(0, 5), full_every=3, schedule="toca").full_every == 3
+    monkeypatch.setattr(token_wise, "rows_through_layers", observed)
+    loop = graph.loop(recipe="toca", fresh_ratio=0.2, lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    state.store(loop.eager(StepKind(), graph.arguments(), state, weights).updates)
+    loop.eager(StepKind(False, False, capacity), graph.arguments(), state, weights)
+    assert found == [each for each in rows if each]
+    plan = loop.compiled.plan
+    shares = [each.share_at(capacity / 16) for each in plan.replacements if each.recomputes_rows]
+    assert shares == [each / 16 for each in rows]
+    # Of two samples: two products of 32 x 128; a router of 6, and two experts and the shared one of three products.
+    dense, routed = 2 * 2 * 2 * 32 * 128, 2 * 2 * (32 * 6 + 2 * 3 * 32 * 48 + 3 * 32 * 96)
+    recomputed = plan.flops(StepKind(False, False), capacity / 16) - plan.flops(StepKind(False, False))
+    assert recomputed == dense * (rows[0] + rows[2]) + routed * (rows[1] + rows[3])
