@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Layout, offset_in
+from moeca_compile.passes.analysis.graph import ancestors, shape_of
 from moeca_compile.passes.match.regions import Attention, Regions, Residual
 from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, Part
 from moeca_compile.passes.rewrite.layers import rows_through_layers
@@ -59,12 +60,18 @@ class TokenWise:
         return TokenLayer(residual, layout, cached, f"{name}.age", statistics, place, self._side(layout), experts)
 
     def _side(self, layout: Layout) -> int:
-        """The side of the square that these tokens fill in the picture; 0 where they do not."""
+        """The side of the square that these tokens fill in the picture; 0 where they do not.
+
+        The inputs that hold rows and columns say whether the picture is square. Where a model gets it as tokens,
+        their number must do: 64 x 36 are taken for 48 x 48.
+        """
         side = isqrt(layout.tokens)
         if not self.regions.stacks or side * side != layout.tokens:
             return 0
-        picture = self.regions.axis(self.regions.main_stack[0])
-        return side if offset_in(picture, layout.axis) is not None else 0
+        start, _ = self.regions.main_stack
+        inputs = [node for node in ancestors([start]) if node.op == "placeholder"]
+        square = all(map(_is_square, (shape_of(node) for node in inputs)))
+        return side if square and offset_in(self.regions.axis(start), layout.axis) is not None else 0
 
     def _statistics_before(self, residual: Residual) -> Iterator[tuple[TokenStatistic, int]]:
         """Of the nearest attention among tokens before a layer, and of the nearest cross-attention, what
@@ -207,6 +214,12 @@ class TokenWise:
             step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
         found: tuple[Sequence[Tensor], ...] = step.memo[self]
         return found
+
+
+def _is_square(shape: Sequence[int]) -> bool:
+    """Whether an input may belong to a square picture: only pictures, their channels first or last, and kernels of
+    convolutions have four dims. A video has five."""
+    return len(shape) < 4 or (len(shape) == 4 and shape[2] in (shape[1], shape[3]))
 
 
 def _layers_of(regions: Regions) -> list[Residual]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ STEPS = 14
 
 
 @torch.no_grad()
-def simulated(model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
-    """The next step of a model of attention and feed-forwards in turn."""
+def simulated(
+    model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y: Tensor, side: int | None = None
+) -> Tensor:
+    """The next step of a model of attention and feed-forwards in turn, whose tokens fill a square of this side."""
     reference.next_step()
     h, c = model.embed_inputs(x, torch.full((len(x),), time), y)
-    depth, grid = len(model.blocks), model.sizes.grid
+    depth, grid = len(model.blocks), model.sizes.grid if side is None else side
 
     def blocks() -> Tensor:
         stream = h
@@ -51,9 +54,12 @@ def simulated(model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y
     return model.finish(reference.stack(blocks), c)
 
 
-def same_generation(model, graph, reference: TokenWise, simulation=simulated, steps=STEPS, **options) -> None:
+def same_generation(
+    model, graph, reference: TokenWise, simulation=simulated, steps=STEPS, picture=None, **options
+) -> None:
     engine = graph.engine(recipe="duca" if reference.dual else "toca", **options)
     x, y = make_inputs(model)
+    x = x.reshape(picture or x.shape)
     with moeca_compile.generation(steps=steps):
         for number in range(steps):
             time = 1 - number / steps
@@ -102,6 +108,22 @@ def test_experts_that_choose_among_all_tokens_still_do(eager_steps, router, reci
     reference = TokenWise(STEPS, ratio=0.4, score="value_norm", dual=recipe == "duca")
     same_generation(model, graph, reference, fresh_ratio=0.4, token_score="value_norm")
     assert max(reference.fresh) > 1
+
+
+class Wide(TinyDiTMoE):
+    """A picture of 2 by 8 patches, which are as many as 4 by 4."""
+
+    def finish(self, h: Tensor, c: Tensor) -> Tensor:
+        return self.final_layer(h, c).reshape(-1, 2, 8, 2, 2, 1).permute(0, 5, 1, 3, 2, 4).reshape(-1, 1, 4, 16)
+
+
+def test_a_picture_that_is_not_square_has_no_patches(eager_steps):
+    torch.manual_seed(0)
+    model = Wide(Sizes(width=16, depth=2, heads=2, experts=3, expert_width=16)).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise.reshape(2, 1, 4, 16), torch.ones(2), labels)
+    simulation = partial(simulated, side=0)
+    same_generation(model, graph, TokenWise(STEPS, ratio=0.3), simulation, picture=(2, 1, 4, 16), fresh_ratio=0.3)
 
 
 @torch.no_grad()
