@@ -27,8 +27,8 @@ class TokenLayer:
         layout: of its output.
         cached: its output.
         age: name of (B, N) how many steps ago each token was computed.
-        statistics: those of attentions that rank its tokens, each with the place where these begin in it.
-        place: how many layers a token has passed before.
+        statistics: those of attentions that rank its tokens, each with the offset of these tokens in it.
+        depth: how many layers a token has passed before.
         side: of the square that its tokens fill in the picture; 0 where they do not.
         experts: the MoE layer, where it is one.
     """
@@ -38,7 +38,7 @@ class TokenLayer:
     cached: Cached
     age: str
     statistics: tuple[tuple[TokenStatistic, int], ...]
-    place: int
+    depth: int
     side: int
     experts: Experts | None
 
@@ -58,8 +58,8 @@ class TokenLayer:
     def scores(self, step: Step, options: Options) -> Tensor:
         """(B, N), the higher the sooner a token is recomputed."""
         found = score.AGE * step.state[self.age] / options.full_every
-        for statistic, start in self.statistics:
-            own = step.state[statistic.name][:, start : start + self.layout.tokens]
+        for statistic, offset in self.statistics:
+            own = step.state[statistic.name][:, offset : offset + self.layout.tokens]
             found = found + score.normalized(own)
         return found
 

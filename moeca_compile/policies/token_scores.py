@@ -137,9 +137,9 @@ def map_flops(attention: Attention) -> int:
 def _own(step: Step, attention: Attention, node: fx.Node, values: Tensor) -> Tensor:
     """Of values by token of `node` (B, tokens), those of the tokens of the attention's own stream."""
     layout = step.layout(attention.residual.output)
-    start = offset_in(step.layout(node).axis, layout.axis)
-    assert start is not None, "the attention's own tokens are among those that it is asked about"
-    return values[:, start : start + layout.tokens]
+    offset = offset_in(step.layout(node).axis, layout.axis)
+    assert offset is not None, "the attention's own tokens are among those that it is asked about"
+    return values[:, offset : offset + layout.tokens]
 
 
 RECEIVED = Measure(received, map_inputs, map_flops)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import ceil, isqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
 from moeca_compile.policies.cached import Cached
-from moeca_compile.policies.depth import places
+from moeca_compile.policies.depth import depths_among
 from moeca_compile.policies.token_layer import StepScalars, TokenLayer
 from moeca_compile.policies.token_scores import Measure, TokenStatistic
 
 Tokens = tuple[Tensor, Tensor]
 """Chosen tokens (B, C) of a layer, and (B, C) which of them are valid."""
+
+Depth = TypeVar("Depth", float, Tensor)
 
 FIRST, LAST = 1.8, 0.2
 """The factors of the first and last layers."""
@@ -45,19 +48,19 @@ class TokenWise:
     def __init__(self, options: Options, regions: Regions, largest: float, group: str = "") -> None:
         self.options, self.regions, self.largest, self.group = options, regions, largest, group
         residuals = _layers_of(regions)
-        place = places([residual.output for residual in residuals])
-        self.depth = max(place.values(), default=0) + 1
+        depths = depths_among([residual.output for residual in residuals])
+        self.depths = max(depths.values(), default=0) + 1
         self.statistics: dict[Attention, list[TokenStatistic]] = {}
-        self.layers = [self._layer(i, residual, place[residual.output]) for i, residual in enumerate(residuals)]
+        self.layers = [self._layer(i, residual, depths[residual.output]) for i, residual in enumerate(residuals)]
 
     # --- what is cached -------------------------------------------------------------------------------------
 
-    def _layer(self, number: int, residual: Residual, place: int) -> TokenLayer:
+    def _layer(self, number: int, residual: Residual, depth: int) -> TokenLayer:
         output, name = residual.output, f"tokens.{number}"
         cached = Cached(name, output, Part.EXPERTS, 1, self.options.cache_dtype)
         experts = next((layer for layer in self.regions.experts if layer.residual == residual), None)
         layout, statistics = self.regions.layouts[output], tuple(self._statistics_before(residual))
-        return TokenLayer(residual, layout, cached, f"{name}.age", statistics, place, self._side(layout), experts)
+        return TokenLayer(residual, layout, cached, f"{name}.age", statistics, depth, self._side(layout), experts)
 
     def _side(self, layout: Layout) -> int:
         """The side of the square that these tokens fill in the picture; 0 where they do not.
@@ -75,16 +78,16 @@ class TokenWise:
 
     def _statistics_before(self, residual: Residual) -> Iterator[tuple[TokenStatistic, int]]:
         """Of the nearest attention among tokens before a layer, and of the nearest cross-attention, what
-        `token_score` asks for; with the place where the layer's tokens begin."""
+        `token_score` asks for; with the offset of the layer's tokens in it."""
         axis = self.regions.axis(residual.output)
-        for by_token, measures in ((True, score.AMONG), (False, score.ACROSS)):
+        for wanted, measures in ((_is_among_tokens, score.AMONG), (_is_cross_attention, score.ACROSS)):
             measure = measures.get(self.options.token_score)
-            nearest = next((each for each in self._before(residual) if each.by_token is by_token), None)
+            nearest = next(filter(wanted, self._before(residual)), None)
             if measure is not None and nearest is not None:
                 statistic = self._statistic(nearest, measure)
-                start = offset_in(statistic.layout.axis, axis)
-                assert start is not None, "an attention before a layer holds the layer's tokens"
-                yield statistic, start
+                offset = offset_in(statistic.layout.axis, axis)
+                assert offset is not None, "an attention before a layer holds the layer's tokens"
+                yield statistic, offset
 
     def _before(self, residual: Residual) -> Iterator[Attention]:
         """The attentions before a layer whose outputs hold its tokens, the last first."""
@@ -168,10 +171,10 @@ class TokenWise:
         capacity = self._capacity(layer, step.kind.capacity / self._main_tokens)
         if not capacity:
             return None
-        ratio, place, number = (each[layer.place] for each in self._ratios(step))
+        ratio, depth, number = (each[layer.depth] for each in self._ratios(step))
         scores = layer.scores(step, self.options)
         if self.options.token_score == "random":
-            scores = scores + score.by_chance(number, place, samples, tokens)
+            scores = scores + score.by_chance(number, depth, samples, tokens)
         if layer.side:
             scores = score.with_bonus(scores, layer.side)
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
@@ -187,7 +190,7 @@ class TokenWise:
         """
         last = max([self.largest, *self.options.capacities[-2:-1]])
         tokens, bound = layer.layout.tokens, share if share < 1 else last
-        most = min(tokens, ceil(bound * layer_factor(layer.place, self.depth) * tokens))
+        most = min(tokens, ceil(bound * layer_factor(layer.depth, self.depths) * tokens))
         sizes = (ceil(fraction * tokens) for fraction in self.options.capacities)
         return next(size for size in sizes if size >= most) if most else 0
 
@@ -204,16 +207,26 @@ class TokenWise:
         return self.regions.main.tokens
 
     def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
-        """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""
+        """By the depth of a layer: the ratio of fresh tokens in float64, the depth, and the step's number."""
         if self not in step.memo:
             scalars = step.state[STEP_SCALARS.name]
-            place = torch.arange(self.depth, device=scalars.device)
-            factors = FIRST - (FIRST - LAST) * (place.to(scalars.dtype) / max(1, self.depth - 1))
-            ratio, number = (scalars[0] * factors).clamp(0, 1), scalars[1].to(torch.int64).expand(self.depth)
+            depth = torch.arange(self.depths, device=scalars.device)
+            factors = layer_factor(depth.to(scalars.dtype), self.depths)
+            ratio, number = (scalars[0] * factors).clamp(0, 1), scalars[1].to(torch.int64).expand(self.depths)
             # Taken apart here, so that layers do not differ in which element they take.
-            step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
+            step.memo[self] = tuple(each.unbind() for each in (ratio, depth, number))
         found: tuple[Sequence[Tensor], ...] = step.memo[self]
         return found
+
+
+def _is_among_tokens(attention: Attention) -> bool:
+    return attention.by_token
+
+
+def _is_cross_attention(attention: Attention) -> bool:
+    """Whether its keys are not computed from the stream. Where they are pooled from its tokens, no measure fits."""
+    stream = attention.residual.stream
+    return not attention.by_token and stream not in ancestors([attention.key], since=stream)
 
 
 def _is_square(shape: Sequence[int]) -> bool:
@@ -234,6 +247,6 @@ def _layers_of(regions: Regions) -> list[Residual]:
     return [each for each in regions.residuals if each.output in own and each not in attended]
 
 
-def layer_factor(place: int, depth: int) -> float:
-    """The factor of a layer, from the first to the last."""
-    return FIRST - (FIRST - LAST) * (place / max(1, depth - 1))
+def layer_factor(depth: Depth, depths: int) -> Depth:
+    """The factor of a layer, from the first to the last of `depths`."""
+    return FIRST - (FIRST - LAST) * (depth / max(1, depths - 1))

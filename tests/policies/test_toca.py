@@ -207,6 +207,23 @@ class Captioned(TinyDiTMoE):
         return self.finish(h, c)
 
 
+class Pooled(Captioned):
+    """Each block also attends to means of its own tokens."""
+
+    def heads(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.keys_values(h.unflatten(1, (4, -1)).mean(2)).chunk(2, -1)
+        return split_heads(self.queries[i](h)), split_heads(keys), split_heads(values)
+
+
+@pytest.mark.parametrize(("build", "statistics"), [(Captioned, 4), (Pooled, 2)])
+def test_attention_to_means_of_the_tokens_is_no_cross_attention(eager_steps, build, statistics):
+    model = build().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    plan = captured(model, noise, torch.ones(len(noise)), labels).loop(recipe="toca").compiled.plan
+    assert len(plan.regions.attentions) == 4
+    assert sum(spec.name.startswith("statistic") for spec in plan.caches) == statistics
+
+
 @torch.no_grad()
 def simulated_captioned(model: Captioned, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
     reference.next_step()
@@ -335,7 +352,7 @@ def test_a_trace_shows_which_tokens_were_recomputed():
             reference.next_step()
             compiled(x * (1 - number / 50), torch.full((len(x),), 1 - number / STEPS), y)
             if reference.kind == "toca":
-                counts.append([reference.count(place, 4, 16) for place in (1, 3)])
+                counts.append([reference.count(depth, 4, 16) for depth in (1, 3)])
     (trace,) = moeca_compile.report(compiled).traces
     found = [sum(step.tokens) for step in trace.steps if step.tokens]
     assert found == pytest.approx([sum(both) / 2 for both in counts]) and sum(found) > 0, "of the two MoE layers"
