@@ -275,8 +275,9 @@ class Options:
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
         of the generation, where the model's output changes faster; "toca" spaces them as that paper's code for DiT
-        does, about N apart. The last two need the number of steps: what generation(model, steps=...) says, else that
-        of the last generation; until it is known, steps are uniform.
+        does, about N apart: some 4/3 as many at N = 4, and all steps at N = 1. The last two need the number of
+        steps: what generation(model, steps=...) says, else that of the last generation; until it is known, steps are
+        uniform.
         The path of a file that moeca_compile.tune(...).save(path) wrote takes as many where this model was found to
         need them ("calibrated"); in a generation of another length they are spread alike.""",
     )
@@ -338,7 +339,8 @@ class Options:
         """The share of the tokens that a cache step of toca recomputes, and every second one of duca, before the
         paper's factors: 2.5 for feed-forwards, one that grows from 0.6 to 1.4 over the generation, and one that falls
         from 1.8 to 0.2 over the layers. The second needs the number of steps, as schedule="power" does; until it is
-        known it is 1.""",
+        known it is 1. From 1/7 on, late steps share the bucket for all tokens: each of their layers runs as many as
+        the last step recomputes there, rounded up to one of the capacities.""",
     )
     token_score: str = setting(
         "attention",

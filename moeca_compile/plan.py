@@ -189,6 +189,14 @@ def expected_branches(body: ExpertBody, rows: int, config: MoecaConfig) -> int:
     return body.branches or round(config.branches_per_token * rows)
 
 
+def _share_run(replacement: Replacement) -> sympy.Expr:
+    """`Replacement.share_at` of the fraction of tokens chosen."""
+    if not replacement.shares:
+        return CHOSEN
+    *pieces, (_, most) = replacement.shares
+    return sympy.Piecewise((0, CHOSEN <= 0), *((run, largest >= CHOSEN) for largest, run in pieces), (most, True))
+
+
 # --- costs --------------------------------------------------------------------------------------------------------
 
 
@@ -229,8 +237,7 @@ class _Costs:
         for replacement in reused:
             if replacement.recomputes_rows and replacement.chosen is not None:
                 span = between(replacement.source, [replacement.node])
-                share = CHOSEN if replacement.share == 1 else sympy.Min(1, CHOSEN * replacement.share)
-                cost += share * self._chosen(span - run, replacement.chosen)
+                cost += _share_run(replacement) * self._chosen(span - run, replacement.chosen)
             if replacement.recomputes_branches:
                 cost += RECOMPUTED * self._branches([replacement.node])
         return cost

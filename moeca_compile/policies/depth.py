@@ -21,7 +21,7 @@ def depth_of(regions: Regions) -> int:
     return min((len(_path(regions, *stack)) - 1 for stack in regions.stacks), default=0)
 
 
-def places(outputs: Collection[fx.Node]) -> dict[fx.Node, int]:
+def depths_among(outputs: Collection[fx.Node]) -> dict[fx.Node, int]:
     """For each of these nodes of a graph, how many others of them it is computed from, one after the other."""
     behind: dict[fx.Node, int] = {}
     for node in next(iter(outputs)).graph.nodes if outputs else ():

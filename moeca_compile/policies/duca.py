@@ -29,7 +29,7 @@ AGGRESSIVE, CONSERVATIVE = "aggressive", "conservative"
 
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     """ToCa's replacements for conservative steps, and each stream after the last block for aggressive ones."""
-    token_wise = TokenWise(options, regions, CONSERVATIVE).replacements()
+    token_wise = TokenWise(options, regions, toca.largest_share(options), CONSERVATIVE).replacements()
     hidden = [_hidden(options, f"hidden.{i}", *stack) for i, stack in enumerate(regions.stacks)]
     return [*token_wise, *hidden] if token_wise and hidden else []
 

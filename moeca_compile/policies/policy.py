@@ -81,8 +81,8 @@ class Policy:
         group_at: returns the group of replacements (`Replacement.group`) that a cache step uses; "" where there is
             one.
         share_at: returns the share of the tokens that a cache step recomputes, where step numbers say that; the step
-            reads it from `kinds.TOLD`, which must be among the caches. None where the data say it, or nothing is
-            recomputed.
+            reads it from `kinds.STEP_SCALARS`, which must be among the caches. None where the data say it, or
+            nothing is recomputed.
         weighs_age: whether something is weighed by its age in units of full_every.
     """
 

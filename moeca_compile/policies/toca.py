@@ -40,9 +40,14 @@ def share_at(options: Options, at: CacheStepAt) -> float:
     return options.fresh_ratio * MODULE * (LATE - (LATE - EARLY) * left)
 
 
+def largest_share(options: Options) -> float:
+    """That of the last step."""
+    return options.fresh_ratio * MODULE * LATE
+
+
 def declare(options: Options, regions: Regions) -> Sequence[Replacement]:
     """Attention outputs as they were, and the outputs of feed-forwards and MoE layers, refreshed on chosen tokens."""
-    return TokenWise(options, regions).replacements()
+    return TokenWise(options, regions, largest_share(options)).replacements()
 
 
 OPTIONS = KEEPING - {"corrector"} | SPACED | {"capacities", "fresh_ratio", "token_score"}

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.match.regions import Experts, Residual
-from moeca_compile.passes.rewrite.kinds import TOLD, CacheSpec, Part, Role
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, CacheSpec, Part, Role
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
@@ -27,8 +27,8 @@ class TokenLayer:
         layout: of its output.
         cached: its output.
         age: name of (B, N) how many steps ago each token was computed.
-        statistics: those of attentions that rank its tokens, each with the place where these begin in it.
-        place: how many layers a token has passed before.
+        statistics: those of attentions that rank its tokens, each with the offset of these tokens in it.
+        depth: how many layers a token has passed before.
         side: of the square that its tokens fill in the picture; 0 where they do not.
         experts: the MoE layer, where it is one.
     """
@@ -38,7 +38,7 @@ class TokenLayer:
     cached: Cached
     age: str
     statistics: tuple[tuple[TokenStatistic, int], ...]
-    place: int
+    depth: int
     side: int
     experts: Experts | None
 
@@ -53,13 +53,13 @@ class TokenLayer:
     def store(self, step: Step) -> None:
         self.cached.store(step)
         shape = (self.layout.samples, self.layout.tokens)
-        step.updates[self.age] = torch.zeros(shape, device=step.weights.device)
+        step.updates[self.age] = torch.zeros(shape, dtype=torch.float32, device=step.weights.device)
 
     def scores(self, step: Step, options: Options) -> Tensor:
         """(B, N), the higher the sooner a token is recomputed."""
         found = score.AGE * step.state[self.age] / options.full_every
-        for statistic, start in self.statistics:
-            own = step.state[statistic.name][:, start : start + self.layout.tokens]
+        for statistic, offset in self.statistics:
+            own = step.state[statistic.name][:, offset : offset + self.layout.tokens]
             found = found + score.normalized(own)
         return found
 
@@ -76,13 +76,16 @@ class TokenLayer:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the host says of each step (kinds.TOLD); no step fills it. `node` is any value of the graph."""
+class StepScalars:
+    """The numbers of each step that the host writes (kinds.STEP_SCALARS): they need memory, and no step fills it.
+
+    `node` is any value of the graph.
+    """
 
     node: fx.Node
 
     def specs(self) -> list[CacheSpec]:
-        return [TOLD]
+        return [STEP_SCALARS]
 
     def reads(self) -> list[fx.Node]:
         return [self.node]

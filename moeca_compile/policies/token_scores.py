@@ -45,7 +45,7 @@ class Measure:
     """What may be known of the tokens of an attention.
 
     Attributes:
-        compute: (step, attention) -> (B, N), a number for each token of the attention's output.
+        compute: (step, attention) -> (B, N) float32, a number for each token of the attention's output.
         inputs: the values of the graph that this reads.
         flops: what it costs.
     """
@@ -77,7 +77,9 @@ class TokenStatistic:
         return list(self.measure.inputs(self.attention))
 
     def store(self, step: Step) -> None:
-        step.updates[self.name] = self.measure.compute(step, self.attention).contiguous()
+        # Under the user's autocast, products of float32 values would be computed in 16 bits.
+        with torch.autocast(step.weights.device.type, enabled=False):
+            step.updates[self.name] = self.measure.compute(step, self.attention).contiguous()
 
 
 def received(step: Step, attention: Attention) -> Tensor:
@@ -135,9 +137,9 @@ def map_flops(attention: Attention) -> int:
 def _own(step: Step, attention: Attention, node: fx.Node, values: Tensor) -> Tensor:
     """Of values by token of `node` (B, tokens), those of the tokens of the attention's own stream."""
     layout = step.layout(attention.residual.output)
-    start = offset_in(step.layout(node).axis, layout.axis)
-    assert start is not None, "the attention's own tokens are among those that it is asked about"
-    return values[:, start : start + layout.tokens]
+    offset = offset_in(step.layout(node).axis, layout.axis)
+    assert offset is not None, "the attention's own tokens are among those that it is asked about"
+    return values[:, offset : offset + layout.tokens]
 
 
 RECEIVED = Measure(received, map_inputs, map_flops)
@@ -166,7 +168,8 @@ def by_chance(number: Tensor, layer: Tensor, samples: int, tokens: int) -> Tenso
     value = torch.arange(tokens, device=number.device) + 7919 * number + 104729 * layer
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         value = ((value ^ (value >> shift)) * factor) & 0xFFFFFFFF  # below 2^62 before it is cut to 32 bits
-    return ((value ^ (value >> 15)) / 2**32).to(torch.float32).expand(samples, -1)
+    bits = (value ^ (value >> 15)) >> 8  # 24 of them, which float32 holds exactly
+    return (bits.to(torch.float32) / 2**24).expand(samples, -1)
 
 
 def with_bonus(scores: Tensor, side: int) -> Tensor:

@@ -8,26 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import ceil, isqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moeca_compile.options import Options
 from moeca_compile.passes.analysis.axis import Layout, offset_in
+from moeca_compile.passes.analysis.graph import ancestors, shape_of
 from moeca_compile.passes.match.regions import Attention, Regions, Residual
-from moeca_compile.passes.rewrite.kinds import TOLD, Part
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, Part
 from moeca_compile.passes.rewrite.layers import rows_through_layers
 from moeca_compile.passes.rewrite.replacement import Cache, Replacement
 from moeca_compile.passes.rewrite.step import Step
 from moeca_compile.policies import decision as decide
 from moeca_compile.policies import token_scores as score
 from moeca_compile.policies.cached import Cached
-from moeca_compile.policies.depth import places
-from moeca_compile.policies.token_layer import TokenLayer, Told
+from moeca_compile.policies.depth import depths_among
+from moeca_compile.policies.token_layer import StepScalars, TokenLayer
 from moeca_compile.policies.token_scores import Measure, TokenStatistic
 
 Tokens = tuple[Tensor, Tensor]
 """Chosen tokens (B, C) of a layer, and (B, C) which of them are valid."""
+
+Depth = TypeVar("Depth", float, Tensor)
 
 FIRST, LAST = 1.8, 0.2
 """The factors of the first and last layers."""
@@ -37,47 +41,53 @@ class TokenWise:
     """The replacements for one graph's regions.
 
     Args:
+        largest: the largest share of the tokens that a step has (Policy.share_at), before the factor of the layer.
         group: that of the cache steps which recompute tokens.
     """
 
-    def __init__(self, options: Options, regions: Regions, group: str = "") -> None:
-        self.options, self.regions, self.group = options, regions, group
-        attended = {attention.residual for attention in regions.attentions}
-        residuals = [residual for residual in regions.residuals if residual not in attended]
-        place = places([residual.output for residual in residuals])
-        self.depth = max(place.values(), default=0) + 1
+    def __init__(self, options: Options, regions: Regions, largest: float, group: str = "") -> None:
+        self.options, self.regions, self.largest, self.group = options, regions, largest, group
+        residuals = _layers_of(regions)
+        depths = depths_among([residual.output for residual in residuals])
+        self.depths = max(depths.values(), default=0) + 1
         self.statistics: dict[Attention, list[TokenStatistic]] = {}
-        self.layers = [self._layer(i, residual, place[residual.output]) for i, residual in enumerate(residuals)]
+        self.layers = [self._layer(i, residual, depths[residual.output]) for i, residual in enumerate(residuals)]
 
     # --- what is cached -------------------------------------------------------------------------------------
 
-    def _layer(self, number: int, residual: Residual, place: int) -> TokenLayer:
+    def _layer(self, number: int, residual: Residual, depth: int) -> TokenLayer:
         output, name = residual.output, f"tokens.{number}"
         cached = Cached(name, output, Part.EXPERTS, 1, self.options.cache_dtype)
         experts = next((layer for layer in self.regions.experts if layer.residual == residual), None)
         layout, statistics = self.regions.layouts[output], tuple(self._statistics_before(residual))
-        return TokenLayer(residual, layout, cached, f"{name}.age", statistics, place, self._side(layout), experts)
+        return TokenLayer(residual, layout, cached, f"{name}.age", statistics, depth, self._side(layout), experts)
 
     def _side(self, layout: Layout) -> int:
-        """The side of the square that these tokens fill in the picture; 0 where they do not."""
+        """The side of the square that these tokens fill in the picture; 0 where they do not.
+
+        The inputs that hold rows and columns say whether the picture is square. Where a model gets it as tokens,
+        their number must do: 64 x 36 are taken for 48 x 48.
+        """
         side = isqrt(layout.tokens)
         if not self.regions.stacks or side * side != layout.tokens:
             return 0
-        picture = self.regions.axis(self.regions.main_stack[0])
-        return side if offset_in(picture, layout.axis) is not None else 0
+        start, _ = self.regions.main_stack
+        inputs = [node for node in ancestors([start]) if node.op == "placeholder"]
+        square = all(map(_is_square, (shape_of(node) for node in inputs)))
+        return side if square and offset_in(self.regions.axis(start), layout.axis) is not None else 0
 
     def _statistics_before(self, residual: Residual) -> Iterator[tuple[TokenStatistic, int]]:
         """Of the nearest attention among tokens before a layer, and of the nearest cross-attention, what
-        `token_score` asks for; with the place where the layer's tokens begin."""
+        `token_score` asks for; with the offset of the layer's tokens in it."""
         axis = self.regions.axis(residual.output)
-        for by_token, measures in ((True, score.AMONG), (False, score.ACROSS)):
+        for wanted, measures in ((_is_among_tokens, score.AMONG), (_is_cross_attention, score.ACROSS)):
             measure = measures.get(self.options.token_score)
-            nearest = next((each for each in self._before(residual) if each.by_token is by_token), None)
+            nearest = next(filter(wanted, self._before(residual)), None)
             if measure is not None and nearest is not None:
                 statistic = self._statistic(nearest, measure)
-                start = offset_in(statistic.layout.axis, axis)
-                assert start is not None, "an attention before a layer holds the layer's tokens"
-                yield statistic, start
+                offset = offset_in(statistic.layout.axis, axis)
+                assert offset is not None, "an attention before a layer holds the layer's tokens"
+                yield statistic, offset
 
     def _before(self, residual: Residual) -> Iterator[Attention]:
         """The attentions before a layer whose outputs hold its tokens, the last first."""
@@ -126,16 +136,16 @@ class TokenWise:
 
     def _feedforward(self, layer: TokenLayer) -> Replacement:
         output = layer.residual.output
-        told: list[Cache] = [Told(output)] if layer is self.layers[0] else []
+        scalars: list[Cache] = [StepScalars(output)] if layer is self.layers[0] else []
         return Replacement(
             output,
             layer.residual.stream,
             Part.EXPERTS,
-            (layer, *told),
+            (layer, *scalars),
             partial(self._reuse, layer),
             recomputes_rows=True,
             chosen=output,
-            share=layer_factor(layer.place, self.depth),
+            shares=tuple(self._shares(layer)),
             group=self.group,
         )
 
@@ -158,43 +168,85 @@ class TokenWise:
         samples, tokens = layer.layout.samples, layer.layout.tokens
         if step.kind.forced:
             return decide.forced_tokens(samples, tokens, step.capacity_for(tokens), step.weights.device)
-        capacity = self._capacity(layer, step)
+        capacity = self._capacity(layer, step.kind.capacity / self._main_tokens)
         if not capacity:
             return None
-        ratio, place, number = (each[layer.place] for each in self._ratios(step))
+        ratio, depth, number = (each[layer.depth] for each in self._ratios(step))
         scores = layer.scores(step, self.options)
         if self.options.token_score == "random":
-            scores = scores + score.by_chance(number, place, samples, tokens)
+            scores = scores + score.by_chance(number, depth, samples, tokens)
         if layer.side:
             scores = score.with_bonus(scores, layer.side)
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
         fresh = (ratio * tokens).to(torch.int64)
         return chosen, (torch.arange(capacity, device=fresh.device) < fresh).expand_as(chosen)
 
-    def _capacity(self, layer: TokenLayer, step: Step) -> int:
-        """The most tokens that a step of this kind recomputes in a layer: one of few sizes, so that layers are alike.
+    def _capacity(self, layer: TokenLayer, share: float) -> int:
+        """The most tokens that a step with capacity for `share` of all recomputes in a layer.
 
-        A step with capacity for all tokens may have a ratio beyond 1, of which late layers take a part.
+        It is one of few sizes, so that layers are alike.
+
+        The last bucket is for all steps beyond the one before it, up to the largest share, which may be beyond 1.
         """
-        assert self.regions.main is not None
-        tokens, share = layer.layout.tokens, step.kind.capacity / self.regions.main.tokens
-        most = share * layer_factor(layer.place, self.depth) * tokens if share < 1 else tokens
+        last = max([self.largest, *self.options.capacities[-2:-1]])
+        tokens, bound = layer.layout.tokens, share if share < 1 else last
+        most = min(tokens, ceil(bound * layer_factor(layer.depth, self.depths) * tokens))
         sizes = (ceil(fraction * tokens) for fraction in self.options.capacities)
-        return next(size for size in sizes if size >= min(tokens, ceil(most))) if most else 0
+        return next(size for size in sizes if size >= most) if most else 0
+
+    def _shares(self, layer: TokenLayer) -> Iterator[tuple[float, float]]:
+        """The share that runs in a layer, by that of each bucket (Replacement.shares)."""
+        for fraction in self.options.capacities:
+            share = ceil(fraction * self._main_tokens) / self._main_tokens
+            yield share, self._capacity(layer, share) / layer.layout.tokens
+
+    @property
+    def _main_tokens(self) -> int:
+        """The tokens of the stream in which capacities are counted."""
+        assert self.regions.main is not None
+        return self.regions.main.tokens
 
     def _ratios(self, step: Step) -> tuple[Sequence[Tensor], ...]:
-        """By the place of a layer: the ratio of fresh tokens in float64, the place, and the step's number."""
+        """By the depth of a layer: the ratio of fresh tokens in float64, the depth, and the step's number."""
         if self not in step.memo:
-            told = step.state[TOLD.name]
-            place = torch.arange(self.depth, device=told.device)
-            factors = FIRST - (FIRST - LAST) * (place.to(told.dtype) / max(1, self.depth - 1))
-            ratio, number = (told[0] * factors).clamp(0, 1), told[1].to(torch.int64).expand(self.depth)
+            scalars = step.state[STEP_SCALARS.name]
+            depth = torch.arange(self.depths, device=scalars.device)
+            factors = layer_factor(depth.to(scalars.dtype), self.depths)
+            ratio, number = (scalars[0] * factors).clamp(0, 1), scalars[1].to(torch.int64).expand(self.depths)
             # Taken apart here, so that layers do not differ in which element they take.
-            step.memo[self] = tuple(each.unbind() for each in (ratio, place, number))
+            step.memo[self] = tuple(each.unbind() for each in (ratio, depth, number))
         found: tuple[Sequence[Tensor], ...] = step.memo[self]
         return found
 
 
-def layer_factor(place: int, depth: int) -> float:
-    """The factor of a layer, from the first to the last."""
-    return FIRST - (FIRST - LAST) * (place / max(1, depth - 1))
+def _is_among_tokens(attention: Attention) -> bool:
+    return attention.by_token
+
+
+def _is_cross_attention(attention: Attention) -> bool:
+    """Whether its keys are not computed from the stream. Where they are pooled from its tokens, no measure fits."""
+    stream = attention.residual.stream
+    return not attention.by_token and stream not in ancestors([attention.key], since=stream)
+
+
+def _is_square(shape: Sequence[int]) -> bool:
+    """Whether an input may belong to a square picture: only pictures, their channels first or last, and kernels of
+    convolutions have four dims. A video has five."""
+    return len(shape) < 4 or (len(shape) == 4 and shape[2] in (shape[1], shape[3]))
+
+
+def _layers_of(regions: Regions) -> list[Residual]:
+    """The residual branches that are feed-forwards or MoE layers.
+
+    Around attention that was skipped there are branches too: rows of these cannot be computed by themselves, so they
+    run as in the model.
+    """
+    attended = {attention.residual for attention in regions.attentions}
+    own = {feedforward.output for feedforward in regions.feedforwards}
+    own |= {layer.residual.output for layer in regions.experts}
+    return [each for each in regions.residuals if each.output in own and each not in attended]
+
+
+def layer_factor(depth: Depth, depths: int) -> Depth:
+    """The factor of a layer, from the first to the last of `depths`."""
+    return FIRST - (FIRST - LAST) * (depth / max(1, depths - 1))

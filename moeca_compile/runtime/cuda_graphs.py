@@ -187,11 +187,21 @@ class CudaGraphs:
         if self.recorder.busy():
             self._clear(kind, stream)
             return _in_place(program, inputs, stream.state, weights)
-        with self._lock, self.recorder.ordered_on_stream():
+        with self.ordered():
             self._clear(kind, stream)
             if kind in self.refused or self._refuses(kind, program, inputs):
                 return _in_place(program, inputs, stream.state, weights)
             return self._run(kind, stream, program, self._filled(inputs, weights))
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Work inside is ordered with replays: it writes nothing that an earlier one still reads. A graph that the
+        caller records has an order of its own."""
+        if self.recorder.busy():
+            yield
+            return
+        with self._lock, self.recorder.ordered_on_stream():
+            yield
 
     def _run(self, kind: StepKind, stream: Stream, program: StepFunction, buffers: Buffers) -> StepResult:
         def step() -> StepResult:

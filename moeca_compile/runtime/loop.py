@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from moeca_compile.lower.upload import upload, upload_all
 from moeca_compile.lower.validate import run_eagerly, same_values
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
-from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, TOLD, StepKind
+from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, STEP_SCALARS, StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
 from moeca_compile.policies.criterion import Criterion, StepAt
 from moeca_compile.runtime.arguments import mark
@@ -59,10 +60,11 @@ class Given(NamedTuple):
     weights: Tensor
 
 
-def tell(state: Caches, share: float, number: int) -> None:
-    """Write what the host says of a cache step (kinds.TOLD). Nothing waits, and the tensor stays where it is."""
-    for place, value in enumerate((share, number)):
-        state[TOLD.name][place].fill_(value)
+def write_step_scalars(state: Caches, share: float, number: int) -> None:
+    """Write the numbers of a cache step that recomputes tokens (kinds.STEP_SCALARS), before it is compiled, validated
+    or run. The host does not wait, and the tensor keeps its address."""
+    for index, value in enumerate((share, number)):
+        state[STEP_SCALARS.name][index].fill_(value)
 
 
 def _nothing() -> float:
@@ -110,8 +112,9 @@ class StepLoop:
             if stream.criterion is not None:
                 refresh = self.decided(stream.criterion, refresh, position, stream, given)
             kind = self.kind(refresh, stream, given)
-            if refresh.share is not None:
-                tell(stream.state, refresh.share, position.number)
+            if refresh.share:
+                with self.graphs.ordered() if self.graphs is not None else nullcontext():
+                    write_step_scalars(stream.state, refresh.share, position.number)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
             weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0

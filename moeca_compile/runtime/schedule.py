@@ -135,8 +135,13 @@ def toca_steps(steps: int, every: int) -> tuple[int, ...]:
 
     With s = steps - 1 - number, which counts down, a step is full if s is divisible by an interval that each full
     step sets anew: every / (1.4 - 0.8 s / steps), rounded, and 2 for 0.2 <= s / steps < 0.4. So full steps are rare
-    early on, twice as frequent in that stretch, and the last step is full.
+    early on, twice as frequent in that stretch, and the last step is full. The first step is full at any `steps`.
+    With `every` = 1 all steps are full, as the option says, though the intervals would be up to 2.
     """
+    if steps <= 0:
+        return (0,)
+    if every == 1:
+        return tuple(range(steps))
     found, interval = [0], _toca_interval(steps - 1, steps, every)
     for number in range(1, steps):
         left = steps - 1 - number

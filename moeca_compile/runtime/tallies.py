@@ -97,7 +97,7 @@ def _routed(kind: StepKind, compiled: CompiledGraph) -> list[float]:
     share = dict.fromkeys((marker for marker in regions.bodies if marker.target is VARIABLE_K), 1.0)
     for replacement in compiled.plan.replacements:
         if replacement.reused_at(kind):
-            chosen = min(1.0, replacement.share * kind.capacity / compiled.plan.sizes[1])
+            chosen = replacement.share_at(kind.capacity / compiled.plan.sizes[1])
             own = chosen if replacement.recomputes_rows else 0.0
             inside = between(replacement.source, [replacement.node]) & share.keys()
             share |= dict.fromkeys(inside, own)

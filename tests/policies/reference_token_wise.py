@@ -68,17 +68,17 @@ class TokenWise:
     def feedforward(
         self,
         name: str,
-        place: int,
         depth: int,
+        depths: int,
         x: Tensor,
         layer: Callable[[Tensor], Tensor],
         attentions: Sequence[tuple[str, int]] = (),
         side: int = 0,
         among_all: bool = False,
     ) -> Tensor:
-        """A feed-forward of x (B, N, D), as the `place`-th of `depth`.
+        """A feed-forward of x (B, N, D), as the `depth`-th of `depths`.
 
-        attentions: those whose measures rank the tokens, with the place where the tokens begin in each.
+        attentions: those whose measures rank the tokens, with the offset of the tokens in each.
         among_all: whether the layer needs all tokens, since experts choose among them.
         """
         samples, tokens = x.shape[:2]
@@ -87,8 +87,8 @@ class TokenWise:
             return self.outputs[name]
         out, whole = self.outputs[name].clone(), layer(x) if among_all else None
         for b in range(samples):
-            scores = self.scores(name, b, place, tokens, attentions, side)
-            chosen = sorted(range(tokens), key=lambda i: (-scores[i], i))[: self.count(place, depth, tokens)]
+            scores = self.scores(name, b, depth, tokens, attentions, side)
+            chosen = sorted(range(tokens), key=lambda i: (-scores[i], i))[: self.count(depth, depths, tokens)]
             for i in chosen:
                 out[b, i] = layer(x[b, i][None, None])[0, 0] if whole is None else whole[b, i]
             self.ages[name][b] = [0 if i in chosen else age + 1 for i, age in enumerate(self.ages[name][b])]
@@ -96,13 +96,13 @@ class TokenWise:
         self.outputs[name] = out
         return out
 
-    def count(self, place: int, depth: int, tokens: int) -> int:
+    def count(self, depth: int, depths: int, tokens: int) -> int:
         step_factor = 1.4 - 0.8 * self.step / self.steps
-        layer_factor = 1.8 - 1.6 * place / max(1, depth - 1)
+        layer_factor = 1.8 - 1.6 * depth / max(1, depths - 1)
         return int(min(1.0, self.ratio * 2.5 * step_factor * layer_factor) * tokens)
 
     def scores(
-        self, name: str, b: int, place: int, tokens: int, attentions: Sequence[tuple[str, int]], side: int
+        self, name: str, b: int, depth: int, tokens: int, attentions: Sequence[tuple[str, int]], side: int
     ) -> list[float]:
         found = [0.25 * age / self.every for age in self.ages[name][b]]
         for attention, start in attentions if self.score != "random" else ():
@@ -110,7 +110,7 @@ class TokenWise:
             length = math.sqrt(sum(value**2 for value in own))
             found = [score + value / length for score, value in zip(found, own, strict=True)]
         if self.score == "random":
-            found = [score + chance(i, self.steps - 1 - self.step, place) for i, score in enumerate(found)]
+            found = [score + chance(i, self.steps - 1 - self.step, depth) for i, score in enumerate(found)]
         for top in range(0, side, 2):
             for left in range(0, side, 2):
                 square = [(row, column) for row in (top, top + 1) for column in (left, left + 1)]
@@ -148,4 +148,4 @@ def chance(token: int, number: int, layer: int) -> float:
     value = token + 7919 * number + 104729 * layer
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         value = ((value ^ (value >> shift)) * factor) % 2**32
-    return (value ^ (value >> 15)) / 2**32
+    return ((value ^ (value >> 15)) >> 8) / 2**24

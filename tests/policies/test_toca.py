@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -11,26 +12,27 @@ from torch import Tensor
 import moeca_compile
 from examples.dit import Block, modulate, rotate
 from moeca_compile.config import MoecaConfig
-from moeca_compile.options import ConfigError
-from moeca_compile.passes.rewrite.kinds import TOLD, StepKind
-from moeca_compile.policies import toca
+from moeca_compile.passes.rewrite.kinds import STEP_SCALARS, StepKind
+from moeca_compile.policies import toca, token_wise
 from moeca_compile.policies.policy import CacheStepAt
 from moeca_compile.policies.token_scores import by_chance, with_bonus
-from tests.harness import captured
+from tests.harness import caches_of, captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
-from tests.policies.reference_token_wise import TokenWise
+from tests.policies.reference_token_wise import TokenWise, chance
 from tests.policies.variable_k_models import ExpertChoice, PairsMoE, Threshold, make_pairs_model, mark
-from tests.runtime.joint_models import SIZES, TEXT, SingleStream, Streams, TextFirst, split_heads
+from tests.runtime.joint_models import SIZES, TEXT, Streams, TextFirst, split_heads
 
 STEPS = 14
 
 
 @torch.no_grad()
-def simulated(model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
-    """The next step of a model of attention and feed-forwards in turn."""
+def simulated(
+    model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y: Tensor, side: int | None = None
+) -> Tensor:
+    """The next step of a model of attention and feed-forwards in turn, whose tokens fill a square of this side."""
     reference.next_step()
     h, c = model.embed_inputs(x, torch.full((len(x),), time), y)
-    depth, grid = len(model.blocks), model.sizes.grid
+    depth, grid = len(model.blocks), model.sizes.grid if side is None else side
 
     def blocks() -> Tensor:
         stream = h
@@ -52,9 +54,12 @@ def simulated(model: TinyDiTMoE, reference: TokenWise, time: float, x: Tensor, y
     return model.finish(reference.stack(blocks), c)
 
 
-def same_generation(model, graph, reference: TokenWise, simulation=simulated, steps=STEPS, **options) -> None:
+def same_generation(
+    model, graph, reference: TokenWise, simulation=simulated, steps=STEPS, picture=None, **options
+) -> None:
     engine = graph.engine(recipe="duca" if reference.dual else "toca", **options)
     x, y = make_inputs(model)
+    x = x.reshape(picture or x.shape)
     with moeca_compile.generation(steps=steps):
         for number in range(steps):
             time = 1 - number / steps
@@ -103,6 +108,22 @@ def test_experts_that_choose_among_all_tokens_still_do(eager_steps, router, reci
     reference = TokenWise(STEPS, ratio=0.4, score="value_norm", dual=recipe == "duca")
     same_generation(model, graph, reference, fresh_ratio=0.4, token_score="value_norm")
     assert max(reference.fresh) > 1
+
+
+class Wide(TinyDiTMoE):
+    """A picture of 2 by 8 patches, which are as many as 4 by 4."""
+
+    def finish(self, h: Tensor, c: Tensor) -> Tensor:
+        return self.final_layer(h, c).reshape(-1, 2, 8, 2, 2, 1).permute(0, 5, 1, 3, 2, 4).reshape(-1, 1, 4, 16)
+
+
+def test_a_picture_that_is_not_square_has_no_patches(eager_steps):
+    torch.manual_seed(0)
+    model = Wide(Sizes(width=16, depth=2, heads=2, experts=3, expert_width=16)).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise.reshape(2, 1, 4, 16), torch.ones(2), labels)
+    simulation = partial(simulated, side=0)
+    same_generation(model, graph, TokenWise(STEPS, ratio=0.3), simulation, picture=(2, 1, 4, 16), fresh_ratio=0.3)
 
 
 @torch.no_grad()
@@ -186,6 +207,23 @@ class Captioned(TinyDiTMoE):
         return self.finish(h, c)
 
 
+class Pooled(Captioned):
+    """Each block also attends to means of its own tokens."""
+
+    def heads(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.keys_values(h.unflatten(1, (4, -1)).mean(2)).chunk(2, -1)
+        return split_heads(self.queries[i](h)), split_heads(keys), split_heads(values)
+
+
+@pytest.mark.parametrize(("build", "statistics"), [(Captioned, 4), (Pooled, 2)])
+def test_attention_to_means_of_the_tokens_is_no_cross_attention(eager_steps, build, statistics):
+    model = build().eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    plan = captured(model, noise, torch.ones(len(noise)), labels).loop(recipe="toca").compiled.plan
+    assert len(plan.regions.attentions) == 4
+    assert sum(spec.name.startswith("statistic") for spec in plan.caches) == statistics
+
+
 @torch.no_grad()
 def simulated_captioned(model: Captioned, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
     reference.next_step()
@@ -213,6 +251,53 @@ def test_attention_to_words_ranks_tokens_by_its_entropy(eager_steps, score):
     graph = captured(model, noise, torch.ones(len(noise)), labels)
     reference = TokenWise(STEPS, ratio=0.3, score=score)
     same_generation(model, graph, reference, simulated_captioned, fresh_ratio=0.3, token_score=score)
+
+
+class Windowed(TinyDiTMoE):
+    """Its attention is within windows of four tokens, which is no attention of the stream's tokens."""
+
+    def attend(self, block: Block, z: Tensor) -> Tensor:
+        q, k, v = (split_heads(x.reshape(-1, 4, x.shape[-1])) for x in block.attn.qkv(z).chunk(3, -1))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return block.attn.proj(out.transpose(1, 2).reshape(z.shape))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.embed_inputs(x, t, y)
+        for block in self.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+            h = h + gate1.unsqueeze(1) * self.attend(block, modulate(block.norm1(h), shift1, scale1))
+            h = h + gate2.unsqueeze(1) * block.mlp(modulate(block.norm2(h), shift2, scale2))
+        return self.finish(h, c)
+
+
+@torch.no_grad()
+def simulated_windowed(model: Windowed, reference: TokenWise, time: float, x: Tensor, y: Tensor) -> Tensor:
+    reference.next_step()
+    start, c = model.embed_inputs(x, torch.full((len(x),), time), y)
+    depth = len(model.blocks)
+
+    def blocks() -> Tensor:
+        h = start
+        for i, block in enumerate(model.blocks):
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+            h = h + gate1.unsqueeze(1) * model.attend(block, modulate(block.norm1(h), shift1, scale1))
+            z = modulate(block.norm2(h), shift2, scale2)
+            fed = reference.feedforward(f"layer {i}", i, depth, z, block.mlp, side=model.sizes.grid)
+            h = h + gate2.unsqueeze(1) * fed
+        return h
+
+    return model.finish(reference.stack(blocks), c)
+
+
+@pytest.mark.parametrize("recipe", ["toca", "duca"])
+def test_attention_that_is_not_understood_runs_at_every_step(eager_steps, recipe):
+    torch.manual_seed(0)
+    model = Windowed(Sizes(width=16, depth=2, heads=2, experts=3, expert_width=16)).eval().requires_grad_(False)
+    noise, labels = make_inputs(model)
+    graph = captured(model, noise, torch.ones(len(noise)), labels)
+    reference = TokenWise(STEPS, ratio=0.3, dual=recipe == "duca")
+    same_generation(model, graph, reference, simulated_windowed, fresh_ratio=0.3)
+    assert max(reference.fresh) > 1
 
 
 # --- schedule and shares ------------------------------------------------------------------------------------
@@ -267,7 +352,7 @@ def test_a_trace_shows_which_tokens_were_recomputed():
             reference.next_step()
             compiled(x * (1 - number / 50), torch.full((len(x),), 1 - number / STEPS), y)
             if reference.kind == "toca":
-                counts.append([reference.count(place, 4, 16) for place in (1, 3)])
+                counts.append([reference.count(depth, 4, 16) for depth in (1, 3)])
     (trace,) = moeca_compile.report(compiled).traces
     found = [sum(step.tokens) for step in trace.steps if step.tokens]
     assert found == pytest.approx([sum(both) / 2 for both in counts]) and sum(found) > 0, "of the two MoE layers"
@@ -275,7 +360,7 @@ def test_a_trace_shows_which_tokens_were_recomputed():
 
 def test_a_step_reads_what_the_host_says_and_draws_no_random_numbers(model, graph):
     loop = graph.loop(recipe="toca", token_score="random", lowering="eager")
-    assert TOLD in loop.compiled.plan.caches
+    assert STEP_SCALARS in loop.compiled.plan.caches
     state = torch.get_rng_state()
     x, y = make_inputs(model)
     with torch.no_grad(), moeca_compile.generation(steps=STEPS):
@@ -309,6 +394,36 @@ def test_chance_is_even_and_other_at_each_step_and_layer():
     assert found.corrcoef().fill_diagonal_(0).abs().mean() < 0.12
 
 
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.float16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_chance_and_caches_do_not_depend_on_the_default_dtype(model, graph, half_by_default):
+    found = by_chance(torch.tensor(3), torch.tensor(1), 1, 64)
+    assert found.dtype == torch.float32 and found[0].tolist() == [chance(i, 3, 1) for i in range(64)]
+    loop = graph.loop(recipe="toca", lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    found = loop.eager(StepKind(), graph.arguments(), state, weights).updates
+    dtypes = {spec.name: spec.dtype for spec in loop.compiled.plan.caches}
+    assert {name: value.dtype for name, value in found.items()} == {name: dtypes[name] for name in found}
+
+
+@pytest.mark.parametrize("score", ["attention", "value_norm"])
+def test_statistics_of_attention_are_float32_under_autocast(graph, score):
+    loop = graph.loop(recipe="toca", token_score=score, lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loop.eager(StepKind(), graph.arguments(), state, weights).updates
+    statistics = [value for name, value in found.items() if name.startswith("statistic")]
+    assert {value.dtype for value in statistics} == {torch.float32} and len(statistics) == 4
+    if score == "attention":
+        for value in statistics:  # each query gives 1
+            torch.testing.assert_close(value.sum(1), torch.full((2,), 16.0), rtol=1e-6, atol=0)
+
+
 def test_planned_flops_are_those_of_the_shares(graph):
     plan = graph.loop(recipe="toca", validate=False).compiled.plan
     tokens = plan.sizes[1]
@@ -318,25 +433,30 @@ def test_planned_flops_are_those_of_the_shares(graph):
     assert plan.filling_flops == 4 * 2 * 2 * 4 * tokens**2 * 8, "4 blocks, 2 samples, 4 heads of width 8"
     assert plan.flops(StepKind()) - plan.filling_flops == fora.flops(StepKind())
     assert least < some < most < plan.flops(StepKind())
-    assert not graph.loop(recipe="duca", validate=False).compiled.plan.filling_flops
 
 
-@pytest.mark.parametrize("recipe", ["toca", "duca"])
-def test_a_model_in_one_sequence_and_options(recipe, eager_steps):
-    model = SingleStream().eval().requires_grad_(False)
-    noise, labels = make_inputs(model)
-    graph = captured(model, noise, torch.ones(len(noise)), labels, words_of(noise))
-    assert not graph.loop(recipe=recipe).compiled.regions.skipped
+@pytest.mark.parametrize(
+    ("capacity", "rows"), [(0, [0, 0, 0, 0]), (3, [6, 4, 3, 1]), (4, [8, 6, 3, 1]), (16, [16, 16, 16, 3])], ids=str
+)
+def test_the_rows_that_run_and_the_planned_flops_have_the_padding_of_each_layer(graph, monkeypatch, capacity, rows):
+    """Shares of 3, 4 and up to 11.2 (0.2 * 2.5 * 1.4) of 16 tokens, by 1.8, 1.267, 0.733 and 0.2: rounded up to whole
+    tokens, and beyond 8 to all."""
+    found, run = [], token_wise.rows_through_layers
 
+    def observed(step, chosen, *nodes):
+        found.append(chosen.shape[1])
+        return run(step, chosen, *nodes)
 
-def test_their_options_are_for_no_other_recipe():
-    with pytest.raises(ConfigError, match="recipe 'fora' ignores it; it is for toca, duca"):
-        MoecaConfig(recipe="fora", fresh_ratio=0.1)
-    for name, value in (("corrector", True), ("attention_every", 2), ("forecast", ("attention",)), ("tau0", 0.1)):
-        with pytest.raises(ConfigError):
-            MoecaConfig(recipe="toca", **{name: value})
-    with pytest.raises(ConfigError, match=r"'random'"):
-        MoecaConfig(recipe="duca", token_score="norm")
-    with pytest.raises(ConfigError, match=r"\[0, 1\]"):
-        MoecaConfig(recipe="duca", fresh_ratio=1.5)
-    assert MoecaConfig(recipe="toca", full_steps=(0, 5), full_every=3, schedule="toca").full_every == 3
+    monkeypatch.setattr(token_wise, "rows_through_layers", observed)
+    loop = graph.loop(recipe="toca", fresh_ratio=0.2, lowering="eager", validate=False)
+    state, weights = caches_of(loop)
+    state.store(loop.eager(StepKind(), graph.arguments(), state, weights).updates)
+    loop.eager(StepKind(False, False, capacity), graph.arguments(), state, weights)
+    assert found == [each for each in rows if each]
+    plan = loop.compiled.plan
+    shares = [each.share_at(capacity / 16) for each in plan.replacements if each.recomputes_rows]
+    assert shares == [each / 16 for each in rows]
+    # Of two samples: two products of 32 x 128; a router of 6, and two experts and the shared one of three products.
+    dense, routed = 2 * 2 * 2 * 32 * 128, 2 * 2 * (32 * 6 + 2 * 3 * 32 * 48 + 3 * 32 * 96)
+    recomputed = plan.flops(StepKind(False, False), capacity / 16) - plan.flops(StepKind(False, False))
+    assert recomputed == dense * (rows[0] + rows[2]) + routed * (rows[1] + rows[3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from moeca_compile.passes.rewrite.kinds import CacheSpec, StepKind
 from moeca_compile.passes.rewrite.step_function import StepResult
 from moeca_compile.plan import Plan
 from moeca_compile.runtime import cuda_graphs
+from moeca_compile.runtime import loop as step_loop
 from moeca_compile.runtime.cuda_graphs import Buffers, CudaGraphs, write_into
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.schedule import EVERYTHING
@@ -116,6 +118,34 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
     assert (loop.tallies.corrections > 0) == engine.config.corrector
     assert recorder.events.count("replay") == 3 * 13 + loop.tallies.corrections + loop.tallies.probes - kinds
     assert engine.notes.errors["replayed"] == 0.0
+
+
+@pytest.mark.parametrize(("recipe", "written"), [("toca", 8), ("duca", 2)])
+def test_numbers_of_a_step_are_written_in_the_order_of_replays(on_tape, graph, model, monkeypatch, recipe, written):
+    """Else the last replay might still read them, on another CUDA stream. DuCa's aggressive steps read none."""
+    (engine, recorder), inside, found = on_tape(recipe=recipe), [False], []
+    write = step_loop.write_step_scalars
+
+    @contextmanager
+    def ordered():
+        assert not recorder.outer, "a graph that the caller records must not wait for events outside of it"
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def observed(*arguments):
+        found.append(inside[0])
+        write(*arguments)
+
+    monkeypatch.setattr(recorder, "ordered_on_stream", ordered)
+    monkeypatch.setattr(step_loop, "write_step_scalars", observed)
+    with generation(steps=14):
+        generate(engine, graph, model, steps=14)
+    assert found == [True] * written
+    recorder.outer = True
+    with generation(steps=14):
+        generate(engine, graph, model, steps=14)
+    assert found == [True] * written + [False] * written
 
 
 def test_a_result_that_the_user_keeps_is_not_overwritten(on_tape, graph, model):

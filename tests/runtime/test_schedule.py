@@ -99,10 +99,19 @@ def test_toca_s_steps_are_those_of_its_code():
     """By hand, with 20 steps and N = 4: after 19 multiples of 6 (4 / 0.64), after 12 of 4 (4 / 0.92), then of 2."""
     assert [19 - number for number in toca_steps(20, 4)] == [19, 18, 12, 8, 4, 2, 0]
     assert len(toca_steps(50, 4)) == 17 and len(toca_steps(250, 4)) == 74
-    assert toca_steps(1, 4) == (0,) and toca_steps(5, 1) == (0, 1, 2, 3, 4)
+    assert toca_steps(1, 4) == (0,) and toca_steps(50, 1) == tuple(range(50))
     plan = schedule(recipe="toca", warmup_steps=3)
     full = [n for n in range(22) if plan.parts_to_refresh(n - 1, n - 1, n, 22) == EVERYTHING]
     assert full == [0, 1, *(2 + n for n in toca_steps(20, 4))]
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+@pytest.mark.parametrize("warmup", range(6))
+def test_toca_s_schedule_of_generations_no_longer_than_the_warmup(steps, warmup):
+    plan = schedule(recipe="toca", warmup_steps=warmup)
+    full = [n for n in range(steps) if plan.parts_to_refresh(n - 1, n - 1, n, steps) == EVERYTHING]
+    before = list(range(min(steps, max(warmup, 1))))
+    assert full[: len(before)] == before and full[-1] == steps - 1
 
 
 def test_without_a_number_of_steps_it_is_even():

@@ -111,9 +111,10 @@ class StepKind:
         )
 
 
-TOLD = CacheSpec("told", (2,), torch.float64, Role.STATISTIC)
-"""What the host says of a cache step where step numbers decide how many tokens it recomputes (Policy.share_at): their
-share of all, and the number of the step. The host writes it before the step, which only reads it."""
+STEP_SCALARS = CacheSpec("step_scalars", (2,), torch.float64, Role.STATISTIC)
+"""The numbers of a cache step where these decide how many tokens it recomputes (Policy.share_at): their share of all,
+and the number of the step. The host writes them before the step, which only reads them. Not before a step that
+recomputes none."""
 
 REUSING = StepKind(attention=False, experts=False)
 """A cache step that recomputes nothing."""

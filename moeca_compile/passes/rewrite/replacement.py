@@ -41,7 +41,8 @@ class Replacement:
             `node` is computed from in the graph.
         recomputes_rows: whether `reuse` runs the work between source and node on chosen tokens.
         chosen: the value among whose tokens these are chosen; None where only validation chooses any.
-        share: how many of them a step takes, as a multiple of the share that its kind has (StepKind.capacity).
+        shares: how many of them a step runs, padding included: (the share of all tokens up to which its kind has
+            capacity, the share that runs), in ascending order. Where empty, what its kind has capacity for.
         recomputes_branches: whether `reuse` runs chosen branches of the MoE layer whose marker `node` is.
         always_cached: whether `reuse` reads the cache alone, also where everything is recomputed (StepKind.forced).
         store_flops: what filling the caches costs beyond the model's own work, in FLOPs.
@@ -59,7 +60,7 @@ class Replacement:
     reads: tuple[fx.Node, ...] = ()
     recomputes_rows: bool = False
     chosen: fx.Node | None = None
-    share: float = 1.0
+    shares: tuple[tuple[float, float], ...] = ()
     recomputes_branches: bool = False
     always_cached: bool = False
     store_flops: int = 0
@@ -73,6 +74,10 @@ class Replacement:
     def filled_at(self, kind: StepKind) -> bool:
         """Whether a step of this kind fills the caches."""
         return kind.computes(self.part) or bool(kind.group and kind.group in self.filled_by)
+
+    def share_at(self, share: float) -> float:
+        """The share of the tokens that a step runs whose kind has capacity for `share` of them."""
+        return next(run for largest, run in self.shares if share <= largest) if self.shares and share else share
 
     @property
     def specs(self) -> tuple[CacheSpec, ...]:
