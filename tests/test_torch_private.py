@@ -510,7 +510,7 @@ def test_hooks_are_seen_and_taken_to_be_there_where_nobody_can_tell():
 
 
 def traced_for(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "_output", lambda: SimpleNamespace(compiler_fn=compiler))
+    monkeypatch.setattr(tracing, "compilation", lambda: SimpleNamespace(compiler_fn=compiler))
 
 
 def test_the_wrapper_is_found_behind_the_method_that_ddp_puts_before_it(monkeypatch):

@@ -35,7 +35,7 @@ def test_equal_models_have_equal_keys(small_graph: Captured, eager_steps):
 
 
 @pytest.mark.parametrize(
-    "options", [{"recipe": "stack"}, {"full_every": 3}, {"cache_dtype": "bfloat16"}, {"lowering": "eager"}]
+    "options", [{"recipe": "stack"}, {"full_every": 3}, {"cache_dtype": "bfloat16"}, {"lowering": "inductor"}]
 )
 def test_other_options_have_other_keys(small_graph: Captured, options, eager_steps):
     assert key_of(small_graph) != key_of(small_graph, **options)

@@ -26,7 +26,7 @@ class Counting(nn.Module):
 
 
 def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output():
-    model = Counting(make_model(SMALL)).eval()
+    model = Counting(make_model()).eval()
     x, y = make_inputs(model.model)
     fast = torch.compile(model, backend="moeca", options={"lowering": "eager"})
     with torch.no_grad():

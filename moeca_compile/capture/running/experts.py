@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from moeca_compile._torch_private import schema_of
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.structure import structure
@@ -384,7 +385,7 @@ def _common_call(calls: list[list[Any]], lengths: list[int]) -> list[Any]:
     op, target, args, kwargs = calls[0]
     if any([each[:2], len(each[2])] != [[op, target], len(args)] for each in calls):
         raise UntrustedError("one expert computes something else than another")
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     names = [argument.name for argument in schema.arguments] if schema is not None else [""] * len(args)
     along = {**dict(zip(names, args, strict=False)), **kwargs}.get("dim", 0)
 
