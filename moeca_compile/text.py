@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -37,6 +39,23 @@ def percent(fraction: float) -> str:
 def count(number: float) -> str:
     """A count, or a mean of counts with one decimal where it is not whole."""
     return f"{number:,.0f}" if number == round(number) else f"{number:,.1f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines in which the cells of a column begin at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def remarks_once(found: Iterable[tuple[str, Iterable[str]]], between: str = ", ") -> Iterator[str]:
+    """Each remark once, after the names of those that have it; found: (name, its remarks)."""
+    names: dict[str, list[str]] = {}
+    for name, remarks in found:
+        for remark in remarks:
+            names.setdefault(remark, []).append(name)
+    for remark, having in names.items():
+        yield f"{between.join(having)}: {remark}"
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeca_compile._torch_private.argument_reads import is_argument, value_of
 from moeca_compile._torch_private.graphs import tensor_of_number
+from moeca_compile._torch_private.kernels import schema_of
 from moeca_compile._torch_private.lookup import Private
 from moeca_compile._torch_private.method_calls import ask_first
 from moeca_compile._torch_private.tracing import traces_for_us
@@ -183,7 +184,7 @@ def _writes(node: fx.Node) -> bool:
     if "out" in node.kwargs or node.op not in ("call_function", "call_method"):
         return True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     writes = name.endswith("_") and not name.endswith("__")
     return (
         writes

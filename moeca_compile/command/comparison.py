@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from moeca_compile.command.bench import Comparison, Row
 from moeca_compile.command.likeness import Likeness, pictures, value_range
 from moeca_compile.command.table import framed
-from moeca_compile.text import binary_bytes, count, plural, seconds
+from moeca_compile.text import binary_bytes, count, plural, remarks_once, seconds
 
 SHOWN = 8
 """Pictures of each way that are drawn."""
@@ -35,7 +35,7 @@ def text_of(found: Comparison) -> str:
             f"{found.model}, {size}, results {found.shape}",
             framed(["", *columns], rows),
             CAPTION.format(plural(len(found.seeds), "seed")),
-            *_remarks(found),
+            *remarks_once((row.name, row.remarks) for row in found.rows),
         ]
     )
 
@@ -68,16 +68,6 @@ def _times(ratio: float) -> str:
 
 def _psnr(near: Likeness | None) -> str:
     return "equal" if near and near.equal else _text(near and near.psnr, "{:.1f}".format)
-
-
-def _remarks(found: Comparison) -> Iterator[str]:
-    """Each remark once, after the names of the rows that have it."""
-    rows: dict[str, list[str]] = {}
-    for row in found.rows:
-        for remark in row.remarks:
-            rows.setdefault(remark, []).append(row.name)
-    for remark, names in rows.items():
-        yield f"{', '.join(names)}: {remark}"
 
 
 def save_values(found: Comparison, path: Path) -> None:

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from moeca_compile.command.explain import Choice, Explanation
-from moeca_compile.command.table import aligned
 from moeca_compile.reporting.report import KINDS, Region
-from moeca_compile.text import binary_bytes, count, flop_count, plural
+from moeca_compile.text import aligned, binary_bytes, count, flop_count, plural
 
 _NOUNS = {"router": "router", "experts": "MoE layer", "attention": "attention", "feedforward": "feed-forward"}
 _HEADINGS = ("recipe", "caches", "a stream", "full step", "cache step")

@@ -90,10 +90,9 @@ def _cache(given: argparse.Namespace) -> str:
 
 def _env(given: argparse.Namespace) -> str:
     from moeca_compile.command.env import environment
+    from moeca_compile.text import aligned
 
-    known = environment()
-    width = max(map(len, known))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in known.items())
+    return "\n".join(aligned([*environment().items()]))
 
 
 def _explain(given: argparse.Namespace) -> str:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import StringIO
+
+from moeca_compile.text import aligned
 
 WIDE = 200
 """Columns of a table that goes to a file or a pipe."""
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines in which the cells of a column begin at the same place."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def framed(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -121,8 +121,7 @@ class Measure:
     def release(self) -> None:
         """Drop the compiled uncached model."""
         if "uncached" in vars(self):
-            with _released(vars(self).pop("uncached")):
-                pass
+            _release(vars(self).pop("uncached"))
 
     def options_of(self, candidate: Candidate) -> dict[str, Any]:
         """The options of a candidate, in plain values."""
@@ -233,15 +232,20 @@ def usual_options(recipe: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return corrected
 
 
+def _release(compiled: Any) -> None:
+    """Drop what is known of a compiled model."""
+    record = record_of(compiled)
+    if record is not None:
+        forget(record)
+
+
 @contextmanager
 def _released(compiled: Any) -> Iterator[None]:
-    """Drop what is known of a compiled candidate after the block, also where it fails."""
+    """Release a compiled candidate after the block, also where it fails."""
     try:
         yield
     finally:
-        record = record_of(compiled)
-        if record is not None:
-            forget(record)
+        _release(compiled)
 
 
 def environment(model: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeca_compile import tuned_file
-from moeca_compile.text import binary_bytes
+from moeca_compile.text import aligned, binary_bytes, remarks_once
 from moeca_compile.tuned_file import FORM, FORMAT, Fingerprint
 from moeca_compile.tuning.rows import Row, write_json
 from moeca_compile.tuning.wish import Wish
@@ -162,25 +162,13 @@ class Tuned:
         where = f"{self.steps} steps, seeds {_listed(self.seeds)}, held back {_listed(self.held_back)}; {environment}"
         head = ("", "speed-up", "seconds", "FLOPs", "PSNR", "worst", "held back", "cache", "candidate")
         body = [self._cells(row) for row in sorted(self.rows, key=lambda row: -row.speedup)]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (head, *body)
-        ]
         if not self.held_up:
             state += "; on the held-back seeds the chosen one is worse than the default"
         floor = self.uncached_psnr
         rounding = [] if floor is None else [f"uncached, compiled: {floor:.1f} dB, by rounding alone"]
-        lines = [f"{kind} {value:g}, {state}", where, *table, "* chosen, d default", *rounding, *self._remarks()]
-        return "\n".join(lines)
-
-    def _remarks(self) -> list[str]:
-        """The warnings of rows, each once, with the rows that had it."""
-        names: dict[str, list[str]] = {}
-        for row in self.rows:
-            for warning in row.warnings:
-                names.setdefault(warning, []).append(row.name)
-        return [f"{'; '.join(had)}: {warning}" for warning, had in names.items()]
+        remarks = remarks_once(((row.name, row.warnings) for row in self.rows), between="; ")  # names have commas
+        table = aligned([head, *body])
+        return "\n".join([f"{kind} {value:g}, {state}", where, *table, "* chosen, d default", *rounding, *remarks])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         mark = "*" * (row.name == self.chosen) + "d" * (row.name == self.default)

@@ -123,6 +123,13 @@ def test_trials_go_on_while_a_row_is_unexplained_that_noise_seldom_moves():
     assert len(trials) == 9
 
 
+def with_wrong_rows(wanted: Tensor, count: int) -> Tensor:
+    """So many rows are others'."""
+    value = wanted.clone()
+    value[100 : 100 + count] = wanted[200 : 200 + count]
+    return value
+
+
 def test_where_each_trial_moves_a_row_that_no_other_does_a_few_more_may_differ():
     wanted = rows(count=256)
 
@@ -132,16 +139,11 @@ def test_where_each_trial_moves_a_row_that_no_other_does_a_few_more_may_differ()
         moved[own] = wanted[own + 1]
         return [moved]
 
-    def found(different: int) -> Tensor:
-        value = wanted.clone()
-        value[100 : 100 + different] = wanted[200 : 200 + different]
-        return value
-
-    compare([found(3)], [wanted], 0.016, trial)
+    compare([with_wrong_rows(wanted, 3)], [wanted], 0.016, trial)
     with pytest.raises(ValidationError, match="in 4 of 256 rows"):
-        compare([found(4)], [wanted], 0.016, trial)
+        compare([with_wrong_rows(wanted, 4)], [wanted], 0.016, trial)
     with pytest.raises(ValidationError, match="in 1 of 256 rows"):
-        compare([found(1)], [wanted], 0.016, shaken(wanted, 0.01))
+        compare([with_wrong_rows(wanted, 1)], [wanted], 0.016, shaken(wanted, 0.01))
 
 
 def test_rows_that_stray_together_are_as_many_as_one_trial_moves_alone():
@@ -154,14 +156,9 @@ def test_rows_that_stray_together_are_as_many_as_one_trial_moves_alone():
             moved[:6] = wanted[6:12]
         return [moved]
 
-    def found(different: int) -> Tensor:
-        value = wanted.clone()
-        value[100 : 100 + different] = wanted[200 : 200 + different]
-        return value
-
-    compare([found(6)], [wanted], 0.016, trial)
+    compare([with_wrong_rows(wanted, 6)], [wanted], 0.016, trial)
     with pytest.raises(ValidationError, match="in 7 of 256 rows"):
-        compare([found(7)], [wanted], 0.016, trial)
+        compare([with_wrong_rows(wanted, 7)], [wanted], 0.016, trial)
 
 
 def test_without_trials_the_bound_is_the_last_word():
