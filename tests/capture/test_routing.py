@@ -66,6 +66,8 @@ def test_what_cannot_lie_so_is_misread():
         routing(index[..., :3], weight, ("BEC", True, "BEC"), B * N, E)
     with pytest.raises(MisreadError):
         routing(index, weight, ("BEC", True, "TE"), B * N, E)
+    with pytest.raises(MisreadError):  # ids of one sample, weights (experts, choices) taken for those of three
+        routing(index[:1, :, :E], weight[0, :, :E], ("BEC", True, "BEC"), N, E)
     assert len(set(readings())) == len(list(readings()))
 
 

@@ -129,6 +129,17 @@ def test_an_exponent_or_a_width_is_not_taken_for_as_many_rows(layer):
     check(Modelling((Blocking(feedforward=layer),), side=2, batch=1 if layer.dispatch == "choice_loop" else 2), {})
 
 
+@pytest.mark.parametrize("reads", ["both", "same"])
+def test_weights_are_read_as_every_call_says_and_not_as_one_does(reads):
+    """As many experts as choices: the weights' order could not be told from one call, where one token was taken twice
+    or none was, so that they were symmetric or all one."""
+    routing = Routing(3, 1, "softmax", "scaled", True)
+    layer = Layering("choice_normalized", routing, "normed", 24, shared=(20,), reads=reads, beside=("off",))
+    kind = {"chunks": 6, "gate": "tanh", "label": "none", "timestep": "long"}
+    model = Modelling((Blocking(feedforward=layer),), width=16, side=3, batch=1, seed=1, **kind, dtype=torch.float64)
+    check(model, {})
+
+
 def test_rows_put_back_with_weights_of_one_are_no_shared_expert():
     """With one expert a token and weights that add up to 1, they are multiplied after the marker."""
     check(Modelling((Blocking(feedforward=Layering("put_back", Routing(4, 1))),)), {})

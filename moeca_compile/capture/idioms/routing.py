@@ -23,6 +23,7 @@ NO_READING: Reading = ("", False, "")
 
 ORDERS = ("BEC", "EC", "BCE", "CE", "EBC")
 WHOLE = ("TE", "ET", "BEN")
+SAMPLED = {"BEC", "BCE", "EBC"}
 
 
 def readings() -> Iterator[Reading]:
@@ -52,6 +53,8 @@ def routing(index: Any, weight: Any, reading: Reading, tokens: int, experts: int
     given = _by_expert(weight, of_weight, experts)
     if given.numel() != chosen.numel():
         raise MisreadError
+    if {reading[0], of_weight} <= SAMPLED and _samples(index, reading[0]) != _samples(weight, of_weight):
+        raise MisreadError  # (E, C) with as many experts as choices is not (samples, E, 1)
     weights = torch.zeros(tokens, experts, dtype=weight.dtype, device=weight.device)
     return routed, weights.scatter_add(0, chosen, given.reshape(experts, chosen.shape[0]).t())
 
@@ -89,7 +92,7 @@ def _by_expert(values: Tensor, order: str, experts: int) -> Tensor:
         return values.reshape(experts, 1, each) if order == "EC" else values.reshape(each, experts).t()[:, None]
     if values.dim() < 2:
         raise MisreadError
-    samples = values.shape[1] if order == "EBC" else values.shape[0]
+    samples = _samples(values, order)
     each = count // (samples * experts)
     if samples * experts * each != count or (order == "EBC" and values.shape[0] != experts):
         raise MisreadError
@@ -98,6 +101,10 @@ def _by_expert(values: Tensor, order: str, experts: int) -> Tensor:
     if order == "BEC":
         return values.reshape(samples, experts, each).transpose(0, 1)
     return values.reshape(samples, each, experts).permute(2, 0, 1)
+
+
+def _samples(values: Tensor, order: str) -> int:
+    return values.shape[order.index("B")]
 
 
 def _of_all(weight: Tensor, order: str, tokens: int, experts: int) -> Tensor:

@@ -7,8 +7,9 @@ those of the first one of a structure by random parameters too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -125,20 +126,24 @@ class Running:
         other = with_random_parameters(module)
         drawn = Drawn(ids_for(module))
         drawn = Drawn(drawn.ids, tuple(sorted(self.asked(module, drawn.call(facts, 0)).compared)[:_NUMBERS]))
-        replacement = self._found(module, other, facts, drawn, tolerance)
+        candidates = self._candidates(module, other, facts, drawn, tolerance)
+        replacement = next(candidates)
         asked = Asked()
         for layer in (module, other):
             for call in drawn.calls(facts):
                 with nothing_left(self.forward, type(module)):
                     _, after = run(layer, self.forward, call, asked)
                 self._require_harmless(layer, after)
-        self._compare_without_numbers(replacement, module, drawn.call(facts, 0), tolerance, asked)
+        without_numbers = _without_numbers(drawn.call(facts, 0))
+        expected = self._returned_for(without_numbers, module, asked)
         if asked.other_modes:
             raise UntrustedError("a part of it runs under another autocast than the rest")
         reason = asked.one_sided()
         if reason is not None:
             raise UntrustedError(reason)
-        rows = [self._compare(replacement, other, call, tolerance) for call in drawn.calls(facts)]
+        replacement, rows = self._agreeing(chain([replacement], candidates), other, facts, drawn, tolerance)
+        if expected is not None:
+            self._compare_known(replacement, module, without_numbers, expected, tolerance)
         self._require_forgetful(module, list(drawn.calls(facts)), tolerance)
         for seed in _MORE_SEEDS:
             if bool(torch.stack(rows).any(0).all()):
@@ -157,36 +162,60 @@ class Running:
         setattr(FUNCTIONS, name, type(replacement.module).forward)
         return replacement, name, drawn
 
-    def _found(
+    def _candidates(
         self, module: nn.Module, other: nn.Module, facts: Facts, drawn: Drawn, tolerance: float
-    ) -> Replacement:
-        """From the first random call in which all experts have rows: by the layer's own router, or by another."""
+    ) -> Iterator[Replacement]:
+        """From each random call in which all experts have rows: by the layer's own router, or by another.
+
+        Raises NoExpertsError or UntrustedError where there is none.
+        """
         error: Exception = NoExpertsError()
+        found = False
         for seed in _SEEDS:
             for layer in (module, other):
                 try:
-                    return self._built_from(layer, drawn.call(facts, seed), tolerance)
+                    yield self._built_from(layer, drawn.call(facts, seed), tolerance)
+                    found = True
                 except UntrustedError as reason:
                     error = reason
                 except NoExpertsError as reason:
                     error = error if isinstance(error, UntrustedError) else reason
                 except Exception as reason:  # the layer's own: these are no numbers for it
                     error = NoExpertsError(f"on random rows it raised {type(reason).__name__}: {reason}")
-            if not str(error):
+            if not found and not str(error):
                 break
-        raise error
+        if not found:
+            raise error
 
-    def _compare_without_numbers(
-        self, replacement: Replacement, module: nn.Module, call: Call, tolerance: float, asked: Asked
-    ) -> None:
-        """A call with what is no number, where checks go the other way: some raise, and some make numbers of it."""
-        for value in call.tensors():
-            if value.dtype.is_floating_point and value.dim() > 0:
-                value[-1:] = float("nan")
+    def _agreeing(
+        self, candidates: Iterable[Replacement], layer: nn.Module, facts: Facts, drawn: Drawn, tolerance: float
+    ) -> tuple[Replacement, list[Tensor]]:
+        """The first candidate that all random calls agree with, and the experts' rows in each.
+
+        One call's numbers can mean two things by chance: weights that are one where no token was taken twice.
+        """
+        first: UntrustedError | None = None
+        for replacement in candidates:
+            try:
+                return replacement, [
+                    self._compare(replacement, layer, call, tolerance) for call in drawn.calls(facts)
+                ]
+            except UntrustedError as reason:
+                first = first or reason
+        assert first is not None
+        raise first
+
+    def _returned_for(self, call: Call, module: nn.Module, asked: Asked) -> list[Any] | None:
+        """What the layer returns for a call, None where it raises."""
         try:
-            want = leaves(run(module, self.forward, call, asked)[0])
+            return leaves(run(module, self.forward, call, asked)[0])
         except Exception:  # the layer's own
-            return
+            return None
+
+    def _compare_known(
+        self, replacement: Replacement, module: nn.Module, call: Call, want: list[Any], tolerance: float
+    ) -> None:
+        """Where the layer returned numbers for what is none, the replacement must return the same."""
         got = leaves(Meaning(replacement).run(*call.tensors(), *_state(module, replacement)))
         for a, b in zip(got, want, strict=True):
             if isinstance(b, Tensor) and b.dtype.is_floating_point:
@@ -284,6 +313,14 @@ class Running:
             for held, name in counts:
                 setattr(held, name, type(getattr(held, name))(number))
             require(used, calls[0])
+
+
+def _without_numbers(call: Call) -> Call:
+    """With NaN in it, where checks go the other way: some raise, and some make numbers of it."""
+    for value in call.tensors():
+        if value.dtype.is_floating_point and value.dim() > 0:
+            value[-1:] = float("nan")
+    return call
 
 
 def _state(layer: nn.Module, replacement: Replacement) -> list[Tensor]:
