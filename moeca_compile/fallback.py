@@ -20,6 +20,7 @@ from moeca_compile._torch_private import (
     missing,
     outermost_module,
     subclass_among,
+    subclass_weight,
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph
@@ -101,29 +102,40 @@ _MANY_STALE = 256
 """After this many calls of parts in place of the whole model, warn. A call of the model has some 3 for each block."""
 
 
-def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
-    """Why a graph is left to torch.compile; None where it is not.
+def why_left(model: nn.Module | None) -> str | None:
+    """Why a model as it is now is left to torch.compile, whoever calls it; None where it is not.
 
-    Gradients, training mode, a weight that is no plain tensor or sharded, or a name that this torch lacks.
+    A weight that is no plain tensor or sharded, a name that this torch lacks, or training mode.
     """
-    module = outermost_module()
-    if is_sharded(module):
+    if is_sharded(model):
         return SHARDED
-    subclass = subclass_among(module, gm, inputs)
-    if subclass is not None:
-        name, value = subclass
-        return SHARDED if is_sharded(value) else SUBCLASS.format(name, type(value).__name__)
+    weight = subclass_weight(model)
+    if weight is not None:
+        return _of_subclass(*weight)
     if missing():
         return MISSING.format(torch.__version__, ", ".join(missing()))
-    callers = calling_code()
-    if module is not None and module.training:
-        return TRAINING
+    return TRAINING if model is not None and model.training else None
+
+
+def why_original(gm: fx.GraphModule, inputs: Sequence[Any], record: Record) -> str | None:
+    """Why a graph is left to torch.compile; None where it is not: its model, or a call of it with gradients."""
+    reason, subclass = why_left(outermost_module()), subclass_among(gm, inputs)
+    if reason is not None:
+        return reason
+    if subclass is not None:
+        return _of_subclass(*subclass)
     # Capture is off while gradients are enabled, so graph breaks then say nothing about the model.
-    wanted = callers or graph_break() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    wanted = (
+        calling_code() or graph_break() or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    )
     if torch.is_grad_enabled():
         return GRADIENTS if wanted else None
     # MoE dispatch is often decorated with no_grad: in a call with gradients it is a graph of its own, without them.
     return GRADIENTS if GRADIENTS in record.notes.warnings and in_decorated_function() else None
+
+
+def _of_subclass(name: str, value: Tensor) -> str:
+    return SHARDED if is_sharded(value) else SUBCLASS.format(name, type(value).__name__)
 
 
 def check_tuned(record: Record, model: nn.Module | None) -> None:

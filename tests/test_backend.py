@@ -125,6 +125,18 @@ def test_a_report_before_any_call(model):
     json.dumps(empty.to_dict())
 
 
+def test_the_report_of_another_model_of_the_class_says_why_it_is_left_alone(without_inductor):
+    """Torch calls what it compiled for the first one's parts for the second, too, and nobody hears of it."""
+    fast, other = (compiled(make_model().train()) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate(fast)
+        generate(other)
+    for each in (fast, other):
+        assert [text for text in report(each).warnings if "training mode" in text], report(each)
+    assert "of another model" not in str(report(fast)) and "another model of the class" in str(report(other))
+
+
 @pytest.mark.smoke
 def test_a_report_after_a_generation(model, without_inductor):
     fast = compiled(model, tau0=0.5, full_every=3)

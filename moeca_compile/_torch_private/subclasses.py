@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 
-def subclass_among(module: nn.Module | None, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, Tensor] | None:
-    """Name and value of the first such tensor of a model, or among the inputs of Dynamo's graph; None without any."""
-    found = subclass_weight(module)
+def subclass_among(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, Tensor] | None:
+    """Name and value of the first such tensor among the inputs of Dynamo's graph; None without any."""
     names = (node.name for node in gm.graph.nodes if node.op == "placeholder")
-    others = ((name, value) for name, value in zip(names, inputs, strict=True) if _holds_others(value))
-    return found or next(others, None)
+    return next(((name, value) for name, value in zip(names, inputs, strict=True) if _holds_others(value)), None)
 
 
 def subclass_weight(module: nn.Module | None) -> tuple[str, Tensor] | None:

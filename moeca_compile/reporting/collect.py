@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from moeca_compile import capture
 from moeca_compile._torch_private import compiled_module
+from moeca_compile.fallback import why_left
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.passes.rewrite.kinds import COUNTERS, PROBE, REUSING
 from moeca_compile.reporting.bypass import methods_past_the_compiled
@@ -39,7 +40,8 @@ def report(model: Any) -> Report:
     """
     record, module = record_of(model), compiled_module(model)
     if record is None:
-        return Report(warnings=(*methods_past_the_compiled(module), *_refusals(module)))
+        left = why_left(module)
+        return Report(warnings=(*filter(None, [left]), *methods_past_the_compiled(module), *_refusals(module)))
     module = module or _module_of(record)
     loops = [loop for engine in record.engines for loop in engine.loops.values()]
     notes, last = record.notes, loops[-1].compiled if loops else None

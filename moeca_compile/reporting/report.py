@@ -218,8 +218,11 @@ def _title(report: Report) -> str:
 
 def _graph_lines(report: Report) -> list[str]:
     if not report.graphs:
-        given_up = ", or torch.compile runs it as plain Python (see the warnings)" if report.warnings else ""
-        return [f"nothing compiled yet: the model has not been called{given_up}"]
+        why = " (see the warnings)" if report.warnings else ""
+        return [
+            f"nothing compiled: the model has not been called, or torch.compile runs it as plain Python{why}, or by "
+            "code that it compiled for another model of the class with gradients or in parts (see that one's report)"
+        ]
     breaks = plural(len(report.graph_breaks), "graph break") if report.graph_breaks else "no graph breaks"
     lines = [f"{plural(report.graphs, 'graph')}, {breaks}"]
     return lines + [f"  {item.where}: {item.reason}" for item in report.graph_breaks]

@@ -71,7 +71,14 @@ def found(shard: Callable[[Any, DeviceMesh], None], mesh: DeviceMesh) -> dict[st
         warnings.simplefilter("always")
         sample(fast)  # with compilation
         got = sample(fast)
+    again = make_model(SMALL)
+    shard(again, mesh)
+    another = compiled(again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(another)
     return {
+        "another": moeca_compile.report(another).warnings,
         "error": float((got - sample(make_model(SMALL))).abs().max()),
         "warnings": [str(each.message) for each in said if str(each.message).startswith("moeca")],
         "report": moeca_compile.report(fast).warnings,

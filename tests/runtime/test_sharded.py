@@ -45,4 +45,4 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_it_runs_as_under_plain_torch_compile_with_one_warning(found, way):
     assert found[way]["error"] < 1e-5
     assert found[way]["warnings"] == [f"moeca: {SHARDED}"]
-    assert found[way]["report"] == [SHARDED]
+    assert found[way]["report"] == found[way]["another"] == [SHARDED]
