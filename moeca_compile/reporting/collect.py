@@ -26,6 +26,7 @@ from moeca_compile.runtime.tallies import Counted
 
 COUPLED = "it routes the samples of a batch together, so a sample's result depends on the others"
 UNPROVEN = "not validated yet: on the first inputs its values were constant; see the warnings"
+AS_A_WHOLE = "with all of the branch or the blocks that it is in; by itself it is not, since {0}"
 AT_EVERY_STEP = "the recipe runs it at every step"
 
 
@@ -116,7 +117,11 @@ def regions_of(compiled: CompiledGraph) -> list[Region]:
         found.append(region("experts", layer.name, layer.marker))
         found += [region("feedforward", shared.name, shared.output) for shared in layer.shared]
     found += [region("feedforward", f.name, f.output) for f in regions.feedforwards]
-    return found + [Region(k.kind, k.name, "skipped", k.reason) for k in regions.skipped]
+    for left in regions.skipped:
+        whole = left.node in replaced
+        how = AS_A_WHOLE.format(left.reason) if whole else left.reason
+        found.append(Region(left.kind, left.name, "cached" if whole else "skipped", how))
+    return found
 
 
 def _why_idle(compiled: CompiledGraph) -> str:

@@ -37,7 +37,7 @@ def match_attention(sdpa: fx.Node, layouts: Layouts, mixed: Set[fx.Node] = froze
     if reason is None and any(_loses_rows(sdpa, residual.output, layouts, mixed) for residual in residuals):
         reason = "its output is not computed token by token from the attention"
     if reason is not None:
-        return [Skipped("attention", name, reason)]
+        return [Skipped("attention", name, reason, sdpa)]
     names = [module_path(r.output) for r in residuals] if len(residuals) > 1 else [name]
     by_token = _by_token(sdpa, [residual.output for residual in residuals], layouts)
     return [Attention(n, r, sdpa, query, key, value, by_token) for n, r in zip(names, residuals, strict=True)]

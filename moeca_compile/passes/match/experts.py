@@ -48,7 +48,7 @@ def match_experts(
     elif by_token and not any(node.target is TOPK for node in ancestors([choice], stop=(residual.stream,))):
         reason = "its expert ids come from no top-k"
     if reason is not None or residual is None:
-        return Skipped("experts", name, reason or "")
+        return Skipped("experts", name, reason or "", marker)
     shared = _shared_experts(marker, residual, layouts)
     return Experts(name, residual, marker, choice, weight, body, shared, _probe(residual, attentions))
 

@@ -107,13 +107,13 @@ def _anchors(graph: fx.Graph) -> set[fx.Node]:
 
 def _unclear(graph: fx.Graph) -> list[Skipped]:
     """Unfused attentions that could not be fused."""
-    return [Skipped("attention", module_path(node), reason) for node, reason in unclear_attentions(graph)]
+    return [Skipped("attention", module_path(node), reason, node) for node, reason in unclear_attentions(graph)]
 
 
 def _everything_skipped(graph: fx.Graph) -> tuple[Skipped, ...]:
     reason = "no residual stream of shape (batch, tokens, width) runs around it"
     nodes = [("attention", n) for n in attention_nodes(graph)] + [("experts", n) for n in expert_nodes(graph)]
-    return (*(Skipped(kind, module_path(node), reason) for kind, node in nodes), *_unclear(graph))
+    return (*(Skipped(kind, module_path(node), reason, node) for kind, node in nodes), *_unclear(graph))
 
 
 def _residual_chain(graph: fx.Graph, layouts: Layouts, known: list[Residual]) -> tuple[Residual, ...]:

@@ -103,11 +103,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A part that looks like a region and runs as in the model, with the reason in the user's terms."""
+    """A part that looks like a region and is none, with the reason in the user's terms.
+
+    It runs as in the model, unless its `node` lies in a branch, or in blocks, that are cached as a whole.
+    """
 
     kind: str
     name: str
     reason: str
+    node: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,9 @@ class Regions:
 
     def without(self, reasons: Mapping[Attention | Experts | FeedForward, str]) -> Regions:
         """Without these regions, which become skipped ones with the reason."""
-        skipped = tuple(Skipped(type(part).__name__.lower(), part.name, why) for part, why in reasons.items())
+        skipped = tuple(
+            Skipped(type(part).__name__.lower(), part.name, why, _end_of(part)) for part, why in reasons.items()
+        )
         left = self.only([part for part in self.parts if part not in reasons])
         return replace(left, skipped=(*self.skipped, *skipped))
 
@@ -202,3 +208,9 @@ class Regions:
             if holds and form.along(layout.axis) == layout and shape_of(stream)[-1] == width:  # type: ignore[union-attr]
                 return stream
         return None
+
+
+def _end_of(part: Attention | Experts | FeedForward) -> fx.Node:
+    if isinstance(part, FeedForward):
+        return part.output
+    return part.sdpa if isinstance(part, Attention) else part.marker
