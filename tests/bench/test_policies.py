@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from bench import policies
-from examples.digits.checkpoint import save_model
 from examples.digits.metrics import EXACT_DB
-from examples.digits.model import DigitsConfig, DigitsDiT
 from moeca_compile import MoecaConfig
+from tests.digits import tiny_digits
 
 pytestmark = pytest.mark.bench
 
@@ -22,13 +21,7 @@ Run = Callable[..., dict[str, dict[str, str]]]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = DigitsDiT(DigitsConfig(width=32, depth=2, heads=2, experts=4, expert_width=32))
-    for parameter in model.parameters():
-        if not parameter.any():  # adaLN-zero would hide every branch
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_model(model, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
+    return tiny_digits(tmp_path, width=32, experts=4, expert_width=32)
 
 
 @pytest.fixture

@@ -6,25 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import tuning
-from examples.digits.checkpoint import save_model
-from examples.digits.model import DigitsConfig, DigitsDiT
 from moeca_compile import Tuned
+from tests.digits import tiny_digits
 
 pytestmark = pytest.mark.bench
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = DigitsDiT(DigitsConfig(width=16, depth=2, heads=2, experts=3, expert_width=16))
-    for parameter in model.parameters():
-        if not parameter.any():  # adaLN-zero would hide every branch
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_model(model, tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
+    return tiny_digits(tmp_path, width=16, experts=3, expert_width=16)
 
 
 @pytest.mark.filterwarnings("ignore:moeca")

@@ -13,6 +13,7 @@ import torch
 
 from examples.digits import ranks, sample
 from examples.digits.sampling import SAMPLERS, generate
+from tests.digits import tiny_digits
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
@@ -57,19 +58,10 @@ def test_the_first_rank_compiles_before_the_others(monkeypatch):
     assert done == ["rank 0", "barrier", "barrier", "rank 1"]
 
 
-def arguments(folder: Path) -> list[str]:
+def arguments(folder: Path, checkpoint: Path) -> list[str]:
     few = ["--batch", "6", "--steps", "6", "--repeats", "1", "--full-every", "3", "--guidance", "1"]
-    return [
-        *few,
-        "--recipe",
-        "stack-forecast",
-        "--lowering",
-        "eager",
-        "--json",
-        f"{folder}/f.json",
-        "--out",
-        f"{folder}/p.png",
-    ]
+    how = ["--recipe", "stack-forecast", "--lowering", "eager", "--checkpoint", str(checkpoint)]
+    return [*few, *how, "--json", f"{folder}/f.json", "--out", f"{folder}/p.png"]
 
 
 def figures(folder: Path) -> dict[str, dict[str, float]]:
@@ -78,14 +70,15 @@ def figures(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
+    checkpoint = tiny_digits(tmp_path, width=16, experts=3, expert_width=16)  # it compiles in seconds
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    assert sample.main(arguments(one)) == 0
+    assert sample.main(arguments(one, checkpoint)) == 0
     # Each process has a folder of its own for what it kept: nothing but the port is shared with other runs.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "examples/digits/sample.py", *arguments(two)],
+        [*command, "examples/digits/sample.py", *arguments(two, checkpoint)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
