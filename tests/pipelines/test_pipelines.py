@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,37 +13,25 @@ import torch
 import moeca_compile
 from moeca_compile.runtime import scope
 from tests.harness import own_warnings
-from tests.pipelines.tiny import diffusers, draw, flux, flux_inputs, nucleus, nucleus_inputs, pixart, random, silent
+from tests.pipelines.tiny import (
+    diffusers,
+    draw,
+    flux,
+    flux_inputs,
+    nucleus,
+    nucleus_inputs,
+    pixart,
+    random,
+    silent,
+    steps_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of schedulers' use of numpy
 ]
-STEPS, EVERY = 5, 3
+STEPS = 5
 PROMPT = {"prompt": "a cat on the moon", "clean_caption": False, "use_resolution_binning": False}
-
-
-@pytest.fixture
-def enabled() -> Iterator[Callable[..., Any]]:
-    """Enables pipelines, and disables them after the test. Returns the one denoiser."""
-    pipes = []
-
-    def enable(pipe: Any, recipe: str = "stack", full_every: int = EVERY, validate: bool = False) -> Any:
-        pipes.append(pipe)
-        options = {"recipe": recipe, "full_every": full_every, "validate": validate, "lowering": "eager"}
-        found = moeca_compile.enable(pipe, **options)
-        assert list(found) == ["transformer"]
-        return found["transformer"]
-
-    yield enable
-    for pipe in pipes:
-        moeca_compile.disable(pipe)
-
-
-def steps_of(model: Any) -> tuple[int, int]:
-    """(full steps, cache steps) so far, of whatever capacity."""
-    steps = moeca_compile.report(model).steps
-    return steps.get("full", 0), sum(number for kind, number in steps.items() if kind.startswith("cache"))
 
 
 # What is drawn
