@@ -16,8 +16,8 @@ from torch import nn
 
 from moeca_compile.capture.running.own_code import attributes_read, attributes_stored
 from moeca_compile.capture.source import innermost, is_torchs, namespace_of
+from moeca_compile.capture.structure import OF_ALL_MODULES
 
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _UNKNOWN = object()
 """In place of what is no plain value, such as a tensor."""
 
@@ -67,7 +67,7 @@ def _read_and_not_set(kind: type) -> frozenset[str]:
     """Attributes that the code of a class reads, but for those that its forward sets, as counters of calls."""
     by_name = _codes(kind)
     read = frozenset().union(*(attributes_read(code) for codes in by_name.values() for code in codes))
-    return read - _set_by_forward(by_name) - _OF_ALL_MODULES
+    return read - _set_by_forward(by_name) - OF_ALL_MODULES
 
 
 def _set_by_forward(by_name: dict[str, list[CodeType]]) -> frozenset[str]:

@@ -16,6 +16,8 @@ from moeca_compile.capture.source import innermost, namespace_of
 Path = tuple[str, ...]
 """The way to a parameter from its expert: ("mlp", "0", "weight")."""
 
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+"""The names of what every module holds."""
 Structure = tuple[Any, ...]
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, type, BuiltinFunctionType)
 
@@ -57,9 +59,20 @@ def alive(expert: nn.Module) -> str | None:
             return "is in training mode"
         if has_forward_hooks(module):
             return "has forward hooks"
-        if any(isinstance(value, Tensor) for value in vars(module).values()):
+        if any(map(_holds_a_tensor, _own(module))):
             return "holds a tensor that is neither a parameter nor a buffer"
     return None
+
+
+def _own(module: nn.Module) -> Iterator[Any]:
+    """What a module holds beside what every module has, such as its parameters."""
+    return (value for name, value in vars(module).items() if name not in OF_ALL_MODULES)
+
+
+def _holds_a_tensor(value: Any) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(isinstance(each, Tensor) for each in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
 def trains(module: nn.Module) -> bool:

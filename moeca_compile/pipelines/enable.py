@@ -16,6 +16,7 @@ from torch import nn
 from moeca_compile._torch_private import compiled_call, restore_compiled_call
 from moeca_compile.config import MoecaConfig
 from moeca_compile.pipelines.denoisers import components_of, denoisers
+from moeca_compile.pipelines.idle import look_for_idle, steps_taken
 from moeca_compile.pipelines.image import Image
 from moeca_compile.reporting.collect import reset
 from moeca_compile.runtime.scope import stream
@@ -146,8 +147,13 @@ def _one_generation_a_call(kind: type) -> type:
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _warn_if_replaced(self)
+        known = _pipelines.get(self)
+        own = known.denoisers if known is not None else {}
+        before = steps_taken(own)
         with Image(self):
-            return kind.__call__(self, *args, **kwargs)
+            drawn = kind.__call__(self, *args, **kwargs)
+        look_for_idle(self, own, before)
+        return drawn
 
     same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {**same, "__call__": call})

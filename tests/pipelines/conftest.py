@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import moeca_compile
 
@@ -25,3 +26,9 @@ def enabled() -> Iterator[Callable[..., Any]]:
     yield enable
     for pipe in pipes:
         moeca_compile.disable(pipe)
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Flux and HiDream decorate their forward alike, so Dynamo counts their compilations together."""
+    torch._dynamo.reset()
