@@ -17,6 +17,7 @@ from torch import nn
 from moeca_compile._torch_private import dynamo_is_running, forget_code
 from moeca_compile.pipelines.image import scheduler_of
 from moeca_compile.reporting.found import record_of
+from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.record import Record
 
 IDLE = (
@@ -27,12 +28,16 @@ IDLE = (
 )
 
 
-def steps_taken(denoisers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How many steps of each denoiser its compiled graphs have run so far."""
-    return {name: _steps(record_of(module)) for name, module in denoisers.items()}
+Taken = list[list[tuple[Engine, int]]]
+"""For each denoiser its graphs' engines, with the steps that they have run."""
 
 
-def look_for_idle(pipe: Any, denoisers: Mapping[str, nn.Module], before: Mapping[str, int]) -> None:
+def steps_taken(denoisers: Mapping[str, nn.Module]) -> Taken:
+    """How many steps the graphs of these denoisers have run so far."""
+    return [_steps(record_of(module)) for module in denoisers.values()]
+
+
+def look_for_idle(pipe: Any, denoisers: Mapping[str, nn.Module], before: Taken) -> None:
     """Where the scheduler has stepped in this call of the pipeline and no denoiser has: warn, and let Dynamo forget
     that it has given their code up."""
     if not getattr(scheduler_of(pipe), "step_index", None) or steps_taken(denoisers) != before:
@@ -58,9 +63,9 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _steps(record: Record | None) -> int:
+def _steps(record: Record | None) -> list[tuple[Engine, int]]:
     engines = record.engines if record is not None else ()
-    return sum(each.tallies.steps for engine in engines for each in engine.counted())
+    return [(engine, sum(each.tallies.steps for each in engine.counted())) for engine in engines]
 
 
 def _says_why(record: Record) -> bool:
