@@ -147,8 +147,7 @@ def _one_generation_a_call(kind: type) -> type:
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _warn_if_replaced(self)
-        known = _pipelines.get(self)
-        own = known.denoisers if known is not None else {}
+        own = _own_denoisers(self)
         before = steps_taken(own)
         with Image(self):
             drawn = kind.__call__(self, *args, **kwargs)
@@ -157,6 +156,13 @@ def _one_generation_a_call(kind: type) -> type:
 
     same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {**same, "__call__": call})
+
+
+def _own_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Those that were enabled and that are still the pipeline's."""
+    known, components = _pipelines.get(pipe), components_of(pipe)
+    found = known.denoisers if known is not None else {}
+    return {name: module for name, module in found.items() if components.get(name) is module}
 
 
 def _warn_if_replaced(pipe: Any) -> None:
