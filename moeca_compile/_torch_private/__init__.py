@@ -44,6 +44,7 @@ from moeca_compile._torch_private.kernels import (
     zero_all,
 )
 from moeca_compile._torch_private.lookup import missing
+from moeca_compile._torch_private.module_guard import hold_while
 from moeca_compile._torch_private.modules import (
     compiled_call,
     compiled_module,
@@ -104,6 +105,7 @@ __all__ = [
     "has_forward_hooks",
     "has_kernel_for",
     "has_static_value",
+    "hold_while",
     "in_decorated_function",
     "inductor_identity",
     "is_fake",

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile._torch_private import has_forward_hooks
+from moeca_compile.capture.source import innermost, namespace_of
 
 Path = tuple[str, ...]
 """The way to a parameter from its expert: ("mlp", "0", "weight")."""
 
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+"""The names of what every module holds."""
 Structure = tuple[Any, ...]
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, type, BuiltinFunctionType)
 
@@ -52,13 +55,43 @@ def unlike(experts: nn.ModuleList) -> str | None:
 def alive(expert: nn.Module) -> str | None:
     """Why a module may not stand for another, whatever its structure: it has a life of its own."""
     for module in expert.modules():
-        if module.training:
+        if trains(module):
             return "is in training mode"
         if has_forward_hooks(module):
             return "has forward hooks"
-        if any(isinstance(value, Tensor) for value in vars(module).values()):
+        if any(map(_holds_a_tensor, _own(module))):
             return "holds a tensor that is neither a parameter nor a buffer"
     return None
+
+
+def _own(module: nn.Module) -> Iterator[Any]:
+    """What a module holds beside what every module has, such as its parameters."""
+    return (value for name, value in vars(module).items() if name not in OF_ALL_MODULES)
+
+
+def _holds_a_tensor(value: Any) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(isinstance(each, Tensor) for each in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether it is in training mode, and its class has code that asks whether it is.
+
+    Adapters that are loaded into a model in eval mode (peft's) are in training mode, and never ask.
+    """
+    if not module.training:
+        return False
+    owners = (owner for owner in type(module).__mro__ if owner not in (nn.Module, object))
+    written = (getattr(value, "fget", value) for owner in owners for value in namespace_of(owner).values())
+    functions = (innermost(value) for value in written if callable(value))
+    return any("training" in _names(code) for each in functions if (code := getattr(each, "__code__", None)))
+
+
+def _names(code: CodeType) -> set[str]:
+    """The globals and attributes that a function's code names, and the functions within it."""
+    within = (_names(each) for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*within)
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:

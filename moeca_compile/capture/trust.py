@@ -2,7 +2,7 @@
 
 The meaning that is checked is the marker op's (ops/markers.py), as a plain loop: the body of expert 0 with
 each expert's own parameters, run on single choices, weighted and summed. Runs once for each class, method,
-structure of the experts and kind of call.
+structure of the experts, numbers that they hold and kind of call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
+from moeca_compile.capture.python_values import held_by_experts
 
 Original = Callable[..., Tensor]
 Verdict = Any
@@ -29,7 +30,8 @@ def vouch(dispatch: Dispatch, original: Original, module: nn.Module, facts: Fact
     """What the equivalent of `original` on `module` needs, for such calls. Raises UntrustedError."""
     layout = dispatch.layout(module)
     verdicts = _verdicts.setdefault(type(module), {})
-    key = (original, dispatch, layout.structure, facts, autocast())
+    values = tuple(held.values for held in held_by_experts(module))
+    key = (original, dispatch, layout.structure, values, facts, autocast())
     if key not in verdicts:
         verdicts[key] = _check(dispatch, original, module, facts)
     verdict = verdicts[key]

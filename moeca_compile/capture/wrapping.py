@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from moeca_compile._torch_private import traced_anew, traced_self
+from moeca_compile._torch_private import hold_while, traced_anew, traced_self
 from moeca_compile.capture import suspects
 from moeca_compile.capture.gate import tracing_for_moeca
 from moeca_compile.capture.idioms.bank import Bank
@@ -26,6 +26,7 @@ from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.idioms.held import BANK
 from moeca_compile.capture.idioms.inline import Inline
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
+from moeca_compile.capture.python_values import held_by_experts
 from moeca_compile.capture.refusals import Refusal, refuse
 from moeca_compile.capture.running import Asked, Asking, Running, Watch, holds_experts, isolated, may_run
 from moeca_compile.capture.source import innermost
@@ -38,6 +39,7 @@ ORIGINAL = "_moeca_original"  # the attribute of a wrapper that holds what it wr
 _KNOWN = "_moeca_known"  # the attribute of a wrapper whose method an idiom has recognized
 _RUNS = "_moeca_runs"  # the attribute of a wrapper that runs its layer
 _IDIOMS, _RUNNING = 0, 1
+UNGUARDED = "its experts' code reads numbers that may change, and this version of torch would not notice"
 _REWRITE = "Write it so that this no longer holds (docs/capture.md), or add an idiom (docs/extending/idiom.md)"
 
 
@@ -108,6 +110,8 @@ def with_equivalent(
     def vouched(identity: int, part: int, facts: tuple[Facts | str, ...]) -> tuple[int, Trusted] | None:
         module = traced_self(identity)
         found = _confirmed(parts[part], original, module, facts)
+        if not isinstance(found, str) and not _holds_while_alike(module):
+            found = Reason(UNGUARDED, True)
         if not isinstance(found, str):
             return found
         if part == _RUNNING:
@@ -158,6 +162,12 @@ def with_single_experts(original: Callable[..., Any], bank: Bank) -> Callable[..
     setattr(wrapper, BANK, bank)
     setattr(wrapper, _KNOWN, True)
     return wrapper
+
+
+def _holds_while_alike(module: nn.Module) -> bool:
+    """Let what is traced hold only while the numbers in all experts are what they were when they were compared."""
+    held = held_by_experts(module)
+    return not held or hold_while(lambda: all(each.same() for each in held), "numbers that experts hold")
 
 
 def _confirmed(

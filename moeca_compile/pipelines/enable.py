@@ -16,6 +16,7 @@ from torch import nn
 from moeca_compile._torch_private import compiled_call, restore_compiled_call
 from moeca_compile.config import MoecaConfig
 from moeca_compile.pipelines.denoisers import components_of, denoisers
+from moeca_compile.pipelines.idle import look_for_idle, steps_taken
 from moeca_compile.pipelines.image import Image
 from moeca_compile.reporting.collect import reset
 from moeca_compile.runtime.scope import stream
@@ -146,11 +147,22 @@ def _one_generation_a_call(kind: type) -> type:
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _warn_if_replaced(self)
+        own = _own_denoisers(self)
+        before = steps_taken(own)
         with Image(self):
-            return kind.__call__(self, *args, **kwargs)
+            drawn = kind.__call__(self, *args, **kwargs)
+        look_for_idle(self, own, before)
+        return drawn
 
     same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {**same, "__call__": call})
+
+
+def _own_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Those that were enabled and that are still the pipeline's."""
+    known, components = _pipelines.get(pipe), components_of(pipe)
+    found = known.denoisers if known is not None else {}
+    return {name: module for name, module in found.items() if components.get(name) is module}
 
 
 def _warn_if_replaced(pipe: Any) -> None:

@@ -205,6 +205,20 @@ def test_a_batch_norm_in_training_mode_is_told_without_running_it():
     assert unlike(experts.eval()) is None
 
 
+def test_training_mode_is_none_of_the_matter_where_no_code_asks_for_it():
+    def expert():
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ModuleDict({"drop": nn.Dropout(0.1)}), nn.Identity())
+
+    experts = nn.ModuleList(expert() for _ in range(3)).eval()
+    for each in experts:
+        each.train()
+        each[1].eval()
+    assert unlike(experts) is None
+    for each in experts:
+        each.train()
+    assert unlike(experts) == "expert 0 is in training mode", "a dropout does ask"
+
+
 def test_no_rows_at_all_are_refused():
     model, backend = stack(NumpyEnds()), RecordingBackend()
     with torch.no_grad(), pytest.warns(capture.CaptureWarning, match="no rows"):

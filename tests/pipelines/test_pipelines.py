@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,37 +14,25 @@ import torch
 import moeca_compile
 from moeca_compile.runtime import scope
 from tests.harness import own_warnings
-from tests.pipelines.tiny import diffusers, draw, flux, flux_inputs, nucleus, nucleus_inputs, pixart, random, silent
+from tests.pipelines.tiny import (
+    diffusers,
+    draw,
+    flux,
+    flux_inputs,
+    nucleus,
+    nucleus_inputs,
+    pixart,
+    random,
+    silent,
+    steps_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of schedulers' use of numpy
 ]
-STEPS, EVERY = 5, 3
+STEPS = 5
 PROMPT = {"prompt": "a cat on the moon", "clean_caption": False, "use_resolution_binning": False}
-
-
-@pytest.fixture
-def enabled() -> Iterator[Callable[..., Any]]:
-    """Enables pipelines, and disables them after the test. Returns the one denoiser."""
-    pipes = []
-
-    def enable(pipe: Any, recipe: str = "stack", full_every: int = EVERY, validate: bool = False) -> Any:
-        pipes.append(pipe)
-        options = {"recipe": recipe, "full_every": full_every, "validate": validate, "lowering": "eager"}
-        found = moeca_compile.enable(pipe, **options)
-        assert list(found) == ["transformer"]
-        return found["transformer"]
-
-    yield enable
-    for pipe in pipes:
-        moeca_compile.disable(pipe)
-
-
-def steps_of(model: Any) -> tuple[int, int]:
-    """(full steps, cache steps) so far, of whatever capacity."""
-    steps = moeca_compile.report(model).steps
-    return steps.get("full", 0), sum(number for kind, number in steps.items() if kind.startswith("cache"))
 
 
 # What is drawn
@@ -186,8 +174,10 @@ def test_a_denoiser_that_was_replaced_is_spoken_of_and_enabled_again():
     pipe, other = flux(), flux().transformer
     earlier = moeca_compile.enable(pipe, recipe="none", lowering="eager")["transformer"]
     pipe.transformer = other
-    with pytest.warns(UserWarning, match=r"component 'transformer' of FluxPipeline was replaced .*\.enable\(pipe"):
+    with pytest.warns(UserWarning) as told:
         draw(pipe, 1, side=16, **flux_inputs())
+    (text,) = [str(each.message) for each in told if "moeca:" in str(each.message)]
+    assert re.search(r"component 'transformer' of FluxPipeline was replaced .*\.enable\(pipe", text)
     moeca_compile.enable(pipe, recipe="none", lowering="eager")
     assert earlier._compiled_call_impl is None and other._compiled_call_impl is not None
     moeca_compile.disable(pipe)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moeca_compile
 from tests.public_models import random, tiny_nucleus
 
 diffusers = pytest.importorskip("diffusers")
@@ -15,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "on", "the", "moon"]
 TEXT = 6
+ENDINGS = ("", "_2", "_3", "_4")
+"""Of the names of HiDream's text encoders and tokenizers."""
 
 
 def seeded(model: Any) -> Any:
@@ -116,6 +119,52 @@ def nucleus_inputs() -> dict[str, Any]:
     }
 
 
+def clip() -> Any:
+    """A text encoder with a pooled output."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {name: WORDS.index(word) for name, word in (("bos_token_id", "<pad>"), ("eos_token_id", "</s>"))}
+    config = transformers.CLIPTextConfig(vocab_size=len(WORDS), projection_dim=5, **sizes, **special)
+    return seeded(transformers.CLIPTextModelWithProjection(config))
+
+
+def llama() -> Any:
+    """A language model, of which all hidden states are used. It also gives its attention, so that is eager."""
+    sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=len(WORDS), **sizes, **heads, attn_implementation="eager")
+    return seeded(transformers.LlamaForCausalLM(config))
+
+
+def hidream(scheduler: Any = None) -> Any:
+    """A mixture of experts in two streams, four text encoders with their tokenizers, and joined guidance."""
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[12, 10],
+        text_emb_dim=10,
+        num_routed_experts=4,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(8, 8),
+        llama_layers=[0, 1],
+    )
+    encoders = (clip(), clip(), text_encoder(), llama())
+    pipe = diffusers.HiDreamImagePipeline(
+        vae=vae(shift_factor=0.1),
+        transformer=seeded(transformer),
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(),
+        **{f"text_encoder{ending}": each for ending, each in zip(ENDINGS, encoders, strict=True)},
+        **{f"tokenizer{ending}": tokenizer() for ending in ENDINGS},
+    )
+    pipe.default_sample_size = 8
+    return silent(pipe)
+
+
 def silent(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -127,3 +176,9 @@ def draw(pipe: Any, steps: int, seed: int = 0, side: int = 32, **arguments: Any)
     sizes = {"height": side, "width": side} if side else {}
     given = {**sizes, "generator": generator, "num_inference_steps": steps, "output_type": "latent", **arguments}
     return pipe(**given, return_dict=False)[0]
+
+
+def steps_of(model: Any) -> tuple[int, int]:
+    """(full steps, cache steps) so far, of whatever capacity."""
+    steps = moeca_compile.report(model).steps
+    return steps.get("full", 0), sum(number for kind, number in steps.items() if kind.startswith("cache"))

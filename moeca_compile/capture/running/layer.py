@@ -43,7 +43,7 @@ from moeca_compile.capture.running.own_code import (
 from moeca_compile.capture.running.trace import Call, counted, run, traced, written
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.source import functions_of
-from moeca_compile.capture.structure import named_tensors, structure
+from moeca_compile.capture.structure import named_tensors, structure, trains
 
 _SEEDS = (0, 1, 2, 3)
 _MORE_SEEDS = range(10, 40)  # until each expert has been compared
@@ -74,7 +74,7 @@ class Running:
 
     def layout(self, module: nn.Module) -> Layout:
         for each in module.modules():
-            if each.training:
+            if trains(each):
                 raise UntrustedError("a part of it is in training mode")
             if has_forward_hooks(each):
                 raise UntrustedError("a part of it has forward hooks")

@@ -103,6 +103,10 @@ def attributes_read(code: CodeType) -> frozenset[str]:
     return _attributes(code, _LOADS)
 
 
+def attributes_stored(code: CodeType) -> frozenset[str]:
+    return _attributes(code, _STORES)
+
+
 @cache
 def _attributes(code: CodeType, ops: tuple[str, ...]) -> frozenset[str]:
     inner = [each for each in code.co_consts if isinstance(each, CodeType)]
