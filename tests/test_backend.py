@@ -41,7 +41,7 @@ def model() -> TinyDiTMoE:
 
 
 def compiled(model: nn.Module, backend: Any = "moeca", **options: Any) -> Any:
-    return torch.compile(model, backend=backend, options={**how.options, **options} or None)
+    return torch.compile(model, backend=backend, options={"recipe": "moeca", **how.options, **options})
 
 
 @torch.no_grad()
