@@ -162,7 +162,7 @@ def test_a_report_after_a_generation(model, without_inductor):
     assert found.flops.speedup > 1
     assert all(error < 1e-4 for error in found.validation_errors.values())
     assert (found.device, found.dtype) == ("cpu", "torch.float32")
-    assert MoecaConfig(**found.config) == MoecaConfig(tau0=0.5, full_every=3, lowering="eager")
+    assert MoecaConfig(**found.config) == MoecaConfig(recipe="moeca", tau0=0.5, full_every=3, lowering="eager")
     assert found.warnings == ()
     json.dumps(found.to_dict())
 
