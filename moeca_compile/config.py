@@ -35,7 +35,7 @@ class MoecaConfig(Options):
 
     def __post_init__(self) -> None:
         known = self._from_file(self.tuned)
-        self._set("recipe", one_of(*RECIPES), known.get("recipe", "moeca") if self.recipe is UNSET else self.recipe)
+        self._set("recipe", one_of(*RECIPES), known.get("recipe", "auto") if self.recipe is UNSET else self.recipe)
         for field in self._settings():
             value = getattr(self, field.name)
             self._complete(field, known.get(field.name, UNSET) if value is UNSET else value)

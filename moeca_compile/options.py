@@ -253,7 +253,7 @@ class Options:
     cache holds one of a token's k branches. Steps count from 0 in each generation.
     """
 
-    recipe: str = dataclasses.field(default=UNSET, metadata={"default": "moeca"})
+    recipe: str = dataclasses.field(default=UNSET, metadata={"default": "auto"})
     tuned: TunedFor | None = setting(
         None,
         tuned_options,
@@ -295,6 +295,14 @@ class Options:
         """At each full step, find the error that the cache steps before it have made, and make up for it in this
         step's output. For deterministic samplers that add a multiple of the output to the picture (Euler on a flow
         or an ODE, DPM-Solver); not for stochastic ones. It costs one cache step at each full step.""",
+    )
+    sampler: str | None = setting(
+        None,
+        optional(one_of("deterministic", "stochastic")),
+        SCHEDULE,
+        """What the sampler is. With a "deterministic" one the corrector is on; of the change that a forecast foresees
+        with a "stochastic" one half is believed. None: what generation(model, deterministic=...) says, and in an
+        enabled pipeline of diffusers, whether it draws noise between its steps. Where nothing says, neither.""",
     )
     attention_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all attention at this interval instead of full_every."

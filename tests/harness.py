@@ -83,7 +83,7 @@ class Captured:
 
     def engine(self, **options: Any) -> Engine:
         """The real engine under these options."""
-        config = MoecaConfig.from_options({**how.options, **options})
+        config = MoecaConfig.from_options({"recipe": "moeca", **how.options, **options})
         return Engine(self.graph, self.inputs, config, Notes(), how.stages, bounds_of(config))
 
     @property

@@ -41,7 +41,7 @@ def model() -> TinyDiTMoE:
 
 
 def compiled(model: nn.Module, backend: Any = "moeca", **options: Any) -> Any:
-    return torch.compile(model, backend=backend, options={**how.options, **options} or None)
+    return torch.compile(model, backend=backend, options={"recipe": "moeca", **how.options, **options})
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_a_report_after_a_generation(model, without_inductor):
     assert found.flops.speedup > 1
     assert all(error < 1e-4 for error in found.validation_errors.values())
     assert (found.device, found.dtype) == ("cpu", "torch.float32")
-    assert MoecaConfig(**found.config) == MoecaConfig(tau0=0.5, full_every=3, lowering="eager")
+    assert MoecaConfig(**found.config) == MoecaConfig(recipe="moeca", tau0=0.5, full_every=3, lowering="eager")
     assert found.warnings == ()
     json.dumps(found.to_dict())
 

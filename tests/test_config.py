@@ -26,6 +26,7 @@ WRONG = [
     ("tuned", "/nowhere/tuned.json", "there is no file"),
     ("tuned", 3, "moeca_compile.tune wrote"),
     ("schedule_exponent", 0.5, "[1, inf)"),
+    ("sampler", "euler", "'deterministic'"),
     ("forecast_slope", 1.5, "[0, 1]"),
     ("forecaster", "newton", "'taylorseer'"),
     ("forecast_order", 5, "from 0 to 4"),
@@ -95,9 +96,14 @@ WRONG = [
 ]
 
 
-def test_defaults_are_the_paper_s():
+def test_the_default_forecasts_by_a_power_schedule():
     config = MoecaConfig()
-    assert config.recipe == "moeca"
+    assert (config.recipe, config.schedule, config.full_every, config.sampler) == ("auto", "power", 4, None)
+    assert config.forecast == ("stack", "attention", "experts") and not config.corrector
+
+
+def test_the_defaults_of_moeca_are_the_paper_s():
+    config = MoecaConfig(recipe="moeca")
     assert (config.full_every, config.tau0, config.alpha, config.beta) == (4, 0.8, 0.6, 0.65)
     assert (config.lambda1, config.lambda2, config.score, config.entropy) == (1.0, 0.6, "paper", "log")
     assert config.forecast == () and config.budget is None and config.full_steps is None
@@ -124,7 +130,7 @@ def test_a_recipe_sets_only_what_is_left_unset():
 def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
     config = MoecaConfig(recipe=recipe)
     assert config.policy is MoecaConfig(recipe=recipe.removesuffix("-forecast")).policy
-    assert bool(config.forecast) == (recipe.endswith("-forecast") or recipe == "taylorseer")
+    assert bool(config.forecast) == (recipe.endswith("-forecast") or recipe in ("taylorseer", "auto"))
 
 
 @pytest.mark.parametrize(
@@ -184,11 +190,15 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
         ({"recipe": "moeca-forecast", "shared": "any"}, "shared", "no token is chosen"),
         ({"recipe": "moeca-forecast", "shared": "always"}, None, ""),
         ({"budget": 0.5, "mask_source": "previous"}, None, ""),
+        ({"recipe": "auto", "sampler": "stochastic", "corrector": True, "forecast_slope": 0.25}, None, ""),
+        ({"recipe": "auto", "tau0": 0.1}, "tau0", "recipe 'auto' ignores it; it is for moeca, moeca-forecast"),
+        ({"recipe": "stack-forecast", "sampler": "deterministic"}, "sampler", "it is for auto"),
     ],
     ids=str,
 )
 def test_an_option_that_has_no_effect_is_an_error_that_says_so(options, ignored, reason):
-    """Unless it is set to what it would be anyway."""
+    """Unless it is set to what it would be anyway. These are for `moeca` where they name no recipe."""
+    options = {"recipe": "moeca", **options}
     if ignored is None:
         MoecaConfig.from_options(options)
         return
@@ -222,6 +232,7 @@ def test_frozen():
 
 def test_values_are_kept_in_one_form():
     options = {
+        "recipe": "moeca",
         "full_steps": [9, 0, 4, 4],
         "capacities": [0.5, 1],
         "cache_dtype": "torch.bfloat16",
@@ -281,6 +292,6 @@ def test_an_option_like_no_other_gets_all_names():
 
 @given(st.sets(st.integers(1, 200)), st.floats(0, 0.999), st.floats(0, 1e6))
 def test_what_is_allowed_round_trips(steps, alpha, tau0):
-    config = MoecaConfig(full_steps=(0, *steps), alpha=alpha, tau0=tau0)
+    config = MoecaConfig(recipe="moeca", full_steps=(0, *steps), alpha=alpha, tau0=tau0)
     assert config.full_steps == (0, *sorted(steps))
     assert MoecaConfig(**dataclasses.asdict(config)) == config

@@ -62,7 +62,7 @@ def test_nothing_is_shown_where_that_was_asked_for(monkeypatch, caplog):
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     with caplog.at_level(logging.INFO, "moeca_compile"):
-        compile_something(Record(MoecaConfig(progress=False)).notes)
+        compile_something(Record(MoecaConfig(recipe="moeca", progress=False)).notes)
     assert lines(caplog) == [] and shown.getvalue() == ""
 
 

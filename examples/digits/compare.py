@@ -19,6 +19,7 @@ from examples.digits.classifier import DigitsClassifier
 from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
 from examples.machine import environment as environment  # re-exported
 from examples.machine import private_copy as private_copy
+from moeca_compile.config import RECIPES
 
 BASELINE = "torch.compile"
 UNCACHED = "none"
@@ -111,7 +112,10 @@ def compiled_policy(model: nn.Module, name: str, setting: Setting) -> Policy:
     if name == BASELINE:
         compiled = torch.compile(own, backend=setting.lowering)
     else:
-        chosen = {"recipe": name, "lowering": setting.lowering, **({} if name == UNCACHED else setting.options)}
+        told = "deterministic" if setting.sampler in DETERMINISTIC else "stochastic"
+        own_options = {"sampler": told} if "sampler" in RECIPES[name].options else {}
+        options = {} if name == UNCACHED else {**own_options, **setting.options}
+        chosen = {"recipe": name, "lowering": setting.lowering, **options}
         compiled = torch.compile(own, backend="moeca", options=chosen)
     return Policy(name, compiled, setting.steps, setting.sampler)
 

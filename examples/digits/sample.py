@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"a recipe, may be given several times: {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
     )
     parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
-    parser.add_argument("--schedule", choices=("uniform", "power"), default="uniform", help="(uniform)")
+    parser.add_argument("--schedule", choices=("uniform", "power"), help="(the recipe's own)")
     parser.add_argument(
         "--corrector",
         action="store_true",
@@ -101,7 +101,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
     args = parser.parse_args(argv)
     args.recipe = list(dict.fromkeys(args.recipe or DEFAULT_RECIPES))
-    args.options = {"full_every": args.full_every, "schedule": args.schedule, "corrector": args.corrector}
+    args.options = {"full_every": args.full_every, "corrector": args.corrector}
+    if args.schedule is not None:
+        args.options["schedule"] = args.schedule
     try:
         for recipe in args.recipe:
             MoecaConfig.from_options({"recipe": recipe} if recipe == UNCACHED else {"recipe": recipe, **args.options})

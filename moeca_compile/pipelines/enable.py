@@ -55,12 +55,13 @@ _pipelines: WeakKeyDictionary[Any, _Pipeline] = WeakKeyDictionary()
 def enable(pipe: Any, **options: Any) -> dict[str, nn.Module]:
     """Cache in the denoisers of a diffusers pipeline, and take each `pipe(...)` for one generation.
 
-        moeca_compile.enable(pipe, recipe="stack-forecast", full_every=4)
+        moeca_compile.enable(pipe)
         image = pipe("a photo of a cat", num_inference_steps=50).images[0]
 
     The denoisers are those components whose forward takes a timestep. They are compiled in place, and so are cached
     in every pipeline that shares them. The scheduler tells the number of steps and, where it counts them, the time;
-    what the pipeline calls its cache contexts are streams. Enabled again, a pipeline has the later options.
+    what the pipeline calls its cache contexts are streams. Noise that is drawn between calls of the denoiser tells
+    the default recipe, `auto`, that the sampler is stochastic. Enabled again, a pipeline has the later options.
 
     Args:
         pipe: the pipeline. Its weights, device and scheduler may change later; after a denoiser was replaced, enable
@@ -149,7 +150,7 @@ def _one_generation_a_call(kind: type) -> type:
         _warn_if_replaced(self)
         own = _own_denoisers(self)
         before = steps_taken(own)
-        with Image(self):
+        with Image(self, (*args, *kwargs.values())):
             drawn = kind.__call__(self, *args, **kwargs)
         look_for_idle(self, own, before)
         return drawn

@@ -1,11 +1,12 @@
-"""One call of a pipeline as a generation, with its time and number of steps from the scheduler."""
+"""One call of a pipeline as a generation, with what its scheduler tells: the time, the number of steps, noise."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeca_compile.pipelines.denoisers import components_of
@@ -14,17 +15,23 @@ from moeca_compile.runtime.scope import Generation
 
 class Image(Generation):
     """The generation of one call of `pipe`. The scheduler is looked at when the denoiser is first called: before
-    that, the pipeline has not yet told it the steps."""
+    that, the pipeline has not yet told it the steps.
 
-    def __init__(self, pipe: Any) -> None:
+    Args:
+        given: the arguments of the call. There may be generators of random numbers among them.
+    """
+
+    def __init__(self, pipe: Any, given: Iterable[Any] = ()) -> None:
         super().__init__(steps=None, lasting=False)
         self.pipe = pipe
         self._clock: Clock | None = None
+        self._draws = Draws(given)
 
     def time(self) -> float | None:
         if self._clock is None:
             self._clock = Clock(scheduler_of(self.pipe), getattr(self.pipe, "num_timesteps", None))
             self.steps = self._clock.steps
+        self.deterministic = self._draws.none_so_far()
         return self._clock.time()
 
 
@@ -63,6 +70,38 @@ class Clock:
         """The current step, or else the one that the pipeline begins at."""
         known = (getattr(self.scheduler, name, None) for name in ("step_index", "begin_index"))
         return next((index for index in known if isinstance(index, int)), None)
+
+
+class Draws:
+    """Whether random numbers are drawn between the denoiser's calls: by the scheduler, which is stochastic then.
+
+    Noise that another thread draws from torch's own generators counts as well, which is on the safe side.
+
+    Args:
+        given: may hold generators, and lists of them.
+    """
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        every = [each for value in given for each in (value if isinstance(value, (list, tuple)) else [value])]
+        self._given = [each for each in every if isinstance(each, torch.Generator)]
+        self._last: list[Tensor] = []
+        self._any = False
+
+    def none_so_far(self) -> bool | None:
+        """Called at each call of the denoiser; None at the first, when nothing is known. No device is waited for."""
+        now = [generator.get_state() for generator in (*self._given, *_default_generators())]
+        before, self._last = self._last, now
+        if not before:
+            return None
+        self._any |= len(now) != len(before) or not all(map(torch.equal, now, before))
+        return not self._any
+
+
+def _default_generators() -> list[torch.Generator]:
+    found = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        found.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    return found
 
 
 def scheduler_of(pipe: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moeca_compile.policies import (
+    auto,
     block,
     block_cache,
     deepcache,
@@ -18,7 +19,7 @@ from moeca_compile.policies import (
 )
 from moeca_compile.policies.policy import Policy
 
-POLICIES = (none, moeca, layerwise, stack, block, deepcache, delta, toca, duca, teacache, block_cache, magcache)
+POLICIES = (none, auto, moeca, layerwise, stack, block, deepcache, delta, toca, duca, teacache, block_cache, magcache)
 
 RECIPES: dict[str, Policy] = {recipe: module.POLICY for module in POLICIES for recipe in module.POLICY.recipes}
 """The policy behind each recipe."""

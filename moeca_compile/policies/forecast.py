@@ -160,6 +160,9 @@ FORECASTERS: dict[str, Callable[[int], Rule]] = {
 }
 """The rule of each forecaster, of a given order."""
 
+HALF = 0.5
+"""How much of the slope is believed where there is fresh noise at every step: it is in both of the last values."""
+
 LINEAR = FORECASTERS["taylor"](1)
 
 
@@ -169,9 +172,10 @@ def _rule(forecaster: str, order: int, slope: float) -> Rule:
     return Rule(rule.order, rule.older, rule.slots, rule.by_number, slope)
 
 
-def rule_of(options: Options) -> Rule:
-    """The rule of every forecast under these options."""
-    return _rule(options.forecaster, options.forecast_order, options.forecast_slope)
+def rule_of(options: Options, noisy: bool = False) -> Rule:
+    """The rule of every forecast under these options; `noisy` where the sampler's noise is in what is forecast."""
+    slope = min(options.forecast_slope, HALF) if noisy else options.forecast_slope
+    return _rule(options.forecaster, options.forecast_order, slope)
 
 
 def slots_of(options: Options, group: str) -> int:

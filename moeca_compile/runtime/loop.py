@@ -117,7 +117,8 @@ class StepLoop:
                     write_step_scalars(stream.state, refresh.share, position.number)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
-            weight = self.correction(refresh, stream, position.time) if self.compiled.config.corrector else 0.0
+            corrects = self.compiled.config.corrector or self.streams.deterministic(position)
+            weight = self.correction(refresh, stream, position.time) if corrects else 0.0
             outputs = self._run(kind, stream, inputs, given, weight, position)
             if stream.criterion is not None:
                 self.measure(stream.criterion, refresh, position, stream, given)

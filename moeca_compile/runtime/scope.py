@@ -42,11 +42,13 @@ class Generation:
 
     Attributes:
         steps: how many steps it has; its caches are dropped after the last. None where that is not known.
+        deterministic: whether its sampler is, as far as known; else None.
         lasting: whether it can be entered again after it has been left.
     """
 
-    def __init__(self, steps: int | None, lasting: bool) -> None:
+    def __init__(self, steps: int | None, lasting: bool, deterministic: bool | None = None) -> None:
         self.number, self.steps, self.lasting = next(_numbers), steps, lasting
+        self.deterministic = deterministic
         self.calls = 0
         """Calls of cached models that were marked by it."""
         self.missed = 0
@@ -103,7 +105,7 @@ class Generation:
             _drop_ended()
 
 
-def generation(model: Any = None, steps: int | None = None) -> Generation:
+def generation(model: Any = None, steps: int | None = None, deterministic: bool | None = None) -> Generation:
     """Mark calls that belong to one generation, with caches of its own.
 
     Needed where neither timesteps nor arguments tell generations apart: requests with equal arguments on a GPU,
@@ -121,12 +123,14 @@ def generation(model: Any = None, steps: int | None = None) -> Generation:
         model: the compiled model. With one, the generation may be entered any number of times, and ends by `close()`,
             after its last step, or when nobody holds it any more. Without, it ends when it is left.
         steps: the number of its steps, so that it ends by itself.
+        deterministic: whether its sampler draws no noise between its steps (Euler, DPM-Solver), or does (DDPM). The
+            recipe `auto` makes use of that; others have the options `corrector` and `forecast_slope`.
 
     Raises ValueError unless `steps` is None or at least 1.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"moeca_compile.generation(steps={steps!r}): a generation has at least one step")
-    return Generation(steps, lasting=model is not None)
+    return Generation(steps, model is not None, deterministic)
 
 
 @contextmanager

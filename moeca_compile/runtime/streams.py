@@ -167,7 +167,7 @@ class Streams:
     ) -> None:
         self.bounds, self.requests, self.specs, self.device = bounds, bounds.requests, specs, device
         self.config, self.schedule = config, Schedule(config, parts)
-        self.rule, self.decides = rule_of(config), config.policy.decides
+        self.decides, self.follows_sampler = config.policy.decides, "sampler" in config.policy.options
         self.recycles = config.records_on(device)
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
@@ -194,8 +194,16 @@ class Streams:
             elif not position.certain:
                 track.caches.invalidate()
             track.caches.used = next(_uses)
+            track.caches.rule = rule_of(self.config, self.deterministic(position) is False)
             stream: Stream = track.caches
             return stream
+
+    def deterministic(self, position: Position) -> bool | None:
+        """Whether a call's sampler is; None where nothing says, or the recipe makes nothing of it."""
+        if not self.follows_sampler:
+            return None
+        told = self.config.sampler
+        return position.request.deterministic if told is None else told == "deterministic"
 
     def refresh_plan(self, position: Position, stream: Stream) -> RefreshPlan:
         """Which parts the call computes anew."""
@@ -283,7 +291,7 @@ class Streams:
             capacity = self.capacities.get(name)
             return Stream(
                 self.new_caches(),
-                self.rule,
+                rule_of(self.config),
                 capacity=capacity,
                 criterion=criterion,
                 allocated_by=allocator,

@@ -89,6 +89,12 @@ class Request:
     calls: deque[int] = field(default_factory=lambda: deque(maxlen=3))
     """Calls at this step so far, and those at the two steps before, the latest last."""
 
+    @property
+    def deterministic(self) -> bool | None:
+        """Whether its sampler is, as far as its handle says."""
+        handle = self.handle() if self.handle is not None else None
+        return handle.deterministic if handle is not None else None
+
     def moved(self, time: Timestep | None) -> float | None:
         """By how much `time` is further on: 0 at the same time, None where it lies back or far ahead.
 

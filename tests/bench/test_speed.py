@@ -16,7 +16,9 @@ pytestmark = pytest.mark.bench
 @pytest.mark.slow
 def test_rows_of_a_tiny_model(inductor_replaced, monkeypatch, tmp_path):
     def ways(model, fractions):
-        ours = torch.compile(model, backend="moeca", options={"budget": fractions[0], "full_every": speed.PERIOD})
+        ours = torch.compile(
+            model, backend="moeca", options={"recipe": "moeca", "budget": fractions[0], "full_every": speed.PERIOD}
+        )
         plain = [speed.Way(name, model) for name in (speed.EAGER, speed.COMPILED)]
         return [plain, [speed.Way("moeca 0.25", ours, {"budget": fractions[0]})]]
 

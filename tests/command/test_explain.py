@@ -29,6 +29,7 @@ def test_each_recipe_has_a_row_that_says_what_it_caches_and_what_that_costs(caps
     found = "2 routers, 2 MoE layers, 4 attentions, 4 feed-forwards"
     rows = {line.split()[0]: line for line in text.splitlines() if "MFLOP" in line}
     recipes = [
+        "auto",
         "moeca",
         "moeca-forecast",
         "fora",
@@ -116,7 +117,7 @@ WRONG = {
         [f"{AT}model", "--inputs", f"{AT}too_few"],
         "it raised TypeError: ",
     ),
-    "no recipe": ([f"{AT}model", "--recipe", "stakc"], "there is no recipe 'stakc'. The recipes are none, moeca"),
+    "no recipe": ([f"{AT}model", "--recipe", "stakc"], "there is no recipe 'stakc'. The recipes are none, auto, moeca"),
     "experts without values": ([f"{AT}experts", "--device", "meta"], "Leave out --device meta"),
 }
 

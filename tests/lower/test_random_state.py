@@ -22,7 +22,9 @@ class Noisy(Block):
 def test_steps_draw_what_eager_mode_draws():
     model = make_model(HOW)
     model.blocks[0].__class__ = Noisy
-    compiled = torch.compile(model, backend="moeca", options={"full_every": 1, "lowering": "eager"})
+    compiled = torch.compile(
+        model, backend="moeca", options={"recipe": "moeca", "full_every": 1, "lowering": "eager"}
+    )
     noise, inputs = make_inputs(HOW)
     with torch.no_grad():
         for step in range(3):

@@ -78,3 +78,20 @@ def test_of_two_schedulers_nobody_knows_which():
         SimpleNamespace(components={"one": scheduler(begin_index=0), "two": scheduler(begin_index=0)})
     ) as image:
         assert scope.current_time() is None and image.steps is None
+
+
+@pytest.mark.parametrize("draws", ["given", "listed", "torch's"])
+def test_noise_between_calls_makes_a_sampler_stochastic_from_then_on(draws):
+    given = torch.Generator().manual_seed(0)
+    with Image(SimpleNamespace(components={}), [[given] if draws == "listed" else given, None, 3]) as image:
+
+        def call() -> bool | None:
+            scope.current_time()  # as a call of the denoiser asks for it
+            return image.deterministic
+
+        torch.rand(1, generator=given)  # the first picture
+        assert call() is None
+        assert call() is True and call() is True
+        torch.rand(1, generator=None if draws == "torch's" else given)
+        assert call() is False
+        assert call() is False

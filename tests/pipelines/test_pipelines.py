@@ -70,6 +70,19 @@ def test_each_picture_starts_with_a_full_step_and_full_steps_draw_what_the_pipel
     assert torch.equal(draw(pipe, STEPS, **arguments), plain[0])
 
 
+def test_the_default_recipe_corrects_where_the_scheduler_draws_no_noise(enabled):
+    pipe = flux()
+    euler, flow = pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler
+    arguments = {**flux_inputs(), "side": 16}
+    corrections = []
+    for scheduler in (euler, flow.from_config(euler.config, stochastic_sampling=True), euler):
+        pipe.scheduler = scheduler
+        model = enabled(pipe, "auto")
+        draw(pipe, STEPS, **arguments)
+        corrections.append(moeca_compile.report(model).corrections)
+    assert corrections == [1, 1, 2], "the one full step after cache steps, but for the stochastic scheduler"
+
+
 def test_solvers_that_call_twice_a_step_go_back_in_time_or_repeat_a_timestep_need_no_marks(enabled):
     solvers = {
         diffusers.HeunDiscreteScheduler(): (4, 5),

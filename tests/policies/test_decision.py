@@ -73,7 +73,9 @@ def test_score_of_equation_9():
     age = torch.tensor([[[1.0, 3.0]]])
 
     def score(**options) -> list[float]:
-        return decide.score(MoecaConfig(**options), weight, cached, norms, age).flatten().tolist()
+        return (
+            decide.score(MoecaConfig(**{"recipe": "moeca", **options}), weight, cached, norms, age).flatten().tolist()
+        )
 
     assert score() == pytest.approx([0.7 + 0.1 + 0.6 * 0.75, 0.3 + 0.1 + 0.6 * 0.25])
     assert score(lambda1=2.0, lambda2=0) == pytest.approx([0.9, 0.5])
@@ -84,7 +86,7 @@ def test_score_of_equation_9():
 
 def test_a_contribution_of_nothing_is_zero():
     zero = torch.zeros(1, 1, 2)
-    assert decide.score(MoecaConfig(), zero, zero, zero, zero).tolist() == [[[0.0, 0.0]]]
+    assert decide.score(MoecaConfig(recipe="moeca"), zero, zero, zero, zero).tolist() == [[[0.0, 0.0]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -109,7 +111,7 @@ def _routed(ids: list[list[int]]) -> Tensor:
 
 
 def test_statistic_of_equation_10():
-    config = MoecaConfig(beta=0.65)
+    config = MoecaConfig(recipe="moeca", beta=0.65)
     first = decide.activation(config, torch.zeros(1, 2, 3), _routed([[0, 1], [0, 2]]))
     torch.testing.assert_close(first, torch.tensor([[[0.35, 0.35, 0.0], [0.35, 0.0, 0.35]]]))
     second = decide.activation(config, first, _routed([[0, 2], [1, 2]]))
@@ -123,29 +125,29 @@ H2 = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
 
 def test_thresholds_of_equations_11_and_12():
     expected = [0.8 * 1.6, 0.8 * 0.4, 0.8 * (1 + 0.6 * (2 * H2 - 1)), 0.8 * 0.4]
-    torch.testing.assert_close(decide.thresholds(MoecaConfig(), STATISTIC), torch.tensor([expected]))
-    flat = decide.thresholds(MoecaConfig(alpha=0.0, tau0=0.5), STATISTIC)
+    torch.testing.assert_close(decide.thresholds(MoecaConfig(recipe="moeca"), STATISTIC), torch.tensor([expected]))
+    flat = decide.thresholds(MoecaConfig(recipe="moeca", alpha=0.0, tau0=0.5), STATISTIC)
     torch.testing.assert_close(flat, torch.full((1, 4), 0.5))
 
 
 def test_thresholds_with_entropy_by_the_layer_s_extremes():
     statistic = STATISTIC[:, :, [0, 2]]  # H = 1 and H2: mapped to 1 and 0
-    found = decide.thresholds(MoecaConfig(entropy="minmax"), statistic)
+    found = decide.thresholds(MoecaConfig(recipe="moeca", entropy="minmax"), statistic)
     torch.testing.assert_close(found, torch.tensor([[0.8 * 1.6, 0.8 * 0.4]]))
 
 
 def test_minmax_where_all_entropies_are_equal():
-    found = decide.thresholds(MoecaConfig(entropy="minmax"), STATISTIC[:, :, [0, 0]])
+    found = decide.thresholds(MoecaConfig(recipe="moeca", entropy="minmax"), STATISTIC[:, :, [0, 0]])
     torch.testing.assert_close(found, torch.full((1, 2), 0.8 * 0.4))
 
 
 def test_one_statistic_for_the_batch():
     both = torch.cat([STATISTIC, STATISTIC.flip(1)])
-    batch = decide.thresholds(MoecaConfig(statistic="batch"), both)
+    batch = decide.thresholds(MoecaConfig(recipe="moeca", statistic="batch"), both)
     assert torch.equal(batch[0], batch[1])
     torch.testing.assert_close(batch[0, :3], torch.full((3,), 0.8 * 1.6))  # over both each expert is uniform
-    sample = decide.thresholds(MoecaConfig(), both)
-    torch.testing.assert_close(sample[:1], decide.thresholds(MoecaConfig(), STATISTIC))
+    sample = decide.thresholds(MoecaConfig(recipe="moeca"), both)
+    torch.testing.assert_close(sample[:1], decide.thresholds(MoecaConfig(recipe="moeca"), STATISTIC))
 
 
 def test_a_score_at_the_threshold_is_reused():

@@ -186,7 +186,7 @@ def compare(model: TinyDiTMoE, generation: Generation, simulation: Simulation) -
 @pytest.mark.smoke
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_generation_is_that_of_the_simulation(model, graph, eager_steps, options):
-    config = MoecaConfig.from_options(options)
+    config = MoecaConfig.from_options({"recipe": "moeca", **options})
     steps = compare(model, Generation(graph, graph.engine(**options)), Simulation(model, config, reroute=True))
     assert sum(step.kind.full for step in steps) == len(config.full_steps or range(0, STEPS, config.full_every))
     assert any(step.match_ratio < 1 for step in steps if step.match_ratio is not None)
@@ -199,7 +199,7 @@ def test_a_binding_capacity_drops_the_tokens_that_the_simulation_drops(model, gr
     engine = graph.engine(**options, validate=False)
     generation = Generation(graph, engine)
     generation.loop.capacities.plan = replace(generation.loop.compiled.plan, capacities=(capacity,))
-    simulation = Simulation(model, MoecaConfig(**options), reroute=True)
+    simulation = Simulation(model, MoecaConfig(**{"recipe": "moeca", **options}), reroute=True)
     steps = compare(model, generation, simulation)
     assert {step.kind.capacity for step in steps if not step.kind.full} == {capacity}
     assert any(step.counts.get("dropped") for step in steps)

@@ -61,7 +61,7 @@ def test_score_of_equation_9():
     slots = torch.tensor([[[1, 0]]])
 
     def scores(**options):
-        config = MoecaConfig(**options)
+        config = MoecaConfig(**{"recipe": "moeca", **options})
         return branch_scores(weights, cached_weights, contributions, ages, slots, config).flatten().tolist()
 
     # slot of the first branch: w 0.6, o 0.75; of the second: w 0.4, o 0.25
@@ -73,18 +73,18 @@ def test_score_of_equation_9():
 
 def test_score_weights():
     weights = torch.tensor([[[0.9, 0.3]]])
-    normalized = score_weights(weights, MoecaConfig())
+    normalized = score_weights(weights, MoecaConfig(recipe="moeca"))
     torch.testing.assert_close(normalized, torch.tensor([[[0.75, 0.25]]]))
-    assert score_weights(weights, MoecaConfig(score_weights="raw")) is weights
+    assert score_weights(weights, MoecaConfig(recipe="moeca", score_weights="raw")) is weights
 
 
 def test_statistic_of_equation_10():
-    config = MoecaConfig(beta=0.65)
+    config = MoecaConfig(recipe="moeca", beta=0.65)
     first = update_statistic(0.0, torch.tensor([[[0, 1], [0, 2]]]), 3, config)
     torch.testing.assert_close(first, torch.tensor([[[0.35, 0.35], [0.35, 0.0], [0.0, 0.35]]]))
     second = update_statistic(first, torch.tensor([[[0, 2], [1, 2]]]), 3, config)
     torch.testing.assert_close(second[0, 1], torch.tensor([0.65 * 0.35, 0.35]))
-    batch = update_statistic(0.0, torch.tensor([[[0]], [[1]]]), 2, MoecaConfig(statistic="batch"))
+    batch = update_statistic(0.0, torch.tensor([[[0]], [[1]]]), 2, MoecaConfig(recipe="moeca", statistic="batch"))
     torch.testing.assert_close(batch, torch.full((1, 2, 1), 0.175))
 
 
@@ -92,16 +92,20 @@ def test_thresholds_of_equations_11_and_12():
     # expert 0 uniform over 2 tokens (H = 1), expert 1 on one of them (H = 0), expert 2 on 3 to 1
     statistic = torch.tensor([[[0.2, 0.2], [0.4, 0.0], [0.3, 0.1]]])
     h = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    torch.testing.assert_close(normalized_entropy(statistic, MoecaConfig()), torch.tensor([[1.0, 0.0, h]]))
+    torch.testing.assert_close(
+        normalized_entropy(statistic, MoecaConfig(recipe="moeca")), torch.tensor([[1.0, 0.0, h]])
+    )
     expected = [0.8 * 1.6, 0.8 * 0.4, 0.8 * (1 + 0.6 * (2 * h - 1))]
-    torch.testing.assert_close(expert_thresholds(statistic, MoecaConfig()), torch.tensor([expected]))
+    torch.testing.assert_close(expert_thresholds(statistic, MoecaConfig(recipe="moeca")), torch.tensor([expected]))
 
 
 def test_minmax_entropy_spans_the_layer_s_experts():
     statistic = torch.tensor([[[0.3, 0.3, 0.3, 0.3], [0.3, 0.3, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0]]])
-    log = normalized_entropy(statistic, MoecaConfig())
+    log = normalized_entropy(statistic, MoecaConfig(recipe="moeca"))
     torch.testing.assert_close(log, torch.tensor([[1.0, 0.5, 0.0]]))
-    torch.testing.assert_close(normalized_entropy(statistic[:, :2], MoecaConfig(entropy="minmax")), log[:, ::2])
+    torch.testing.assert_close(
+        normalized_entropy(statistic[:, :2], MoecaConfig(recipe="moeca", entropy="minmax")), log[:, ::2]
+    )
 
 
 def test_recomputed_are_the_unmatched_and_those_over_their_expert_s_threshold():
@@ -146,7 +150,7 @@ def test_a_forecast_tensor_extrapolates_and_takes_refreshed_entries():
 
 @pytest.mark.parametrize("forecast", [(), ALL])
 def test_full_steps_only_are_the_model(model, start, forecast):
-    x, results = simulate(model, MoecaConfig(forecast=forecast, full_every=1), *start, STEPS)
+    x, results = simulate(model, MoecaConfig(recipe="moeca", forecast=forecast, full_every=1), *start, STEPS)
     torch.testing.assert_close(x, uncached(model, start), atol=1e-5, rtol=0)
     assert {result.kind for result in results} == {"full"}
     assert all(result.match_ratio is None for result in results)
@@ -202,7 +206,7 @@ def test_everything_recomputed_without_rerouting_lacks_the_fresh_routing_alone(m
 
 
 def test_rerouting_changes_chosen_tokens_only(model, start):
-    config, (x, labels), t = MoecaConfig(), start, torch.tensor([0.9, 0.9])
+    config, (x, labels), t = MoecaConfig(recipe="moeca"), start, torch.tensor([0.9, 0.9])
     decisions = []
     for reroute in (False, True):
         simulation = Simulation(model, config, reroute=reroute)
@@ -216,7 +220,7 @@ def test_rerouting_changes_chosen_tokens_only(model, start):
 
 
 def test_recomputed_slots_are_the_mask_by_slot(model, start):
-    _, results = simulate(model, MoecaConfig(), *start, STEPS)
+    _, results = simulate(model, MoecaConfig(recipe="moeca"), *start, STEPS)
     decision = results[1].decisions[1]
     by_slot = decision.recomputed_slots()
     assert torch.equal(by_slot.gather(-1, decision.slots), decision.recomputed)
@@ -225,7 +229,10 @@ def test_recomputed_slots_are_the_mask_by_slot(model, start):
 
 def test_more_recomputation_comes_nearer_to_the_model(model, start):
     exact = uncached(model, start)
-    configs = [MoecaConfig(budget=0.0), *(MoecaConfig(**FRESH, budget=budget) for budget in (0.25, 1.0))]
+    configs = [
+        MoecaConfig(recipe="moeca", budget=0.0),
+        *(MoecaConfig(**FRESH, budget=budget) for budget in (0.25, 1.0)),
+    ]
     errors = [(simulate(model, config, *start, STEPS)[0] - exact).norm().item() for config in configs]
     assert errors[0] > errors[1] > errors[2] > 0
 
@@ -238,7 +245,7 @@ def test_forecasting_comes_nearer_to_the_model(model, start):
 
 
 def test_counts_and_ratios_are_those_of_the_masks(model, start):
-    _, results = simulate(model, MoecaConfig(), *start, STEPS)
+    _, results = simulate(model, MoecaConfig(recipe="moeca"), *start, STEPS)
     assert [result.kind for result in results] == ["full", "cache", "cache", "cache"] * 3
     for result in results:
         if result.kind == "full":
@@ -254,7 +261,7 @@ def test_counts_and_ratios_are_those_of_the_masks(model, start):
 
 @pytest.mark.parametrize("capacity", [0, 3])
 def test_capacity_bounds_the_tokens_of_every_sample_and_layer(model, start, capacity):
-    _, results = simulate(model, MoecaConfig(tau0=0.0), *start, STEPS, capacity)
+    _, results = simulate(model, MoecaConfig(recipe="moeca", tau0=0.0), *start, STEPS, capacity)
     for result in results:
         for decision in result.decisions.values():
             assert decision.recomputed.any(-1).sum(-1).tolist() == [capacity, capacity]
@@ -263,7 +270,10 @@ def test_capacity_bounds_the_tokens_of_every_sample_and_layer(model, start, capa
 def test_capacity_only_drops(model, start):
     x, labels = start
     t = torch.tensor([0.9, 0.9])
-    free, bounded = Simulation(model, MoecaConfig()), Simulation(model, MoecaConfig(), capacity=2)
+    free, bounded = (
+        Simulation(model, MoecaConfig(recipe="moeca")),
+        Simulation(model, MoecaConfig(recipe="moeca"), capacity=2),
+    )
     for simulation in (free, bounded):
         simulation.step(x, t, labels)
     many = free.step(x * 0.9, t - 0.05, labels).decisions[1]
@@ -274,21 +284,21 @@ def test_capacity_only_drops(model, start):
 
 
 def test_budget_recomputes_a_fixed_number_of_branches(model, start):
-    _, results = simulate(model, MoecaConfig(budget=0.25), *start, STEPS)
+    _, results = simulate(model, MoecaConfig(recipe="moeca", budget=0.25), *start, STEPS)
     for result in results:
         for decision in result.decisions.values():
             assert decision.recomputed.flatten(1).sum(-1).tolist() == [8, 8]  # a quarter of 16 tokens x 2
 
 
 def test_full_steps_are_those_listed(model, start):
-    _, results = simulate(model, MoecaConfig(full_steps=(0, 1, 7)), *start, STEPS)
+    _, results = simulate(model, MoecaConfig(recipe="moeca", full_steps=(0, 1, 7)), *start, STEPS)
     assert [i for i, result in enumerate(results) if result.kind == "full"] == [0, 1, 7]
 
 
 def test_samples_do_not_depend_on_their_neighbors(model, start):
     noise, labels = start
-    together, _ = simulate(model, MoecaConfig(), noise, labels, STEPS)
-    alone, _ = simulate(model, MoecaConfig(), noise[1:], labels[1:], STEPS)
+    together, _ = simulate(model, MoecaConfig(recipe="moeca"), noise, labels, STEPS)
+    alone, _ = simulate(model, MoecaConfig(recipe="moeca"), noise[1:], labels[1:], STEPS)
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
 
 
@@ -320,4 +330,4 @@ def test_each_option_changes_the_result(model, start):
 @pytest.mark.parametrize("options", [{"recipe": "fora"}, {"attention_every": 2}])
 def test_what_it_does_not_simulate_is_an_error(model, options):
     with pytest.raises(ValueError, match="simulation"):
-        Simulation(model, MoecaConfig(**options))
+        Simulation(model, MoecaConfig(**{"recipe": "moeca", **options}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from functools import partial
 
@@ -303,6 +304,7 @@ def test_attention_that_is_not_understood_runs_at_every_step(eager_steps, recipe
 # --- schedule and shares ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def run_compiled(steps: int | None, count: int = STEPS, model: TinyDiTMoE | None = None, **options):
     torch._dynamo.reset()
     model = model or make_model()

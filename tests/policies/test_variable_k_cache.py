@@ -53,7 +53,7 @@ def case(request: pytest.FixtureRequest) -> tuple[TinyDiTMoE, Captured]:
 def test_a_generation_is_that_of_the_simulation(case, eager_steps, options):
     model, graph = case
     generation = Generation(graph, graph.engine(**options))
-    simulation = PairSimulation(model, MoecaConfig.from_options(options))
+    simulation = PairSimulation(model, MoecaConfig.from_options({"recipe": "moeca", **options}))
     (x, labels), ratios = make_inputs(model), []
     for number in range(STEPS):
         t = torch.full((len(x),), 1 - number / STEPS)

@@ -66,7 +66,7 @@ def make_report(name: str = "blocks", steps: int = 8, layers: int = 2, **changes
         "warnings": (f"{name} is unusual",),
         "device": "cpu",
         "dtype": "torch.float32",
-        "config": dataclasses.asdict(MoecaConfig()),
+        "config": dataclasses.asdict(MoecaConfig(recipe="moeca")),
         "traces": (trace,),
     }
     return Report(**{**known, **changes})

@@ -32,7 +32,7 @@ FULL = Report(
     warnings=("gradients were wanted: the original graph ran",),
     device="cpu",
     dtype="float32",
-    config=dataclasses.asdict(MoecaConfig(cache_dtype=torch.bfloat16)),
+    config=dataclasses.asdict(MoecaConfig(recipe="moeca", cache_dtype=torch.bfloat16)),
 )
 
 

@@ -40,7 +40,9 @@ def deep() -> TinyDiTMoE:
 
 def compiled(model: nn.Module, **options):
     torch._dynamo.reset()
-    return torch.compile(model, backend="moeca", options={"lowering": "eager", "validate": False, **options})
+    return torch.compile(
+        model, backend="moeca", options={"recipe": "moeca", "lowering": "eager", "validate": False, **options}
+    )
 
 
 @torch.no_grad()
@@ -159,7 +161,7 @@ def test_layers_without_a_fixed_number_of_experts_are_traced_too(router):
     graph = captured(mark(model, True), noise, torch.ones(len(noise)), labels)
     engine = graph.engine(trace=True, validate=False, lowering="eager", **options)
     generate(lambda x, t, y: engine(*graph.arguments(x=x, t=t, y=y))[0], model)
-    simulation, decisions = PairSimulation(mark(model, False), MoecaConfig(**options)), []
+    simulation, decisions = PairSimulation(mark(model, False), MoecaConfig(**{"recipe": "moeca", **options})), []
     simulation.capacity = model.sizes.tokens
     generate(lambda *inputs: decisions.append(simulation.step(*inputs)) or decisions[-1].output, model)
     (loop,) = engine.loops.values()

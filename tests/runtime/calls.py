@@ -22,7 +22,7 @@ EVERYTHING, NOTHING = RefreshPlan(True, True), RefreshPlan(False, False)
 
 def make_streams(other: Streams | None = None, **options) -> Streams:
     """The streams of a model at one set of shapes, or of the model of others at another one."""
-    config = MoecaConfig(**options)
+    config = MoecaConfig(**{"recipe": "moeca", **options})
     bounds = bounds_of(config) if other is None else other.bounds
     return Streams(bounds, config, SPECS, {Part.ATTENTION, Part.EXPERTS}, torch.device("cpu"))
 

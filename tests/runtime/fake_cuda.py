@@ -57,7 +57,7 @@ class OnFakeCuda:
 
     def compiled(self, **options: Any) -> CompiledGraph:
         """Nothing can run, so nothing is validated or recorded."""
-        config = MoecaConfig.from_options({**options, "validate": False, "cuda_graphs": False})
+        config = MoecaConfig.from_options({"recipe": "moeca", **options, "validate": False, "cuda_graphs": False})
         with self.mode, without_guards():
             return compile_graph(CapturedGraph(self.gm, tuple(self.user_inputs)), self.inputs, config, Notes())
 

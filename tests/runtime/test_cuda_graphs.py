@@ -267,7 +267,7 @@ def graphs(recorder: TapeRecorder | None = None, compare=None, waits: str | None
     """Recorded steps of a graph with one argument, which caches nothing by its plan."""
     captured = CapturedGraph(fx.GraphModule({}, fx.Graph()), (True,))
     plan = Plan(Regions(), (), (0,), {}, (1, 1))
-    compiled = CompiledGraph(captured, captured.gm, CPU, torch.float32, (), plan, MoecaConfig(), waits)
+    compiled = CompiledGraph(captured, captured.gm, CPU, torch.float32, (), plan, MoecaConfig(recipe="moeca"), waits)
     return CudaGraphs(compiled, recorder or TapeRecorder(), Notes(), compare)
 
 

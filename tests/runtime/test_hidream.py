@@ -48,7 +48,9 @@ def texts(seed: int = 1) -> tuple[Tensor, ...]:
 def test_all_of_it_is_one_graph_and_cached(without_inductor):
     """After the blocks the picture's size is read from a tensor, which was made of numbers: no break."""
     model = make_model()
-    compiled = torch.compile(model, backend="moeca", options={"full_every": 3, "lowering": "eager"})
+    compiled = torch.compile(
+        model, backend="moeca", options={"recipe": "moeca", "full_every": 3, "lowering": "eager"}
+    )
     x = exact = random(BATCH, 4, 2 * SIDE, 2 * SIDE, seed=0)
     with torch.no_grad():
         for step in range(STEPS):

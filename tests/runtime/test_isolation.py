@@ -28,7 +28,7 @@ class Counting(nn.Module):
 def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output():
     model = Counting(make_model()).eval()
     x, y = make_inputs(model.model)
-    fast = torch.compile(model, backend="moeca", options={"lowering": "eager"})
+    fast = torch.compile(model, backend="moeca", options={"recipe": "moeca", "lowering": "eager"})
     with torch.no_grad():
         first = fast(x, torch.full((2,), 1.0), y)
         fast(0.9 * x, torch.full((2,), 0.9), y)
@@ -41,7 +41,9 @@ def test_a_buffer_that_the_model_changes_is_changed_and_is_no_output():
 def test_two_models_through_one_compiled_function_do_not_share():
     one, other = make_model(SMALL), make_model(SMALL, seed=7)
     x, y = make_inputs(one)
-    call = torch.compile(lambda model, x, t, y: model(x, t, y), backend="moeca", options={"lowering": "eager"})
+    call = torch.compile(
+        lambda model, x, t, y: model(x, t, y), backend="moeca", options={"recipe": "moeca", "lowering": "eager"}
+    )
     with torch.no_grad():
         call(one, x, torch.full((2,), 1.0), y)
         call(one, x, torch.full((2,), 0.8), y)
@@ -52,7 +54,9 @@ def test_two_models_through_one_compiled_function_do_not_share():
 def test_a_half_written_step_is_not_used(monkeypatch):
     model = make_model(SMALL)
     x, y = make_inputs(model)
-    fast = torch.compile(model, backend="moeca", options={"keys_values": "chosen", "lowering": "eager"})
+    fast = torch.compile(
+        model, backend="moeca", options={"recipe": "moeca", "keys_values": "chosen", "lowering": "eager"}
+    )
     with torch.no_grad():
         for time in (1.0, 0.9):
             fast(x, torch.full((2,), time), y)

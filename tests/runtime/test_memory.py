@@ -122,7 +122,7 @@ def test_a_compiled_cache_step_copies_no_cache_of_branches():
     sizes = replace(family.reduced, side=32)  # so many tokens that nothing else is as large
     model = families.assemble(family, sizes)
     x, t, y = families.inputs_for(model, batch=2)
-    compiled = torch.compile(model, backend="moeca", options={"budget": 0.1, "full_every": 100})
+    compiled = torch.compile(model, backend="moeca", options={"recipe": "moeca", "budget": 0.1, "full_every": 100})
     with torch.no_grad():
         for number in range(3):
             compiled(x, t - number, y)

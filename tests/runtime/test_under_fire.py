@@ -67,7 +67,7 @@ def model() -> TinyDiTMoE:
 
 
 def compiled(model: Any, backend: Any = "moeca", dynamic: bool | None = None, **options: Any) -> Any:
-    options = {"lowering": "eager", **options} if backend == "moeca" else None
+    options = {"recipe": "moeca", "lowering": "eager", **options} if backend == "moeca" else None
     return torch.compile(model, backend=backend, dynamic=dynamic, options=options)
 
 
@@ -339,7 +339,9 @@ def test_ddp(one_process, outside, width):
 @traced_once
 def test_a_users_backend_that_calls_ours_is_ours(model):
     def users(gm: Any, inputs: Any) -> Any:
-        return moeca_compile.moeca_backend(gm, inputs, options={"lowering": "eager", "full_every": 1})
+        return moeca_compile.moeca_backend(
+            gm, inputs, options={"recipe": "moeca", "lowering": "eager", "full_every": 1}
+        )
 
     fast = torch.compile(model, backend=users)
     with told() as texts:

@@ -187,7 +187,9 @@ def compare(compiled: Compiled, options: dict[str, Any]) -> Outcome:
     """Euler steps of the compiled model, each held against the simulation on the same picture."""
     how, outcome = compiled.how, Outcome()
     moeca_compile.reset(compiled.compiled)
-    simulation = Simulation(compiled.model, expected(how).understood, MoecaConfig.from_options(options))
+    simulation = Simulation(
+        compiled.model, expected(how).understood, MoecaConfig.from_options({"recipe": "moeca", **options})
+    )
     x, inputs = make_inputs(how, seed=2)
     for step in range(STEPS):
         t = timestep(how, step, STEPS)
