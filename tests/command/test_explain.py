@@ -117,7 +117,7 @@ WRONG = {
         [f"{AT}model", "--inputs", f"{AT}too_few"],
         "it raised TypeError: ",
     ),
-    "no recipe": ([f"{AT}model", "--recipe", "stakc"], "there is no recipe 'stakc'. The recipes are none, auto, moeca"),
+    "no recipe": ([f"{AT}model", "--recipe", "stakc"], "no recipe 'stakc'. The recipes are none, auto, moeca"),
     "experts without values": ([f"{AT}experts", "--device", "meta"], "Leave out --device meta"),
 }
 
