@@ -213,6 +213,7 @@ def test_a_deleted_request_frees_its_caches(client, gate):
 def test_a_client_that_goes_away_frees_its_caches(client, gate):
     with asked(client, **LONG, previews=1) as (_, later):
         begun(client, gate, later)
+    until(lambda: state(client)["running"] == 0)
     gate.release(1)
     until(partial(is_idle, client))
 
