@@ -35,8 +35,8 @@ PLAIN, CACHED = "plain torch.compile", "moeca"
 AT_ONCE = 64
 """How many of the crowd ask at once: more than fit in the queue and the batches."""
 HALF_A_LEVEL = 1 / 255
-"""Half a level of gray, in pictures of -1 to 1. Rounding depends on the company, by some 1e-7: the rows of a batch
-share products of matrices. Where that makes a router choose another expert, of equal score, it is 1e-3."""
+"""Half a level of gray, in pictures of -1 to 1. Rounding depends on the company, by up to 1e-6: the rows of a batch
+share products of matrices. Where that makes a router choose another expert, of equal score, it may be 1e-3."""
 HEADERS = [
     *("service", "alone, s", "at once, s", "95th, s", "pictures/s", "difference", "PSNR, dB"),
     *("503s", "bytes left", "grown, MiB"),
