@@ -14,7 +14,8 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from socket import socket
 from typing import Any
 
 import torch
@@ -111,6 +112,18 @@ def make_app(worker: Worker) -> FastAPI:
     return app
 
 
+class Server(uvicorn.Server):
+    """Serves a worker. When it stops, open requests get a last line, so that nothing waits for them to end."""
+
+    def __init__(self, worker: Worker, **settings: Any) -> None:
+        super().__init__(uvicorn.Config(make_app(worker), timeout_graceful_shutdown=5, **settings))
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        await asyncio.to_thread(self._worker.stop)
+        await super().shutdown(sockets)
+
+
 def explained(error: dict[str, Any]) -> str:
     """A mistake in a request: the field, what is allowed, and what was given."""
     where = ".".join(map(str, error["loc"][1:])) or "body"
@@ -129,8 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = OPTIONS if args.backend == "moeca" else None
     model = torch.compile(load_model().to(args.device), backend=args.backend, options=options)
-    app = make_app(Worker(model, args.rows, args.batches, args.queue))
-    uvicorn.run(app, host="127.0.0.1", port=args.port, timeout_graceful_shutdown=5, log_level="warning")
+    server = Server(Worker(model, args.rows, args.batches, args.queue), port=args.port, log_level="warning")
+    with suppress(KeyboardInterrupt):
+        server.run()
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End all requests and the thread. Returns when it has ended."""
+        """End all requests and the thread. Returns when it has ended. Again is no error."""
         with self._changed:
             self._stopping = True
             self._changed.notify()

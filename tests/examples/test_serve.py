@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -18,7 +19,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import uvicorn
 from torch import Tensor, nn
 
 import moeca_compile
@@ -26,7 +26,7 @@ from examples.digits.checkpoint import load_model
 from examples.digits.sampling import generate, guided_velocity
 from examples.machine import private_copy
 from examples.serve import load, worker
-from examples.serve.service import OPTIONS, Lines, make_app
+from examples.serve.service import OPTIONS, Lines, Server, make_app
 from examples.serve.worker import Batch, Request, Worker
 
 WISHES = [{"label": n % 10, "seed": n, "steps": (6, 9)[n % 2], "guidance": 1.1 + n / 10} for n in range(10)]
@@ -59,17 +59,17 @@ def alone() -> list[Tensor]:
 
 
 @contextmanager
-def running(worker: Worker) -> Iterator[httpx.Client]:
-    """A client of a service that runs in a thread, as it runs in a process."""
+def running(worker: Worker) -> Iterator[tuple[httpx.Client, Server]]:
+    """A client of a service, which runs in a thread as it does in a process."""
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(make_app(worker), log_level="error", timeout_graceful_shutdown=1))
+    server = Server(worker, log_level="error")
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     with httpx.Client(base_url=url, timeout=60) as client:
         try:
             until(lambda: server.started)
-            yield client
+            yield client, server
         finally:
             server.should_exit = True
             thread.join(30)
@@ -78,7 +78,7 @@ def running(worker: Worker) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def client(model: nn.Module) -> Iterator[httpx.Client]:
-    with running(Worker(model)) as client:
+    with running(Worker(model)) as (client, _):
         yield client
 
 
@@ -316,26 +316,33 @@ def samplers() -> int:
     return [thread.name for thread in threading.enumerate()].count("sampling")
 
 
-def test_the_service_stops_while_requests_run_and_wait(model):
-    with ExitStack() as stack:
-        before = samplers()
-        with running(Worker(model)) as client:
-            found = [stack.enter_context(asked(client, **LONG, seed=n, previews=1))[1] for n in range(20)]
-            next(found[0])
-            assert samplers() == before + 1 and moeca_compile.report(model).cache_bytes > 0
-        assert samplers() == before and moeca_compile.report(model).cache_bytes == 0
-        with pytest.raises(httpx.TransportError):
-            list(found[-1])
-
-
-def test_a_worker_that_stops_tells_all_who_wait_and_takes_no_more(model):
-    stopping = Worker(model)
-    with running(stopping) as client, ExitStack() as stack:
+def test_the_service_stops_and_tells_all_who_wait(model):
+    before = samplers()
+    with running(Worker(model)) as (client, server), ExitStack() as stack:
         found = [stack.enter_context(asked(client, **LONG, seed=n, previews=1))[1] for n in range(20)]
         next(found[0])
-        stopping.stop()
+        assert samplers() == before + 1 and moeca_compile.report(model).cache_bytes > 0
+        server.should_exit = True
         assert [list(each)[-1]["error"] for each in found] == ["the service is stopping: ask again later"] * 20
+    assert samplers() == before and moeca_compile.report(model).cache_bytes == 0
+
+
+def test_a_worker_that_has_stopped_takes_no_more(model):
+    stopping = Worker(model)
+    with running(stopping) as (client, _):
+        stopping.stop()
         assert client.post("/samples", json=LONG).status_code == 503
+
+
+def test_the_app_in_another_server_starts_and_stops_its_worker(model):
+    app, before = make_app(Worker(model)), samplers()
+
+    async def serve() -> None:
+        async with app.router.lifespan_context(app):
+            assert samplers() == before + 1
+
+    asyncio.run(serve())
+    assert samplers() == before
 
 
 # The load test
