@@ -43,9 +43,12 @@ def make_scheduler(sampler: str, steps: int) -> Any:
     return scheduler
 
 
-def guided_velocity(model: VelocityModel, x: Tensor, time: float, labels: Tensor, guidance: float) -> Tensor:
-    """Velocity at ``time``. With guidance other than 1, the two passes are one batch of twice the size."""
-    if guidance == 1:
+def guided_velocity(model: VelocityModel, x: Tensor, time: float, labels: Tensor, guidance: float | Tensor) -> Tensor:
+    """Velocity at ``time``. With guidance other than 1, the two passes are one batch of twice the size.
+
+    ``guidance`` may have a number for each image, [B, 1, 1, 1]: there are two passes then, whatever they are.
+    """
+    if not isinstance(guidance, Tensor) and guidance == 1:
         return model(x, torch.full((len(x),), time, device=x.device), labels)
     y = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
     t = torch.full((2 * len(x),), time, device=x.device)
