@@ -13,11 +13,19 @@ from torch import Tensor, fx
 _BODIES: dict[str, fx.GraphModule] = {}
 
 
-def register(body: fx.GraphModule) -> str:
-    """Store `body` (rows first, parameters after) and return its key."""
-    key = hashlib.sha256(body.code.encode()).hexdigest()[:16]
+def register(body: fx.GraphModule, group: str = "") -> str:
+    """Store `body` (rows first, parameters after) and return its key.
+
+    group: the name of the process group whose ranks hold the experts (ops.exchange); "" where this process has all.
+    """
+    key = hashlib.sha256(body.code.encode()).hexdigest()[:16] + (f"@{group}" if group else "")
     _BODIES.setdefault(key, body)
     return key
+
+
+def group_of(key: str) -> str:
+    """The process group that a body was registered with."""
+    return key.partition("@")[2]
 
 
 def graph(key: str) -> fx.GraphModule:

@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from moeca_compile._torch_private import schema_of
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.graph import Graph
+from moeca_compile.capture.running.trace import EXCHANGE
 from moeca_compile.capture.structure import structure
+from moeca_compile.ops.exchange import count_of, factor
 
 GROUPED = torch.ops.aten._grouped_mm.default
 ROWS = "rows"  # in a body's code: as many as it is given
@@ -48,11 +50,24 @@ class Experts:
 
     body: of (rows, *tensors of an expert)
     own: the tensors of each expert
+    group: of the ranks that hold so many experts each, where they are not all here
     """
 
     pieces: list[Piece]
     body: fx.GraphModule
     own: list[list[Own]]
+    group: str = ""
+
+    @property
+    def factors(self) -> list[float]:
+        """By what the rows of each rank's experts are multiplied, there and back (ops.exchange)."""
+        ranks = count_of(self.group)
+        return [factor(rank, ranks) for rank in range(ranks)]
+
+    @property
+    def count(self) -> int:
+        """The experts of all ranks."""
+        return len(self.own) * len(self.factors)
 
 
 class Group:
@@ -207,7 +222,23 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
         return None
     for number in set(range(group.count)) - own.keys():
         own[number] = _of_idle(group, codes[0].tensors, number)
-    return Experts(pieces, _common_body(codes), [[(node, None) for node in own[e]] for e in range(group.count)])
+    owned: list[list[Own]] = [[(node, None) for node in own[e]] for e in range(group.count)]
+    return Experts(pieces, _common_body(codes), owned, _group_of(graph, pieces))
+
+
+def _group_of(graph: Graph, pieces: list[Piece]) -> str:
+    """The group through which the rows of experts came. Raises UntrustedError where it is not one for all."""
+    groups = {
+        str(node.args[3]) for node in graph.before([piece.rows for piece in pieces]) if is_exchange(graph, node)
+    }
+    if len(groups) > 1:
+        raise UntrustedError("its rows are exchanged by several process groups")
+    return groups.pop() if groups else ""
+
+
+def is_exchange(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node exchanges rows with other ranks, and not counts of these."""
+    return node.target is EXCHANGE and graph.values[node].is_floating_point()
 
 
 def without_idle(experts: Experts) -> Experts | None:
@@ -216,7 +247,7 @@ def without_idle(experts: Experts) -> Experts | None:
     if len(ran) == len(experts.own):
         return None
     pieces = [Piece(each.rows, each.out, torch.searchsorted(ran, each.expert)) for each in experts.pieces]
-    return Experts(pieces, experts.body, [experts.own[number] for number in ran.tolist()])
+    return Experts(pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group)
 
 
 def _of_idle(group: Group, tensors: list[fx.Node], number: int) -> list[fx.Node]:
@@ -273,7 +304,8 @@ def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | N
     own: list[list[Own]] = [
         [(node, number if node in packed else None) for node in code.tensors] for number in range(len(ends[0]))
     ]
-    return Experts([Piece(rows, out, number_of_row)], _common_body([code]), own)
+    pieces = [Piece(rows, out, number_of_row)]
+    return Experts(pieces, _common_body([code]), own, _group_of(graph, pieces))
 
 
 def _matrices(product: fx.Node) -> fx.Node:

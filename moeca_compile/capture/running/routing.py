@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def told(
     before = _computed_before(graph, total, same)
     shared = _shared_by(graph.values[stream].shape[:-1])
     if bool(pairs.routed.all()):  # all of them run on all rows, and weights of zero say which are chosen
-        pairs = Pairs(pairs.tokens, weights.abs() > tolerance * weights.abs().max())
+        pairs = replace(pairs, routed=weights.abs() > tolerance * weights.abs().max())
         if bool(pairs.routed.all()):
             raise NoExpertsError("all of them get all rows")
         weights = weights.where(pairs.routed, 0)

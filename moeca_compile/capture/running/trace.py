@@ -16,7 +16,10 @@ from moeca_compile.capture.idioms.trials import cloned
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.watch import Asked, Watch
 from moeca_compile.capture.structure import named_tensors
+from moeca_compile.ops import exchange  # noqa: F401  (defines the op)
 
+EXCHANGE = torch.ops.moeca.exchange_alone.default
+"""What stands in a graph for an exchange with other ranks."""
 LIMIT = 4 * 2**30
 """The bytes that the values of one layer's graph may take, all of them together."""
 
@@ -100,7 +103,7 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
         named = {f"layer.{name}": tensor for name, tensor in zip(state, held, strict=True)}
         return functional_call(forward_of_copy, named, tuple(of_call.args), of_call.kwargs)
 
-    module = trace_by_running(computed, tensors)
+    module = trace_by_running(computed, tensors, EXCHANGE)
     if module is None:
         raise UntrustedError("this version of torch cannot trace it by running it")
     _without_templates(module)

@@ -1,0 +1,124 @@
+"""Process groups by name, and layers that exchange rows with other ranks run by one process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from moeca_compile._torch_private.lookup import Private
+
+_LEFT = "layers that exchange rows with other ranks are left as they are"
+_GROUP = Private("torch.distributed.distributed_c10d._resolve_process_group", _LEFT)
+_WORK = Private("torch._C._distributed_c10d.FakeWork", _LEFT)
+_UNBOX = Private("torch._C._distributed_c10d.ProcessGroup.unbox", _LEFT)
+_DISPATCH = Private("torch.utils._python_dispatch.TorchDispatchMode", _LEFT)
+
+PlayedBy = Callable[[Tensor, list[int], list[int], str], Tensor]
+"""(what is sent, the sizes of the parts that arrive, those of the parts that are sent, the group's name) -> what
+arrives. Without sizes, all parts are equal."""
+
+
+def ranks_are_joined() -> bool:
+    """Whether this process has joined others."""
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def group_by_name(name: str) -> Any:
+    """The process group. Raises RuntimeError where torch cannot find it."""
+    if _GROUP.value is None:
+        raise RuntimeError("this version of torch finds no process group by its name")
+    return _GROUP.value(name)
+
+
+@contextmanager
+def exchanges_played(by: PlayedBy) -> Iterator[None]:
+    """While this is entered, all_to_all_single gives what `by` does, and no process talks to another.
+
+    Any other collective raises RuntimeError.
+    """
+    if not ranks_are_joined() or _DISPATCH.value is None or _WORK.value is None or _UNBOX.value is None:
+        yield
+        return
+
+    class Mode(_DISPATCH.value):  # type: ignore[name-defined]
+        supports_higher_order_operators = True
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "namespace", "") not in _NAMESPACES or func in _NO_EXCHANGE:
+                return func(*args, **(kwargs or {}))
+            given = _exchange_in(func, args, _UNBOX.value)
+            if given is None:
+                raise RuntimeError(f"it calls {func}, and of all collectives only all_to_all_single can be tried out")
+            arrived = by(*given)
+            if func not in _IN_PLACE:
+                return arrived
+            args[0].copy_(arrived.view(args[0].shape))
+            return _WORK.value().boxed()
+
+    with Mode():
+        yield
+
+
+def with_exchanges_played(gm: fx.GraphModule, op: Any) -> None:
+    """Put `op` (of the arguments of `PlayedBy`) in the place of the exchanges that a graph has recorded."""
+    if not ranks_are_joined() or _UNBOX.value is None:
+        return
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "namespace", "") not in _NAMESPACES:
+            continue
+        if node.target in _NO_EXCHANGE:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+            continue
+        given = _exchange_in(node.target, node.args, lambda at: _UNBOX.value(getattr(gm, at.target)))
+        if given is None:
+            raise RuntimeError(f"a graph has the collective {node.target}")
+        with gm.graph.inserting_before(node):
+            arrived = gm.graph.call_function(op, given)
+            if node.target in _IN_PLACE:
+                like = gm.graph.call_function(torch.ops.aten.view_as.default, (arrived, node.args[0]))
+                gm.graph.call_function(torch.ops.aten.copy_.default, (node.args[0], like))
+            else:
+                node.replace_all_uses_with(arrived)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+
+
+def _ops(*names: str) -> tuple[Any, ...]:
+    """The ops with these names that this build of torch has."""
+    found = []
+    for name in names:
+        space, op = name.split(".")
+        packet = getattr(getattr(torch.ops, space), op, None)
+        found += [packet.default] if packet is not None else []
+    return tuple(found)
+
+
+_IN_PLACE = _ops("c10d.alltoall_base_") if dist.is_available() else ()
+_FUNCTIONAL = (
+    _ops("_c10d_functional.all_to_all_single", "_c10d_functional_autograd.all_to_all_single")
+    if dist.is_available()
+    else ()
+)
+_NO_EXCHANGE = (
+    _ops("_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autograd") if dist.is_available() else ()
+)
+
+
+def _exchange_in(op: Any, args: Any, unboxed: Callable[[Any], Any]) -> tuple[Any, list[int], list[int], str] | None:
+    """The arguments of `PlayedBy` in a call of an op; None where it is no all_to_all_single."""
+    if op in _IN_PLACE:
+        _, sent, group, taken_sizes, sent_sizes = args[:5]
+        return sent, list(taken_sizes), list(sent_sizes), unboxed(group).group_name
+    if op in _FUNCTIONAL:
+        sent, taken_sizes, sent_sizes, name = args[:4]
+        return sent, list(taken_sizes), list(sent_sizes), name
+    return None

@@ -1,0 +1,112 @@
+"""Experts on other ranks: rows go to the ranks that hold their experts, and come back as outputs.
+
+    run_on_ranks(group, rows, offsets, run) -> outputs
+
+The ranks of a group hold equally many experts, L each: expert e is number e % L of rank e // L. All ranks must call
+it together. First each tells each other how many rows come for each of its experts, 8 bytes an expert, so the sizes of
+what follows are known on both sides, whatever the data of one rank say. No row is padded.
+
+`alone()` is for checks: inside, no rank talks to another. This rank's experts play those of all: those of rank r are
+played on rows that are multiplied by 1 + r / ranks, there and back, so that numbers tell which rank a row went to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeca_compile._torch_private import exchanges_played, group_by_name
+
+_library = torch.library.Library("moeca", "FRAGMENT")
+_library.define("exchange_alone(Tensor sent, int[] taken_sizes, int[] sent_sizes, str group) -> Tensor")
+
+Run = Callable[[list[Tensor], Tensor], Tensor]
+"""Runs this rank's experts: rows (M, ...) sorted by expert, offsets (L + 1,) -> outputs (M, width)."""
+
+
+class _Alone(threading.local):
+    entered = 0
+
+
+_alone = _Alone()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank's experts play those of all ranks, also in code of others that calls all_to_all_single."""
+    _alone.entered += 1
+    try:
+        with exchanges_played(torch.ops.moeca.exchange_alone):
+            yield
+    finally:
+        _alone.entered -= 1
+
+
+def count_of(group: str) -> int:
+    """How many ranks a group has; 1 for no group."""
+    return int(group_by_name(group).size()) if group else 1
+
+
+def factor(rank: int, ranks: int) -> float:
+    """By what rows are multiplied that go to a rank, and come back, where it is played."""
+    return 1 + rank / ranks
+
+
+def exchange_alone(sent: Tensor, taken_sizes: list[int], sent_sizes: list[int], group: str) -> Tensor:
+    """What `all_to_all_single` would give if each rank sent this one what this one sends it: numbers with a fraction
+    are multiplied by the rank's factor. Raises ValueError where it takes other sizes than it sends."""
+    if taken_sizes != sent_sizes:
+        raise ValueError(f"it takes parts of sizes {taken_sizes} where it sends {sent_sizes}")
+    if not sent.is_floating_point():
+        return sent.clone()
+    ranks = count_of(group)
+    parts = sent.split(sent_sizes) if sent_sizes else sent.chunk(ranks)
+    return torch.cat([part * factor(rank, ranks) for rank, part in enumerate(parts)])
+
+
+def run_on_ranks(group: str, rows: Sequence[Tensor], offsets: Tensor, run: Run) -> Tensor:
+    """Run each expert on its rows, wherever it is. The host waits for the counts.
+
+    Args:
+        group: the name of the process group.
+        rows: each (M, ...), sorted by expert.
+        offsets: (E + 1,) int64, where the rows of each expert begin; the last is M.
+        run: runs this rank's experts.
+
+    Returns:
+        (M, width) outputs, in the order of the rows.
+    """
+    ranks = count_of(group)
+    going = offsets.diff()
+    coming = _exchanged(going, group).view(ranks, -1)
+    sent, taken = going.view(ranks, -1).sum(1).tolist(), coming.sum(1).tolist()
+    arrived = [_exchanged(value, group, taken, sent) for value in rows]
+    own = torch.arange(coming.shape[1], device=coming.device).repeat(ranks).repeat_interleave(coming.flatten())
+    order = own.argsort(stable=True)
+    sorted_out = run([value[order] for value in arrived], F.pad(coming.sum(0).cumsum(0), (1, 0)))
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)
+    return _exchanged(out, group, sent, taken)
+
+
+def _exchanged(sent: Tensor, group: str, taken: Sequence[int] = (), given: Sequence[int] = ()) -> Tensor:
+    """all_to_all_single of rows: `given` go to each rank, `taken` come; as many to each without both."""
+    taken, given = list(taken), list(given)
+    if _alone.entered:
+        return exchange_alone(sent, taken, given, group)
+    arrived = sent.new_empty(sum(taken) if taken else len(sent), *sent.shape[1:])
+    dist.all_to_all_single(arrived, sent.contiguous(), taken or None, given or None, group=group_by_name(group))
+    return arrived
+
+
+_library.impl("exchange_alone", exchange_alone, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moeca::exchange_alone", lib=_library)
+def _(sent, taken_sizes, sent_sizes, group):  # type: ignore[no-untyped-def]
+    return torch.empty_like(sent)
