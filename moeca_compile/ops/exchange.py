@@ -39,13 +39,19 @@ _alone = _Alone()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this rank's experts play those of all ranks, also in code of others that calls all_to_all_single."""
+    """Inside, this rank's experts play those of all ranks."""
     _alone.entered += 1
     try:
-        with exchanges_played(torch.ops.moeca.exchange_alone):
-            yield
+        yield
     finally:
         _alone.entered -= 1
+
+
+@contextmanager
+def layers_alone() -> Iterator[None]:
+    """`alone`, also for the code of layers that calls all_to_all_single itself."""
+    with alone(), exchanges_played(torch.ops.moeca.exchange_alone):
+        yield
 
 
 def count_of(group: str) -> int:
