@@ -10,22 +10,25 @@ import hashlib
 
 from torch import Tensor, fx
 
+_PADDED = " in blocks"
 _BODIES: dict[str, fx.GraphModule] = {}
 
 
-def register(body: fx.GraphModule, group: str = "") -> str:
+def register(body: fx.GraphModule, group: str = "", padded: bool = False) -> str:
     """Store `body` (rows first, parameters after) and return its key.
 
-    group: the name of the process group whose ranks hold the experts (ops.exchange); "" where this process has all.
+    group, padded: of which ranks hold the experts, and how rows are sent there (ops.exchange); "" for this one alone.
     """
-    key = hashlib.sha256(body.code.encode()).hexdigest()[:16] + (f"@{group}" if group else "")
+    key = hashlib.sha256(body.code.encode()).hexdigest()[:16]
+    key += f"@{group}{_PADDED if padded else ''}" if group else ""
     _BODIES.setdefault(key, body)
     return key
 
 
-def group_of(key: str) -> str:
-    """The process group that a body was registered with."""
-    return key.partition("@")[2]
+def exchange_of(key: str) -> tuple[str, bool]:
+    """The group that a body was registered with, and whether rows are sent in blocks."""
+    group = key.partition("@")[2]
+    return group.removesuffix(_PADDED), group.endswith(_PADDED)
 
 
 def graph(key: str) -> fx.GraphModule:

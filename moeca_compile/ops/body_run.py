@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct, plan_for
-from moeca_compile.ops.exchange import run_on_ranks
+from moeca_compile.ops.exchange import count_of, run_on_ranks
 from moeca_compile.ops.linear import grouped_linear
 from moeca_compile.ops.unsupported import UnsupportedError
 
@@ -82,6 +82,7 @@ def run_by_expert(
     parameters: Sequence[Tensor],
     experts: int,
     source: Tensor | None = None,
+    k: int = 1,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Run each expert on its own rows, by ATen ops on any device. The host waits for `offsets`.
 
@@ -94,12 +95,13 @@ def run_by_expert(
         parameters: expert-major, experts * P tensors; those of this rank where others hold experts too.
         experts: number of experts.
         source: (M,) the row that each branch reads, sorted by expert; None where they read all rows in order.
+        k: the most branches that a row has.
 
     Yields:
         Branches of a few experts (R of M), and their outputs (R, width).
     """
 
-    group = bodies.group_of(body)
+    group, padded = bodies.exchange_of(body)
     if not group:
         yield from _run_here(body, rows, offsets, parameters, experts, source)
         return
@@ -109,7 +111,8 @@ def run_by_expert(
         return torch.cat([out for _, out in _run_here(body, arrived, own_offsets, parameters, own, None)])
 
     given = [value if source is None else value.index_select(0, source) for value in rows]
-    yield slice(0, len(given[0])), run_on_ranks(group, given, offsets, run_own)
+    most = len(rows[0]) * min(k, experts // count_of(group)) if padded else 0
+    yield slice(0, len(given[0])), run_on_ranks(group, given, offsets, run_own, most)
 
 
 def _run_here(

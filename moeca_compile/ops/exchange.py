@@ -3,8 +3,11 @@
     run_on_ranks(group, rows, offsets, run) -> outputs
 
 The ranks of a group hold equally many experts, L each: expert e is number e % L of rank e // L. All ranks must call
-it together. First each tells each other how many rows come for each of its experts, 8 bytes an expert, so the sizes of
-what follows are known on both sides, whatever the data of one rank say. No row is padded.
+it together. First each tells each other how many rows come for each of its experts, 8 bytes an expert. Rows follow in
+one of two ways, that of the layer's own code:
+
+    by counts   as many as there are; both sides know the sizes, which the host reads
+    in blocks   of a size that the shapes tell, the same on all ranks: the rows that one rank can have for another
 
 `alone()` is for checks: inside, no rank talks to another. This rank's experts play those of all: those of rank r are
 played on rows that are multiplied by 1 + r / ranks, there and back, so that numbers tell which rank a row went to.
@@ -76,28 +79,52 @@ def exchange_alone(sent: Tensor, taken_sizes: list[int], sent_sizes: list[int], 
     return torch.cat([part * factor(rank, ranks) for rank, part in enumerate(parts)])
 
 
-def run_on_ranks(group: str, rows: Sequence[Tensor], offsets: Tensor, run: Run) -> Tensor:
-    """Run each expert on its rows, wherever it is. The host waits for the counts.
+def run_on_ranks(group: str, rows: Sequence[Tensor], offsets: Tensor, run: Run, most: int = 0) -> Tensor:
+    """Run each expert on its rows, wherever it is.
 
     Args:
         group: the name of the process group.
         rows: each (M, ...), sorted by expert.
         offsets: (E + 1,) int64, where the rows of each expert begin; the last is M.
         run: runs this rank's experts.
+        most: how many rows any rank can have for another one, if blocks of that size are to be sent; else 0.
 
     Returns:
         (M, width) outputs, in the order of the rows.
     """
     ranks = count_of(group)
-    going = offsets.diff()
-    coming = _exchanged(going, group).view(ranks, -1)
-    sent, taken = going.view(ranks, -1).sum(1).tolist(), coming.sum(1).tolist()
-    arrived = [_exchanged(value, group, taken, sent) for value in rows]
-    own = torch.arange(coming.shape[1], device=coming.device).repeat(ranks).repeat_interleave(coming.flatten())
-    order = own.argsort(stable=True)
-    sorted_out = run([value[order] for value in arrived], F.pad(coming.sum(0).cumsum(0), (1, 0)))
-    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)
-    return _exchanged(out, group, sent, taken)
+    going = offsets.diff().view(ranks, -1)
+    coming = _exchanged(going.flatten(), group).view(ranks, -1)
+    if most:
+        place: Tensor | None = _places_in_blocks(going, most)
+        sizes: tuple[list[int], list[int]] = ([], [])
+        own = torch.searchsorted(coming.cumsum(1), _in_each(ranks, most, coming.device), right=True).flatten()
+    else:
+        place, sizes = None, (coming.sum(1).tolist(), going.sum(1).tolist())
+        own = torch.arange(coming.shape[1], device=coming.device).repeat(ranks).repeat_interleave(coming.flatten())
+    arrived = [_exchanged(_placed(value, place, ranks * most), group, *sizes) for value in rows]
+    order = own.argsort(stable=True)  # what fills up a block comes last, and is not run
+    outputs = run([value[order] for value in arrived], F.pad(coming.sum(0).cumsum(0), (1, 0)))
+    back = _exchanged(_placed(outputs, order[: len(outputs)], len(order)), group, *reversed(sizes))
+    return back if place is None else back[place]
+
+
+def _places_in_blocks(going: Tensor, most: int) -> Tensor:
+    """(M,) where rows that are sorted by expert lie in blocks of `most` rows, one for each rank."""
+    each = going.sum(1)
+    rank = torch.arange(len(each), device=each.device).repeat_interleave(each)
+    begins = each.cumsum(0) - each
+    return torch.arange(len(rank), device=rank.device) - begins[rank] + most * rank
+
+
+def _in_each(ranks: int, most: int, device: torch.device) -> Tensor:
+    """(ranks, most) the places in each block."""
+    return torch.arange(most, device=device).expand(ranks, most).contiguous()
+
+
+def _placed(rows: Tensor, places: Tensor | None, count: int) -> Tensor:
+    """Rows at their places among `count`, with zeros at the others; as they are without places."""
+    return rows if places is None else rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
 
 
 def _exchanged(sent: Tensor, group: str, taken: Sequence[int] = (), given: Sequence[int] = ()) -> Tensor:

@@ -44,7 +44,7 @@ def build(graph: Graph, found: Found, result: Any, coupled: bool) -> Replacement
 class _Builder:
     def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool) -> None:
         self.graph, self.found, self.result, self.coupled = graph, found, result, coupled
-        self.group = found.experts.group
+        self.exchange = (found.experts.group, found.experts.padded)
         self.made = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
 
@@ -136,13 +136,13 @@ class _Builder:
         if not told.by_ids:
             routed = self.call(aten.ne.Scalar, routing, 0)
             weight = weight if weight is not None else self.call(aten.to.dtype, routed, torch.float32)
-            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled, self.group)
+            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled, *self.exchange)
         index = self.call(aten.to.dtype, routing, torch.int64)
         if weight is None:
             weight = self.call(aten.ones_like.default, self.call(aten.to.dtype, index, torch.float32))
         elif isinstance(told.weight, Table) and told.weight.columns != told.routing.columns:
             weight = self.call(aten.gather.default, weight, 1, index)
-        return self.call(_FIXED, x, index, weight, body_out, params, count, self.group)
+        return self.call(_FIXED, x, index, weight, body_out, params, count, *self.exchange)
 
     def chosen(self, choices: Choices, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
         """Experts choose tokens."""
@@ -153,7 +153,9 @@ class _Builder:
         routed, weight = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
         weight = weight if held else self.as_dtype(routed, torch.float32)
         branches = values[choices.node].numel()
-        return self.call(_VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled, self.group)
+        return self.call(
+            _VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled, *self.exchange
+        )
 
     def tensor(self, node: fx.Node, part: int | None) -> fx.Node:
         return self.copies[node] if part is None else self.call(torch.ops.aten.select.int, self.copies[node], 0, part)

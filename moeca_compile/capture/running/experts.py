@@ -50,13 +50,14 @@ class Experts:
 
     body: of (rows, *tensors of an expert)
     own: the tensors of each expert
-    group: of the ranks that hold so many experts each, where they are not all here
+    group, padded: of the ranks that hold so many experts each, where they are not all here; whether rows come in blocks
     """
 
     pieces: list[Piece]
     body: fx.GraphModule
     own: list[list[Own]]
     group: str = ""
+    padded: bool = False
 
     @property
     def factors(self) -> list[float]:
@@ -223,22 +224,19 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
     for number in set(range(group.count)) - own.keys():
         own[number] = _of_idle(group, codes[0].tensors, number)
     owned: list[list[Own]] = [[(node, None) for node in own[e]] for e in range(group.count)]
-    return Experts(pieces, _common_body(codes), owned, _group_of(graph, pieces))
+    return Experts(pieces, _common_body(codes), owned, *_exchange_of(graph, pieces))
 
 
-def _group_of(graph: Graph, pieces: list[Piece]) -> str:
-    """The group through which the rows of experts came. Raises UntrustedError where it is not one for all."""
-    groups = {
-        str(node.args[3]) for node in graph.before([piece.rows for piece in pieces]) if is_exchange(graph, node)
-    }
-    if len(groups) > 1:
+def _exchange_of(graph: Graph, pieces: list[Piece]) -> tuple[str, bool]:
+    """The group through which the rows of experts came, and whether as blocks of one size; "" where they are all here.
+
+    Raises UntrustedError where it is not one for all.
+    """
+    before = graph.before([piece.rows for piece in pieces])
+    found = [node.args for node in before if node.target is EXCHANGE and graph.values[node].is_floating_point()]
+    if len({group for *_, group in found}) > 1:
         raise UntrustedError("its rows are exchanged by several process groups")
-    return groups.pop() if groups else ""
-
-
-def is_exchange(graph: Graph, node: fx.Node) -> bool:
-    """Whether a node exchanges rows with other ranks, and not counts of these."""
-    return node.target is EXCHANGE and graph.values[node].is_floating_point()
+    return (str(found[0][3]), all(len({*args[2]}) < 2 for args in found)) if found else ("", False)  # type: ignore[misc]
 
 
 def without_idle(experts: Experts) -> Experts | None:
@@ -247,7 +245,9 @@ def without_idle(experts: Experts) -> Experts | None:
     if len(ran) == len(experts.own):
         return None
     pieces = [Piece(each.rows, each.out, torch.searchsorted(ran, each.expert)) for each in experts.pieces]
-    return Experts(pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group)
+    return Experts(
+        pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group, experts.padded
+    )
 
 
 def _of_idle(group: Group, tensors: list[fx.Node], number: int) -> list[fx.Node]:
@@ -305,7 +305,7 @@ def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | N
         [(node, number if node in packed else None) for node in code.tensors] for number in range(len(ends[0]))
     ]
     pieces = [Piece(rows, out, number_of_row)]
-    return Experts(pieces, _common_body([code]), own, _group_of(graph, pieces))
+    return Experts(pieces, _common_body([code]), own, *_exchange_of(graph, pieces))
 
 
 def _matrices(product: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ from torch import fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.ops.exchange import count_of
-from moeca_compile.ops.markers import ENTRY, MARKERS, group_of
+from moeca_compile.ops.markers import ENTRY, MARKERS, exchange_of
 from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.analysis.costs import node_flops
 from moeca_compile.passes.analysis.graph import ancestors, between, module_path, shape_of
@@ -106,8 +106,8 @@ def expert_body(marker: fx.Node) -> ExpertBody:
     body = _extract(output, entries, own, inside)
     rows = tuple(entry.args[0] for entry in entries)
     flops = sum(node_flops(node) for node in inside) // shape_of(entries[0])[0]
-    group = group_of(marker.target, marker.args)
-    key, experts = bodies.register(body, group), experts * count_of(group)
+    group, padded = exchange_of(marker.target, marker.args)
+    key, experts = bodies.register(body, group, padded), experts * count_of(group)
     return ExpertBody(key, rows, tuple(params), experts, flops, _branches(marker))  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeca_compile.ops.exchange import count_of, run_on_ranks
-from moeca_compile.ops.markers import MARKERS, group_of
+from moeca_compile.ops.markers import MARKERS, exchange_of
 
 Run = Callable[[int, Sequence[Tensor]], Tensor]
 """Runs an expert of this rank on its rows."""
@@ -48,12 +48,14 @@ class ExpertByExpert(nn.Module):
         body: one expert, from its rows, its parameters and what all experts share.
         experts: their number.
         fixed_k: whether a token's experts are given by their ids (T, k), else as a mask (T, E).
-        group: the process group whose ranks hold so many experts each; "" where this process has all.
+        exchange: the process group whose ranks hold so many experts each, "" where this process has all; and whether
+            rows are sent in blocks.
     """
 
-    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool, group: str = "") -> None:
+    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool, exchange: tuple[str, bool]) -> None:
         super().__init__()
-        self.body, self.experts, self.fixed_k, self.group = body, experts, fixed_k, group
+        self.body, self.experts, self.fixed_k = body, experts, fixed_k
+        self.group, self.padded = exchange
 
     @torch.compiler.disable
     def forward(
@@ -68,7 +70,7 @@ class ExpertByExpert(nn.Module):
 
         chosen = [self._rows_of(expert, choice) for expert in range(self.experts * count_of(self.group))]
         given = [[each[tokens] for each in rows] for tokens, _ in chosen]
-        branches = self._on_ranks(given, run) if self.group else map(run, range(self.experts), given)
+        branches = self._on_ranks(given, run, choice) if self.group else map(run, range(self.experts), given)
         out = None
         for expert, ((tokens, columns), branch) in enumerate(zip(chosen, branches, strict=True)):
             scale = weight[tokens, columns if self.fixed_k else expert]
@@ -83,7 +85,7 @@ class ExpertByExpert(nn.Module):
         tokens, columns = mask.nonzero().unbind(1)
         return tokens, columns
 
-    def _on_ranks(self, given: Sequence[Sequence[Tensor]], run: Run) -> Iterable[Tensor]:
+    def _on_ranks(self, given: Sequence[Sequence[Tensor]], run: Run, choice: Tensor) -> Iterable[Tensor]:
         """The outputs of all ranks' experts on their rows of this rank."""
 
         def run_own(arrived: Sequence[Tensor], offsets: Tensor) -> Tensor:
@@ -91,21 +93,21 @@ class ExpertByExpert(nn.Module):
             return torch.cat([run(e, [each[a:b] for each in arrived]) for e, (a, b) in enumerate(bounds)])
 
         counts = [len(rows[0]) for rows in given]
-        offsets = torch.tensor([0, *accumulate(counts)], device=given[0][0].device)
-        return run_on_ranks(
-            self.group, [torch.cat(each) for each in zip(*given, strict=True)], offsets, run_own
-        ).split(counts)
+        offsets = torch.tensor([0, *accumulate(counts)], device=choice.device)
+        most = len(choice) * min(choice.shape[1], self.experts) if self.padded else 0
+        rows = [torch.cat(each) for each in zip(*given, strict=True)]
+        return run_on_ranks(self.group, rows, offsets, run_own, most).split(counts)
 
 
 def _replace(gm: fx.GraphModule, marker: fx.Node, name: str) -> None:
     _, choice, weight, body_out, params, experts = marker.args[:6]
-    group = group_of(marker.target, marker.args)
+    exchange = exchange_of(marker.target, marker.args)
     own = list(params[: len(params) // experts])  # type: ignore[arg-type, index, operator]
     entries, inside = _body(body_out, own)  # type: ignore[arg-type]
     given = {*entries, *own, *inside}
     shared = list(dict.fromkeys(arg for node in inside for arg in node.all_input_nodes if arg not in given))
     body = _extracted(gm, body_out, [*entries, *own, *shared], inside)  # type: ignore[arg-type]
-    gm.add_submodule(name, ExpertByExpert(body, experts, marker.target in _FIXED_K, group))  # type: ignore[arg-type]
+    gm.add_submodule(name, ExpertByExpert(body, experts, marker.target in _FIXED_K, exchange))  # type: ignore[arg-type]
     with gm.graph.inserting_before(marker):
         rows = [entry.args[0] for entry in entries]
         layer = gm.graph.call_module(name, (choice, weight, rows, params, shared))
