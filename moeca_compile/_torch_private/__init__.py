@@ -14,6 +14,7 @@ from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.collectives import (
     exchanges_played,
     group_by_name,
+    groups_held,
     ranks_are_joined,
     with_exchanges_played,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "graph_break",
     "graphs_from_disk",
     "group_by_name",
+    "groups_held",
     "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_compile._torch_private.lookup import Private
+
+if dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
 
 _LEFT = "layers that exchange rows with other ranks are left as they are"
 _GROUP = Private("torch.distributed.distributed_c10d._resolve_process_group", _LEFT)
@@ -28,6 +31,18 @@ def ranks_are_joined() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
+def groups_held(module: nn.Module) -> dict[str, Any]:
+    """The process groups, and meshes of them, among the attributes of a module and of those within it."""
+    if not ranks_are_joined():
+        return {}
+    return {
+        f"{name}.{attribute}": value
+        for name, held in module.named_modules()
+        for attribute, value in vars(held).items()
+        if isinstance(value, (dist.ProcessGroup, DeviceMesh))
+    }
+
+
 def group_by_name(name: str) -> Any:
     """The process group. Raises RuntimeError where torch cannot find it."""
     if _GROUP.value is None:
@@ -36,10 +51,10 @@ def group_by_name(name: str) -> Any:
 
 
 @contextmanager
-def exchanges_played(by: PlayedBy) -> Iterator[None]:
+def exchanges_played(by: PlayedBy, error: type[Exception]) -> Iterator[None]:
     """While this is entered, all_to_all_single gives what `by` does, and no process talks to another.
 
-    Any other collective raises RuntimeError.
+    Any other collective raises `error`.
     """
     if not ranks_are_joined() or _DISPATCH.value is None or _WORK.value is None or _UNBOX.value is None:
         yield
@@ -53,7 +68,7 @@ def exchanges_played(by: PlayedBy) -> Iterator[None]:
                 return func(*args, **(kwargs or {}))
             given = _exchange_in(func, args, _UNBOX.value)
             if given is None:
-                raise RuntimeError(f"it calls {func}, and of all collectives only all_to_all_single can be tried out")
+                raise error(f"it calls {func}, and of all collectives only all_to_all_single can be played")
             arrived = by(*given)
             if func not in _IN_PLACE:
                 return arrived

@@ -51,7 +51,12 @@ def eagerly(module: nn.Module) -> Iterator[None]:
     """For trying a layer out: no gradients, no compilation of experts inside this one, and the random numbers that
     the caller will draw stay the same. No rank talks to another."""
     devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices), layers_alone():
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(devices),
+        layers_alone(UntrustedError),
+    ):
         yield
 
 

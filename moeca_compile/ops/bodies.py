@@ -10,25 +10,24 @@ import hashlib
 
 from torch import Tensor, fx
 
-_PADDED = " in blocks"
 _BODIES: dict[str, fx.GraphModule] = {}
 
 
-def register(body: fx.GraphModule, group: str = "", padded: bool = False) -> str:
+def register(body: fx.GraphModule, group: str = "", places: int = 0) -> str:
     """Store `body` (rows first, parameters after) and return its key.
 
-    group, padded: of which ranks hold the experts, and how rows are sent there (ops.exchange); "" for this one alone.
+    group, places: of which ranks hold the experts, "" for this one alone, and how rows are sent there (ops.exchange).
     """
     key = hashlib.sha256(body.code.encode()).hexdigest()[:16]
-    key += f"@{group}{_PADDED if padded else ''}" if group else ""
+    key += f"@{places}@{group}" if group else ""
     _BODIES.setdefault(key, body)
     return key
 
 
-def exchange_of(key: str) -> tuple[str, bool]:
-    """The group that a body was registered with, and whether rows are sent in blocks."""
-    group = key.partition("@")[2]
-    return group.removesuffix(_PADDED), group.endswith(_PADDED)
+def exchange_of(key: str) -> tuple[str, int]:
+    """The group and the places that a body was registered with."""
+    _, places, group = (key.split("@", 2) + ["", ""])[:3]
+    return group, int(places or 0)
 
 
 def graph(key: str) -> fx.GraphModule:

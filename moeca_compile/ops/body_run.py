@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct, plan_for
-from moeca_compile.ops.exchange import count_of, run_on_ranks
+from moeca_compile.ops.exchange import count_of, room, run_on_ranks
 from moeca_compile.ops.linear import grouped_linear
 from moeca_compile.ops.unsupported import UnsupportedError
 
@@ -101,7 +101,7 @@ def run_by_expert(
         Branches of a few experts (R of M), and their outputs (R, width).
     """
 
-    group, padded = bodies.exchange_of(body)
+    group, places = bodies.exchange_of(body)
     if not group:
         yield from _run_here(body, rows, offsets, parameters, experts, source)
         return
@@ -111,7 +111,7 @@ def run_by_expert(
         return torch.cat([out for _, out in _run_here(body, arrived, own_offsets, parameters, own, None)])
 
     given = [value if source is None else value.index_select(0, source) for value in rows]
-    most = len(rows[0]) * min(k, experts // count_of(group)) if padded else 0
+    most = room(places, len(rows[0]), k, experts // count_of(group))
     yield slice(0, len(given[0])), run_on_ranks(group, given, offsets, run_own, most)
 
 

@@ -7,15 +7,16 @@ it together. First each tells each other how many rows come for each of its expe
 one of two ways, that of the layer's own code:
 
     by counts   as many as there are; both sides know the sizes, which the host reads
-    in blocks   of a size that the shapes tell, the same on all ranks: the rows that one rank can have for another
+    in blocks   of a size that the shapes tell, the same on all ranks: as many rows as one can have for another
 
-`alone()` is for checks: inside, no rank talks to another. This rank's experts play those of all: those of rank r are
-played on rows that are multiplied by 1 + r / ranks, there and back, so that numbers tell which rank a row went to.
+`alone()` is for checks: inside, no rank talks to another. This rank's experts play those of all: rows for those of
+another are multiplied by a factor, there and back, so that numbers tell which rank of which group a row went to.
 """
 
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -51,9 +52,9 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def layers_alone() -> Iterator[None]:
-    """`alone`, also for the code of layers that calls all_to_all_single itself."""
-    with alone(), exchanges_played(torch.ops.moeca.exchange_alone):
+def layers_alone(error: type[Exception]) -> Iterator[None]:
+    """`alone`, also for the code of layers that calls all_to_all_single itself. Other collectives raise `error`."""
+    with alone(), exchanges_played(torch.ops.moeca.exchange_alone, error):
         yield
 
 
@@ -62,9 +63,22 @@ def count_of(group: str) -> int:
     return int(group_by_name(group).size()) if group else 1
 
 
-def factor(rank: int, ranks: int) -> float:
-    """By what rows are multiplied that go to a rank, and come back, where it is played."""
-    return 1 + rank / ranks
+def factors(group: str) -> list[float]:
+    """By what rows for each rank are multiplied where it is played; [1.0] for no group."""
+    ranks, part = count_of(group), zlib.crc32(group.encode()) / 2**32
+    return [1 + (rank + part) / ranks for rank in range(ranks)] if group else [1.0]
+
+
+def room(places: int, rows: int, k: int, own: int) -> int:
+    """How many rows a rank can have for another one, where they are sent in blocks of that size; 0 by counts.
+
+    Args:
+        places: how many rows of a rank an expert has room for; 0 where rows are sent by counts.
+        rows: how many there are.
+        k: the most experts that a row has.
+        own: how many experts a rank holds.
+    """
+    return min(rows * min(k, own), places * own)
 
 
 def exchange_alone(sent: Tensor, taken_sizes: list[int], sent_sizes: list[int], group: str) -> Tensor:
@@ -74,9 +88,8 @@ def exchange_alone(sent: Tensor, taken_sizes: list[int], sent_sizes: list[int], 
         raise ValueError(f"it takes parts of sizes {taken_sizes} where it sends {sent_sizes}")
     if not sent.is_floating_point():
         return sent.clone()
-    ranks = count_of(group)
-    parts = sent.split(sent_sizes) if sent_sizes else sent.chunk(ranks)
-    return torch.cat([part * factor(rank, ranks) for rank, part in enumerate(parts)])
+    parts = sent.split(sent_sizes) if sent_sizes else sent.chunk(count_of(group))
+    return torch.cat([part * factor for part, factor in zip(parts, factors(group), strict=True)])
 
 
 def run_on_ranks(group: str, rows: Sequence[Tensor], offsets: Tensor, run: Run, most: int = 0) -> Tensor:
@@ -87,7 +100,7 @@ def run_on_ranks(group: str, rows: Sequence[Tensor], offsets: Tensor, run: Run, 
         rows: each (M, ...), sorted by expert.
         offsets: (E + 1,) int64, where the rows of each expert begin; the last is M.
         run: runs this rank's experts.
-        most: how many rows any rank can have for another one, if blocks of that size are to be sent; else 0.
+        most: how many rows are in a block (`room`); 0 to send by counts.
 
     Returns:
         (M, width) outputs, in the order of the rows.

@@ -12,7 +12,7 @@ dynamic capacity). `branches` is the number of routed (token, expert) pairs if i
 `coupled` says whether the routing of a sample depends on the other samples of the batch.
 
 With a `group`, the name of a process group, its ranks hold `num_experts` each, and `params` are those of this rank
-(ops/exchange.py, which says what `padded` is). Ids are those of all ranks' experts, and maps have a column for each.
+(ops/exchange.py, which says what `places` are). Ids are those of all ranks' experts, and maps have a column for each.
 
 Between `expert_rows` and the marker, the graph has the body of expert 0, run on every row. `params` has the
 parameters of all experts, P each: the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in
@@ -37,11 +37,11 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
     "experts_fixed_k(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
-    "str group='', bool padded=False) -> Tensor"
+    "str group='', int places=0) -> Tensor"
 )
 _library.define(
     "experts_variable_k(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
-    "SymInt branches, bool coupled, str group='', bool padded=False) -> Tensor"
+    "SymInt branches, bool coupled, str group='', int places=0) -> Tensor"
 )
 
 
@@ -76,10 +76,10 @@ MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_vari
 """The ops that stand for a MoE layer in a graph: with fixed k, and with variable k."""
 
 
-def exchange_of(marker: Any, args: Any) -> tuple[str, bool]:
-    """(the process group whose ranks hold the experts, whether rows are sent in blocks), in a marker's arguments.
+def exchange_of(marker: Any, args: Any) -> tuple[str, int]:
+    """(the process group whose ranks hold the experts, the places of an expert in blocks), in a marker's arguments.
 
     The group is "" where this process has all of them.
     """
     given = args[6:] if marker in (MARKERS[0], MARKERS[0].overloadpacket) else args[8:]
-    return (str(given[0]) if given else ""), bool(given[1:] and given[1])
+    return (str(given[0]) if given else ""), int(given[1]) if given[1:] else 0

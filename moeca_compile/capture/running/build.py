@@ -15,7 +15,7 @@ from moeca_compile.capture.running.find import Found
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.routing import Choices, Table
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
-from moeca_compile.ops.exchange import count_of, factor
+from moeca_compile.ops.exchange import factors
 
 _CONSTANTS = 4096  # the numbers of a tensor that was made from a list: more of them would not be written down
 _FIXED, _VARIABLE = torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default
@@ -44,7 +44,7 @@ def build(graph: Graph, found: Found, result: Any, coupled: bool) -> Replacement
 class _Builder:
     def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool) -> None:
         self.graph, self.found, self.result, self.coupled = graph, found, result, coupled
-        self.exchange = (found.experts.group, found.experts.padded)
+        self.exchange = (found.experts.group, found.experts.places)
         self.made = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
 
@@ -172,8 +172,7 @@ class Meaning(fx.Interpreter):
 
     def __init__(self, replacement: Replacement) -> None:
         super().__init__(replacement.module)
-        self.body, ranks = replacement.body, count_of(replacement.group)
-        self.factors = [factor(rank, ranks) for rank in range(ranks)]
+        self.body, self.factors = replacement.body, factors(replacement.group)
         self.seen: tuple[Any, ...] = ()
         self.rows = torch.zeros(0, dtype=torch.int64)
 
@@ -192,11 +191,7 @@ class Meaning(fx.Interpreter):
             )
             self.rows[number] = len(token)
             (rank, own), rows = divmod(number, count), x[token]
-            if len(self.factors) > 1:
-                rows = rows * self.factors[rank]
-            made = self.body(rows, *params[own * each : (own + 1) * each])
-            if len(self.factors) > 1:
-                made = made * self.factors[rank]
+            made = self.body(rows * self.factors[rank], *params[own * each : (own + 1) * each]) * self.factors[rank]
             out.index_add_(0, token, made.to(out.dtype) * weight[token, slot, None].to(out.dtype))
         return out
 

@@ -19,7 +19,7 @@ from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.trace import EXCHANGE
 from moeca_compile.capture.structure import structure
-from moeca_compile.ops.exchange import count_of, factor
+from moeca_compile.ops.exchange import count_of, factors
 
 GROUPED = torch.ops.aten._grouped_mm.default
 ROWS = "rows"  # in a body's code: as many as it is given
@@ -50,20 +50,20 @@ class Experts:
 
     body: of (rows, *tensors of an expert)
     own: the tensors of each expert
-    group, padded: of the ranks that hold so many experts each, where they are not all here; whether rows come in blocks
+    group: of the ranks that hold so many experts each, where they are not all here
+    places: how many rows of a rank an expert has room for, where rows come in blocks; 0 where they come by counts
     """
 
     pieces: list[Piece]
     body: fx.GraphModule
     own: list[list[Own]]
     group: str = ""
-    padded: bool = False
+    places: int = 0
 
     @property
     def factors(self) -> list[float]:
         """By what the rows of each rank's experts are multiplied, there and back (ops.exchange)."""
-        ranks = count_of(self.group)
-        return [factor(rank, ranks) for rank in range(ranks)]
+        return factors(self.group)
 
     @property
     def count(self) -> int:
@@ -104,6 +104,18 @@ def groups(graph: Graph, layer: nn.Module) -> Iterator[Group]:
     for count, number_of in packed.items():
         if count > 1:
             yield Group(number_of, count, others)
+    single = _read_between_exchanges(graph)
+    if single:
+        yield Group(dict.fromkeys(single, 0), 1, others)
+
+
+def _read_between_exchanges(graph: Graph) -> list[fx.Node]:
+    """The layer's tensors that rows meet where they have come from other ranks: those of one expert, it may be."""
+    found = [node for node in graph.nodes if is_exchange(graph, node)]
+    if len(found) < 2:
+        return []
+    inside = graph.after(found[:1]) & set(graph.before(found[-1:]))
+    return [node for node in _tensors_read(graph) if not inside.isdisjoint(node.users)]
 
 
 def grouped(graph: Graph) -> dict[int, list[fx.Node]]:
@@ -224,19 +236,29 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
     for number in set(range(group.count)) - own.keys():
         own[number] = _of_idle(group, codes[0].tensors, number)
     owned: list[list[Own]] = [[(node, None) for node in own[e]] for e in range(group.count)]
-    return Experts(pieces, _common_body(codes), owned, *_exchange_of(graph, pieces))
+    return Experts(pieces, _common_body(codes), owned, *_exchange_of(graph, pieces, group.count))
 
 
-def _exchange_of(graph: Graph, pieces: list[Piece]) -> tuple[str, bool]:
-    """The group through which the rows of experts came, and whether as blocks of one size; "" where they are all here.
+def _exchange_of(graph: Graph, pieces: list[Piece], own: int) -> tuple[str, int]:
+    """The group through which the rows of experts came, and how many places an expert had there for those of a rank.
 
     Raises UntrustedError where it is not one for all.
     """
-    before = graph.before([piece.rows for piece in pieces])
-    found = [node.args for node in before if node.target is EXCHANGE and graph.values[node].is_floating_point()]
-    if len({group for *_, group in found}) > 1:
+    rows = graph.values[pieces[0].rows]
+    found = [node for node in graph.before([piece.rows for piece in pieces]) if is_exchange(graph, node)]
+    groups = {str(node.args[3]) for node in found}
+    if len(groups) > 1:
         raise UntrustedError("its rows are exchanged by several process groups")
-    return (str(found[0][3]), all(len({*args[2]}) < 2 for args in found)) if found else ("", False)  # type: ignore[misc]
+    if not found:
+        return "", 0
+    group, sizes = groups.pop(), {size for node in found for size in node.args[2]}  # type: ignore[union-attr]
+    sent = graph.values[found[-1]].numel() // rows.shape[-1]
+    return group, sent // (own * count_of(group)) if len(sizes) < 2 else 0
+
+
+def is_exchange(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node exchanges rows with other ranks, and not counts of these."""
+    return node.target is EXCHANGE and graph.values[node].is_floating_point()
 
 
 def without_idle(experts: Experts) -> Experts | None:
@@ -246,7 +268,7 @@ def without_idle(experts: Experts) -> Experts | None:
         return None
     pieces = [Piece(each.rows, each.out, torch.searchsorted(ran, each.expert)) for each in experts.pieces]
     return Experts(
-        pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group, experts.padded
+        pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group, experts.places
     )
 
 
@@ -305,7 +327,7 @@ def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | N
         [(node, number if node in packed else None) for node in code.tensors] for number in range(len(ends[0]))
     ]
     pieces = [Piece(rows, out, number_of_row)]
-    return Experts(pieces, _common_body([code]), own, *_exchange_of(graph, pieces))
+    return Experts(pieces, _common_body([code]), own, *_exchange_of(graph, pieces, len(own)))
 
 
 def _matrices(product: fx.Node) -> fx.Node:

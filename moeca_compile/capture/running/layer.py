@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moeca_compile._torch_private import has_forward_hooks, outermost_module
+from moeca_compile._torch_private import groups_held, has_forward_hooks, outermost_module
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted, facts_of_arguments
 from moeca_compile.capture.idioms.routed import tensor_at
 from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves
@@ -97,7 +97,8 @@ class Running:
         )
         built = _built.setdefault(type(module), {})
         plain = numbers_read(module)
-        key = (self.forward, structure(module), repr(plain), facts, autocast())
+        groups = tuple(groups_held(module).items())
+        key = (self.forward, structure(module), repr(plain), groups, facts, autocast())
         if key not in built:
             try:
                 built[key] = self._build(module, facts, tolerance)

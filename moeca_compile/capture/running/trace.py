@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from moeca_compile._torch_private import trace_by_running, version_of
+from moeca_compile._torch_private import groups_held, trace_by_running, version_of
 from moeca_compile.capture.idioms.trials import cloned
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.watch import Asked, Watch
@@ -67,7 +67,7 @@ class Trace:
 
 def isolated(layer: nn.Module) -> nn.Module:
     """A copy that has the layer's parameters, and nothing else of it that running it may change."""
-    return copy.deepcopy(layer, {id(each): each for each in layer.parameters()})
+    return copy.deepcopy(layer, {id(each): each for each in (*layer.parameters(), *groups_held(layer).values())})
 
 
 def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) -> tuple[Any, nn.Module]:

@@ -106,8 +106,8 @@ def expert_body(marker: fx.Node) -> ExpertBody:
     body = _extract(output, entries, own, inside)
     rows = tuple(entry.args[0] for entry in entries)
     flops = sum(node_flops(node) for node in inside) // shape_of(entries[0])[0]
-    group, padded = exchange_of(marker.target, marker.args)
-    key, experts = bodies.register(body, group, padded), experts * count_of(group)
+    group, places = exchange_of(marker.target, marker.args)
+    key, experts = bodies.register(body, group, places), experts * count_of(group)
     return ExpertBody(key, rows, tuple(params), experts, flops, _branches(marker))  # type: ignore[arg-type]
 
 

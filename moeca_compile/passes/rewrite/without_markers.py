@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moeca_compile.ops.exchange import count_of, run_on_ranks
+from moeca_compile.ops.exchange import count_of, room, run_on_ranks
 from moeca_compile.ops.markers import MARKERS, exchange_of
 
 Run = Callable[[int, Sequence[Tensor]], Tensor]
@@ -48,14 +48,14 @@ class ExpertByExpert(nn.Module):
         body: one expert, from its rows, its parameters and what all experts share.
         experts: their number.
         fixed_k: whether a token's experts are given by their ids (T, k), else as a mask (T, E).
-        exchange: the process group whose ranks hold so many experts each, "" where this process has all; and whether
-            rows are sent in blocks.
+        exchange: the process group whose ranks hold so many experts each, "" where this process has all; and the
+            places of an expert in blocks.
     """
 
-    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool, exchange: tuple[str, bool]) -> None:
+    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool, exchange: tuple[str, int]) -> None:
         super().__init__()
         self.body, self.experts, self.fixed_k = body, experts, fixed_k
-        self.group, self.padded = exchange
+        self.group, self.places = exchange
 
     @torch.compiler.disable
     def forward(
@@ -94,7 +94,7 @@ class ExpertByExpert(nn.Module):
 
         counts = [len(rows[0]) for rows in given]
         offsets = torch.tensor([0, *accumulate(counts)], device=choice.device)
-        most = len(choice) * min(choice.shape[1], self.experts) if self.padded else 0
+        most = room(self.places, len(choice), choice.shape[1], self.experts)
         rows = [torch.cat(each) for each in zip(*given, strict=True)]
         return run_on_ranks(self.group, rows, offsets, run_own, most).split(counts)
 
