@@ -365,9 +365,11 @@ def _walked_back(graph: Graph, first: fx.Node, needs: Any, depth: int) -> fx.Nod
 
 
 def _inside(graph: Graph, rows: fx.Node, belongs: Any, allowed: Any = frozenset()) -> list[fx.Node]:
-    """All that is made of `rows` and no other data."""
+    """All that is made of `rows` and no other data, on this rank."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
+        if node.target is EXCHANGE:
+            continue
         data = [each for each in node.all_input_nodes if each in graph.made_of_data and each not in allowed]
         if data and node is not rows and all(each is rows or each in found for each in data) and belongs(node):
             found[node] = None
@@ -385,10 +387,24 @@ def _way_out(graph: Graph, own: list[fx.Node], rows: fx.Node) -> fx.Node | None:
     while out is not None:
         value = graph.tensor(out)
         if value is not None and value.dim() >= 2 and value.shape[:-1] == count:
-            return out
+            return out if len(count) == 1 else _before_views(graph, out, mine)
         earlier = [each for each in out.all_input_nodes if each in mine]
         out = earlier[0] if len(earlier) == 1 and len(earlier[0].users) == 1 else None
     return None
+
+
+def _before_views(graph: Graph, out: fx.Node, mine: set[fx.Node]) -> fx.Node:
+    """The earliest node that holds the same rows: views of blocks of rows name sizes of this call."""
+    found, node, value = out, out, graph.values[out]
+    while True:
+        earlier = [each for each in node.all_input_nodes if each in mine]
+        if len(earlier) != 1 or len(earlier[0].users) != 1:
+            return found
+        node, held = earlier[0], graph.tensor(earlier[0])
+        if held is None or held.numel() != value.numel() or not torch.equal(held.flatten(), value.flatten()):
+            return found
+        if held.shape == value.shape:
+            found = node
 
 
 class _Code:

@@ -30,6 +30,8 @@ _FILLED = {
     _aten.zeros_like.default: 0,
     _aten.new_ones.default: 1,
     _aten.ones_like.default: 1,
+    _aten.new_empty.default: 0,
+    _aten.empty_like.default: 0,
 }
 _OF_NOTHING = (_aten.sum.default, _aten.mean.default, _aten.sum.dim_IntList, _aten.mean.dim, _aten.to.dtype)
 
