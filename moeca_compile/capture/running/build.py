@@ -96,6 +96,9 @@ class _Builder:
 
     def table(self, table: Table) -> fx.Node:
         node, aten = self.copies[table.node], torch.ops.aten
+        if table.places > 1:
+            whole = self.call(aten.reshape.default, node, [-1, table.columns, table.places])
+            return self.call(aten.sum.dim_IntList, whole, [2])
         if table.turned:
             rows = self.call(aten.t.default, self.call(aten.reshape.default, node, [table.columns, -1]))
         else:
