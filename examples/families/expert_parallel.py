@@ -7,7 +7,8 @@ Rows of tokens go to the ranks that hold their experts, by `all_to_all_single`, 
 e % L of rank e // L, where each rank holds L experts. Two ways of writing it:
 
     CountedLayer   sends as many rows as there are, after counts that tell how many (FastMoE, Megatron)
-    PaddedLayer    sends blocks of one size, with a place for each row that an expert can get (GShard, DeepSpeed, Tutel)
+    PaddedLayer    sends blocks of one size, with a place for each row that an expert can get (GShard, DeepSpeed,
+                   Tutel)
 
 Shapes: T rows of tokens, D width, E experts, k experts a token, R ranks, L = E / R.
 """

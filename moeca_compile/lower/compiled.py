@@ -134,7 +134,7 @@ class CompiledGraph:
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """The names of the process groups through which the model exchanges rows, or whatever else, with other ranks."""
+        """The names of the process groups through which the model talks to other ranks."""
         return tuple(sorted(groups_in(self.graph)))
 
     @cached_property

@@ -26,8 +26,8 @@ def register(body: fx.GraphModule, group: str = "", places: int = 0) -> str:
 
 def exchange_of(key: str) -> tuple[str, int]:
     """The group and the places that a body was registered with."""
-    _, places, group = (key.split("@", 2) + ["", ""])[:3]
-    return group, int(places or 0)
+    _, *exchange = key.split("@", 2)
+    return (exchange[1], int(exchange[0])) if exchange else ("", 0)
 
 
 def graph(key: str) -> fx.GraphModule:

@@ -58,6 +58,11 @@ def layers_alone(error: type[Exception]) -> Iterator[None]:
         yield
 
 
+def is_alone() -> bool:
+    """Whether this thread is inside of `alone`."""
+    return _alone.entered > 0
+
+
 def count_of(group: str) -> int:
     """How many ranks a group has; 1 for no group."""
     return int(group_by_name(group).size()) if group else 1
@@ -143,7 +148,7 @@ def _placed(rows: Tensor, places: Tensor | None, count: int) -> Tensor:
 def _exchanged(sent: Tensor, group: str, taken: Sequence[int] = (), given: Sequence[int] = ()) -> Tensor:
     """all_to_all_single of rows: `given` go to each rank, `taken` come; as many to each without both."""
     taken, given = list(taken), list(given)
-    if _alone.entered:
+    if is_alone():
         return exchange_alone(sent, taken, given, group)
     arrived = sent.new_empty(sum(taken) if taken else len(sent), *sent.shape[1:])
     dist.all_to_all_single(arrived, sent.contiguous(), taken or None, given or None, group=group_by_name(group))

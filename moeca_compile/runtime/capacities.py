@@ -38,8 +38,8 @@ class Capacities:
         """Give the stream's next steps a larger capacity if this step needed much more than it had.
 
         The capacity follows the mean over samples and layers; those that need more drop their lowest-ranked tokens.
-        On an accelerator reading the counters would wait for the device, so the first capacity stays; so it does where
-        ranks would have to agree on another.
+        On an accelerator reading the counters would wait for the device, so the first capacity stays; and so it does
+        where ranks would have to agree on another.
         """
         several = len(self.plan.capacities) > 1 and self.device.type == "cpu" and not self.ranks
         if several and counts is not None and stream.capacity is not None:

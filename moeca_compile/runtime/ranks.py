@@ -25,8 +25,8 @@ from moeca_compile._torch_private import group_by_name
 
 DIFFERENT = (
     "the ranks that exchange rows would not cache the same: {0} here, and something else on another rank. Every step "
-    "is a full step, so sampling is no faster. Call the model with the same timesteps and options on all of them, and "
-    "look at the other warnings, on each rank"
+    "is a full step, so sampling is no faster. Call the model with the same timesteps and options on all ranks, and "
+    "look at the other warnings, on each of them"
 )
 SEVERAL = (
     "its layers exchange rows through {0} process groups, and ranks agree on what a cache step is within one alone. "
