@@ -34,7 +34,8 @@ STEPS: dict[str, tuple[Mapping[str, Any], int]] = {
     "cache step, 1/16 recomputed": ({"budget": SHARE}, 2),
     "cache step, budget 0": ({"budget": 0.0}, 2),
 }
-"""The options of a kind of step, and its number. The first cache step of a stream finds its capacity, and sends more."""
+"""The options of a kind of step, and its number: the first cache step of a stream, which finds its capacity, sends
+more."""
 
 
 @dataclasses.dataclass

@@ -36,6 +36,7 @@ Run = Callable[[list[Tensor], Tensor], Tensor]
 
 class _Alone(threading.local):
     entered = 0
+    noted: list[list[int]] | None = None
 
 
 _alone = _Alone()
@@ -56,6 +57,17 @@ def layers_alone(error: type[Exception]) -> Iterator[None]:
     """`alone`, also for the code of layers that calls all_to_all_single itself. Other collectives raise `error`."""
     with alone(), exchanges_played(torch.ops.moeca.exchange_alone, error):
         yield
+
+
+@contextmanager
+def sizes_noted() -> Iterator[list[list[int]]]:
+    """Yields a list to which each exchange that is played adds the sizes of the parts that it sends."""
+    noted: list[list[int]] = []
+    before, _alone.noted = _alone.noted, noted
+    try:
+        yield noted
+    finally:
+        _alone.noted = before
 
 
 def is_alone() -> bool:
@@ -93,6 +105,8 @@ def exchange_alone(sent: Tensor, taken_sizes: list[int], sent_sizes: list[int], 
         raise ValueError(f"it takes parts of sizes {taken_sizes} where it sends {sent_sizes}")
     if not sent.is_floating_point():
         return sent.clone()
+    if _alone.noted is not None:
+        _alone.noted.append(sent_sizes)
     parts = sent.split(sent_sizes) if sent_sizes else sent.chunk(count_of(group))
     return torch.cat([part * factor for part, factor in zip(parts, factors(group), strict=True)])
 

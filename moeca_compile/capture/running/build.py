@@ -36,15 +36,15 @@ class Replacement:
     group: str = ""
 
 
-def build(graph: Graph, found: Found, result: Any, coupled: bool) -> Replacement:
-    """result: what the layer returned, with nodes of the graph for its tensors."""
-    return _Builder(graph, found, result, coupled).replacement()
+def build(graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool = False) -> Replacement:
+    """result: what the layer returned, with nodes of the graph for its tensors; blocks: how it sends rows to ranks."""
+    return _Builder(graph, found, result, coupled, blocks).replacement()
 
 
 class _Builder:
-    def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool) -> None:
+    def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool) -> None:
         self.graph, self.found, self.result, self.coupled = graph, found, result, coupled
-        self.exchange = (found.experts.group, found.experts.places)
+        self.exchange = (found.experts.group, found.experts.places if blocks else 0)
         self.made = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
 

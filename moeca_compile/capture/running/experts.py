@@ -51,7 +51,7 @@ class Experts:
     body: of (rows, *tensors of an expert)
     own: the tensors of each expert
     group: of the ranks that hold so many experts each, where they are not all here
-    places: how many rows of a rank an expert has room for, where rows come in blocks; 0 where they come by counts
+    places: how many rows of a rank an expert has room for, if rows come in blocks
     """
 
     pieces: list[Piece]
@@ -251,9 +251,8 @@ def _exchange_of(graph: Graph, pieces: list[Piece], own: int) -> tuple[str, int]
         raise UntrustedError("its rows are exchanged by several process groups")
     if not found:
         return "", 0
-    group, sizes = groups.pop(), {size for node in found for size in node.args[2]}  # type: ignore[union-attr]
-    sent = graph.values[found[-1]].numel() // rows.shape[-1]
-    return group, sent // (own * count_of(group)) if len(sizes) < 2 else 0
+    group, sent = groups.pop(), graph.values[found[-1]].numel() // rows.shape[-1]
+    return group, sent // (own * count_of(group))
 
 
 def is_exchange(graph: Graph, node: fx.Node) -> bool:

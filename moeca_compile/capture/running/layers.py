@@ -1,8 +1,8 @@
 """Which modules of a model may be MoE layers, before anything is run: told by how they are built.
 
-An MoE layer has several modules that are built alike, or packed parameters, or exchanges rows with other ranks. It has
-code that may ask the host about tensors, or choose by them. Modules that hold such layers themselves are blocks, and
-no experts.
+An MoE layer has several modules that are built alike, or packed parameters, or it exchanges rows with other ranks. Its
+code may ask the host about tensors, or choose by them. Modules that hold such layers themselves are blocks, and no
+experts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _DEPTH = 3  # how far a function that holds the model may be called from the one
 
 
 def may_run(layer: nn.Module) -> bool:
-    """Whether a layer may hold experts: several modules that are built alike, packed parameters, or one beside those of
-    other ranks."""
+    """Whether a layer may hold experts: several modules that are built alike, packed parameters, or one of many that
+    other ranks hold."""
     return bool(_alike(layer)) or _is_packed(layer, 1) or exchanges_rows(layer)
 
 
