@@ -37,7 +37,7 @@ class Replacement:
 
 
 def build(graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool = False) -> Replacement:
-    """result: what the layer returned, with nodes of the graph for its tensors; blocks: how it sends rows to ranks."""
+    """result: what the layer returned, with nodes of the graph for its tensors; blocks: whether rows are sent in such."""
     return _Builder(graph, found, result, coupled, blocks).replacement()
 
 

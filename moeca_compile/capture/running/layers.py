@@ -1,8 +1,8 @@
 """Which modules of a model may be MoE layers, before anything is run: told by how they are built.
 
-An MoE layer has several modules that are built alike, or packed parameters, or it exchanges rows with other ranks. Its
-code may ask the host about tensors, or choose by them. Modules that hold such layers themselves are blocks, and no
-experts.
+An MoE layer has several modules that are built alike, or packed parameters, or it exchanges rows with other ranks.
+Its code may ask the host about tensors, or choose by them. Modules that hold such layers themselves are blocks, and
+no experts.
 """
 
 from __future__ import annotations
