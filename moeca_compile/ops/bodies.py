@@ -10,6 +10,8 @@ import hashlib
 
 from torch import Tensor, fx
 
+from moeca_compile.ops.exchange import count_of
+
 _BODIES: dict[str, fx.GraphModule] = {}
 
 
@@ -28,6 +30,11 @@ def exchange_of(key: str) -> tuple[str, int]:
     """The group and the places that a body was registered with."""
     _, *exchange = key.split("@", 2)
     return (exchange[1], int(exchange[0])) if exchange else ("", 0)
+
+
+def held_here(key: str, experts: int) -> int:
+    """How many of all ranks' experts this one holds."""
+    return experts // count_of(exchange_of(key)[0])
 
 
 def graph(key: str) -> fx.GraphModule:

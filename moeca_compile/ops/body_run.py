@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct, plan_for
-from moeca_compile.ops.exchange import count_of, room, run_on_ranks
+from moeca_compile.ops.exchange import room, run_on_ranks
 from moeca_compile.ops.linear import grouped_linear
 from moeca_compile.ops.unsupported import UnsupportedError
 
@@ -111,7 +111,7 @@ def run_by_expert(
         return torch.cat([out for _, out in _run_here(body, arrived, own_offsets, parameters, own, None)])
 
     given = [value if source is None else value.index_select(0, source) for value in rows]
-    most = room(places, len(rows[0]), k, experts // count_of(group))
+    most = room(places, len(rows[0]), k, bodies.held_here(body, experts))
     yield slice(0, len(given[0])), run_on_ranks(group, given, offsets, run_own, most)
 
 

@@ -1,7 +1,7 @@
 """What each process of test_expert_parallel.py runs. Rank 0 writes what all ranks found to a JSON file.
 
-The reference is one process that holds all experts: the same model undivided, compiled with the same options, for the
-samples of this rank.
+The reference is one process that holds all experts: the same model undivided, compiled with the same options, on the
+samples of this rank. Inputs come from the reference's outputs, so an error shows at the step where it is made.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import datetime
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,21 +22,23 @@ from torch import Tensor
 import moeca_compile
 from bench.exchange import counted
 from examples import families
-from examples.families.expert_parallel import CountedLayer, PaddedLayer, divided
+from examples.families.expert_parallel import CountedLayer, DividedLayer, PaddedLayer, divided
 from moeca_compile import backend
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.ranks import Ranks
 
 SMALL = replace(families.FAMILIES["DiT-MoE"].reduced, depth=1, experts=8)
 WHOLE = families.assemble(families.FAMILIES["DiT-MoE"], SMALL)
-MOECA = {"recipe": "moeca", "budget": 1 / 16, "full_every": 3, "lowering": "eager", "disk_cache": False}
 STEPS = 5
 Found = dict[str, Any]
+Path = list[tuple[Tensor, Tensor]]
+"""The input and the output of each step."""
 
 
-def compiled(model: Any, **options: Any) -> Any:
+def compiled(model: Any, recipe: str = "moeca", budget: float | None = 1 / 16) -> Any:
     torch._dynamo.reset()
-    return torch.compile(model, backend="moeca", options={**MOECA, **options})
+    options = {"recipe": recipe, "full_every": 3, "lowering": "eager", "disk_cache": False}
+    return torch.compile(model, backend="moeca", options=options | ({} if budget is None else {"budget": budget}))
 
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,61 +46,75 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return families.inputs_for(WHOLE, seed=10 * seed + dist.get_rank() + 1)
 
 
-def sampled(model: Any, reference: Any = None, marked: bool = True) -> Found:
-    """A generation: what each step sent, how far it is from the reference's, and the kinds of steps.
-
-    The reference's own output leads to the next input, so an error shows at the step where it is made.
-    """
-    (x, t, y), sent_by_step, errors = inputs(), [], []
-    handles = [moeca_compile.generation(each, steps=STEPS) for each in (model, reference)] if marked else []
-    with counted() as sent, torch.no_grad():
+def path_of(model: Any, marked: bool = True) -> Path:
+    """The inputs and outputs of a generation of one process that holds all experts."""
+    (x, t, y), path = inputs(), []
+    handle = handle_for(model, marked)
+    with torch.no_grad():
         for step in range(STEPS):
+            with handle:
+                out = model(x, t - 100 * step, y)
+            path.append((x, out))
+            x = x - 0.02 * out
+    return path
+
+
+def sampled(model: Any, path: Path, marked: bool = True) -> Found:
+    """A generation on the inputs of a path: what each step sent, how far it is from the path, and the report."""
+    (_, t, y), sent_by_step, errors = inputs(), [], []
+    handle = handle_for(model, marked)
+    with counted() as sent, torch.no_grad():
+        for step, (x, want) in enumerate(path):
             before = replace(sent)
-            out = within(handles[:1], lambda x=x, step=step: model(x, t - 100 * step, y))
+            with handle:
+                out = model(x, t - 100 * step, y)
             sent_by_step.append(asdict(sent.since(before)))
-            want = (
-                out
-                if reference is None
-                else within(handles[1:], lambda x=x, step=step: reference(x, t - 100 * step, y))
-            )
             errors.append(float((out - want).abs().max()))
-            x = x - 0.02 * want
     report = moeca_compile.report(model)
     return {"sent": sent_by_step, "errors": errors, "steps": report.steps, "warnings": list(report.warnings)}
 
 
-def within(handles: list[Any], call: Callable[[], Tensor]) -> Tensor:
-    if not handles:
-        return call()
-    with handles[0]:
-        return call()
+def handle_for(model: Any, marked: bool) -> AbstractContextManager[Any]:
+    return moeca_compile.generation(model, steps=STEPS) if marked else nullcontext()
+
+
+@cache
+def one_process(recipe: str = "moeca", budget: float | None = 1 / 16) -> tuple[Path, float]:
+    """The path of one process, and its speedup by FLOPs."""
+    model = compiled(WHOLE, recipe, budget)
+    return path_of(model), moeca_compile.report(model).flops.speedup
+
+
+def as_one_process(layer: type[DividedLayer], recipe: str = "moeca", budget: float | None = 1 / 16) -> Found:
+    model, (path, speedup) = compiled(divided(WHOLE, layer), recipe, budget), one_process(recipe, budget)
+    found = sampled(model, path)
+    return found | {"speedups": [moeca_compile.report(model).flops.speedup, speedup]}
 
 
 # cases
 
 
 def by_counts() -> Found:
-    return sampled(compiled(divided(WHOLE, CountedLayer)), compiled(WHOLE))
+    return as_one_process(CountedLayer)
 
 
 def in_blocks() -> Found:
-    return sampled(compiled(divided(WHOLE, PaddedLayer)), compiled(WHOLE))
+    return as_one_process(PaddedLayer)
 
 
 def nothing_recomputed() -> Found:
-    return sampled(compiled(divided(WHOLE, CountedLayer), budget=0.0), compiled(WHOLE, budget=0.0))
+    return as_one_process(CountedLayer, budget=0.0)
 
 
 def whole_layers_cached() -> Found:
-    own = {"backend": "moeca", "options": {"recipe": "fora", "full_every": 3, "lowering": "eager"}}
-    torch._dynamo.reset()
-    return sampled(torch.compile(divided(WHOLE, PaddedLayer), **own), torch.compile(WHOLE, **own))
+    return as_one_process(PaddedLayer, "fora", None)
 
 
 def decided_by_the_data() -> Found:
     own = {"recipe": "teacache", "reuse_threshold": 0.3, "lowering": "eager"}
     torch._dynamo.reset()
-    return sampled(torch.compile(divided(WHOLE, CountedLayer), backend="moeca", options=own))
+    model = torch.compile(divided(WHOLE, CountedLayer), backend="moeca", options=own)
+    return sampled(model, path_of(WHOLE, False))
 
 
 def uneven_data() -> Found:
@@ -120,9 +136,9 @@ def one_fails_validation() -> Found:
     """On the last rank no region passes."""
     sound = backend.sound_regions
     if dist.get_rank() == dist.get_world_size() - 1:
-        backend.sound_regions = lambda graph, regions, *_: regions.without(dict.fromkeys(regions.experts, "planted"))
+        backend.sound_regions = lambda _, regions, *__: regions.without(dict.fromkeys(regions.experts, "planted"))
     try:
-        return sampled(compiled(divided(WHOLE, CountedLayer)), WHOLE, marked=False)
+        return sampled(compiled(divided(WHOLE, CountedLayer)), path_of(WHOLE, False), marked=False)
     finally:
         backend.sound_regions = sound
 
@@ -133,11 +149,11 @@ def one_has_no_numbers() -> Found:
     x, t, y = inputs()
     with torch.no_grad():
         model(x * (float("nan") if dist.get_rank() == 0 else 1.0), t, y)
-    return sampled(model, WHOLE, marked=False)
+    return sampled(model, path_of(WHOLE, False), marked=False)
 
 
 def one_raises() -> Found:
-    """On rank 0 a step fails. The model itself would exchange what the other rank does not: so the error is raised."""
+    """On rank 0 a step fails. Since the model itself would exchange what the other does not, that is raised."""
     model, (x, t, y) = compiled(divided(WHOLE, CountedLayer)), inputs()
     enter, raised = StepLoop.enter, ""
     with torch.no_grad():
@@ -164,7 +180,7 @@ def cannot_be_compiled() -> Found:
     cached = backend._cached
     backend._cached = failing
     try:
-        return sampled(compiled(divided(WHOLE, PaddedLayer)), WHOLE, marked=False)
+        return sampled(compiled(divided(WHOLE, PaddedLayer)), path_of(WHOLE, False), marked=False)
     finally:
         backend._cached = cached
 
@@ -199,7 +215,7 @@ def uncached(layer: Any) -> Found:
     return asdict(sent)
 
 
-def main(out: Path) -> None:
+def main(out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     found: dict[str, Any] = {"uncached": {each.__name__: uncached(each) for each in (CountedLayer, PaddedLayer)}}
@@ -210,9 +226,10 @@ def main(out: Path) -> None:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, found)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(every))
+        with open(out, "w") as file:
+            json.dump(every, file)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

@@ -68,6 +68,8 @@ def test_each_step_gives_what_one_process_with_all_experts_gives(found, way):
         assert max(rank[way]["errors"]) < 1e-5
         assert sum(rank[way]["steps"].values()) == 5 and rank[way]["steps"]["full"] == 2
         assert rank[way]["warnings"] == []
+        ours, theirs = rank[way]["speedups"]
+        assert ours == pytest.approx(theirs, rel=1e-3) and ours > 1.2
 
 
 def test_by_counts_a_sixteenth_of_the_branches_sends_a_sixteenth_of_the_rows(found):

@@ -37,7 +37,11 @@ class Replacement:
 
 
 def build(graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool = False) -> Replacement:
-    """result: what the layer returned, with nodes of the graph for its tensors; blocks: whether rows are sent in such."""
+    """The replacement.
+
+    result: what the layer returned, with nodes of the graph for its tensors
+    blocks: whether rows are sent to other ranks in blocks of one size
+    """
     return _Builder(graph, found, result, coupled, blocks).replacement()
 
 
