@@ -64,13 +64,13 @@ def exchanges_played(by: PlayedBy, error: type[Exception]) -> Iterator[None]:
         supports_higher_order_operators = True
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "namespace", "") not in _NAMESPACES or func in _NO_EXCHANGE:
+            if getattr(func, "namespace", "") not in _NAMESPACES or str(func) in _NO_EXCHANGE:
                 return func(*args, **(kwargs or {}))
             given = _exchange_in(func, args, _UNBOX.value)
             if given is None:
                 raise error(f"it calls {func}, and of all collectives only all_to_all_single can be played")
             arrived = by(*given)
-            if func not in _IN_PLACE:
+            if str(func) not in _IN_PLACE:
                 return arrived
             args[0].copy_(arrived.view(args[0].shape))
             return _WORK.value().boxed()
@@ -86,7 +86,7 @@ def with_exchanges_played(gm: fx.GraphModule, op: Any) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or getattr(node.target, "namespace", "") not in _NAMESPACES:
             continue
-        if node.target in _NO_EXCHANGE:
+        if str(node.target) in _NO_EXCHANGE:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             continue
@@ -95,7 +95,7 @@ def with_exchanges_played(gm: fx.GraphModule, op: Any) -> None:
             raise RuntimeError(f"a graph has the collective {node.target}")
         with gm.graph.inserting_before(node):
             arrived = gm.graph.call_function(op, given)
-            if node.target in _IN_PLACE:
+            if str(node.target) in _IN_PLACE:
                 like = gm.graph.call_function(torch.ops.aten.view_as.default, (arrived, node.args[0]))
                 gm.graph.call_function(torch.ops.aten.copy_.default, (node.args[0], like))
             else:
@@ -107,33 +107,18 @@ def with_exchanges_played(gm: fx.GraphModule, op: Any) -> None:
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
-def _ops(*names: str) -> tuple[Any, ...]:
-    """The ops with these names that this build of torch has."""
-    found = []
-    for name in names:
-        space, op = name.split(".")
-        packet = getattr(getattr(torch.ops, space), op, None)
-        found += [packet.default] if packet is not None else []
-    return tuple(found)
-
-
-_IN_PLACE = _ops("c10d.alltoall_base_") if dist.is_available() else ()
-_FUNCTIONAL = (
-    _ops("_c10d_functional.all_to_all_single", "_c10d_functional_autograd.all_to_all_single")
-    if dist.is_available()
-    else ()
-)
-_NO_EXCHANGE = (
-    _ops("_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autograd") if dist.is_available() else ()
-)
+# By name: some are defined when the module that has them is first imported.
+_IN_PLACE = ("c10d.alltoall_base_.default",)
+_FUNCTIONAL = ("_c10d_functional.all_to_all_single.default", "_c10d_functional_autograd.all_to_all_single.default")
+_NO_EXCHANGE = ("_c10d_functional.wait_tensor.default", "_c10d_functional._wrap_tensor_autograd.default")
 
 
 def _exchange_in(op: Any, args: Any, unboxed: Callable[[Any], Any]) -> tuple[Any, list[int], list[int], str] | None:
     """The arguments of `PlayedBy` in a call of an op; None where it is no all_to_all_single."""
-    if op in _IN_PLACE:
+    if str(op) in _IN_PLACE:
         _, sent, group, taken_sizes, sent_sizes = args[:5]
         return sent, list(taken_sizes), list(sent_sizes), unboxed(group).group_name
-    if op in _FUNCTIONAL:
+    if str(op) in _FUNCTIONAL:
         sent, taken_sizes, sent_sizes, name = args[:4]
         return sent, list(taken_sizes), list(sent_sizes), name
     return None
