@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +48,19 @@ def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
     return list(json.loads(out.read_text()))
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(request.param, tmp_path_factory.mktemp("exchange"))
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    return cache(lambda ranks: run(ranks, tmp_path_factory.mktemp("exchange")))
+
+
+@pytest.fixture(params=sorted(CASES))
+def found(request, runs):
+    return runs(request.param)
 
 
 @pytest.fixture
-def two(found):
-    if len(found) != 2:
-        pytest.skip("two processes show it")
-    return found
+def two(runs):
+    return runs(2)
 
 
 def sent(case: dict[str, Any], what: str, steps: tuple[int, ...]) -> list[int]:
