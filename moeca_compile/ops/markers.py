@@ -41,7 +41,7 @@ _library.define(
 )
 _library.define(
     "experts_variable_k(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
-    "SymInt branches, bool coupled, str group='', int places=0) -> Tensor"
+    "SymInt branches, bool coupled, str group='') -> Tensor"
 )
 
 

@@ -26,6 +26,7 @@ from examples.families.expert_parallel import CountedLayer, DividedLayer, Padded
 from moeca_compile import backend
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.ranks import Ranks
+from tests.capture.exchange_layers import Gated
 
 SMALL = replace(families.FAMILIES["DiT-MoE"].reduced, depth=1, experts=8)
 WHOLE = families.assemble(families.FAMILIES["DiT-MoE"], SMALL)
@@ -104,6 +105,16 @@ def in_blocks() -> Found:
 
 def nothing_recomputed() -> Found:
     return as_one_process(CountedLayer, budget=0.0)
+
+
+def with_places_that_run_out() -> Found:
+    """DeepSpeed's form, of which a token's place depends on those before it; the reference has a group of its own."""
+    own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    path = path_of(compiled(divided(WHOLE, Gated, own)))
+    with torch.no_grad():
+        uncached = divided(WHOLE, Gated)(*inputs())
+    found = sampled(compiled(divided(WHOLE, Gated)), path)
+    return found | {"uncached": float((uncached - path[0][1]).abs().max())}
 
 
 def whole_layers_cached() -> Found:
@@ -194,6 +205,7 @@ CASES = {
         by_counts,
         in_blocks,
         nothing_recomputed,
+        with_places_that_run_out,
         whole_layers_cached,
         decided_by_the_data,
         uneven_data,

@@ -110,6 +110,14 @@ def test_compiling_and_checking_call_no_rank(found):
         assert first == {**later, "agreements": 1} and later["agreements"] == 0
 
 
+def test_a_layer_whose_places_run_out_gives_what_it_gives_on_one_process(two):
+    for rank in two:
+        case = rank["with_places_that_run_out"]
+        assert max(*case["errors"], case["uncached"]) < 1e-5 and case["steps"]["full"] == 2
+        assert max(sent(case, "bytes", CACHE)) < min(sent(case, "bytes", FULL)) / 4
+        assert case["warnings"] == []
+
+
 def test_whole_layers_from_the_cache_call_no_rank(two):
     for rank in two:
         case = rank["whole_layers_cached"]

@@ -143,7 +143,7 @@ class _Builder:
         if not told.by_ids:
             routed = self.call(aten.ne.Scalar, routing, 0)
             weight = weight if weight is not None else self.call(aten.to.dtype, routed, torch.float32)
-            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled, *self.exchange)
+            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled, self.exchange[0])
         index = self.call(aten.to.dtype, routing, torch.int64)
         if weight is None:
             weight = self.call(aten.ones_like.default, self.call(aten.to.dtype, index, torch.float32))
@@ -161,7 +161,7 @@ class _Builder:
         weight = weight if held else self.as_dtype(routed, torch.float32)
         branches = values[choices.node].numel()
         return self.call(
-            _VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled, *self.exchange
+            _VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled, self.exchange[0]
         )
 
     def tensor(self, node: fx.Node, part: int | None) -> fx.Node:
