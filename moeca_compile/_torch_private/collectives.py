@@ -21,6 +21,9 @@ _WORK = Private("torch._C._distributed_c10d.FakeWork", _LEFT)
 _UNBOX = Private("torch._C._distributed_c10d.ProcessGroup.unbox", _LEFT)
 _DISPATCH = Private("torch.utils._python_dispatch.TorchDispatchMode", _LEFT)
 
+_PLAYS = (2, 13) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
+"""On 2.11 a process that played an exchange crashed, and on 2.15 no layer was found."""
+
 PlayedBy = Callable[[Tensor, list[int], list[int], str], Tensor]
 """(what is sent, the sizes of the parts that arrive, those of the parts that are sent, the group's name) -> what
 arrives. Without sizes, all parts are equal."""
@@ -66,6 +69,8 @@ def exchanges_played(by: PlayedBy, error: type[Exception]) -> Iterator[None]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "namespace", "") not in _NAMESPACES or str(func) in _NO_EXCHANGE:
                 return func(*args, **(kwargs or {}))
+            if not _PLAYS:
+                raise error(f"it calls {func}, which cannot be played with torch {torch.__version__}")
             given = _exchange_in(func, args, _UNBOX.value)
             if given is None:
                 raise error(f"it calls {func}, and of all collectives only all_to_all_single can be played")
