@@ -11,6 +11,13 @@ that gives the same numbers. docs/private-apis.md has them all, with the gain of
 """
 
 from moeca_compile._torch_private.backends import add_backend
+from moeca_compile._torch_private.collectives import (
+    exchanges_played,
+    group_by_name,
+    groups_held,
+    ranks_are_joined,
+    with_exchanges_played,
+)
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
@@ -95,12 +102,15 @@ __all__ = [
     "compiling",
     "copy_all",
     "dynamo_is_running",
+    "exchanges_played",
     "export_functional",
     "fake_mode_of",
     "float32_matmul_precision",
     "forget_code",
     "graph_break",
     "graphs_from_disk",
+    "group_by_name",
+    "groups_held",
     "hand_over_whole",
     "has_forward_hooks",
     "has_kernel_for",
@@ -120,6 +130,7 @@ __all__ = [
     "outermost_module",
     "own_modules",
     "pass_idle_logging",
+    "ranks_are_joined",
     "read_constants",
     "record_artifact",
     "register_artifacts",
@@ -141,6 +152,7 @@ __all__ = [
     "traces_for_us",
     "tracing_backend",
     "version_of",
+    "with_exchanges_played",
     "wrapper_of",
     "zero_all",
 ]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from moeca_compile._torch_private import groups_held
+
 # Relative error (L2) between two ways of computing the same: sums in another order, products of other shapes.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _TOLERANCE_TF32 = 5e-3  # float32 on a GPU, where products may be taken in TF32
@@ -48,7 +50,7 @@ def require_row_wise(
 
 def with_random_parameters(module: nn.Module) -> nn.Module:
     """A copy with parameters fit for a comparison: not zero (as before training), not infinite."""
-    copied = copy.deepcopy(module)
+    copied = copy.deepcopy(module, {id(each): each for each in groups_held(module).values()})
     for parameter in copied.parameters():
         if parameter.is_floating_point():
             parameter.normal_(std=max(parameter.shape[-1:], default=1) ** -0.5)

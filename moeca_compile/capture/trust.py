@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moeca_compile.capture.idioms.base import Dispatch, Facts, Trusted
 from moeca_compile.capture.numerics import NoExpertsError, UntrustedError, autocast
 from moeca_compile.capture.python_values import held_by_experts
+from moeca_compile.ops.exchange import layers_alone
 
 Original = Callable[..., Tensor]
 Verdict = Any
@@ -50,9 +51,14 @@ def forget_verdicts() -> None:
 @contextmanager
 def eagerly(module: nn.Module) -> Iterator[None]:
     """For trying a layer out: no gradients, no compilation of experts inside this one, and the random numbers that
-    the caller will draw stay the same."""
+    the caller will draw stay the same. No rank talks to another."""
     devices = {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(devices),
+        layers_alone(UntrustedError),
+    ):
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.keys import graph_key
-from moeca_compile.passes.analysis.graph import ancestors, placeholders, shape_of
+from moeca_compile.passes.analysis.graph import ancestors, groups_in, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -131,6 +131,11 @@ class CompiledGraph:
         """The positions of the inputs that the model changes in place; their new values are its first outputs."""
         positions: tuple[int, ...] = self.module.meta["mutated_inputs"]
         return positions
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the process groups through which the model talks to other ranks."""
+        return tuple(sorted(groups_in(self.graph)))
 
     @cached_property
     def timesteps(self) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_plan import BodyPlan, GroupedProduct, plan_for
+from moeca_compile.ops.exchange import room, run_on_ranks
 from moeca_compile.ops.linear import grouped_linear
 from moeca_compile.ops.unsupported import UnsupportedError
 
@@ -81,20 +82,48 @@ def run_by_expert(
     parameters: Sequence[Tensor],
     experts: int,
     source: Tensor | None = None,
+    k: int = 1,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Run each expert on its own rows, by ATen ops on any device. The host waits for `offsets`.
+
+    Where ranks of a process group hold the experts, all of them must call this together.
 
     Args:
         body: its key (ops.bodies).
         rows: each (T, ...).
         offsets: (experts + 1,) int64, where the branches of each expert begin; the last is M.
-        parameters: expert-major, experts * P tensors.
+        parameters: expert-major, experts * P tensors; those of this rank where others hold experts too.
         experts: number of experts.
         source: (M,) the row that each branch reads, sorted by expert; None where they read all rows in order.
+        k: the most branches that a row has.
 
     Yields:
         Branches of a few experts (R of M), and their outputs (R, width).
     """
+
+    group, places = bodies.exchange_of(body)
+    if not group:
+        yield from _run_here(body, rows, offsets, parameters, experts, source)
+        return
+
+    def run_own(arrived: list[Tensor], own_offsets: Tensor) -> Tensor:
+        own = len(own_offsets) - 1
+        return torch.cat([out for _, out in _run_here(body, arrived, own_offsets, parameters, own, None)])
+
+    given = [value if source is None else value.index_select(0, source) for value in rows]
+    most = room(places, len(rows[0]), k, bodies.held_here(body, experts))
+    yield slice(0, len(given[0])), run_on_ranks(group, given, offsets, run_own, most)
+
+
+def _run_here(
+    body: str,
+    rows: Sequence[Tensor],
+    offsets: Tensor,
+    parameters: Sequence[Tensor],
+    experts: int,
+    source: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """`run_by_expert` of experts that this process holds."""
 
     def rows_of(branches: slice) -> list[Tensor]:
         return [value[branches] if source is None else value.index_select(0, source[branches]) for value in rows]

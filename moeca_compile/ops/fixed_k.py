@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeca_compile.ops import bodies
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.ring import by_history, moved_to, weighted_sum
@@ -103,7 +104,7 @@ def expert_outputs(
     """
     order = expert.argsort(stable=True)
     ends = torch.bincount(expert, minlength=experts).cumsum(0)
-    for part, found in run_by_expert(body, rows, F.pad(ends, (1, 0)), parameters, experts, places[order] // k):
+    for part, found in run_by_expert(body, rows, F.pad(ends, (1, 0)), parameters, experts, places[order] // k, k):
         if out is None:
             out = found.new_empty(len(expert), *found.shape[1:])
         out.index_copy_(0, order[part], found.to(out.dtype))
@@ -146,7 +147,7 @@ def refresh_fixed_k(
     norms = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     weights = branch_weights(history, forecast)
     places = mask.flatten().nonzero().squeeze(1)
-    if places.numel():
+    if places.numel() or bodies.exchange_of(body)[0]:  # other ranks may have rows for this one's experts
         first = torch.arange(samples, device=chosen.device)[:, None] * tokens
         cached = ((chosen + first)[..., None] * k + torch.arange(k, device=chosen.device)).flatten()[places]
         outputs = expert_outputs(rows, index.flatten()[places], places, k, parameters, experts, body)

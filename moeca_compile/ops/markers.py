@@ -11,6 +11,9 @@
 dynamic capacity). `branches` is the number of routed (token, expert) pairs if it follows from the shapes, else 0.
 `coupled` says whether the routing of a sample depends on the other samples of the batch.
 
+With a `group`, the name of a process group, its ranks hold `num_experts` each, and `params` are those of this rank
+(ops/exchange.py, which says what `places` are). Ids are those of all ranks' experts, and maps have a column for each.
+
 Between `expert_rows` and the marker, the graph has the body of expert 0, run on every row. `params` has the
 parameters of all experts, P each: the body of expert e is that of expert 0 with `params[e * P : (e + 1) * P]` in
 place of `params[:P]`. So the graph has one body a layer, not one an expert.
@@ -33,12 +36,12 @@ NAMESPACE = "moeca"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("expert_rows(Tensor x) -> Tensor")
 _library.define(
-    "experts_fixed_k(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts) "
-    "-> Tensor"
+    "experts_fixed_k(Tensor x, Tensor index, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
+    "str group='', int places=0) -> Tensor"
 )
 _library.define(
     "experts_variable_k(Tensor x, Tensor routed, Tensor weight, Tensor body_out, Tensor[] params, int num_experts, "
-    "SymInt branches, bool coupled) -> Tensor"
+    "SymInt branches, bool coupled, str group='') -> Tensor"
 )
 
 
@@ -71,3 +74,12 @@ for _marker in ("experts_fixed_k", "experts_variable_k"):
 ENTRY = torch.ops.moeca.expert_rows.default
 MARKERS = (torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default)
 """The ops that stand for a MoE layer in a graph: with fixed k, and with variable k."""
+
+
+def exchange_of(marker: Any, args: Any) -> tuple[str, int]:
+    """(the process group whose ranks hold the experts, the places of an expert in blocks), in a marker's arguments.
+
+    The group is "" where this process has all of them.
+    """
+    given = args[6:] if marker in (MARKERS[0], MARKERS[0].overloadpacket) else args[8:]
+    return (str(given[0]) if given else ""), int(given[1]) if given[1:] else 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeca_compile.passes.rewrite.kinds import COUNTERS, StepKind
 from moeca_compile.plan import Plan
+from moeca_compile.runtime.ranks import Ranks
 from moeca_compile.runtime.schedule import RefreshPlan
 from moeca_compile.runtime.streams import Stream
 
@@ -19,8 +20,8 @@ _PROMOTED_ABOVE = 1.25
 class Capacities:
     """Picks the kind of each step among the plan's capacity buckets."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, plan: Plan, device: torch.device, ranks: Ranks) -> None:
+        self.plan, self.device, self.ranks = plan, device, ranks
 
     def kind(self, refresh: RefreshPlan, stream: Stream, counts: Callable[[StepKind], Tensor | None]) -> StepKind:
         """The kind of a step. `counts` runs a step of a given kind and returns its counters (layers, COUNTERS)."""
@@ -37,9 +38,10 @@ class Capacities:
         """Give the stream's next steps a larger capacity if this step needed much more than it had.
 
         The capacity follows the mean over samples and layers; those that need more drop their lowest-ranked tokens.
-        On an accelerator reading the counters would wait for the device, so the first capacity stays.
+        On an accelerator reading the counters would wait for the device, so the first capacity stays; and so it does
+        where ranks would have to agree on another.
         """
-        several = len(self.plan.capacities) > 1 and self.device.type == "cpu"
+        several = len(self.plan.capacities) > 1 and self.device.type == "cpu" and not self.ranks
         if several and counts is not None and stream.capacity is not None:
             needed = self._needed(counts)
             if needed > _PROMOTED_ABOVE * stream.capacity:
@@ -50,7 +52,7 @@ class Capacities:
         if len(self.plan.capacities) == 1:
             return self.plan.capacities[0]
         trial = StepKind(refresh.attention, refresh.experts, self.plan.sizes[1], group=refresh.group)
-        return self._bucket(self._needed(counts(trial)))
+        return self._bucket(self.ranks.most(self._needed(counts(trial))))
 
     def _needed(self, counts: Tensor | None) -> float:
         """Tokens of the main stream to recompute in one sample: the mean over samples and layers."""

@@ -16,6 +16,7 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.options import ConfigError
+from moeca_compile.passes.analysis.graph import groups_in
 from moeca_compile.passes.rewrite.step_function import StepFunction
 from moeca_compile.runtime import scope
 from moeca_compile.runtime.layouts import in_one_layout, shape_key
@@ -99,10 +100,13 @@ class Engine:
             if loop.compiled.plan.untimed and scope.current_time() is not None:
                 self.forget(loop)
                 loop = self.loop_for(given)
-            return loop(given) if loop.compiled.proven else call_unproven(self, loop, given)
+            sure = loop.compiled.proven or loop.compiled.groups
+            return loop(given) if sure else call_unproven(self, loop, given)
         except ConfigError:
             raise
         except Exception as error:
+            if groups_in(self.captured.gm.graph):  # the model itself would not run in step with other ranks
+                raise
             return self._run_original(error, inputs)
 
     def _run_original(self, error: Exception, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from moeca_compile.runtime.corrector import corrected, gain
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
 from moeca_compile.runtime.late import LateCopy, recording
 from moeca_compile.runtime.layouts import in_one_layout
+from moeca_compile.runtime.ranks import DIFFERENT, SEVERAL, Ranks
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan
 from moeca_compile.runtime.streams import Bounds, Stream, Streams
 from moeca_compile.runtime.tallies import Counted, Tallies
@@ -88,7 +90,8 @@ class StepLoop:
         plan, config, device = compiled.plan, compiled.config, compiled.device
         self.streams = Streams(bounds, config, plan.caches, plan.parts, device)
         self.times = TimestepReader(compiled, notes)
-        self.capacities = Capacities(plan, device)
+        self.ranks = Ranks(compiled.groups, device)
+        self.capacities = Capacities(plan, device, self.ranks)
         self.steps: dict[StepKind, StepFunction] = {}
         self.tallies = Tallies()
         self.graphs = self._cuda_graphs() if compiled.recorded else None
@@ -103,12 +106,14 @@ class StepLoop:
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """One call of the model."""
-        if not self.compiled.caching:
+        if not self.compiled.caching and not self.ranks:
             return self._run(StepKind(), self.stateless, inputs, self._given(self.stateless, 0, 0.0, inputs))
         with self._lock:
             position, stream, refresh = self.enter(inputs)
         try:
             given = self._given(stream, position.number, position.time, inputs)
+            if self.ranks:
+                refresh = self.agreed(refresh, position, stream)
             if stream.criterion is not None:
                 refresh = self.decided(stream.criterion, refresh, position, stream, given)
             kind = self.kind(refresh, stream, given)
@@ -143,7 +148,7 @@ class StepLoop:
         stream = self.streams.of(position)
         self.streams.warn_if_caches_unused(self.notes)
         self.streams.warn_if_other_steps(position, self.notes)
-        if time is None:
+        if time is None or self.times.unclear_on_ranks:
             return position, stream, EVERYTHING
         if found:
             position.request.direction = self.times.direction
@@ -152,10 +157,24 @@ class StepLoop:
     def brought(self, time: Timestep | None, inputs: Sequence[Any]) -> Call:
         """What a call brings that tells whose it is."""
         compiled = self.compiled
+        if self.ranks:  # what differs from rank to rank tells nothing
+            return Call(time, self.streams, {}, None, torch.is_inference_mode_enabled())
         picture = inputs[compiled.picture] if compiled.picture is not None and compiled.config.check_inputs else None
         own = self.times.position
         marks = {name: mark(inputs[i]) for name, i in compiled.told_by.items() if i != own}
         return Call(time, self.streams, marks, picture, torch.is_inference_mode_enabled())
+
+    def agreed(self, refresh: RefreshPlan, position: Position, stream: Stream) -> RefreshPlan:
+        """What the step computes anew where other ranks must compute the same."""
+        if stream.alike is None:
+            plan, options = self.compiled.plan, replace(self.compiled.config, dump=None)
+            cached = [(each.node.name, each.part.name, each.group) for each in plan.replacements]
+            stream.alike = self.ranks.alike((cached, options, position.time, position.request.expected))
+            if len(self.ranks.groups) > 1:
+                self.notes.warn(SEVERAL.format(len(self.ranks.groups)))
+            elif not stream.alike:
+                self.notes.warn(DIFFERENT.format(f"{len(cached)} values from time {position.time:g} on"))
+        return refresh if stream.alike else EVERYTHING
 
     def decided(
         self, criterion: Criterion, refresh: RefreshPlan, position: Position, stream: Stream, given: Given
@@ -171,7 +190,7 @@ class StepLoop:
         if refresh == EVERYTHING or recording(self.compiled.device):
             criterion.forced(at)
             return EVERYTHING
-        full = criterion.is_full(at, _nothing if signal is None else signal.number)
+        full = criterion.is_full(at, _nothing if signal is None else lambda: self.ranks.mean(signal.number()))
         if criterion.remark:
             self.notes.warn(criterion.remark)
         return EVERYTHING if full else refresh
@@ -186,7 +205,7 @@ class StepLoop:
         signal = self._probed(stream, given)
         if signal is not None:
             at = StepAt(position.number, position.request.expected, position.time)
-            criterion.measured(at, signal.number)
+            criterion.measured(at, lambda: self.ranks.mean(signal.number()))
 
     def kind(self, refresh: RefreshPlan, stream: Stream, given: Given) -> StepKind:
         """The step kind. A stream's first cache step runs a trial step to find the capacity it needs."""

@@ -49,6 +49,8 @@ class Stream:
     """When it was called last, as a count of all calls."""
     criterion: Criterion | None = None
     """Decides by the data which of its steps are full; None where step numbers do."""
+    alike: bool | None = None
+    """Whether the other ranks do the same at its steps (runtime.ranks); None before the first."""
     allocated_by: Hashable = None
     """Inference mode and CUDA stream under which the caches were allocated; they are only recycled under the same."""
 

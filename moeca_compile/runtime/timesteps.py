@@ -16,6 +16,7 @@ from torch import Tensor
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.runtime import scope
+from moeca_compile.runtime.ranks import UNCLEAR
 
 Timestep = tuple[float, ...]
 """One time for each sample of a call, or one for all."""
@@ -58,10 +59,20 @@ class TimestepReader:
         self.input = TimestepInput(len(compiled.timesteps), compiled.regions.guessed, labels)
         self.position = self._position()
         """The position of the input that is the timestep; None while that is not known."""
+        self.told_at_once = self.input.found is not None and not (compiled.regions.guessed and labels)
+        """Whether that was known before any call."""
 
     @property
     def direction(self) -> float:
         return self.input.direction
+
+    @property
+    def unclear_on_ranks(self) -> bool:
+        """Whether ranks may take different inputs for the timestep, by what their calls hold. Warns if so."""
+        unclear = bool(self.compiled.groups) and not self.told_at_once and scope.current_time() is None
+        if unclear:
+            self.notes.warn(UNCLEAR)
+        return unclear
 
     def read(self, inputs: Sequence[Any]) -> Timestep | None:
         """The time of a call; None while it is not known which input is the timestep."""

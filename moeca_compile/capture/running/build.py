@@ -15,6 +15,7 @@ from moeca_compile.capture.running.find import Found
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.routing import Choices, Table
 from moeca_compile.ops import markers  # noqa: F401  (defines the ops)
+from moeca_compile.ops.exchange import factors
 
 _CONSTANTS = 4096  # the numbers of a tensor that was made from a list: more of them would not be written down
 _FIXED, _VARIABLE = torch.ops.moeca.experts_fixed_k.default, torch.ops.moeca.experts_variable_k.default
@@ -32,16 +33,22 @@ class Replacement:
     names: tuple[str, ...]
     body: fx.GraphModule
     coupled: bool
+    group: str = ""
 
 
-def build(graph: Graph, found: Found, result: Any, coupled: bool) -> Replacement:
-    """result: what the layer returned, with nodes of the graph for its tensors."""
-    return _Builder(graph, found, result, coupled).replacement()
+def build(graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool = False) -> Replacement:
+    """The replacement.
+
+    result: what the layer returned, with nodes of the graph for its tensors
+    blocks: whether rows are sent to other ranks in blocks of one size
+    """
+    return _Builder(graph, found, result, coupled, blocks).replacement()
 
 
 class _Builder:
-    def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool) -> None:
+    def __init__(self, graph: Graph, found: Found, result: Any, coupled: bool, blocks: bool) -> None:
         self.graph, self.found, self.result, self.coupled = graph, found, result, coupled
+        self.exchange = (found.experts.group, found.experts.places if blocks else 0)
         self.made = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
 
@@ -64,7 +71,9 @@ class _Builder:
             elif node in needed and node not in self.copies:
                 self.copies[node] = self.copied(node)
         self.made.output(fx.map_arg(self.result, lambda each: self.copies[each]))
-        return Replacement(fx.GraphModule({}, self.made), names, found.experts.body, self.coupled)
+        return Replacement(
+            fx.GraphModule({}, self.made), names, found.experts.body, self.coupled, found.experts.group
+        )
 
     def copied(self, node: fx.Node) -> fx.Node:
         reason = self.graph.varies(node)
@@ -91,6 +100,9 @@ class _Builder:
 
     def table(self, table: Table) -> fx.Node:
         node, aten = self.copies[table.node], torch.ops.aten
+        if table.places > 1:
+            whole = self.call(aten.reshape.default, node, [-1, table.columns, table.places])
+            return self.call(aten.sum.dim_IntList, whole, [2])
         if table.turned:
             rows = self.call(aten.t.default, self.call(aten.reshape.default, node, [table.columns, -1]))
         else:
@@ -131,24 +143,26 @@ class _Builder:
         if not told.by_ids:
             routed = self.call(aten.ne.Scalar, routing, 0)
             weight = weight if weight is not None else self.call(aten.to.dtype, routed, torch.float32)
-            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled)
+            return self.call(_VARIABLE, x, routed, weight, body_out, params, count, 0, self.coupled, self.exchange[0])
         index = self.call(aten.to.dtype, routing, torch.int64)
         if weight is None:
             weight = self.call(aten.ones_like.default, self.call(aten.to.dtype, index, torch.float32))
         elif isinstance(told.weight, Table) and told.weight.columns != told.routing.columns:
             weight = self.call(aten.gather.default, weight, 1, index)
-        return self.call(_FIXED, x, index, weight, body_out, params, count)
+        return self.call(_FIXED, x, index, weight, body_out, params, count, *self.exchange)
 
     def chosen(self, choices: Choices, x: fx.Node, body_out: fx.Node, params: list[fx.Node], count: int) -> fx.Node:
         """Experts choose tokens."""
         index, values, held = self.copies[choices.node], self.graph.values, self.found.told.weight
         like = self.copies[held.node] if held else self.as_dtype(index, torch.float32)
         tokens = values[self.found.stream].shape[:-1].numel()
-        both = self.call(chosen_routing, index, like, choices.reading, tokens, count)
+        both = self.call(chosen_routing, index, like, choices.reading, tokens, self.found.experts.count)
         routed, weight = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
         weight = weight if held else self.as_dtype(routed, torch.float32)
         branches = values[choices.node].numel()
-        return self.call(_VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled)
+        return self.call(
+            _VARIABLE, x, routed, weight, body_out, params, count, branches, self.coupled, self.exchange[0]
+        )
 
     def tensor(self, node: fx.Node, part: int | None) -> fx.Node:
         return self.copies[node] if part is None else self.call(torch.ops.aten.select.int, self.copies[node], 0, part)
@@ -165,7 +179,7 @@ class Meaning(fx.Interpreter):
 
     def __init__(self, replacement: Replacement) -> None:
         super().__init__(replacement.module)
-        self.body = replacement.body
+        self.body, self.factors = replacement.body, factors(replacement.group)
         self.seen: tuple[Any, ...] = ()
         self.rows = torch.zeros(0, dtype=torch.int64)
 
@@ -173,17 +187,18 @@ class Meaning(fx.Interpreter):
         if target is not _FIXED and target is not _VARIABLE:
             return super().call_function(target, args, kwargs)
         x, choice, weight, body_out, params, count = args[:6]
-        self.seen, self.rows = (choice, weight), torch.zeros(count, dtype=torch.int64)
+        self.seen, self.rows = (choice, weight), torch.zeros(count * len(self.factors), dtype=torch.int64)
         out = torch.zeros_like(body_out, dtype=torch.promote_types(body_out.dtype, torch.float32))
         each = len(params) // count
-        for number in range(count):
+        for number in range(len(self.rows)):
             token, slot = (
                 torch.where((choice == number) & (weight != 0))
                 if target is _FIXED
                 else ((choice[:, number] & (weight[:, number] != 0)).nonzero()[:, 0], number)
             )
             self.rows[number] = len(token)
-            made = self.body(x[token], *params[number * each : (number + 1) * each])
+            (rank, own), rows = divmod(number, count), x[token]
+            made = self.body(rows * self.factors[rank], *params[own * each : (own + 1) * each]) * self.factors[rank]
             out.index_add_(0, token, made.to(out.dtype) * weight[token, slot, None].to(out.dtype))
         return out
 

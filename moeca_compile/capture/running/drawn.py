@@ -41,7 +41,7 @@ class Drawn:
         Then all integers are one of the numbers, or none of them is.
         """
         yield self.call(facts, 0)
-        yield _uneven(self.call(facts, 1, scale=LARGE))
+        yield uneven(self.call(facts, 1, scale=LARGE))
         yield self.call(facts, 2, same=True)
         for number in self.numbers:
             yield Drawn(self.ids, (number, number)).call(facts, 3)
@@ -68,7 +68,7 @@ class Drawn:
         return (picked if every else torch.where(place % 2 == 0, picked, value.flatten())).view(value.shape)
 
 
-def _uneven(call: Call) -> Call:
+def uneven(call: Call) -> Call:
     """The first row of each tensor once, the second two times, the third four times, and so on."""
     return _with_rows(call, lambda count: torch.arange(1, count + 1).log2().long())
 

@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from moeca_compile._torch_private import schema_of
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.graph import Graph
+from moeca_compile.capture.running.trace import EXCHANGE
 from moeca_compile.capture.structure import structure
+from moeca_compile.ops.exchange import count_of, factors
 
 GROUPED = torch.ops.aten._grouped_mm.default
 ROWS = "rows"  # in a body's code: as many as it is given
@@ -48,11 +50,25 @@ class Experts:
 
     body: of (rows, *tensors of an expert)
     own: the tensors of each expert
+    group: of the ranks that hold so many experts each, where they are not all here
+    places: how many rows of a rank an expert has room for, if rows come in blocks
     """
 
     pieces: list[Piece]
     body: fx.GraphModule
     own: list[list[Own]]
+    group: str = ""
+    places: int = 0
+
+    @property
+    def factors(self) -> list[float]:
+        """By what the rows of each rank's experts are multiplied, there and back (ops.exchange)."""
+        return factors(self.group)
+
+    @property
+    def count(self) -> int:
+        """The experts of all ranks."""
+        return len(self.own) * len(self.factors)
 
 
 class Group:
@@ -88,6 +104,18 @@ def groups(graph: Graph, layer: nn.Module) -> Iterator[Group]:
     for count, number_of in packed.items():
         if count > 1:
             yield Group(number_of, count, others)
+    single = _read_between_exchanges(graph)
+    if single:
+        yield Group(dict.fromkeys(single, 0), 1, others)
+
+
+def _read_between_exchanges(graph: Graph) -> list[fx.Node]:
+    """The layer's tensors that rows meet where they have come from other ranks: those of one expert, it may be."""
+    found = [node for node in graph.nodes if is_exchange(graph, node)]
+    if len(found) < 2:
+        return []
+    inside = graph.after(found[:1]) & set(graph.before(found[-1:]))
+    return [node for node in _tensors_read(graph) if not inside.isdisjoint(node.users)]
 
 
 def grouped(graph: Graph) -> dict[int, list[fx.Node]]:
@@ -207,7 +235,29 @@ def of_group(graph: Graph, group: Group, depth: int) -> Experts | None:
         return None
     for number in set(range(group.count)) - own.keys():
         own[number] = _of_idle(group, codes[0].tensors, number)
-    return Experts(pieces, _common_body(codes), [[(node, None) for node in own[e]] for e in range(group.count)])
+    owned: list[list[Own]] = [[(node, None) for node in own[e]] for e in range(group.count)]
+    return Experts(pieces, _common_body(codes), owned, *_exchange_of(graph, pieces, group.count))
+
+
+def _exchange_of(graph: Graph, pieces: list[Piece], own: int) -> tuple[str, int]:
+    """The group through which the rows of experts came, and how many places an expert had there for those of a rank.
+
+    Raises UntrustedError where it is not one for all.
+    """
+    rows = graph.values[pieces[0].rows]
+    found = [node for node in graph.before([piece.rows for piece in pieces]) if is_exchange(graph, node)]
+    groups = {str(node.args[3]) for node in found}
+    if len(groups) > 1:
+        raise UntrustedError("its rows are exchanged by several process groups")
+    if not found:
+        return "", 0
+    group, sent = groups.pop(), graph.values[found[-1]].numel() // rows.shape[-1]
+    return group, sent // (own * count_of(group))
+
+
+def is_exchange(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node exchanges rows with other ranks, and not counts of these."""
+    return node.target is EXCHANGE and graph.values[node].is_floating_point()
 
 
 def without_idle(experts: Experts) -> Experts | None:
@@ -216,7 +266,9 @@ def without_idle(experts: Experts) -> Experts | None:
     if len(ran) == len(experts.own):
         return None
     pieces = [Piece(each.rows, each.out, torch.searchsorted(ran, each.expert)) for each in experts.pieces]
-    return Experts(pieces, experts.body, [experts.own[number] for number in ran.tolist()])
+    return Experts(
+        pieces, experts.body, [experts.own[number] for number in ran.tolist()], experts.group, experts.places
+    )
 
 
 def _of_idle(group: Group, tensors: list[fx.Node], number: int) -> list[fx.Node]:
@@ -273,7 +325,8 @@ def of_grouped(graph: Graph, products: list[fx.Node], depth: int) -> Experts | N
     own: list[list[Own]] = [
         [(node, number if node in packed else None) for node in code.tensors] for number in range(len(ends[0]))
     ]
-    return Experts([Piece(rows, out, number_of_row)], _common_body([code]), own)
+    pieces = [Piece(rows, out, number_of_row)]
+    return Experts(pieces, _common_body([code]), own, *_exchange_of(graph, pieces, len(own)))
 
 
 def _matrices(product: fx.Node) -> fx.Node:
@@ -311,9 +364,11 @@ def _walked_back(graph: Graph, first: fx.Node, needs: Any, depth: int) -> fx.Nod
 
 
 def _inside(graph: Graph, rows: fx.Node, belongs: Any, allowed: Any = frozenset()) -> list[fx.Node]:
-    """All that is made of `rows` and no other data."""
+    """All that is made of `rows` and no other data, on this rank."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
+        if node.target is EXCHANGE:
+            continue
         data = [each for each in node.all_input_nodes if each in graph.made_of_data and each not in allowed]
         if data and node is not rows and all(each is rows or each in found for each in data) and belongs(node):
             found[node] = None
@@ -331,10 +386,24 @@ def _way_out(graph: Graph, own: list[fx.Node], rows: fx.Node) -> fx.Node | None:
     while out is not None:
         value = graph.tensor(out)
         if value is not None and value.dim() >= 2 and value.shape[:-1] == count:
-            return out
+            return out if len(count) == 1 else _before_views(graph, out, mine)
         earlier = [each for each in out.all_input_nodes if each in mine]
         out = earlier[0] if len(earlier) == 1 and len(earlier[0].users) == 1 else None
     return None
+
+
+def _before_views(graph: Graph, out: fx.Node, mine: set[fx.Node]) -> fx.Node:
+    """The earliest node that holds the same rows: views of blocks of rows name sizes of this call."""
+    found, node, value = out, out, graph.values[out]
+    while True:
+        earlier = [each for each in node.all_input_nodes if each in mine]
+        if len(earlier) != 1 or len(earlier[0].users) != 1:
+            return found
+        node, held = earlier[0], graph.tensor(earlier[0])
+        if held is None or held.numel() != value.numel() or not torch.equal(held.flatten(), value.flatten()):
+            return found
+        if held.shape == value.shape:
+            found = node
 
 
 class _Code:

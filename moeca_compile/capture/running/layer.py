@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moeca_compile._torch_private import has_forward_hooks, outermost_module
+from moeca_compile._torch_private import groups_held, has_forward_hooks, outermost_module
 from moeca_compile.capture.idioms.base import Facts, Layout, Trusted, facts_of_arguments
 from moeca_compile.capture.idioms.routed import tensor_at
 from moeca_compile.capture.idioms.trials import equal, finite, kind, leaves
@@ -30,7 +30,7 @@ from moeca_compile.capture.numerics import (
 )
 from moeca_compile.capture.running.build import Meaning, Replacement, build
 from moeca_compile.capture.running.dense import on_all_rows
-from moeca_compile.capture.running.drawn import LARGE, Drawn, ids_for, other_half, single
+from moeca_compile.capture.running.drawn import LARGE, Drawn, ids_for, other_half, single, uneven
 from moeca_compile.capture.running.find import find
 from moeca_compile.capture.running.graph import Graph
 from moeca_compile.capture.running.own_code import (
@@ -44,6 +44,7 @@ from moeca_compile.capture.running.trace import Call, counted, run, traced, writ
 from moeca_compile.capture.running.watch import Asked
 from moeca_compile.capture.source import functions_of
 from moeca_compile.capture.structure import named_tensors, structure, trains
+from moeca_compile.ops.exchange import sizes_noted
 
 _SEEDS = (0, 1, 2, 3)
 _MORE_SEEDS = range(10, 40)  # until each expert has been compared
@@ -98,7 +99,8 @@ class Running:
         )
         built = _built.setdefault(type(module), {})
         plain = numbers_read(module)
-        key = (self.forward, structure(module), repr(plain), facts, autocast())
+        groups = tuple(groups_held(module).items())
+        key = (self.forward, structure(module), repr(plain), groups, facts, autocast())
         if key not in built:
             try:
                 built[key] = self._build(module, facts, tolerance)
@@ -245,10 +247,18 @@ class Running:
         require_row_wise(lambda x: found.experts.body(x, *own), [rows], lambda: iter(own), tolerance)
         result = graph.output.args[0]
         coupled = False
-        replacement = build(graph, found, result, coupled)
+        blocks = bool(found.experts.group) and self._sends_blocks(layer, call)
+        replacement = build(graph, found, result, coupled, blocks)
         if not found.told.by_ids and self._coupled(replacement, layer, call, tolerance):
-            replacement = build(graph, found, result, True)
+            replacement = build(graph, found, result, True, blocks)
         return replacement
+
+    def _sends_blocks(self, layer: nn.Module, call: Call) -> bool:
+        """Whether a layer sends as much to each rank whatever the rows are. By counts it may happen to."""
+        with sizes_noted() as sizes:
+            for each in (call, uneven(call), single(call)):
+                run(layer, self.forward, each)
+        return all(len({*each}) < 2 for each in sizes)
 
     def _coupled(self, replacement: Replacement, layer: nn.Module, call: Call, tolerance: float) -> bool:
         """Whether the routing of the first half of a batch changes with the second."""

@@ -1,31 +1,64 @@
 """Which modules of a model may be MoE layers, before anything is run: told by how they are built.
 
-An MoE layer has several modules that are built alike, or packed parameters, and code that may ask the host about
-tensors, or choose by them. Modules that hold such layers themselves are blocks, and no experts.
+An MoE layer has several modules that are built alike, or packed parameters, or it exchanges rows with other ranks.
+Its code may ask the host about tensors, or choose by them. Modules that hold such layers themselves are blocks, and
+no experts.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from moeca_compile._torch_private import ranks_are_joined
+from moeca_compile.capture.running.own_code import attributes_read
+from moeca_compile.capture.source import functions_of
 from moeca_compile.capture.structure import structure
 
+_EXCHANGES = frozenset({"all_to_all_single", "all_to_all_single_autograd"})
 _DEPTH = 3  # how far a function that holds the model may be called from the one that is compiled
 
 
 def may_run(layer: nn.Module) -> bool:
-    """Whether a layer may hold experts: several modules that are built alike, or packed parameters."""
-    return bool(_alike(layer)) or _is_packed(layer, 1)
+    """Whether a layer may hold experts: several modules that are built alike, packed parameters, or one of many that
+    other ranks hold."""
+    return bool(_alike(layer)) or _is_packed(layer, 1) or exchanges_rows(layer)
 
 
 def holds_experts(layer: nn.Module) -> bool:
     """The same of a layer that is no mere product with a matrix, as a router is."""
-    return bool(_alike(layer)) or _is_packed(layer, 2)
+    return bool(_alike(layer)) or _is_packed(layer, 2) or exchanges_rows(layer)
+
+
+def exchanges_rows(layer: nn.Module) -> bool:
+    """Whether a layer's own code, functions that it calls included, exchanges rows with other ranks."""
+    if not ranks_are_joined():
+        return False
+    pending, met = list(functions_of(type(layer))), set()
+    while pending:
+        function = pending.pop()
+        if function.__code__ in met:
+            continue
+        met.add(function.__code__)
+        names = attributes_read(function.__code__) | set(function.__code__.co_names)
+        if not _EXCHANGES.isdisjoint(names):
+            return True
+        pending += filter(None, (_function(function.__globals__.get(name)) for name in names))
+    return False
+
+
+def _function(value: Any) -> FunctionType | None:
+    """What is called where code calls a value; None where it is torch's, or none."""
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        value = vars(value).get("forward")
+    value = value.__func__ if isinstance(value, staticmethod) else value
+    own = isinstance(value, FunctionType) and str(value.__module__).partition(".")[0] != "torch"
+    return value if own else None
 
 
 def _holds_networks(layer: nn.Module) -> bool:
@@ -67,10 +100,10 @@ def layers_within(root: nn.Module, routes: Callable[[type], bool], known: Callab
 
     def _is_layer(module: nn.Module) -> bool:
         kind = id(type(module))
-        if kind not in found and (_holds_networks(module) or routes(type(module))):
+        if kind not in found and (_holds_networks(module) or routes(type(module)) or exchanges_rows(module)):
             members = _alike(module)
             blocks = any(_has_inside(member, holds) for member in members)
-            if (members or _is_packed(module, 1)) and not blocks:
+            if (members or _is_packed(module, 1) or exchanges_rows(module)) and not blocks:
                 found[kind] = module
         return kind in found
 
@@ -99,6 +132,8 @@ def _held(value: Any) -> list[Any]:
             return []
         cells = value.__closure__ or ()
         return [*_contents(cells), *(value.__globals__.get(name) for name in value.__code__.co_names)]
+    if isinstance(value, ModuleType) and value.__name__.partition(".")[0] == "torch":
+        return []
     if isinstance(value, (dict, list, tuple)):
         return [each for each in (value.values() if isinstance(value, dict) else value) if _is_module(each)]
     attributes = getattr(value, "__dict__", None)

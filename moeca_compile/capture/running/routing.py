@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +28,18 @@ class Table:
     """A node that holds (tokens, columns) in whatever shape; `turned`: (columns, tokens).
 
     each: how many tokens share a row, one after the other: all those of a sample, where whole samples are routed
+    places: (tokens, columns, places), of which at most one is not zero: where experts have so many places for rows
     """
 
     node: fx.Node
     columns: int
     turned: bool
     each: int = 1
+    places: int = 1
 
     def of(self, value: Any) -> Any:
+        if self.places > 1:
+            return value.reshape(-1, self.columns, self.places).sum(2)
         rows = value.reshape(self.columns, -1).t() if self.turned else value.reshape(-1, self.columns)
         return rows.repeat_interleave(self.each, 0)
 
@@ -76,7 +80,7 @@ def told(
     before = _computed_before(graph, total, same)
     shared = _shared_by(graph.values[stream].shape[:-1])
     if bool(pairs.routed.all()):  # all of them run on all rows, and weights of zero say which are chosen
-        pairs = Pairs(pairs.tokens, weights.abs() > tolerance * weights.abs().max())
+        pairs = replace(pairs, routed=weights.abs() > tolerance * weights.abs().max())
         if bool(pairs.routed.all()):
             raise NoExpertsError("all of them get all rows")
         weights = weights.where(pairs.routed, 0)
@@ -97,7 +101,8 @@ def told(
     if by_ids:
         ids = routing.of(graph.values[routing.node]).long()
         wanted = weights.gather(1, ids)
-    for table in _tables(graph, _latest_first(graph, before), tokens, {routing.columns, count}, shared):
+    tables = _tables(graph, _latest_first(graph, before), tokens, {routing.columns, count}, shared)
+    for table in (*tables, *_by_places(graph, before, tokens, count)):
         value = table.of(graph.values[table.node])
         if not value.dtype.is_floating_point:
             continue
@@ -147,7 +152,9 @@ def _ids(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int])
 
 
 def _map(graph: Graph, before: list[fx.Node], routed: Tensor, shared: list[int]) -> Table | None:
-    for table in _tables(graph, before, len(routed), {routed.shape[1]}, shared):
+    tokens, count = routed.shape
+    tables = _tables(graph, before, tokens, {count}, shared)
+    for table in (*tables, *_by_places(graph, before, tokens, count)):
         if torch.equal(table.of(graph.values[table.node]) != 0, routed):
             return table
     return None
@@ -192,6 +199,15 @@ def _tables(graph: Graph, nodes: list[fx.Node], tokens: int, columns: set[int], 
                     yield Table(node, width, False, each)
                     if width > 1:
                         yield Table(node, width, True, each)
+
+
+def _by_places(graph: Graph, nodes: list[fx.Node], tokens: int, columns: int) -> Iterator[Table]:
+    """Tables (tokens, columns, places), the last first."""
+    for node in reversed(nodes):
+        value = graph.values[node]
+        places = value.shape[-1] if value.dim() > 2 and value.shape[-2] == columns else 0
+        if places > 1 and value.numel() == tokens * columns * places and node in graph.made_of_data:
+            yield Table(node, columns, False, places=places)
 
 
 def _shared_by(shape: torch.Size) -> list[int]:

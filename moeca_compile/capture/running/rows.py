@@ -25,9 +25,16 @@ PICKS = (_aten.index.Tensor, _aten.index_select.default)
 
 @dataclass(frozen=True)
 class Pairs:
-    """token and expert of each row of each piece; `routed` (tokens, experts) says the same."""
+    """What each piece runs on.
 
+    at: the places of its rows in it: padding, rows of zeros, is left out
+    tokens, experts: whose those rows are, and which experts of all ranks' take them
+    routed: (tokens, experts), says the same
+    """
+
+    at: list[Tensor]
     tokens: list[Tensor]
+    experts: list[Tensor]
     routed: Tensor
 
 
@@ -66,24 +73,31 @@ def moves_rows(graph: Graph, node: fx.Node) -> bool:
 
 def _pairs(graph: Graph, experts: Experts, stream: Tensor) -> Pairs | None:
     """Which rows of the stream the experts got; None where its rows are not told apart, or one is none of them."""
-    known, order = _fingerprints(stream).sort()
+    of_ranks = [
+        _fingerprints(stream * factor) if factor != 1 else _fingerprints(stream) for factor in experts.factors
+    ]
+    known, order = torch.cat(of_ranks).sort()
     if bool((known[1:] == known[:-1]).any()):
         return None
-    tokens = []
-    routed = torch.zeros(len(stream), len(experts.own), dtype=torch.bool, device=stream.device)
+    found = Pairs([], [], [], torch.zeros(len(stream), experts.count, dtype=torch.bool, device=stream.device))
     for piece in experts.pieces:
-        rows = _fingerprints(graph.values[piece.rows].reshape(-1, stream.shape[1]))
-        at = torch.searchsorted(known, rows).clamp(max=len(known) - 1)
-        if not torch.equal(known[at], rows):
+        rows = graph.values[piece.rows].reshape(-1, stream.shape[1])
+        at = rows.any(1).nonzero().squeeze(1) if experts.group else torch.arange(len(rows), device=rows.device)
+        rows = _fingerprints(rows[at])
+        place = torch.searchsorted(known, rows).clamp(max=len(known) - 1)
+        if not torch.equal(known[place], rows):
             return None
-        token, expert = order[at], piece.expert.to(stream.device)
-        if bool((expert >= len(experts.own)).any()) or bool(routed[token, expert].any()):
+        rank, token = order[place] // len(stream), order[place] % len(stream)
+        expert = rank * len(experts.own) + piece.expert.to(stream.device)[at]
+        if bool((expert >= experts.count).any()) or bool(found.routed[token, expert].any()):
             return None
-        routed[token, expert] = True
-        tokens.append(token)
-    if sum(map(len, tokens)) != int(routed.sum()):
+        found.routed[token, expert] = True
+        found.at.append(at)
+        found.tokens.append(token)
+        found.experts.append(expert)
+    if sum(map(len, found.tokens)) != int(found.routed.sum()):
         return None
-    return Pairs(tokens, routed)
+    return found
 
 
 def _fingerprints(rows: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ def totals(
         }
         for scale in (0.0, 1.0, 3.0)
     ]
+    factors = (
+        torch.tensor(experts.factors).double().repeat_interleave(len(experts.own)).to(graph.values[outs[0]].device)
+    )
     missing = {node: set(outs) for node in graph.nodes}
     again: list[dict[fx.Node, Any]] = [dict(probe) for probe in probes]
     for node in graph.nodes:
@@ -56,6 +59,7 @@ def totals(
                 for probe, got in ((probes[1], one), (probes[2], three))
             ):
                 continue
+            weights = weights / factors
             base = _base(graph, node, again[0][node], same)
             if base is not None or not bool(zero.any()):
                 if all_one(weights, pairs.routed, tolerance):
@@ -81,8 +85,8 @@ def _again(graph: Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
 
 
 def _outputs(experts: Experts, pairs: Pairs, probe: dict[fx.Node, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for piece, token in zip(experts.pieces, pairs.tokens, strict=True):
-        yield token, piece.expert.to(token.device), probe[piece.out].double().flatten(0, -2)
+    for piece, at, token, expert in zip(experts.pieces, pairs.at, pairs.tokens, pairs.experts, strict=True):
+        yield token, expert, probe[piece.out].double().flatten(0, -2)[at]
 
 
 def _weights(experts: Experts, pairs: Pairs, probe: dict[fx.Node, Tensor], total: Tensor) -> Tensor | None:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from moeca_compile._torch_private import trace_by_running, version_of
+from moeca_compile._torch_private import groups_held, trace_by_running, version_of
 from moeca_compile.capture.idioms.trials import cloned
 from moeca_compile.capture.numerics import UntrustedError
 from moeca_compile.capture.running.watch import Asked, Watch
 from moeca_compile.capture.structure import named_tensors
+from moeca_compile.ops import exchange  # noqa: F401  (defines the op)
 
+EXCHANGE = torch.ops.moeca.exchange_alone.default
+"""What stands in a graph for an exchange with other ranks."""
 LIMIT = 4 * 2**30
 """The bytes that the values of one layer's graph may take, all of them together."""
 
@@ -27,6 +30,8 @@ _FILLED = {
     _aten.zeros_like.default: 0,
     _aten.new_ones.default: 1,
     _aten.ones_like.default: 1,
+    _aten.new_empty.default: 0,
+    _aten.empty_like.default: 0,
 }
 _OF_NOTHING = (_aten.sum.default, _aten.mean.default, _aten.sum.dim_IntList, _aten.mean.dim, _aten.to.dtype)
 
@@ -64,7 +69,7 @@ class Trace:
 
 def isolated(layer: nn.Module) -> nn.Module:
     """A copy that has the layer's parameters, and nothing else of it that running it may change."""
-    return copy.deepcopy(layer, {id(each): each for each in layer.parameters()})
+    return copy.deepcopy(layer, {id(each): each for each in (*layer.parameters(), *groups_held(layer).values())})
 
 
 def run(layer: nn.Module, forward: Any, call: Call, asked: Asked | None = None) -> tuple[Any, nn.Module]:
@@ -100,7 +105,7 @@ def traced(layer: nn.Module, forward: Any, call: Call) -> Trace:
         named = {f"layer.{name}": tensor for name, tensor in zip(state, held, strict=True)}
         return functional_call(forward_of_copy, named, tuple(of_call.args), of_call.kwargs)
 
-    module = trace_by_running(computed, tensors)
+    module = trace_by_running(computed, tensors, EXCHANGE)
     if module is None:
         raise UntrustedError("this version of torch cannot trace it by running it")
     _without_templates(module)

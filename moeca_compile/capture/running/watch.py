@@ -188,6 +188,8 @@ def size_by_data(op: Any, values: Any) -> bool:
     """Whether the size of an op's result is told by the data in its arguments."""
     if torch.Tag.dynamic_output_shape not in getattr(op, "tags", ()):
         return op in _OF_NONZERO
+    if op is torch.ops.aten.one_hot.default:  # where nobody says how many classes there are
+        return len(values) < 2 or values[1] < 0
     if op is torch.ops.aten.index.Tensor:  # by numbers, the result is as large as these are
         return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in values[1])
     return True

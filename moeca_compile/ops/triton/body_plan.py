@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeca_compile.ops import bodies
 from moeca_compile.ops.aten import COPIES, NORMS, SPLITS, VIEWS
 from moeca_compile.ops.body_plan import NONE, ROWS, BodyPlan, GroupedProduct, LinearSlice, Planner, name_of, plan_for
 from moeca_compile.ops.triton.activations import GELU, GELU_TANH, RELU, SILU
@@ -34,6 +35,8 @@ _SAME_ROWS = VIEWS | COPIES | {aten.unsqueeze.default, aten.squeeze.dim, aten.sq
 
 def kernel_plan(body: str, rows: Sequence[Tensor], parameters: Sequence[Tensor], experts: int) -> BodyPlan:
     """The plan of a registered body for `rows` each (T, ...) and expert-major parameters. Raises UnsupportedError."""
+    if bodies.exchange_of(body)[0]:
+        raise UnsupportedError("its experts are on several ranks")
     return plan_for(body, rows, parameters[: len(parameters) // experts], KernelPlanner)
 
 

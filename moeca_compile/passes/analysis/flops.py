@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_compile._torch_private import fake_mode_of
-from moeca_compile.ops import attention, fixed_k, linear, variable_k  # noqa: F401  (define the ops named below)
+from moeca_compile.ops import attention, bodies, fixed_k, linear, variable_k  # noqa: F401  (define the ops below)
 from moeca_compile.ops.body_plan import flops_per_row
 from moeca_compile.passes.analysis.costs import node_flops
 from moeca_compile.passes.analysis.graph import is_pointwise
@@ -104,7 +104,8 @@ def _per_branch(node: fx.Node) -> int:
     given = _values(_given(node))
     rows, parameters = given["rows"], given["parameters"]
     experts = given["experts"] if "experts" in given else given["routed"].shape[-1]
-    return flops_per_row(given["body"], rows, parameters[: len(parameters) // experts])
+    own = bodies.held_here(given["body"], experts)
+    return flops_per_row(given["body"], rows, parameters[: len(parameters) // own])
 
 
 def _given(node: fx.Node) -> Mapping[str, Any]:

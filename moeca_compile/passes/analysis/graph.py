@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from moeca_compile._torch_private import schema_of
 from moeca_compile.ops import markers  # noqa: F401  (defines the marker ops)
 from moeca_compile.ops.aten import CASTS, SDPA
 
@@ -18,6 +19,8 @@ T = TypeVar("T", bound=Hashable)
 
 _LIKES = frozenset({aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default})
 _COPIES = CASTS | _LIKES | {torch.ops.moeca.expert_rows.default}
+_GROUPS = ("group", "group_name")
+"""What ops call the name of a process group."""
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -108,3 +111,15 @@ def between(source: fx.Node, outputs: Iterable[fx.Node]) -> set[fx.Node]:
         if any(arg in reached for arg in node.all_input_nodes):
             reached.add(node)
     return reached & inside - {source}
+
+
+def groups_in(graph: fx.Graph) -> set[str]:
+    """The names of the process groups that a graph's ops talk to."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        schema = schema_of(getattr(node.target, "default", node.target))  # Dynamo's graph has ops without overloads
+        for at, argument in enumerate(schema.arguments if schema is not None else ()):
+            if argument.name in _GROUPS:
+                given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name)
+                found |= {given} if isinstance(given, str) else set()
+    return found - {""}

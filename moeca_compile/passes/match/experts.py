@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from moeca_compile.ops import bodies
-from moeca_compile.ops.markers import ENTRY, MARKERS
+from moeca_compile.ops.exchange import count_of
+from moeca_compile.ops.markers import ENTRY, MARKERS, exchange_of
 from moeca_compile.passes.analysis.axis import Layout
 from moeca_compile.passes.analysis.costs import node_flops
 from moeca_compile.passes.analysis.graph import ancestors, between, module_path, shape_of
@@ -105,7 +106,8 @@ def expert_body(marker: fx.Node) -> ExpertBody:
     body = _extract(output, entries, own, inside)
     rows = tuple(entry.args[0] for entry in entries)
     flops = sum(node_flops(node) for node in inside) // shape_of(entries[0])[0]
-    key = bodies.register(body)
+    group, places = exchange_of(marker.target, marker.args)
+    key, experts = bodies.register(body, group, places), experts * count_of(group)
     return ExpertBody(key, rows, tuple(params), experts, flops, _branches(marker))  # type: ignore[arg-type]
 
 

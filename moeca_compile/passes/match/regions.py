@@ -52,7 +52,8 @@ class ExpertBody:
     """One expert as a function of rows and its parameters, shared by all experts of a layer.
 
     `key` is its name in the registry of `ops.bodies`; `rows` are the values that enter it row by row; `branches` is
-    the number of (token, expert) pairs in a call, 0 where that depends on the data.
+    the number of (token, expert) pairs in a call, 0 where that depends on the data. `experts` are those of all ranks
+    that hold some, and `parameters` those of this one's.
     """
 
     key: str

@@ -9,13 +9,18 @@ It is what runs when anything else fails, so it uses none of the other passes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from moeca_compile.ops.markers import MARKERS
+from moeca_compile.ops.exchange import count_of, room, run_on_ranks
+from moeca_compile.ops.markers import MARKERS, exchange_of
+
+Run = Callable[[int, Sequence[Tensor]], Tensor]
+"""Runs an expert of this rank on its rows."""
 
 _FIXED_K, _VARIABLE_K = ((marker, marker.overloadpacket) for marker in MARKERS)
 _ENTRY = (torch.ops.moeca.expert_rows.default, torch.ops.moeca.expert_rows)
@@ -43,39 +48,66 @@ class ExpertByExpert(nn.Module):
         body: one expert, from its rows, its parameters and what all experts share.
         experts: their number.
         fixed_k: whether a token's experts are given by their ids (T, k), else as a mask (T, E).
+        exchange: the process group whose ranks hold so many experts each, "" where this process has all; and the
+            places of an expert in blocks.
     """
 
-    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool) -> None:
+    def __init__(self, body: fx.GraphModule, experts: int, fixed_k: bool, exchange: tuple[str, int]) -> None:
         super().__init__()
         self.body, self.experts, self.fixed_k = body, experts, fixed_k
+        self.group, self.places = exchange
 
     @torch.compiler.disable
     def forward(
         self, choice: Tensor, weight: Tensor, rows: Sequence[Tensor], params: Sequence[Tensor], shared: Sequence[Any]
     ) -> Tensor:
         """choice, weight: (T, k), or (T, E) for variable k; rows: each (T, ...); returns (T, width)."""
-        size, out = len(params) // self.experts, None
-        for expert in range(self.experts):
-            tokens, columns = (
-                (choice == expert if self.fixed_k else choice[:, expert : expert + 1]).nonzero().unbind(1)
-            )
+        size = len(params) // self.experts
+
+        def run(expert: int, own_rows: Sequence[Tensor]) -> Tensor:
+            branch: Tensor = self.body(*own_rows, *params[expert * size : (expert + 1) * size], *shared)
+            return branch
+
+        chosen = [self._rows_of(expert, choice) for expert in range(self.experts * count_of(self.group))]
+        given = [[each[tokens] for each in rows] for tokens, _ in chosen]
+        branches = self._on_ranks(given, run, choice) if self.group else map(run, range(self.experts), given)
+        out = None
+        for expert, ((tokens, columns), branch) in enumerate(zip(chosen, branches, strict=True)):
             scale = weight[tokens, columns if self.fixed_k else expert]
-            own = params[expert * size : (expert + 1) * size]
-            branch = self.body(*[each[tokens] for each in rows], *own, *shared)
             out = branch.new_zeros(len(choice), branch.shape[1]) if out is None else out
             out = out.index_add(0, tokens, branch * scale.unsqueeze(1).to(branch.dtype))
         assert out is not None
         return out
 
+    def _rows_of(self, expert: int, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of an expert, and its columns among theirs."""
+        mask = choice == expert if self.fixed_k else choice[:, expert : expert + 1]
+        tokens, columns = mask.nonzero().unbind(1)
+        return tokens, columns
+
+    def _on_ranks(self, given: Sequence[Sequence[Tensor]], run: Run, choice: Tensor) -> Iterable[Tensor]:
+        """The outputs of all ranks' experts on their rows of this rank."""
+
+        def run_own(arrived: Sequence[Tensor], offsets: Tensor) -> Tensor:
+            bounds = pairwise(offsets.tolist())
+            return torch.cat([run(e, [each[a:b] for each in arrived]) for e, (a, b) in enumerate(bounds)])
+
+        counts = [len(rows[0]) for rows in given]
+        offsets = torch.tensor([0, *accumulate(counts)], device=choice.device)
+        most = room(self.places, len(choice), choice.shape[1], self.experts)
+        rows = [torch.cat(each) for each in zip(*given, strict=True)]
+        return run_on_ranks(self.group, rows, offsets, run_own, most).split(counts)
+
 
 def _replace(gm: fx.GraphModule, marker: fx.Node, name: str) -> None:
     _, choice, weight, body_out, params, experts = marker.args[:6]
+    exchange = exchange_of(marker.target, marker.args)
     own = list(params[: len(params) // experts])  # type: ignore[arg-type, index, operator]
     entries, inside = _body(body_out, own)  # type: ignore[arg-type]
     given = {*entries, *own, *inside}
     shared = list(dict.fromkeys(arg for node in inside for arg in node.all_input_nodes if arg not in given))
     body = _extracted(gm, body_out, [*entries, *own, *shared], inside)  # type: ignore[arg-type]
-    gm.add_submodule(name, ExpertByExpert(body, experts, marker.target in _FIXED_K))  # type: ignore[arg-type]
+    gm.add_submodule(name, ExpertByExpert(body, experts, marker.target in _FIXED_K, exchange))  # type: ignore[arg-type]
     with gm.graph.inserting_before(marker):
         rows = [entry.args[0] for entry in entries]
         layer = gm.graph.call_module(name, (choice, weight, rows, params, shared))
