@@ -17,7 +17,7 @@ from moeca_compile.text import binary_bytes, count, flop_count, percent, plural,
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_MAPS = 60
-"""Pictures of recomputed tokens on the page; of more steps, that many are shown, evenly spaced."""
+"""Maps of a figure; of more steps, or experts, that many are shown, evenly spaced."""
 _MANY_REGIONS = 12
 """A longer list of regions is folded, unless some are skipped."""
 
@@ -192,6 +192,32 @@ class _Traced:
         title = f"Branches by expert and step in {name}, over an even share"
         high = max(2.0, *(number for row in by_expert for number in row))
         return name, svg.heat_map(f"{self.key}-balance-time", title, experts, numbers, by_expert, _times, high=high)
+
+    @property
+    def most_active(self) -> int:
+        """The largest number of branches of an expert at any place."""
+        return max((max(places) for places in self.trace.activation), default=0)
+
+    @property
+    def activation_legend(self) -> Markup:
+        return svg.legend("never", plural(self.most_active, "time"))
+
+    @property
+    def activation(self) -> list[tuple[Markup, str]]:
+        """Where in the picture the token was routed to an expert, with a caption, for each expert."""
+        if self.trace.grid is None:
+            return []
+        counts = self.trace.activation
+        every, columns = -(-len(counts) // _MOST_MAPS) or 1, self.trace.grid[1]
+        total, top = sum(map(sum, counts)) or 1, self.most_active
+        found = []
+        for expert, places in list(enumerate(counts))[::every]:
+            share, name = percent(sum(places) / total), f"expert {expert}"
+            most = plural(max(places), "time")
+            title = f"Places of {name} in {self.trace.mapped_layer}: {share} of branches, at most {most} at a place"
+            key = f"{self.key}-activation-{expert}"
+            found.append((svg.token_map(key, title, places, columns, top), f"{name}, {share}"))
+        return found
 
     def _totals(self, layer: int) -> list[float]:
         known = [step.routing[layer] for step in self.trace.steps if step.routing and step.routing[layer]]

@@ -26,6 +26,7 @@ class Grid(NamedTuple):
     scale: str
     most: float | None = None
     """The end of the scale; the largest value if None."""
+    title: str = ""
 
 
 def plot(traces: Sequence[Trace], name: str, ax: Any = None) -> Any:
@@ -53,6 +54,8 @@ def _drawn(grid: Grid, ax: Any) -> Any:
         every = -(-len(names) // most)
         axis.set_ticks(range(0, len(names), every), names[::every])
         axis.set_label_text(label)
+    if grid.title:
+        ax.set_title(grid.title)
     ax.figure.colorbar(image, ax=ax, label=grid.scale)
     return ax
 
@@ -96,6 +99,13 @@ def _routing(trace: Trace) -> Grid:
     return Grid(trace.layers, [str(expert) for expert in range(most)], padded, "expert", "", "branches")
 
 
+def _activation(trace: Trace) -> Grid:
+    """The paper's figure 2 (b), over all steps."""
+    values = [list(map(float, places)) for places in trace.activation]
+    experts, places = ([str(i) for i in range(count)] for count in (len(values), trace.tokens))
+    return Grid(experts, places, values, "token", "expert", "branches", title=trace.mapped_layer)
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
@@ -106,6 +116,7 @@ FIGURES: dict[str, Callable[[Trace], Grid]] = {
     "tokens": _tokens,
     "drift": _drift,
     "routing": _routing,
+    "activation": _activation,
 }
 _NO_BRANCHES = "cache steps of this recipe match no branches, or none was traced"
 _WHY_EMPTY = {
@@ -114,4 +125,5 @@ _WHY_EMPTY = {
     "tokens": "cache steps of this recipe recompute no tokens, or none was traced",
     "drift": "it takes two full steps of a generation",
     "routing": "no router has run in the traced steps",
+    "activation": "how tokens lie in the picture is not known, or the router of the middle MoE layer has not run",
 }

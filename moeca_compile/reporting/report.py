@@ -158,8 +158,9 @@ class Report:
 
         Args:
             figure: "match" or "reuse" by layer and step (the paper's figure 8 is one over the other), "tokens"
-                recomputed by position and step (figure 2 b), "drift" by region and step (figure 9), or "routing":
-                branches by layer and expert (figure 4 a).
+                recomputed by position and step, "drift" by region and step (figure 9), "routing": branches by layer
+                and expert (figure 4 a), or "activation": branches by expert and position in the middle MoE layer
+                (figure 2 b).
             ax: the axes to draw on; a new figure's if None.
 
         Returns the axes. Raises ValueError for any other figure and where nothing was traced, ImportError without

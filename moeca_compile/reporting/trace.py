@@ -78,6 +78,10 @@ class Trace:
         regions: kind and name of each region whose drift is known.
         steps: in order.
         kinds: what each kind of step cost.
+        mapped_layer: name of the MoE layer of `activation`: the middle one of those on the main stream; empty where
+            there is none or `grid` is None.
+        activation: (E, N), for each of its experts how often the token at each place was routed to it, over all
+            samples and traced steps (the paper, figure 2 b); empty where its router has not run.
     """
 
     samples: int
@@ -87,6 +91,8 @@ class Trace:
     regions: tuple[str, ...] = ()
     steps: tuple[TracedStep, ...] = field(default=())
     kinds: tuple[KindCost, ...] = ()
+    mapped_layer: str = ""
+    activation: tuple[tuple[int, ...], ...] = ()
 
     def by_layer(self, ratio: str) -> list[list[float | None]]:
         """A ratio of the steps, "match" or "reuse", by layer and step; empty where no step has any."""

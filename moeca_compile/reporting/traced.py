@@ -57,6 +57,8 @@ def trace_of(loop: StepLoop) -> Trace | None:
         regions=tuple(f"{kind} {name}" for kind, name, _ in tracer.regions),
         steps=tuple(_step(number, log, tracer) for number, log in logs.items()),
         kinds=_kinds(loop, tracer, logs.values()),
+        mapped_layer=tracer.mapped.name if tracer.mapped is not None else "",
+        activation=tuple(tuple(map(round, row)) for row in _listed(tracer.activation)),
     )
 
 
@@ -85,7 +87,7 @@ def _column(counts: Tensor | None, place: int) -> list[float]:
     return [] if counts is None else _listed(counts[:, place])
 
 
-def _listed(values: Tensor | None) -> list[float]:
+def _listed(values: Tensor | None) -> list[Any]:
     return [] if values is None else list(values.tolist())
 
 

@@ -5,7 +5,8 @@ outputs have moved) comes from the same step run once more before it, op by op a
 compiled steps are the same with a trace as without, and their numbers too.
 
 Calls with one step number are added up, over streams and generations: memory grows with the steps of a generation,
-not with how long a model is traced. On an accelerator nothing is read before `Tracer.log` is.
+not with how long a model is traced. Which experts each place's token takes is counted for one layer, over all steps.
+On an accelerator nothing is read before `Tracer.log` is.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class Tracer:
         self.regions = outputs_of(compiled)
         """Kind, name and output of each region, in graph order."""
         self.main_tokens = regions.main.tokens if regions.main is not None else 0
+        self.mapped = mapped_layer(compiled)
+        self.activation: Tensor | None = None
+        """(E, N) how often each place's token was routed to each expert of `mapped`, over all steps."""
         self.steps: dict[int, StepLog] = {}
         self.seconds: dict[str, float] = {}
         """The fewest that a step of each kind took."""
@@ -184,6 +188,7 @@ class _Seen:
         self.layer_at = {layer.choice: i for i, layer in enumerate(tracer.layers)}
         self.marker_at = {layer.marker: i for i, layer in enumerate(tracer.layers)}
         self.routing: dict[int, Tensor] = {}
+        self.activation: Tensor | None = None
         self.drift: dict[int, Tensor] = {}
         self.tokens: Tensor | None = None
         self.rows = 0
@@ -197,10 +202,16 @@ class _Seen:
             self.stream.traced[node] = now
         if node in self.layer_at:
             at = self.layer_at[node]
-            self.routing[at] = branches_by_expert(value, self.tracer.layers[at].body.experts)
+            layer = self.tracer.layers[at]
+            self.routing[at] = branches_by_expert(value, layer.body.experts)
+            if layer is self.tracer.mapped:
+                self.activation = branches_by_place(value, layer.body.experts, self.tracer.main_tokens)
 
     def recomputed(self, marker: fx.Node, tokens: Tensor, routed: Tensor) -> None:
-        self.routing[self.marker_at[marker]] = routed.sum((0, 1)).float()
+        at = self.marker_at[marker]
+        self.routing[at] = routed.sum((0, 1)).float()
+        if self.tracer.layers[at] is self.tracer.mapped:
+            self.activation = routed.sum(0).float().T
         if tokens.shape[1] == self.tracer.main_tokens:
             self.tokens = _sum(self.tokens, tokens.sum(0).float())
             self.rows += len(tokens)
@@ -208,6 +219,8 @@ class _Seen:
     def add_to(self, log: StepLog) -> None:
         if self.tokens is not None:
             log.tokens, log.rows = _sum(log.tokens, self.tokens), log.rows + self.rows
+        if self.activation is not None:
+            self.tracer.activation = _sum(self.tracer.activation, self.activation)
         if self.routing:
             log.routing = _sum_of_known(log.routing, self._rows(self.routing, len(self.tracer.layers)))
         if self.drift:
@@ -243,6 +256,14 @@ def branches_by_expert(choice: Tensor, experts: int) -> Tensor:
     return torch.zeros(experts, device=ids.device).scatter_add(0, ids, ones)
 
 
+def branches_by_place(choice: Tensor, experts: int, tokens: int) -> Tensor:
+    """(E, N) branches of each expert at each place, over samples, from ids (B * N, k) or a mask (B * N, E)."""
+    if choice.dtype != torch.bool:
+        ids = choice.long()
+        choice = torch.zeros(len(ids), experts, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    return choice.reshape(-1, tokens, experts).sum(0).float().T
+
+
 def sketch(value: Tensor) -> Tensor:
     """At most _ELEMENTS elements of a value, evenly over all of it, in float32."""
     flat = value.detach().reshape(-1)
@@ -266,6 +287,19 @@ def grid_of(compiled: CompiledGraph) -> tuple[int, int] | None:
             return height // patch, width // patch
     side = math.isqrt(main.tokens)
     return (side, side) if side * side == main.tokens else None
+
+
+def mapped_layer(compiled: CompiledGraph) -> Experts | None:
+    """The MoE layer whose experts are counted by place: the middle one of those on the main stream.
+
+    It does not depend on what is sampled, so that reports of the same model show the same layer. None where there is
+    no MoE layer, or where it is not known how tokens lie over the picture.
+    """
+    regions = compiled.regions
+    if grid_of(compiled) is None or regions.main is None:
+        return None
+    layers = [layer for layer in regions.experts if regions.axis(layer.marker) == regions.main.axis]
+    return layers[len(layers) // 2] if layers else None
 
 
 def _sum(total: Tensor | None, value: Tensor) -> Tensor:

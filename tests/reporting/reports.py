@@ -43,6 +43,8 @@ def make_report(name: str = "blocks", steps: int = 8, layers: int = 2, **changes
         regions=(f"attention {name}.0.attn", *(f"experts {each}" for each in names)),
         steps=tuple(traced_step(number, layers) for number in range(steps)),
         kinds=(KindCost("full", 3, 0.02, 4e9), KindCost("cache[4]", 5, 0.005, 5e8)),
+        mapped_layer=names[layers // 2],
+        activation=tuple(tuple(place * (expert + 1) % 16 for place in range(16)) for expert in range(4)),
     )
     known = {
         "graphs": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -107,6 +108,10 @@ def test_what_the_report_says_is_on_the_page():
         "Recomputed tokens of step 5: 6.2% of all, at most 100.0%",
         "attention blocks.0.attn, step 6: 60.0%",
         "blocks.0.mlp, expert 2: 1.19x",
+        "Expert activation by position in the middle layer: blocks.1.mlp",
+        "Places of expert 1 in blocks.1.mlp: 25.0% of branches, at most 14 times at a place",
+        "expert 1, 25.0%",
+        "never 15 times",
         "full 3 4 GFLOP 20 ms 200 GFLOP/s",
         "experts, routing 1 KiB",
         "lower 12.0 s",
@@ -138,6 +143,35 @@ def test_the_map_of_tokens_has_the_recomputed_one_in_its_place():
     assert 'viewBox="0 0 4 3"' in figure
     assert re.findall(r'class="s9" d="([^"]*)"', figure) == ["M1 1h1v1h-1z"]
     assert figure.count("h1v1h-1z") == 12
+
+
+def traced_with(**changes) -> Report:
+    return make_report(traces=(dataclasses.replace(make_report().traces[0], **changes),))
+
+
+def test_experts_have_maps_whose_cells_lie_in_the_rows_of_the_picture():
+    counts = tuple(tuple(4 * (place == 11 + expert) for place in range(16)) for expert in range(2))
+    text = rendered(traced_with(grid=(2, 8), activation=counts))
+    figures = re.findall(r'<svg class="map" role="img" aria-labelledby="trace-0-activation.*?</svg>', text)
+    assert len(figures) == 2 and all('viewBox="0 0 8 2"' in figure for figure in figures)
+    brightest = [re.findall(r'class="s9" d="([^"]*)"', figure) for figure in figures]
+    assert brightest == [["M3 1h1v1h-1z"], ["M4 1h1v1h-1z"]]
+    assert all("50.0% of branches, at most 4 times" in figure for figure in figures)
+
+
+def test_of_many_experts_some_have_maps():
+    text = rendered(traced_with(activation=((1,) * 16,) * 128))
+    shown = [int(expert) for expert in re.findall(r'id="trace-0-activation-(\d+)-title"', text)]
+    assert shown == list(range(0, 128, 3))
+
+
+def test_where_experts_have_no_maps_it_is_said_why():
+    for changes, reason in (
+        ({"grid": None, "mapped_layer": "", "activation": ()}, "How tokens lie in the picture is not known"),
+        ({"activation": ()}, "The router of this layer has not run"),
+    ):
+        text = rendered(traced_with(**changes))
+        assert reason in text and "trace-0-activation" not in text and reason not in rendered(make_report())
 
 
 def test_names_are_shortened_in_the_middle():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -49,6 +50,12 @@ def test_drift_is_by_region_and_full_step_and_routing_by_expert():
     assert values == [[3 * 4 + 40, 3 * 8 + 40, 3 * 12 + 40, 3 * 8 + 40], [12, 24, 36, 24]]
 
 
+def test_activation_is_by_expert_and_place_and_the_title_says_in_which_layer():
+    values, axes = drawn("activation")
+    assert values == [[place * (expert + 1) % 16 for place in range(16)] for expert in range(4)]
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("blocks.1.mlp", "token", "expert")
+
+
 def test_it_is_drawn_on_given_axes():
     figure, axes = pyplot.subplots()
     assert make_report().plot("match", ax=axes) is axes
@@ -56,7 +63,9 @@ def test_it_is_drawn_on_given_axes():
 
 
 def test_what_cannot_be_drawn_is_explained(monkeypatch):
-    with pytest.raises(ValueError, match=r"no figure 'mach'\. The figures are match, reuse, tokens, drift, routing"):
+    with pytest.raises(
+        ValueError, match=r"no figure 'mach'\. The figures are match, reuse, tokens, drift, routing, activation"
+    ):
         make_report().plot("mach")
     with pytest.raises(ValueError, match=r"nothing was traced.*with moeca_compile.trace"):
         Report().plot("match")
@@ -64,6 +73,9 @@ def test_what_cannot_be_drawn_is_explained(monkeypatch):
         make_report(steps=2).plot("drift")
     with pytest.raises(ValueError, match="nothing for 'tokens': cache steps of this recipe"):
         make_report(steps=1).plot("tokens")
+    trace = dataclasses.replace(make_report().traces[0], grid=None, mapped_layer="", activation=())
+    with pytest.raises(ValueError, match="nothing for 'activation': how tokens lie in the picture is not known"):
+        make_report(traces=(trace,)).plot("activation")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         make_report().plot("match")

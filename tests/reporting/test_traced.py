@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moeca_compile
 from moeca_compile.config import MoecaConfig
 from moeca_compile.passes.rewrite.kinds import StepKind
+from moeca_compile.reporting import traced
 from moeca_compile.reporting.found import record_of
 from moeca_compile.reporting.traced import trace_of
 from moeca_compile.runtime import tracing
@@ -153,6 +154,77 @@ def test_routing_of_cache_steps_is_that_of_the_probe(model):
             assert set(step.tokens) == {0.0}
 
 
+def by_place(choices: list[Tensor], experts: int) -> tuple[tuple[int, ...], ...]:
+    """How often each expert was taken at each place, from ids (B, N, k) or masks (B, N, E), token by token."""
+    counts = [[0] * choices[0].shape[1] for _ in range(experts)]
+    for choice in choices:
+        for sample in choice:
+            for place, token in enumerate(sample):
+                taken = token.nonzero().flatten() if token.dtype == torch.bool else token
+                for expert in taken.tolist():
+                    counts[expert][place] += 1
+    return tuple(map(tuple, counts))
+
+
+def first_outputs(router: nn.Module, step, *inputs: Tensor) -> Tensor:
+    """What a router chooses when it runs for the first time in a step: later ones are for some tokens again."""
+    seen = []
+    hook = router.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    try:
+        step(*inputs)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.25}], ids=str)
+def test_experts_by_place_are_those_of_the_simulation_in_the_middle_layer(deep, options):
+    options = {"recipe": "moeca", "full_every": 4, **options, **capacities(options)}
+    run = compiled(deep, trace=True, **options)
+    generate(run, deep)
+    simulation, choices = Simulation(deep, MoecaConfig(**options), reroute=True), []
+
+    def step(*inputs):
+        outputs = []
+        router = deep.get_submodule("blocks.3.mlp.gate")
+        choices.append(first_outputs(router, lambda *given: outputs.append(simulation.step(*given).output), *inputs))
+        return outputs[0]
+
+    generate(step, deep)
+    (trace,) = moeca_compile.report(run).traces
+    assert trace.layers == ("blocks.1.mlp", "blocks.3.mlp") and trace.mapped_layer == "blocks.3.mlp"
+    assert trace.activation == by_place(choices, experts=6)
+    assert len({places for places in trace.activation}) > 1 and sum(map(sum, trace.activation)) == STEPS * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("recipe", ["stack", "delta", "toca"])
+def test_experts_by_place_add_up_to_the_routing_of_their_layer(deep, recipe):
+    run = compiled(deep, recipe=recipe, trace=True)
+    with moeca_compile.generation(steps=STEPS):
+        generate(run, deep)
+    (trace,) = moeca_compile.report(run).traces
+    known = [step.routing[1] for step in trace.steps if step.routing and step.routing[1]]
+    assert known and tuple(map(sum, trace.activation)) == tuple(map(sum, zip(*known, strict=True)))
+
+
+def test_where_tokens_form_no_grid_experts_are_not_counted_by_place(model, monkeypatch):
+    for module in (tracing, traced):
+        monkeypatch.setattr(module, "grid_of", lambda compiled: None)
+    run = compiled(model, trace=True)
+    generate(run, model)
+    (trace,) = moeca_compile.report(run).traces
+    assert trace.grid is None and trace.mapped_layer == "" and trace.activation == () and trace.steps[0].routing
+
+
+@pytest.mark.parametrize(("axes", "middle"), [("p", 0), ("pp", 1), ("ppp", 1), ("pjpjp", 2), ("pjjj", 0), ("", None)])
+def test_the_mapped_layer_is_the_middle_one_of_those_on_the_main_stream(axes, middle, monkeypatch):
+    monkeypatch.setattr(tracing, "grid_of", lambda compiled: (4, 4))
+    layers = [SimpleNamespace(marker=i) for i in range(len(axes))]
+    main = SimpleNamespace(axis="p")  # of the picture; j is joint with text
+    regions = SimpleNamespace(experts=layers, main=main, axis=axes.__getitem__)
+    assert tracing.mapped_layer(SimpleNamespace(regions=regions)) is (None if middle is None else layers[middle])
+
+
 @pytest.mark.parametrize("router", [ExpertChoice, Threshold])
 def test_layers_without_a_fixed_number_of_experts_are_traced_too(router):
     options = {"recipe": "moeca", "capacities": (1.0,), "full_every": 3}
@@ -163,9 +235,21 @@ def test_layers_without_a_fixed_number_of_experts_are_traced_too(router):
     generate(lambda x, t, y: engine(*graph.arguments(x=x, t=t, y=y))[0], model)
     simulation, decisions = PairSimulation(mark(model, False), MoecaConfig(**{"recipe": "moeca", **options})), []
     simulation.capacity = model.sizes.tokens
-    generate(lambda *inputs: decisions.append(simulation.step(*inputs)) or decisions[-1].output, model)
+    last = simulation.model.blocks[-1].mlp.router
+    full_choices = []
+
+    def step(*inputs):
+        full_choices.append(first_outputs(last, lambda *given: decisions.append(simulation.step(*given)), *inputs))
+        return decisions[-1].output
+
+    generate(step, model)
     (loop,) = engine.loops.values()
     trace = trace_of(loop)
+    choices = [
+        list(each.decisions.values())[-1].ids if each.decisions else full
+        for each, full in zip(decisions, full_choices, strict=True)
+    ]
+    assert trace.mapped_layer == trace.layers[-1] and trace.activation == by_place(choices, experts=4)
     assert any(set(step.tokens) - {0.0, 1.0} for step in trace.steps)
     for step, expected in zip(trace.steps, decisions, strict=True):
         layers = list(expected.decisions.values())
@@ -299,7 +383,7 @@ def test_plain_values_are_the_trace(model):
     generate(run, model)
     report = moeca_compile.report(run)
     values = json.loads(json.dumps(report.to_dict()))
-    assert moeca_compile.Report.from_dict(values).traces == report.traces
+    assert report.traces[0].activation and moeca_compile.Report.from_dict(values).traces == report.traces
     assert str(report).splitlines()[-1] == f"trace: {STEPS} calls of {STEPS} steps"
     line = type(model.blocks[0].attn).forward.__code__.co_firstlineno
     assert report.places["blocks.0.attn"] == f"dit.py:{line}"
@@ -348,6 +432,14 @@ def test_elements_for_drift_are_taken_over_all_features(monkeypatch):
     found = tracing.sketch(value)
     assert 50 < len(found) <= 100
     assert torch.bincount(found.long(), minlength=8).min() >= len(found) // 8 - 1
+
+
+def test_branches_of_experts_are_counted_by_place_in_both_forms():
+    ids = torch.tensor([[0, 2], [2, 3], [1, 0], [2, 0]])  # two samples of two tokens
+    mask = torch.zeros(4, 5, dtype=torch.bool).scatter(1, ids, True)
+    for choice in (ids, ids.int(), mask):
+        found = tracing.branches_by_place(choice, experts=5, tokens=2)
+        assert found.tolist() == [[2, 1], [1, 0], [1, 2], [0, 1], [0, 0]]
 
 
 def test_branches_of_experts_are_counted_in_both_forms():
