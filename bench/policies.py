@@ -138,7 +138,9 @@ def questions() -> tuple[Question, ...]:
 def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
     yield Case("none", {"recipe": "none"})
     for every in intervals:
-        for recipe in (name for name, policy in RECIPES.items() if policy.caches and policy.decides is None):
+        for recipe, policy in RECIPES.items():
+            if not policy.caches or policy.decides is not None or recipe == "auto":  # that is one of `_schedules`
+                continue
             yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every})
 
 
