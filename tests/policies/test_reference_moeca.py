@@ -24,7 +24,11 @@ from tests.policies.reference_moeca import (
 
 STEPS = 12
 ALL = ("attention", "experts", "shared")
-FRESH = {"keys_values": "all", "shared": "any"}  # everything that a chosen token's recomputation can refresh
+FRESH = {
+    "recipe": "moeca",
+    "keys_values": "all",
+    "shared": "any",
+}  # everything that a chosen token's recomputation can refresh
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +169,7 @@ def test_an_unchanged_input_gives_the_model_s_output_whatever_is_recomputed(
     model, start, forecast, tau0, keys_values, overwrite
 ):
     options = {"forecast": forecast, "tau0": tau0, "keys_values": keys_values, "overwrite": overwrite}
-    simulation = Simulation(model, MoecaConfig.from_options(options))
+    simulation = Simulation(model, MoecaConfig.from_options({"recipe": "moeca", **options}))
     x, y = start
     t = torch.full((len(x),), 0.6)
     for kind in ["full", "cache", "cache", "cache", "full", "cache"]:
