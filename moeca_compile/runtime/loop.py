@@ -89,8 +89,9 @@ class StepLoop:
         self.compiled, self.compile_step, self.notes = compiled, compile_step, notes
         plan, config, device = compiled.plan, compiled.config, compiled.device
         self.streams = Streams(bounds, config, plan.caches, plan.parts, device)
+        self.may_correct = config.corrector or self.streams.follows_sampler
         self.times = TimestepReader(compiled, notes)
-        self.ranks = Ranks(compiled.groups, device)
+        self.ranks, self.on_ranks = Ranks(compiled.groups, device), bool(compiled.groups)
         self.capacities = Capacities(plan, device, self.ranks)
         self.steps: dict[StepKind, StepFunction] = {}
         self.tallies = Tallies()
@@ -106,13 +107,13 @@ class StepLoop:
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """One call of the model."""
-        if not self.compiled.caching and not self.ranks:
+        if not self.compiled.caching and not self.on_ranks:
             return self._run(StepKind(), self.stateless, inputs, self._given(self.stateless, 0, 0.0, inputs))
         with self._lock:
             position, stream, refresh = self.enter(inputs)
         try:
             given = self._given(stream, position.number, position.time, inputs)
-            if self.ranks:
+            if self.on_ranks:
                 refresh = self.agreed(refresh, position, stream)
             if stream.criterion is not None:
                 refresh = self.decided(stream.criterion, refresh, position, stream, given)
@@ -122,8 +123,7 @@ class StepLoop:
                     write_step_scalars(stream.state, refresh.share, position.number)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
-            corrects = self.compiled.config.corrector or self.streams.deterministic(position)
-            weight = self.correction(refresh, stream, position.time) if corrects else 0.0
+            weight = self.correction(refresh, position, stream) if self.may_correct else 0.0
             outputs = self._run(kind, stream, inputs, given, weight, position)
             if stream.criterion is not None:
                 self.measure(stream.criterion, refresh, position, stream, given)
@@ -157,7 +157,7 @@ class StepLoop:
     def brought(self, time: Timestep | None, inputs: Sequence[Any]) -> Call:
         """What a call brings that tells whose it is."""
         compiled = self.compiled
-        if self.ranks:  # what differs from rank to rank tells nothing
+        if self.on_ranks:  # what differs from rank to rank tells nothing
             return Call(time, self.streams, {}, None, torch.is_inference_mode_enabled())
         picture = inputs[compiled.picture] if compiled.picture is not None and compiled.config.check_inputs else None
         own = self.times.position
@@ -216,12 +216,14 @@ class StepLoop:
 
         return self.capacities.kind(refresh, stream, counts)
 
-    def correction(self, refresh: RefreshPlan, stream: Stream, time: float) -> float:
+    def correction(self, refresh: RefreshPlan, position: Position, stream: Stream) -> float:
         """The weight of the error that a full step makes up for (runtime.corrector); 0 where it makes up for none."""
         if refresh != EVERYTHING or stream.empty:
             return 0.0
+        if not (self.compiled.config.corrector or self.streams.deterministic(position)):
+            return 0.0
         order = stream.rule.order if self.compiled.config.forecast else 0
-        return gain(stream.full_at[0][: order + 1], stream.passed, time)
+        return gain(stream.full_at[0][: order + 1], stream.passed, position.time)
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""

@@ -196,7 +196,8 @@ class Streams:
             elif not position.certain:
                 track.caches.invalidate()
             track.caches.used = next(_uses)
-            track.caches.rule = rule_of(self.config, self.deterministic(position) is False)
+            if self.follows_sampler:
+                track.caches.rule = rule_of(self.config, self.deterministic(position) is False)
             stream: Stream = track.caches
             return stream
 

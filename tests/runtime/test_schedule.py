@@ -17,7 +17,8 @@ SEVERAL, WHOLE = frozenset({Part.ATTENTION, Part.EXPERTS}), frozenset({Part.WHOL
 
 
 def schedule(**options) -> Schedule:
-    return Schedule(MoecaConfig(**options), WHOLE if options.get("recipe") == "stack" else SEVERAL)
+    options = {"recipe": "moeca", **options}
+    return Schedule(MoecaConfig(**options), WHOLE if options["recipe"] == "stack" else SEVERAL)
 
 
 def parts(steps: int, **options) -> tuple[list[int], list[int]]:
