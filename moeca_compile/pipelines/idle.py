@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 
 from moeca_compile._torch_private import dynamo_is_running, forget_code
@@ -22,7 +22,7 @@ from moeca_compile.runtime.record import Record
 
 IDLE = (
     "component {0!r} of {1} ran as plain Python in this call of the pipeline, uncached. Most often Dynamo has "
-    "compiled its code as often as it may (torch._dynamo.config.recompile_limit, now {2}), as after many adapters "
+    "compiled its code as often as it may (torch.compiler.config.recompile_limit, now {2}), as after many adapters "
     "were loaded, scaled and deleted. The next call compiles it anew. To have none run so, raise that number, or let "
     "adapters take each other's place (pipe.enable_lora_hotswap)"
 )
@@ -46,7 +46,8 @@ def look_for_idle(pipe: Any, denoisers: Mapping[str, nn.Module], before: Taken) 
         record = record_of(module)
         if record is not None and _says_why(record):
             continue
-        text = IDLE.format(name, type(pipe).__name__, torch._dynamo.config.recompile_limit)
+        config: Any = import_module("torch.compiler.config")
+        text = IDLE.format(name, type(pipe).__name__, config.recompile_limit)
         if record is None:
             warnings.warn(f"moeca: {text}", stacklevel=4)
         else:

@@ -190,7 +190,7 @@ WRONG = {
     "did you mean": ({"psnr": 40.0, "options": {"cache_dtyp": None}}, ConfigError),
     "the tuner decides on full_every": ({"psnr": 40.0, "options": {"full_every": 3}}, ValueError),
     "'recipe' = 'stakc'": ({"psnr": 40.0, "recipes": ["stakc"]}, ConfigError),
-    "'teacache' has no schedule of full steps. tune tries recipes with a schedule: moeca, ": (
+    "'teacache' has no schedule of full steps. tune tries recipes with a schedule: auto, ": (
         {"psnr": 40.0, "recipes": ["teacache"]},
         ValueError,
     ),

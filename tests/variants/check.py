@@ -51,7 +51,9 @@ class Compiled:
         torch._dynamo.reset()
         forget_refusals()
         self.how, self.model = how, make_model(how)
-        self.compiled = torch.compile(self.model, backend=eager_backend, options={**options, "lowering": "eager"})
+        self.compiled = torch.compile(
+            self.model, backend=eager_backend, options={"recipe": "moeca", **options, "lowering": "eager"}
+        )
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:

@@ -57,7 +57,9 @@ class Run:
 
     def __init__(self, model: Model, **options: Any) -> None:
         self.model = model
-        compiled = torch.compile(model, backend=eager_backend, options={**options, "lowering": "eager"})
+        compiled = torch.compile(
+            model, backend=eager_backend, options={"recipe": "moeca", **options, "lowering": "eager"}
+        )
         noise, inputs = make_inputs(model.how)
         self.errors = []
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():

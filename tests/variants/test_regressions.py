@@ -53,7 +53,7 @@ def test_what_is_kept_because_no_experts_are_cached_says_so():
     how = Modelling((Blocking(feedforward="mlp"), Blocking()))
     model = make_model(how)
     model.blocks[1] = WithoutResidual(how.blocks[1], how).eval().requires_grad_(False)
-    compiled = torch.compile(model, backend=eager_backend, options={"lowering": "eager"})
+    compiled = torch.compile(model, backend=eager_backend, options={"recipe": "moeca", "lowering": "eager"})
     noise, inputs = make_inputs(how)
     t = timestep(how, 0, 6)
     with torch.no_grad():
