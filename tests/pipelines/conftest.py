@@ -28,7 +28,8 @@ def enabled() -> Iterator[Callable[..., Any]]:
         moeca_compile.disable(pipe)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_dynamo() -> None:
-    """Flux and HiDream decorate their forward alike, so Dynamo counts their compilations together."""
+    """Flux and HiDream decorate their forward alike, so Dynamo counts their compilations together. And a model of a
+    class that hooks have broken into parts begins in parts."""
     torch._dynamo.reset()

@@ -12,7 +12,6 @@ from tests.pipelines.tiny import draw, flux, flux_inputs, steps_of
 
 pytest.importorskip("peft")
 pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
 ]
 TEXTS = {**flux_inputs(), "side": 16}

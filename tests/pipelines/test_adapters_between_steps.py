@@ -14,7 +14,6 @@ from tests.pipelines.tiny import TEXT, draw, flux, flux_inputs, hidream, steps_o
 
 pytest.importorskip("peft")
 pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
 ]
 TEXTS = {**flux_inputs(), "side": 16}

@@ -13,7 +13,6 @@ from tests.harness import own_warnings
 from tests.pipelines.tiny import diffusers, draw, flux, flux_inputs, steps_of
 
 accelerate = pytest.importorskip("accelerate")
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TEXTS = {**flux_inputs(), "side": 16}
 STEPS = 4
 
