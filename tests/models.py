@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from examples import dit
-from examples.dit import Block, DiffusionTransformer, Mlp, Router, TimestepEmbedder
+from examples.dit import Attention, Block, DiffusionTransformer, Mlp, Router, TimestepEmbedder
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,15 @@ class MoE(dit.MoE):
     def __init__(self, sizes: Sizes) -> None:
         router = Router(sizes.width, sizes.experts, sizes.top_k, scale=1.5)
         super().__init__(router, sizes.expert_width, shared_hidden=2 * sizes.expert_width)
+
+
+class CappedAttention(Attention):
+    """Scores go through a tanh, which scaled_dot_product_attention cannot say."""
+
+    def forward(self, x):
+        q, k, v = self.split_heads(x)
+        weights = (20 * torch.tanh(q @ k.mT / 20)).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
 class TinyDiTMoE(DiffusionTransformer):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,7 @@ import torch
 from examples.digits import ranks, sample
 from examples.digits.sampling import SAMPLERS, generate
 from tests.digits import tiny_digits
-
-ROOT = Path(__file__).parents[2]
-LIMIT = 600
-"""Seconds that all processes may take together, also where the machine is busy."""
+from tests.processes import torchrun
 
 
 def velocity(x, t, y):
@@ -74,20 +68,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     assert sample.main(arguments(one, checkpoint)) == 0
-    # Each process has a folder of its own for what it kept: nothing but the port is shared with other runs.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "examples/digits/sample.py", *arguments(two, checkpoint)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1 and (two / "p.png").stat().st_size > 0
+    printed = torchrun(2, "examples/digits/sample.py", *arguments(two, checkpoint), folder=tmp_path)
+    assert printed.count("wrote ") == 1 and (two / "p.png").stat().st_size > 0
     alone, together = figures(one), figures(two)
     assert alone["setting"]["processes"] == 1 and together["setting"]["processes"] == 2
     assert list(alone) == list(together) and "stack-forecast" in alone

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from examples.dit import Attention
 from moeca_compile._torch_private import compile_graph
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.dump import Dump, open_dump
@@ -18,18 +17,9 @@ from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.match_regions import match_regions
 from moeca_compile.passes.runner import PassResult, normalize
 from tests.harness import Captured, captured, exported, placeholders
-from tests.models import make_inputs, make_model
+from tests.models import CappedAttention, make_inputs, make_model
 
 REASON = "its scores are not products of queries and keys with scales, biases and masks only"
-
-
-class CappedAttention(Attention):
-    """Scores go through a tanh, which scaled_dot_product_attention cannot say."""
-
-    def forward(self, x):
-        q, k, v = self.split_heads(x)
-        weights = (20 * torch.tanh(q @ k.mT / 20)).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
 @pytest.fixture(scope="module")

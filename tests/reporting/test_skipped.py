@@ -8,19 +8,9 @@ import pytest
 import torch
 
 import moeca_compile
-from examples.dit import Attention
-from tests.models import make_inputs, make_model
+from tests.models import CappedAttention, make_inputs, make_model
 
 REASON = "its scores are not products of queries and keys with scales, biases and masks only"
-
-
-class Capped(Attention):
-    """Scores go through a tanh, which scaled_dot_product_attention cannot say."""
-
-    def forward(self, x):
-        q, k, v = self.split_heads(x)
-        weights = (20 * torch.tanh(q @ k.mT / 20)).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +18,7 @@ class Capped(Attention):
 )
 def test_what_is_cached_with_the_branch_or_the_blocks_around_it_is_not_called_skipped(recipe, status):
     model = make_model()
-    model.blocks[2].attn = Capped(32, 4).eval().requires_grad_(False)
+    model.blocks[2].attn = CappedAttention(32, 4).eval().requires_grad_(False)
     x, labels = make_inputs(model)
     fast = torch.compile(model, backend="moeca", options={"recipe": recipe, "full_every": 2, "lowering": "eager"})
     counts = []

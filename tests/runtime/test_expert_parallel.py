@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,11 +13,9 @@ import torch.distributed as dist
 
 from moeca_compile._torch_private.collectives import _PLAYS
 from moeca_compile.runtime.ranks import DIFFERENT
+from tests.processes import torchrun
 from tests.runtime.exchange_worker import CASES, SMALL
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 600
-"""Seconds that all processes may take, also where the machine is busy."""
 FULL, CACHE = (0, 3), (1, 2, 4)
 """The numbers of full steps and of cache steps, where every third step is full."""
 ROWS = 2 * SMALL.tokens
@@ -34,19 +29,8 @@ pytestmark = pytest.mark.skipif(not (GLOO and _PLAYS), reason="torch without glo
 
 def run(ranks: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, by case."""
-    out, path = folder / "found.json", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, "tests/runtime/exchange_worker.py", str(out)],
-        cwd=ROOT,
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    out = folder / "found.json"
+    torchrun(ranks, "tests/runtime/exchange_worker.py", str(out), folder=folder)
     return list(json.loads(out.read_text()))
 
 
