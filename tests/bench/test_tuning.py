@@ -19,6 +19,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny_digits(tmp_path, width=16, experts=3, expert_width=16)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:moeca")
 def test_a_tune_and_a_comparison(checkpoint, tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"

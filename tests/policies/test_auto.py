@@ -47,6 +47,7 @@ def pictures(model, options, told=None):
     return torch.stack(found), moeca_compile.report(fast)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["option", "mark"])
 @pytest.mark.parametrize(
     ("told", "same"),
