@@ -31,5 +31,27 @@ def tiny_nucleus(**sizes: Any) -> nn.Module:
     return model
 
 
+def tiny_hidream(**sizes: Any) -> nn.Module:
+    """HiDream-I1: double-stream, then single-stream blocks, all with experts; these are not initialized.
+
+    `sizes` are num_layers, num_single_layers, llama_layers and text_emb_dim, and whatever else is to differ.
+    """
+    module = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
+    own = {
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "caption_channels": [12, 10],
+        "num_routed_experts": 4,
+        "num_activated_experts": 2,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (8, 8),
+    }
+    model: nn.Module = module.HiDreamImageTransformer2DModel(**own | sizes)
+    return model
+
+
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

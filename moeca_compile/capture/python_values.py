@@ -7,15 +7,15 @@ change later: a factor, or the scale of an adapter, which is set in place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import nn
 
-from moeca_compile.capture.running.own_code import attributes_read, attributes_stored
-from moeca_compile.capture.source import innermost, is_torchs, namespace_of
+from moeca_compile.capture.running.own_code import attributes_read, attributes_stored, reached_among
+from moeca_compile.capture.source import codes_of, is_torchs
 from moeca_compile.capture.structure import OF_ALL_MODULES
 
 _UNKNOWN = object()
@@ -65,33 +65,11 @@ def _experts(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _read_and_not_set(kind: type) -> frozenset[str]:
     """Attributes that the code of a class reads, but for those that its forward sets, as counters of calls."""
-    by_name = _codes(kind)
+    by_name: dict[str, list[CodeType]] = defaultdict(list)
+    for name, code in codes_of(kind, is_torchs):
+        by_name[name].append(code)
     read = frozenset().union(*(attributes_read(code) for codes in by_name.values() for code in codes))
-    return read - _set_by_forward(by_name) - OF_ALL_MODULES
-
-
-def _set_by_forward(by_name: dict[str, list[CodeType]]) -> frozenset[str]:
-    """The attributes that are set by the forward and by the methods that it names, and so on."""
-    reached: set[CodeType] = set()
-    pending = list(by_name.get("forward", []))
-    while pending:
-        code = pending.pop()
-        if code not in reached:
-            reached.add(code)
-            pending += [each for name in code.co_names for each in by_name.get(name, [])]
-    return frozenset().union(*map(attributes_stored, reached))
-
-
-def _codes(kind: type) -> dict[str, list[CodeType]]:
-    """The code of the methods and properties of a class by name, torch's own classes excepted."""
-    found: dict[str, list[CodeType]] = defaultdict(list)
-    for owner in kind.__mro__:
-        if owner is not object and not is_torchs(owner):
-            for name, value in namespace_of(owner).items():
-                written: Callable[..., Any] = innermost(getattr(value, "fget", None) or value)
-                if isinstance(written, FunctionType):
-                    found[name].append(written.__code__)
-    return found
+    return read.difference(OF_ALL_MODULES, *map(attributes_stored, reached_among(by_name)))
 
 
 def _frozen(value: Any) -> Any:

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 
@@ -46,6 +46,15 @@ def functions_of(owner: type) -> Iterator[FunctionType]:
         if not is_torchs(each) and each is not object:
             written = map(innermost, namespace_of(each).values())
             yield from (value for value in written if isinstance(value, FunctionType))
+
+
+def codes_of(owner: type, but: Callable[[type], bool]) -> Iterator[tuple[str, CodeType]]:
+    """(name, code) of the methods and properties of a class and of those that it inherits from, but for some."""
+    for each in owner.__mro__:
+        for name, value in namespace_of(each).items() if not but(each) else ():
+            written = innermost(getattr(value, "fget", None) or value)
+            if isinstance(written, FunctionType):
+                yield name, written.__code__
 
 
 def is_torchs(owner: type) -> bool:

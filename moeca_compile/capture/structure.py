@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeca_compile._torch_private import has_forward_hooks
-from moeca_compile.capture.source import innermost, namespace_of
+from moeca_compile.capture.source import codes_of
 
 Path = tuple[str, ...]
 """The way to a parameter from its expert: ("mlp", "0", "weight")."""
@@ -82,10 +82,7 @@ def trains(module: nn.Module) -> bool:
     """
     if not module.training:
         return False
-    owners = (owner for owner in type(module).__mro__ if owner not in (nn.Module, object))
-    written = (getattr(value, "fget", value) for owner in owners for value in namespace_of(owner).values())
-    functions = (innermost(value) for value in written if callable(value))
-    return any("training" in _names(code) for each in functions if (code := getattr(each, "__code__", None)))
+    return any("training" in _names(code) for _, code in codes_of(type(module), lambda each: each is nn.Module))
 
 
 def _names(code: CodeType) -> set[str]:

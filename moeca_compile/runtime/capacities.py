@@ -41,7 +41,7 @@ class Capacities:
         On an accelerator reading the counters would wait for the device, so the first capacity stays; and so it does
         where ranks would have to agree on another.
         """
-        several = len(self.plan.capacities) > 1 and self.device.type == "cpu" and not self.ranks
+        several = len(self.plan.capacities) > 1 and self.device.type == "cpu" and not self.ranks.joined
         if several and counts is not None and stream.capacity is not None:
             needed = self._needed(counts)
             if needed > _PROMOTED_ABOVE * stream.capacity:

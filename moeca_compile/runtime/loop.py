@@ -91,7 +91,7 @@ class StepLoop:
         self.streams = Streams(bounds, config, plan.caches, plan.parts, device)
         self.may_correct = config.corrector or self.streams.follows_sampler
         self.times = TimestepReader(compiled, notes)
-        self.ranks, self.on_ranks = Ranks(compiled.groups, device), bool(compiled.groups)
+        self.ranks = Ranks(compiled.groups, device)
         self.capacities = Capacities(plan, device, self.ranks)
         self.steps: dict[StepKind, StepFunction] = {}
         self.tallies = Tallies()
@@ -107,13 +107,13 @@ class StepLoop:
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """One call of the model."""
-        if not self.compiled.caching and not self.on_ranks:
+        if not self.compiled.caching and not self.ranks.joined:
             return self._run(StepKind(), self.stateless, inputs, self._given(self.stateless, 0, 0.0, inputs))
         with self._lock:
             position, stream, refresh = self.enter(inputs)
         try:
             given = self._given(stream, position.number, position.time, inputs)
-            if self.on_ranks:
+            if self.ranks.joined:
                 refresh = self.agreed(refresh, position, stream)
             if stream.criterion is not None:
                 refresh = self.decided(stream.criterion, refresh, position, stream, given)
@@ -157,7 +157,7 @@ class StepLoop:
     def brought(self, time: Timestep | None, inputs: Sequence[Any]) -> Call:
         """What a call brings that tells whose it is."""
         compiled = self.compiled
-        if self.on_ranks:  # what differs from rank to rank tells nothing
+        if self.ranks.joined:  # what differs from rank to rank tells nothing
             return Call(time, self.streams, {}, None, torch.is_inference_mode_enabled())
         picture = inputs[compiled.picture] if compiled.picture is not None and compiled.config.check_inputs else None
         own = self.times.position

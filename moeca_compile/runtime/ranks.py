@@ -40,18 +40,18 @@ UNCLEAR = (
 
 
 class Ranks:
-    """The ranks with which this process runs a model together; false where it runs the model by itself.
+    """The ranks with which this process runs a model together.
 
     Args:
         groups: the names of the process groups through which its layers exchange rows.
         device: where the model runs.
+
+    Attributes:
+        joined: whether there are any; the process runs the model by itself else.
     """
 
     def __init__(self, groups: Sequence[str], device: torch.device) -> None:
-        self.groups, self.device = tuple(groups), device
-
-    def __bool__(self) -> bool:
-        return bool(self.groups)
+        self.groups, self.device, self.joined = tuple(groups), device, bool(groups)
 
     def alike(self, form: object) -> bool:
         """Whether all ranks call this with the same."""
@@ -60,11 +60,11 @@ class Ranks:
 
     def most(self, number: float) -> float:
         """The largest of all ranks' numbers."""
-        return float(self._of_all(torch.tensor([number], dtype=torch.float64)).max()) if self else number
+        return float(self._of_all(torch.tensor([number], dtype=torch.float64)).max()) if self.joined else number
 
     def mean(self, number: float) -> float:
         """The mean of all ranks' numbers."""
-        return float(self._of_all(torch.tensor([number], dtype=torch.float64)).mean()) if self else number
+        return float(self._of_all(torch.tensor([number], dtype=torch.float64)).mean()) if self.joined else number
 
     def _of_all(self, value: Tensor) -> Tensor:
         """What all ranks bring, (1,) each, in the order of ranks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moeca_compile
-from tests.public_models import random, tiny_nucleus
+from tests.public_models import random, tiny_hidream, tiny_nucleus
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -137,22 +137,7 @@ def llama() -> Any:
 
 def hidream(scheduler: Any = None) -> Any:
     """A mixture of experts in two streams, four text encoders with their tokenizers, and joined guidance."""
-    transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_channels=[12, 10],
-        text_emb_dim=10,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        axes_dims_rope=(4, 2, 2),
-        max_resolution=(8, 8),
-        llama_layers=[0, 1],
-    )
+    transformer = tiny_hidream(num_layers=1, num_single_layers=1, text_emb_dim=10, llama_layers=[0, 1])
     encoders = (clip(), clip(), text_encoder(), llama())
     pipe = diffusers.HiDreamImagePipeline(
         vae=vae(shift_factor=0.1),

@@ -12,7 +12,7 @@ from torch import Tensor
 import moeca_compile
 from moeca_compile.passes.rewrite.kinds import StepKind
 from tests.harness import caches_of, captured
-from tests.public_models import random
+from tests.public_models import random, tiny_hidream
 
 hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
 BATCH, SIDE, STEPS = 2, 4, 6
@@ -21,22 +21,7 @@ BATCH, SIDE, STEPS = 2, 4, 6
 def make_model() -> torch.nn.Module:
     """Two double-stream and two single-stream blocks, all with experts."""
     torch.manual_seed(0)
-    model = hidream.HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_channels=[12, 10],
-        text_emb_dim=6,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        axes_dims_rope=(4, 2, 2),
-        max_resolution=(8, 8),
-        llama_layers=[0, 1, 0, 1],
-    )
+    model = tiny_hidream(num_layers=2, num_single_layers=2, text_emb_dim=6, llama_layers=[0, 1, 0, 1])
     return model.eval().requires_grad_(False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -47,13 +47,18 @@ def reached_from(forward: Callable[..., Any], owner: type) -> set[CodeType]:
     by_name: dict[str, list[CodeType]] = defaultdict(list)
     for function in functions_of(owner):
         by_name[function.__name__].append(function.__code__)
+    return reached_among(by_name)
+
+
+def reached_among(by_name: Mapping[str, list[CodeType]]) -> set[CodeType]:
+    """The same, among the code of methods by their names."""
     found: set[CodeType] = set()
-    pending = by_name["forward"]
+    pending = list(by_name.get("forward", []))
     while pending:
         code = pending.pop()
         if code not in found:
             found.add(code)
-            pending = pending + [each for name in code.co_names for each in by_name.get(name, [])]
+            pending += [each for name in code.co_names for each in by_name.get(name, [])]
             pending += [each for each in code.co_consts if isinstance(each, CodeType)]
     return found
 
