@@ -27,6 +27,7 @@ from moeca_compile._torch_private import (
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
+from moeca_compile.lower import toolchain
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
 from moeca_compile.lower.found_before import (
     check_key,
@@ -189,6 +190,7 @@ def compile_graph(
         export: Dynamo's graph and its inputs -> functional ATen.
     """
     device, dump = device_of(inputs), open_dump(config.dump)
+    toolchain.begin(config, device)
     with notes.timed("capture"):
         dump.graph("dynamo", captured.gm)
         graph = exported(export, captured.gm, inputs, config, device, notes)

@@ -19,6 +19,8 @@ from moeca_compile._torch_private.collectives import (
     with_exchanges_played,
 )
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
+from moeca_compile._torch_private.cpp_compiler import compile_cpp, ready_cpp_compiler
+from moeca_compile._torch_private.cpp_kernels import joined_kernels
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
     calling_code,
@@ -29,7 +31,6 @@ from moeca_compile._torch_private.frames import (
     outermost_module,
 )
 from moeca_compile._torch_private.graphs import (
-    compile_cpp,
     compile_graph,
     export_functional,
     fake_mode_of,
@@ -122,6 +123,7 @@ __all__ = [
     "is_module_state",
     "is_sharded",
     "is_size",
+    "joined_kernels",
     "missing",
     "not_on_compile_start",
     "numeric_modes",
@@ -132,6 +134,7 @@ __all__ = [
     "pass_idle_logging",
     "ranks_are_joined",
     "read_constants",
+    "ready_cpp_compiler",
     "record_artifact",
     "register_artifacts",
     "restore_compiled_call",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ _INNER = Private("torch._inductor.compile_fx.compile_fx_inner", _NO_CODE)
 _CODE = Private("torch._inductor.output_code.CompiledFxGraph", _NO_CODE)
 _FUNCTORCH = Private("torch._functorch.config", _NO_CODE)
 _CONFIG = Private("torch._inductor.config", "a model that draws random numbers draws others where it is compiled")
-_CPP = Private("torch._inductor.codecache.CppCodeCache", "PyTorch's own ops stand in for the C++ kernels")
 _STATIC = Private(
     "torch.fx.experimental.symbolic_shapes.has_static_value",
     "a model whose MoE layer takes sizes apart is compiled for each batch size",
@@ -163,15 +161,3 @@ def _static_shapes() -> Iterator[Any]:
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=_SHAPES.value(), static_shapes=True)
     with _TRACING.value(_CONTEXT.value(mode)):
         yield mode
-
-
-def compile_cpp(source: str) -> CDLL:
-    """The functions of a C++ source, compiled with the compiler and flags that Inductor uses, for this machine.
-
-    Raises whatever the compiler's failure raises, RuntimeError where torch has no such compiler.
-    """
-    if _CPP.value is None:
-        raise RuntimeError("this version of torch does not give its C++ compiler away")
-    library = _CPP.value.load(source)
-    assert isinstance(library, CDLL)
-    return library

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import compile_graph, fake_mode_of, trace_to_graph
+from moeca_compile._torch_private import compile_graph, fake_mode_of, joined_kernels, trace_to_graph
 from moeca_compile.disk.keys import source_digest
+from moeca_compile.lower import toolchain
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
@@ -191,7 +192,8 @@ def lower_step(
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     random = any(map(draws_random_numbers, traced.graph.graph.nodes))
     compiled: dict[Subgraph, Compiled] = {}
-    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
+    toolchain.wait()
+    with joined_kernels(), torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
         for number, each in enumerate(distinct, start=1):
             on_part(number, len(distinct))
             compiled[each] = compile_graph(each.module(), each.examples(), on_code, random)
