@@ -23,6 +23,7 @@ import moeca_compile
 from moeca_compile import _torch_private as private
 from moeca_compile._torch_private import (
     backends,
+    cpp_compiler,
     frames,
     graphs,
     kernels,
@@ -342,7 +343,7 @@ def test_inductors_code_is_the_same_with_and_without_quick_strides(hide):
 
 
 def test_the_cpp_compiler_is_an_error_that_says_so_where_it_is_missing(hide):
-    hide(graphs._CPP)
+    hide(cpp_compiler._CPP)
     with pytest.raises(RuntimeError, match="C\\+\\+ compiler"):
         private.compile_cpp("")
 
