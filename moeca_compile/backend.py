@@ -156,6 +156,7 @@ def _cached(
         constants,
         tuple(map(weakref.ref, modules or ())),
         wrapped_parameters(modules[0]) if modules else (),
+        record.parts,
     )
     engine = _engine(captured, [inputs[i] for i in kept], record, stages, called_without(kept, inputs, original))
     run = fallback.noticing_parts(engine, record) if engine.partial else engine
@@ -248,10 +249,12 @@ def compile_step(
             traced = write_in_place(traced, state)
         # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
         whole = not (kind.attention or kind.experts or kind.capacity)
-        before, on_code = graphs_from_disk(), compiled.dump.code_of(kind.name)
-        step = lower_step(traced, compiled.config.lowering, whole, on_code, notes.progress.part)
-        notes.parts += step.distinct
-        notes.from_disk["compiled parts"] += graphs_from_disk() - before
+        parts, on_code = compiled.captured.parts, compiled.dump.code_of(kind.name)
+        before = graphs_from_disk(), parts.compiled
+        all_sizes = compiled.config.all_sizes(compiled.device)
+        step = lower_step(traced, compiled.config.lowering, whole, on_code, notes.progress.part, parts, all_sizes)
+        notes.parts += parts.compiled - before[1]
+        notes.from_disk["compiled parts"] += graphs_from_disk() - before[0]
     with notes.timed("validate"):
         check = partial(same_step, compiled, kind, step, inputs, state, weights, notes)
         with alone():

@@ -60,6 +60,10 @@ class MoecaConfig(Options):
         """Whether steps on this device are recorded as CUDA graphs, which know caches by their addresses."""
         return self.cuda_graphs and device.type == "cuda"
 
+    def all_sizes(self, device: torch.device) -> bool:
+        """Whether one code may serve several batch sizes on this device."""
+        return self.dynamic_batch if self.dynamic_batch is not None else device.type == "cpu"
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> MoecaConfig:
         """The config for the `options` given to `torch.compile`; None gives the defaults.

@@ -521,7 +521,7 @@ class Options:
         """How many (generation, stream) caches exist at a time; the least recently used one is evicted first.""",
     )
     max_shapes: int = setting(
-        8,
+        32,
         whole(1),
         STATE,
         """How many sets of input shapes stay compiled, each with graphs and caches of its own; the least recently
@@ -580,6 +580,13 @@ class Options:
         COMPILATION,
         """"inductor" compiles the traced steps. "eager" runs them op by op, for debugging: it is ready in seconds
         rather than minutes, and slow.""",
+    )
+    dynamic_batch: bool | None = setting(
+        None,
+        optional(flag),
+        COMPILATION,
+        """At the second batch size, compile what differs from the first in that size alone for all sizes at once: a
+        third one compiles nothing. False compiles each size for itself. None is True on a CPU, False elsewhere.""",
     )
     disk_cache: bool = setting(
         True,

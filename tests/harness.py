@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from moeca_compile._torch_private import is_module_state
 from moeca_compile.backend import backend_with, compile_graph, compile_step, wrapped_parameters
 from moeca_compile.config import MoecaConfig
-from moeca_compile.lower import program
+from moeca_compile.lower import parts
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
@@ -178,7 +178,8 @@ def calls_of(function: Callable[[], object]) -> int:
 
 def replace_inductor(patch: pytest.MonkeyPatch) -> None:
     """Graphs run op by op wherever Inductor would compile them."""
-    patch.setattr(program, "compile_graph", lambda gm, *_: gm)
+    patch.setattr(parts, "compile_graph", lambda gm, *_: gm)
+    patch.setattr(parts, "compile_for_sizes", lambda gm, *_: (gm, lambda size: True))
     patch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
 
 

@@ -93,6 +93,7 @@ def test_full_steps_alone_are_the_model(model, without_inductor, backend):
 
 
 @pytest.mark.smoke
+@pytest.mark.sampled(2)  # every option, by name
 @pytest.mark.parametrize("backend", ["moeca", moeca_backend], ids=["by name", "as a function"])
 @pytest.mark.parametrize(
     ("options", "field", "allowed"),

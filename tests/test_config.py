@@ -78,6 +78,7 @@ WRONG = [
     ("branches_per_token", 0.0, "(0, inf)"),
     ("max_generations", 0, ">= 1"),
     ("max_shapes", 0, "a whole number >= 1"),
+    ("dynamic_batch", "yes", "None or True | False"),
     ("validate", "yes", "True | False"),
     ("tolerance", 0, "(0, inf)"),
     ("max_cache_bytes", -1, "None, 'auto' or a whole number >= 0"),

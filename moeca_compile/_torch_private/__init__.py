@@ -10,6 +10,7 @@ Each use is a `Private` (lookup.py) with what is lost without it. Those without 
 that gives the same numbers. docs/private-apis.md has them all, with the gain of each and the versions it was seen on.
 """
 
+from moeca_compile._torch_private.any_size import compile_for_sizes, size_of
 from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.collectives import (
     exchanges_played,
@@ -97,6 +98,7 @@ __all__ = [
     "compilation",
     "compilation_at_start",
     "compile_cpp",
+    "compile_for_sizes",
     "compile_graph",
     "compiled_call",
     "compiled_module",
@@ -140,6 +142,7 @@ __all__ = [
     "restore_compiled_call",
     "root_module",
     "schema_of",
+    "size_of",
     "subclass_among",
     "subclass_weight",
     "tensor_of_number",

@@ -124,11 +124,22 @@ def compile_graph(
 
     With `eager_random`, ops draw the random numbers that they draw in eager mode, by its kernels, not Inductor's own.
     """
-    inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
-    random = _CONFIG.value.patch(fallback_random=True) if eager_random and _CONFIG.value else nullcontext()
-    with torch.no_grad(), random, quick_strides(), _static_shapes() as mode:
+    with _static_shapes() as mode:
         with mode:
             inputs = [torch.empty_strided(e.size(), e.stride(), dtype=e.dtype, device=e.device) for e in examples]
+        return compiled_by_inductor(gm, inputs, on_code, eager_random)
+
+
+def compiled_by_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    on_code: Callable[[str], None] | None = None,
+    eager_random: bool = False,
+) -> Callable[..., Any]:
+    """The same for fake inputs, within `tracing_in` their mode."""
+    inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
+    random = _CONFIG.value.patch(fallback_random=True) if eager_random and _CONFIG.value else nullcontext()
+    with torch.no_grad(), random, quick_strides():
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):
             return inductor(gm, inputs)
         with _FUNCTORCH.value.patch(enable_autograd_cache=False):
@@ -159,5 +170,15 @@ def _static_shapes() -> Iterator[Any]:
         yield _FAKE_MODE.value(allow_non_fake_inputs=True)
         return
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=_SHAPES.value(), static_shapes=True)
-    with _TRACING.value(_CONTEXT.value(mode)):
+    with tracing_in(mode):
         yield mode
+
+
+@contextmanager
+def tracing_in(mode: Any) -> Iterator[None]:
+    """Have torch's compiler take this FakeTensorMode for the one that inputs are fake in."""
+    if any(each.value is None for each in (_CONTEXT, _TRACING)):
+        yield
+        return
+    with _TRACING.value(_CONTEXT.value(mode)):
+        yield

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.keys import graph_key
+from moeca_compile.lower.parts import Parts
 from moeca_compile.passes.analysis.graph import ancestors, groups_in, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
@@ -37,6 +38,7 @@ class CapturedGraph:
         modules: where Dynamo calls the graph for certain modules alone, these; else empty, and one graph may serve
             several models.
         signature: the parameters of a forward that something wraps, which Dynamo sees as args and kwargs.
+        parts: the compiled parts of the model's steps, at whatever input shapes.
     """
 
     gm: fx.GraphModule
@@ -47,6 +49,7 @@ class CapturedGraph:
     constants: tuple[int, ...] = ()
     modules: tuple[ref[nn.Module], ...] = ()
     signature: tuple[str, ...] = ()
+    parts: Parts = field(default_factory=Parts, compare=False, repr=False)
 
     @property
     def in_parts(self) -> bool:

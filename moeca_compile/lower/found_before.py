@@ -126,7 +126,8 @@ def check_key(compiled: CompiledGraph, kind: StepKind, step: CompiledStep, input
     def key() -> str:
         facts = weight_facts(inputs, compiled.captured.arguments)
         traced = computation(graph_form(step.traced.graph))
-        return digest("step", compiled.key, kind.name, traced, _partitions(step), facts)
+        varying = [compiled.captured.parts.for_all_sizes(code) for _, code in step.partitions]
+        return digest("step", compiled.key, kind.name, traced, _partitions(step), varying, facts)
 
     return _or_none(f"the validation of {kind.name} steps", key)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import compile_graph, fake_mode_of, joined_kernels, trace_to_graph
+from moeca_compile._torch_private import fake_mode_of, joined_kernels, trace_to_graph
 from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower import toolchain
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
@@ -19,6 +19,7 @@ from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.multiply_before_widening import multiply_before_widening
 from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
+from moeca_compile.lower.parts import Parts
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
 from moeca_compile.passes.analysis.graph import draws_random_numbers, placeholders
@@ -104,11 +105,6 @@ class CompiledStep:
     partitions: tuple[tuple[Call, Compiled], ...] = ()
     """The calls that `code` makes, with the compiled code of each."""
 
-    @property
-    def distinct(self) -> int:
-        """How many parts Inductor compiled."""
-        return len({id(code) for _, code in self.partitions})
-
     def __call__(self, inputs: Sequence[Any], state: dict[str, Tensor], weights: Tensor) -> StepResult:
         return self.traced.result(self.code(*self.traced.inputs(inputs, state, weights)))
 
@@ -172,6 +168,8 @@ def lower_step(
     whole: bool,
     on_code: Callable[[str], None] | None = None,
     on_part: Callable[[int, int], None] = lambda number, count: None,
+    parts: Parts | None = None,
+    all_sizes: bool = False,
 ) -> CompiledStep:
     """Compile the traced graph.
 
@@ -180,6 +178,8 @@ def lower_step(
         whole: compile it as one graph; else partition it and compile equal partitions once.
         on_code: called with the path of each file of code that Inductor wrote.
         on_part: called before each distinct part is compiled, with its number from 1 and how many there are.
+        parts: those of the model that are compiled already; not looked at where code is to be reported.
+        all_sizes: whether one code may serve several batch sizes.
     """
     if lowering == "eager":
         return CompiledStep(traced, traced.graph)
@@ -192,10 +192,11 @@ def lower_step(
     _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
     random = any(map(draws_random_numbers, traced.graph.graph.nodes))
     compiled: dict[Subgraph, Compiled] = {}
+    parts = parts or Parts()
     toolchain.wait()
     with joined_kernels(), torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
         for number, each in enumerate(distinct, start=1):
             on_part(number, len(distinct))
-            compiled[each] = compile_graph(each.module(), each.examples(), on_code, random)
+            compiled[each] = parts.code(each, random, all_sizes, on_code)
     partitions = tuple((call, compiled[call.subgraph]) for call in calls)
     return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.lower.parts import Parts
 from moeca_compile.notes import Notes
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.streams import Bounds, bounds_of
@@ -28,6 +29,8 @@ class Record:
     engines: list[Engine] = field(default_factory=list)
     untouched: int = 0
     """Number of graphs that run as under plain torch.compile."""
+    parts: Parts = field(default_factory=Parts)
+    """The compiled parts of all its graphs."""
     breaks: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     """Whether the last graph is only a part of the model, called from plain Python."""

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
-from moeca_compile.lower import program
+from moeca_compile.lower import parts, program
 from moeca_compile.lower.program import lower_step, trace_step
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepResult
@@ -65,7 +65,7 @@ def test_the_sources_of_our_ops_are_part_of_inductors_keys(monkeypatch):
     def step(inputs, *_):
         return StepResult((inputs[0].sin(),), {}, None)
 
-    monkeypatch.setattr(program, "compile_graph", compiled)
+    monkeypatch.setattr(parts, "compile_graph", compiled)
     x = torch.ones(2)
     with torch.compiler.config.patch(cache_key_tag="user's"):
         for digest in ("one", "one", "other"):

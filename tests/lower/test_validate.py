@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from moeca_compile import backend
-from moeca_compile.lower import program, teacher
+from moeca_compile.lower import parts, teacher
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite import rows as rows_module
 from moeca_compile.passes.rewrite.kinds import StepKind
@@ -187,7 +187,7 @@ def test_the_tolerance_is_the_users(graph):
 
 def test_code_that_lowering_got_wrong_is_not_used(graph, model, monkeypatch):
     monkeypatch.undo()  # traced programs, not eager steps
-    monkeypatch.setattr(program, "compile_graph", lambda gm, *_: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
+    monkeypatch.setattr(parts, "compile_graph", lambda gm, *_: lambda *args: [gm(*args)[0] + 1, *gm(*args)[1:]])
     engine, loop, warned = prepared(graph)
     assert warned == []
     with pytest.warns(UserWarning, match="Inductor"):

@@ -59,7 +59,7 @@ def recipes_for(family: str) -> tuple[str, ...]:
     return ("moeca-forecast", "fora") if family == "DiT" else ("moeca-forecast",)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.filterwarnings("ignore:moeca. recipe")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_no_step_of_a_family_needs_the_host(family):

@@ -80,6 +80,7 @@ def test_every_region_is_found_with_its_tokens(kind, recwarn):
     assert not [w for w in recwarn if "moeca" in str(w.message)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "keys_values"),
     [(kind, "chosen") for kind in MODELS] + [(Streams, "all"), (TextEndsEarly, "none"), (DoubleThenSingle, "all")],

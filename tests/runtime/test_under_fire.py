@@ -442,6 +442,7 @@ class Int8(Tensor):
 
 
 @traced_once
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["", "blocks.0.attn", "experts"])
 def test_weights_that_hold_other_tensors_are_left_to_torch_compile_with_one_warning(model, where, monkeypatch):
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and where in n]

@@ -255,7 +255,7 @@ def prepared(variant: type[Variant], **options: Any) -> tuple[Variant, Any, Step
     return model, graph, graph.loop(**options)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
 def test_what_is_cached_and_forced_recomputation_is_the_model(variant, recwarn):
     model, graph, loop = prepared(variant, keys_values="chosen", shared="any")

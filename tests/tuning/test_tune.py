@@ -136,6 +136,7 @@ def test_the_plot_has_all_rows_and_marks_the_chosen_one(tuned):
     pyplot.close("all")
 
 
+@pytest.mark.slow  # a tune of its own; what it would say is among the tests below
 def test_a_wish_that_was_not_met_is_warned_of(tuned, monkeypatch):
     _, model, path = tuned
     with pytest.warns(UserWarning, match=r"the wish psnr=149 was not met. The nearest of what was tried"):

@@ -41,8 +41,8 @@ def assert_told(outcomes: list[Outcome]) -> None:
 
 
 def test_some_models() -> None:
-    outcomes = run(6, 0, shrink=False)
-    assert len(outcomes) >= 6
+    outcomes = run(4, 0, shrink=False)
+    assert len(outcomes) >= 4
     assert_told(outcomes)
 
 

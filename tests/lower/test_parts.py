@@ -1,0 +1,180 @@
+"""Parts that are compiled already are not compiled again, at whatever batch size they are needed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeca_compile
+from moeca_compile._torch_private import compile_for_sizes, trace_to_graph
+from moeca_compile.lower import parts as module
+from moeca_compile.lower.partition import Subgraph, whole_graph
+from moeca_compile.lower.parts import Parts, Place, Term, line_through, with_size, without_sizes
+from tests.harness import own_warnings, replace_inductor
+from tests.models import SMALL, make_inputs, make_model
+
+Function = Callable[..., list[Tensor]]
+WEIGHT = torch.randn(6, 8)
+
+
+def layer(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Tokens of all samples are rows of one product, as in an MoE layer."""
+    batch, tokens, width = x.shape
+    rows = (x + 1).reshape(batch * tokens, width) @ weight
+    return [rows.reshape(batch, tokens, -1).sin(), rows[: batch * 2]]
+
+
+def part(function: Function, batch: int, *shape: int) -> tuple[Subgraph, tuple[Tensor, Tensor]]:
+    inputs = torch.randn(batch, *(shape or (4, 6))), WEIGHT
+    (call,) = whole_graph(trace_to_graph(function, *inputs))
+    return call.subgraph, inputs
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was compiled, in order; without Inductor, and so in no time."""
+    replace_inductor(monkeypatch)
+    found: list[str] = []
+    one, all_sizes = module.compile_graph, module.compile_for_sizes
+    monkeypatch.setattr(module, "compile_graph", lambda *a, **k: found.append("one size") or one(*a, **k))
+    monkeypatch.setattr(module, "compile_for_sizes", lambda *a: found.append("all sizes") or all_sizes(*a))
+    return found
+
+
+def compiled(parts: Parts, function: Function, *batches: int, random: bool = False) -> list[Any]:
+    """The code at these batch sizes, each of which gives what the function does."""
+    codes = []
+    for batch in batches:
+        subgraph, inputs = part(function, batch)
+        codes.append(parts.code(subgraph, random, True))
+        torch.testing.assert_close(list(codes[-1](*inputs)), function(*inputs))
+    return codes
+
+
+@pytest.mark.smoke
+def test_the_code_of_the_second_size_is_that_of_all_later_ones() -> None:
+    parts = Parts()
+    one, second, third, fourth = compiled(parts, layer, 4, 2, 5, 16)
+    assert parts.compiled == 2
+    assert second is third is fourth is not one
+    assert [parts.for_all_sizes(code) for code in (one, second)] == [False, True]
+
+
+def test_equal_parts_are_compiled_once(kinds: list[str]) -> None:
+    codes = compiled(Parts(), layer, 3, 3)
+    assert codes[0] is codes[1] and kinds == ["one size"]
+
+
+def test_a_size_of_one_is_a_graph_of_its_own(kinds: list[str]) -> None:
+    codes = compiled(Parts(), layer, 1, 2, 3, 1, 4)
+    assert kinds == ["one size", "one size", "all sizes"]
+    assert codes[0] is codes[3] and codes[2] is codes[4]
+
+
+def rounded(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Three of every eight samples, and the rest of one: a number that is no line."""
+    return [(x @ weight)[: -(-len(x) * 3 // 8)]]
+
+
+def test_what_is_on_no_line_is_compiled_for_each_size(kinds: list[str]) -> None:
+    codes = compiled(Parts(), rounded, 8, 16, 4)  # 3, 6, 2: by steps of 8 the slope is no whole number
+    assert kinds == ["one size"] * 3 and len(set(map(id, codes))) == 3
+
+
+def test_a_third_size_off_the_line_is_compiled_by_itself(kinds: list[str]) -> None:
+    codes = compiled(Parts(), rounded, 5, 6, 7, 9)  # 2, 3, 3, 4: a line through the first two, and no other on it
+    assert kinds[:2] == ["one size", "all sizes"] and codes[2] is not codes[1]
+
+
+def test_another_shape_of_the_same_ops_is_no_batch_size(kinds: list[str]) -> None:
+    parts = Parts()
+    for batch, shape in ((2, (4, 6)), (3, (5, 6))):
+        subgraph, inputs = part(layer, batch, *shape)
+        code = parts.code(subgraph, False, True)
+        torch.testing.assert_close(list(code(*inputs)), layer(*inputs))
+
+
+@pytest.mark.parametrize("fault", ["a guard", "an error"])
+def test_what_does_not_hold_for_a_size_is_compiled_for_it(
+    fault: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def for_sizes(gm: Any, *_: Any) -> Any:
+        if fault == "an error":
+            raise RuntimeError(fault)
+        return gm, lambda size: size != 5
+
+    monkeypatch.setattr(module, "compile_for_sizes", for_sizes)
+    codes = compiled(Parts(), layer, 2, 3, 5, 6)
+    assert kinds == ["one size"] * (2 if fault == "a guard" else 4)
+    assert (codes[1] is codes[3]) == (fault == "a guard")
+
+
+@pytest.mark.smoke
+def test_guards_and_bounds_of_the_code_are_asked() -> None:
+    """Inductor's code may hold for some sizes alone: here for those that were asserted of its inputs."""
+    graph = trace_to_graph(lambda x: [x + 1], torch.ones(4, 2))
+    code, holds = compile_for_sizes(graph, lambda size: [narrowed(torch.empty(size, 2))], 5)
+    torch.testing.assert_close(code(torch.ones(7, 2))[0], torch.ones(7, 2) + 1)
+    assert [holds(size) for size in (1, 2, 3, 4, 50)] == [False, False, False, True, True]
+
+
+def narrowed(x: Tensor) -> Tensor:
+    assert x.shape[0] > 3  # a guard
+    return x
+
+
+def test_code_that_nothing_calls_is_forgotten(kinds: list[str]) -> None:
+    parts = Parts()
+    compiled(parts, layer, 3)
+    gc.collect()
+    compiled(parts, layer, 3)
+    assert kinds == ["one size"] * 2
+
+
+def test_random_numbers_of_eager_mode_are_other_code(kinds: list[str]) -> None:
+    parts = Parts()
+    kept = [compiled(parts, layer, 3, random=random) for random in (False, True)]
+    assert kept and kinds == ["one size"] * 2
+
+
+def test_all_sizes_can_be_declined(kinds: list[str]) -> None:
+    parts, kept = Parts(), []
+    for batch in (2, 3, 4):
+        kept.append(parts.code(part(layer, batch)[0], False, False))
+    assert kinds == ["one size"] * 3
+
+
+def test_the_numbers_of_a_graph_are_terms_of_a_size() -> None:
+    (one, _), (other, inputs) = part(layer, 2), part(layer, 5)
+    (lines, numbers), (same, others) = (without_sizes(s.module(), s.examples()) for s in (one, other))
+    assert lines == same and numbers != others
+    line = line_through(numbers, others, one.examples())
+    assert line is not None
+    terms, place, variable = line
+    assert place == Place(0, 0) and (numbers[variable], others[variable]) == (2, 5)
+    assert {Term(0, 1), Term(0, 2), Term(0, 4)} <= set(terms)
+    assert tuple(term.at(5) for term in terms) == others
+    torch.testing.assert_close(list(with_size(one.module(), terms, place)(*inputs)), layer(*inputs))
+
+
+@pytest.mark.parametrize("options", [{"recipe": "moeca", "budget": 1 / 8}, {"recipe": "stack-forecast"}], ids=str)
+def test_a_third_batch_size_of_a_model_compiles_nothing(options: dict[str, Any], kinds: list[str]) -> None:
+    model = make_model(SMALL)
+    fast, plain = (
+        torch.compile(model, backend="moeca", options={**options, "full_every": 2, **more})
+        for more in ({}, {"lowering": "eager", "max_shapes": 5})
+    )
+    for batch in (2, 3, 5, 4):
+        before = len(kinds)
+        x, y = make_inputs(model, batch)
+        with torch.no_grad():
+            for step in range(4):
+                given = x, torch.full((batch,), 1.0 - step / 4), y
+                torch.testing.assert_close(fast(*given), plain(*given))
+    assert len(kinds) == before and "all sizes" in kinds
+    assert not own_warnings(moeca_compile.report(fast))
