@@ -12,7 +12,18 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
-    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "max_shapes", "tuned"}
+    {
+        "validate",
+        "tolerance",
+        "cuda_graphs",
+        "lowering",
+        "disk_cache",
+        "dynamic_batch",
+        "progress",
+        "dump",
+        "max_shapes",
+        "tuned",
+    }
 )
 """Options that every recipe uses."""
 FORECASTING = frozenset({"forecast", "forecaster", "forecast_order", "forecast_slope"})

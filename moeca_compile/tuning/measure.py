@@ -34,7 +34,7 @@ ROUNDS = 3
 """So many generations of each candidate are timed, in turns with the uncached model. All of its generations count for
 the median of its seconds."""
 _EXPONENTS = {"uniform": 1.0, "power": 1.45}
-_OF_UNCACHED = ("lowering", "validate", "tolerance", "cuda_graphs", "disk_cache", "max_shapes")
+_OF_UNCACHED = ("lowering", "validate", "tolerance", "cuda_graphs", "disk_cache", "dynamic_batch", "max_shapes")
 """The options of candidates that the uncached model has, too."""
 CACHED_NOTHING = "all its steps were full: {0}"
 FAILED = "a cached step failed, and the rest ran uncached: {0}"
