@@ -12,18 +12,8 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
-    {
-        "validate",
-        "tolerance",
-        "cuda_graphs",
-        "lowering",
-        "disk_cache",
-        "dynamic_batch",
-        "progress",
-        "dump",
-        "max_shapes",
-        "tuned",
-    }
+    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "tuned"}
+    | {"dynamic_batch", "max_shapes"}
 )
 """Options that every recipe uses."""
 FORECASTING = frozenset({"forecast", "forecaster", "forecast_order", "forecast_slope"})
