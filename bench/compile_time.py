@@ -9,7 +9,9 @@ machine affects all alike; `cpu` counts the processor's seconds of the process a
 
 full     until the first step is done, which is a full one
 cache    from there until the first cache step is done
-another  the first full step at another batch size
+another  a full and a cache step at another batch size
+third    the same at a third one
+more     one more kind of cache step, where the recipe has several: another number of recomputed tokens
 ours     the part of our own code in `full` and `cache`: matching, validation, planning, rewriting, without lowering
 
 Rows are appended to bench/results/compile_time.csv.
@@ -33,6 +35,7 @@ from typing import Any
 import matplotlib
 import torch
 from rich.console import Console
+from torch import nn
 
 from bench.speed import append
 from examples import families
@@ -44,10 +47,11 @@ RESULTS = ROOT / "bench" / "results" / "compile_time.csv"
 PICTURE = ROOT / "docs" / "images" / "compile-time.png"
 WAYS: Mapping[str, Mapping[str, Any] | None] = {
     "torch.compile": None,
-    "none": {"recipe": "none"},
-    "stack-forecast": {"recipe": "stack-forecast"},
+    "auto": {},
     "moeca 0.0625": {"recipe": "moeca", "budget": 1 / 16},
+    "moeca": {"recipe": "moeca"},
 }
+STEPS = ("full", "cache", "another", "third", "more")
 OURS = ("match", "validate", "plan", "rewrite")
 _UNTIL_CACHED = 3
 """The direction of time is known at the second step, so the third is the first cache step."""
@@ -80,8 +84,24 @@ def start(name: str, way: str, batch: int) -> dict[str, float]:
         if options is not None:
             stages = moeca_compile.report(compiled).compile_seconds
             found["ours"] = sum(stages.get(stage, 0.0) for stage in OURS)
-        timed("another", 1, batch + 1, _UNTIL_CACHED)
+        if options is not None and _take_another_kind(model):
+            timed("more", 1, batch, _UNTIL_CACHED)
+        timed("another", _UNTIL_CACHED, batch + 1, _UNTIL_CACHED + 1)
+        timed("third", _UNTIL_CACHED, batch + 2, 2 * _UNTIL_CACHED + 1)
     return found
+
+
+def _take_another_kind(model: nn.Module) -> bool:
+    """Have the next cache step recompute another number of tokens. Returns whether the recipe has several."""
+    from moeca_compile.runtime.record import find_record
+
+    record = find_record(None, model)
+    for loop in (loop for engine in record.engines for loop in engine.loops.values()):
+        others = [c for c in loop.compiled.plan.capacities if c not in {kind.capacity for kind in loop.steps}]
+        for stream in loop.streams.held() if others else ():
+            stream.capacity = others[0]
+            return True
+    return False
 
 
 def in_a_process(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
@@ -107,10 +127,10 @@ def measure(name: str, ways: Sequence[str], args: argparse.Namespace, console: C
                     shown = ", ".join(f"{step} {value:.1f}" for step, value in found.items())
                     console.print(f"  {way}, {state}: {shown}")
     where = environment(torch.device("cpu"), torch.float32) | {"threads": args.threads}
-    steps = ("full", "full_cpu", "cache", "cache_cpu", "another", "another_cpu", "ours")
+    columns = [*(f"{step}{unit}" for step in STEPS for unit in ("", "_cpu")), "ours"]
     return [
         {"model": name, "batch": args.batch, "way": way, "state": state}
-        | {step: round(median(run.get(step, 0.0) for run in found), 2) for step in steps}
+        | {column: round(median(run.get(column, 0.0) for run in found), 2) for column in columns}
         | {"repeats": len(found), **where}
         for (way, state), found in runs.items()
     ]

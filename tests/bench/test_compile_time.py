@@ -18,17 +18,17 @@ def test_starts_become_rows_and_a_picture(tmp_path: Path, monkeypatch: pytest.Mo
     def started(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
         folders.append(folder)
         spent = 1.0 + len(folders)
-        steps = {step: spent for step in ("full", "cache", "another", "full_cpu", "cache_cpu", "another_cpu")}
+        steps = {f"{step}{unit}": spent for step in compile_time.STEPS for unit in ("", "_cpu")}
         return steps if way == "torch.compile" else steps | {"ours": 0.5}
 
     monkeypatch.setattr(compile_time, "in_a_process", started)
     out, picture = tmp_path / "rows.csv", tmp_path / "time.png"
-    ways = ["--way", "torch.compile", "--way", "none"]
+    ways = ["--way", "torch.compile", "--way", "auto"]
     assert compile_time.main([*ways, "--repeats", "3", "--out", str(out)]) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["way"], row["state"]) for row in rows] == [
-        (way, state) for way in ("torch.compile", "none") for state in ("cold", "warm")
+        (way, state) for way in ("torch.compile", "auto") for state in ("cold", "warm")
     ]
     assert [float(row["full"]) for row in rows] == [6, 7, 8, 9] and {row["repeats"] for row in rows} == {"3"}
     assert all(cold == warm for cold, warm in zip(folders[::2], folders[1::2], strict=True))
@@ -39,5 +39,5 @@ def test_starts_become_rows_and_a_picture(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_start_of_a_tiny_model(tmp_path: Path):
-    found = compile_time.in_a_process("tiny", "stack-forecast", 2, 1, tmp_path)
-    assert all(found[step] > 0 for step in ("full", "cache", "another", "ours", "full_cpu"))
+    found = compile_time.in_a_process("tiny", "moeca", 2, 1, tmp_path)
+    assert all(found[step] > 0 for step in (*compile_time.STEPS, "ours", "full_cpu"))
