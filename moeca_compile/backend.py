@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from moeca_compile import capture, fallback
 from moeca_compile._torch_private import (
+    cpp_compiler_made_ready,
     graphs_from_disk,
     is_module_state,
     own_modules,
@@ -27,7 +28,6 @@ from moeca_compile._torch_private import (
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
-from moeca_compile.lower import toolchain
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
 from moeca_compile.lower.found_before import (
     check_key,
@@ -44,6 +44,7 @@ from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
 from moeca_compile.notes import Notes
+from moeca_compile.ops.cpu.library import library
 from moeca_compile.ops.exchange import alone
 from moeca_compile.options import ConfigError
 from moeca_compile.passes.analysis.graph import placeholders
@@ -191,31 +192,32 @@ def compile_graph(
         export: Dynamo's graph and its inputs -> functional ATen.
     """
     device, dump = device_of(inputs), open_dump(config.dump)
-    toolchain.begin(config, device)
-    with notes.timed("capture"):
-        dump.graph("dynamo", captured.gm)
-        graph = exported(export, captured.gm, inputs, config, device, notes)
-        dump.graph("exported", graph)
-        module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
-        inputs = upload_all(inputs, uploaded, device)
-    with notes.timed("match"):
-        notes.add_matches(normalize(module.graph, dump.after_pass))
-        regions = match_regions(module.graph, captured.argument_nodes(module.graph))
-        dtype = stream_dtype(regions, inputs)
-        dump.regions("matched", module.graph, regions)
-        config = config_that_fits(module.graph, regions, config, device, notes)
-        regions = regions_that_pay(module.graph, regions, config)
-    with notes.timed("validate"):
-        key = rewrite_key(module, regions, config, inputs, captured.arguments, device)
-        check = partial(sound_regions, module.graph, regions, config, inputs, notes)
-        with alone():  # another rank may find on disk that this was validated before
-            regions = validated(key, notes, check, passed=regions)
-    with notes.timed("plan"):
-        plan = plan_steps(module.graph, regions, config)
-        plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
-        dump.regions("planned", module.graph, plan.regions)
-    waits = why_experts_wait(regions, device, notes)
-    return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
+    on_cpu = config.lowering == "inductor" and device.type == "cpu"
+    with cpp_compiler_made_ready(on_cpu, then=partial(library, "grouped_linear")):
+        with notes.timed("capture"):
+            dump.graph("dynamo", captured.gm)
+            graph = exported(export, captured.gm, inputs, config, device, notes)
+            dump.graph("exported", graph)
+            module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
+            inputs = upload_all(inputs, uploaded, device)
+        with notes.timed("match"):
+            notes.add_matches(normalize(module.graph, dump.after_pass))
+            regions = match_regions(module.graph, captured.argument_nodes(module.graph))
+            dtype = stream_dtype(regions, inputs)
+            dump.regions("matched", module.graph, regions)
+            config = config_that_fits(module.graph, regions, config, device, notes)
+            regions = regions_that_pay(module.graph, regions, config)
+        with notes.timed("validate"):
+            key = rewrite_key(module, regions, config, inputs, captured.arguments, device)
+            check = partial(sound_regions, module.graph, regions, config, inputs, notes)
+            with alone():  # another rank may find on disk that this was validated before
+                regions = validated(key, notes, check, passed=regions)
+        with notes.timed("plan"):
+            plan = plan_steps(module.graph, regions, config)
+            plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
+            dump.regions("planned", module.graph, plan.regions)
+        waits = why_experts_wait(regions, device, notes)
+        return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
 
 
 def compile_step(

@@ -20,7 +20,7 @@ from moeca_compile._torch_private.collectives import (
     with_exchanges_played,
 )
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
-from moeca_compile._torch_private.cpp_compiler import compile_cpp, ready_cpp_compiler
+from moeca_compile._torch_private.cpp_compiler import compile_cpp, cpp_compiler_is_busy, cpp_compiler_made_ready
 from moeca_compile._torch_private.cpp_kernels import joined_kernels
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
@@ -104,6 +104,8 @@ __all__ = [
     "compiled_module",
     "compiling",
     "copy_all",
+    "cpp_compiler_is_busy",
+    "cpp_compiler_made_ready",
     "dynamo_is_running",
     "exchanges_played",
     "export_functional",
@@ -136,7 +138,6 @@ __all__ = [
     "pass_idle_logging",
     "ranks_are_joined",
     "read_constants",
-    "ready_cpp_compiler",
     "record_artifact",
     "register_artifacts",
     "restore_compiled_call",

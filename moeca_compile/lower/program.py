@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from moeca_compile._torch_private import fake_mode_of, joined_kernels, trace_to_graph
 from moeca_compile.disk.keys import source_digest
-from moeca_compile.lower import toolchain
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
@@ -193,7 +192,6 @@ def lower_step(
     random = any(map(draws_random_numbers, traced.graph.graph.nodes))
     compiled: dict[Subgraph, Compiled] = {}
     parts = parts or Parts()
-    toolchain.wait()
     with joined_kernels(), torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
         for number, each in enumerate(distinct, start=1):
             on_part(number, len(distinct))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import compile_cpp
+from moeca_compile._torch_private import compile_cpp, cpp_compiler_is_busy
 from moeca_compile.text import first_line
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -42,8 +42,10 @@ def _warn(reason: str) -> None:
 
 
 def _kernel(source: str, dtype: torch.dtype) -> Any:
-    """The function of `source` for a dtype; None where there is none."""
-    function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None) if dtype in _NAMES else None
+    """The function of `source` for a dtype; None where there is none, or none yet: PyTorch's ops run meanwhile."""
+    if dtype not in _NAMES or cpp_compiler_is_busy():
+        return None
+    function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None)
     if function is not None and function.argtypes is None:
         function.argtypes = _ARGUMENTS[source]
     return function
