@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from moeca_compile import backend
 from moeca_compile._torch_private import compile_cpp, cpp_compiler, cpp_compiler_is_busy, cpp_compiler_made_ready
-from moeca_compile.ops.cpu.library import takes
+from moeca_compile.ops.cpu import library as cpu
 from tests.harness import Captured, replace_inductor
 
 
@@ -31,13 +32,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(source)
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(
-        cpp_compiler, "_BINDINGS", SimpleNamespace(value=SimpleNamespace(load_pybinding=load_pybinding))
-    )
-    monkeypatch.setattr(cpp_compiler, "_CPP", SimpleNamespace(value=SimpleNamespace(load=load)))
-    cpp_compiler._thread.cache_clear()
-    yield found
-    cpp_compiler._thread.cache_clear()
+    for name, value in (("_BINDINGS", {"load_pybinding": load_pybinding}), ("_CPP", {"load": load})):
+        monkeypatch.setattr(cpp_compiler, name, SimpleNamespace(value=SimpleNamespace(**value)))
+    monkeypatch.setattr(cpp_compiler, "_threads", [])
+    return found
 
 
 def test_it_is_ready_at_the_end_and_made_so_once(calls: list[str]) -> None:
@@ -65,11 +63,13 @@ def test_what_follows_is_called_in_the_thread_and_may_compile(calls: list[str]) 
     assert calls == ["ready", "moeca_compile C++", "ours"]
 
 
-def test_torchs_ops_run_until_it_is_ready(calls: list[str]) -> None:
+def test_torchs_ops_run_until_it_is_ready(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SimpleNamespace(grouped_linear_float32=SimpleNamespace(argtypes=()))
+    monkeypatch.setattr(cpu, "library", lambda source: kernels)
     rows, weights = torch.randn(4, 8), [torch.randn(8, 8)]
     with cpp_compiler_made_ready(True):
-        assert not takes(rows, weights, None)
-    assert takes(rows, weights, None)
+        assert not cpu.takes(rows, weights, None)
+    assert cpu.takes(rows, weights, None)
 
 
 def test_it_is_ready_where_the_work_beside_fails(calls: list[str]) -> None:
@@ -88,10 +88,11 @@ def test_a_compiler_that_fails_is_left_to_inductor(calls: list[str], monkeypatch
     assert calls == ["else"]
 
 
-@pytest.mark.parametrize(("lowering", "asked"), [("inductor", ["ready"]), ("eager", [])])
+@pytest.mark.parametrize(("lowering", "asked"), [("inductor", ["ready", "grouped_linear"]), ("eager", [])])
 def test_only_what_inductor_compiles_asks_for_it(
     lowering: str, asked: list[str], calls: list[str], small_graph: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_inductor(monkeypatch)
+    monkeypatch.setattr(backend, "library", lambda source: calls.append(source))
     small_graph.loop(lowering=lowering, validate=False)
     assert calls == asked
