@@ -296,6 +296,17 @@ class Options:
         step's output. For deterministic samplers that add a multiple of the output to the picture (Euler on a flow
         or an ODE, DPM-Solver); not for stochastic ones. It costs one cache step at each full step.""",
     )
+    max_error: float | None = setting(
+        None,
+        optional(real(0, open_low=True)),
+        SCHEDULE,
+        """Error control: at each full step, find the relative error that a cache step would have made in its place.
+        Where that is above this number the next full step comes sooner, and where it is below later: 0.1 is 10 % at
+        the end of a gap of average length; in longer gaps an error counts more. The worst sample of the batch
+        decides, and each stream decides for itself. A gap is from half to twice as long as the schedule has it there.
+        Smaller numbers make more full steps. It costs one cache step at each full step, the same one as the
+        corrector's. For deterministic samplers. None keeps to the schedule.""",
+    )
     sampler: str | None = setting(
         None,
         optional(one_of("deterministic", "stochastic")),

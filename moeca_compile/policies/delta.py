@@ -48,7 +48,7 @@ def group_at(options: Options, at: CacheStepAt) -> str:
 POLICY = Policy(
     reuses="the change of the last blocks early in a generation, and of the first blocks late",
     recipes={"delta": {}},
-    options=CACHING - {"corrector"} | {"cached_blocks", "boundary"},
+    options=CACHING - {"corrector", "max_error"} | {"cached_blocks", "boundary"},
     declare=declare,
     stands_in=False,
     forecasts=("blocks",),

@@ -114,7 +114,8 @@ def ignored(options: Options) -> Mapping[str, str]:
         names = ("tau0", "alpha", "beta", "entropy", "statistic", "capacities")
         found |= dict.fromkeys(names, "a budget takes the place of the threshold, so it has no effect")
     if options.budget != 0:
-        found["corrector"] = "it needs cache steps that recompute nothing: set budget to 0, or take another recipe"
+        reason = "it needs cache steps that recompute nothing: set budget to 0, or take another recipe"
+        found |= dict.fromkeys(("corrector", "max_error"), reason)
     if options.budget == 0:
         unranked = ("lambda1", "lambda2", "score", "score_weights")
         found |= dict.fromkeys(unranked, "with a budget of 0 nothing is ranked, so it has no effect")

@@ -30,7 +30,7 @@ KEEPING = ALWAYS | {
     "trace",
 }
 """Options that every recipe with caches uses."""
-CACHING = KEEPING | SPACED | FORECASTING
+CACHING = KEEPING | SPACED | FORECASTING | {"max_error"}
 """Options of recipes whose full steps come by their numbers, and that may extrapolate."""
 DECIDING = KEEPING | {"reuse_threshold", "max_reused"}
 """Options of recipes that decide by the data which steps are full."""
@@ -109,7 +109,7 @@ def ignored_by_all(options: Options, policy: Policy) -> Mapping[str, str]:
     spaced = {"schedule"} | ({"full_every"} if not policy.weighs_age(options) else set())  # it counts in such steps
     if options.full_steps:
         listed = "full_steps lists the full steps, so it has no effect"
-        found |= dict.fromkeys({*spaced, "warmup_steps"}, listed)
+        found |= dict.fromkeys({*spaced, "warmup_steps", "max_error"}, listed)
     if options.schedule not in SCHEDULES:
         found["warmup_steps"] = "the schedule lists the full steps, so it has no effect"
     if options.schedule != "power":
@@ -120,11 +120,14 @@ def ignored_by_all(options: Options, policy: Policy) -> Mapping[str, str]:
         names = ("forecaster", "forecast_order", "forecast_slope")
         found |= dict.fromkeys(names, "nothing is forecast, so it has no effect")
     if options.attention_every or options.experts_every:
-        found["corrector"] = "it needs full steps that refresh attention and experts together"
+        together = "it needs full steps that refresh attention and experts together"
+        found |= dict.fromkeys(("corrector", "max_error"), together)
         found["warmup_steps"] = "attention_every and experts_every count from the first step on"
     if options.attention_every and options.experts_every:
         reason = "attention_every and experts_every take its place, so it has no effect"
         found |= dict.fromkeys({"full_steps", *spaced}, reason)
+    if options.sampler == "stochastic":
+        found["max_error"] = "it is for deterministic samplers: the noise of others is in the error that it looks at"
     if options.max_cache_bytes is None:
         found["coarser_caches"] = "max_cache_bytes sets no limit, so it has no effect"
     if not options.validate:

@@ -18,7 +18,7 @@ from moeca_compile.reporting.found import record_of
 from moeca_compile.reporting.memory import memory_by_kind
 from moeca_compile.reporting.peak import peak_memory
 from moeca_compile.reporting.places import places_of
-from moeca_compile.reporting.report import Flops, GraphBreak, Region, Report
+from moeca_compile.reporting.report import Flops, ForecastErrors, GraphBreak, Region, Report
 from moeca_compile.reporting.traced import trace_of
 from moeca_compile.runtime.loop import StepLoop
 from moeca_compile.runtime.record import Record
@@ -67,6 +67,7 @@ def report(model: Any) -> Report:
         reuse_ratio=_ratio(counts["branches"] - counts["recomputed"], counts["branches"]),
         recomputed_branches_per_step=_ratio(counts["recomputed"], cache_steps if counts["branches"] else 0),
         corrections=sum(each.tallies.corrections for each in counted),
+        forecast_errors=_forecast_errors(counted),
         magnitude_ratios=_magnitude_ratios(loops[-1]) if loops else (),
         probes=sum(each.tallies.probes for each in counted),
         flops=_flops(counted),
@@ -161,6 +162,13 @@ def _steps(counted: list[Counted]) -> dict[str, int]:
     return steps
 
 
+def _forecast_errors(counted: list[Counted]) -> ForecastErrors | None:
+    errors = [each.tallies.errors for each in counted]
+    number = sum(each.number for each in errors)
+    mean = _ratio(sum(each.sum for each in errors), number)
+    return None if mean is None else ForecastErrors(number, mean, max(each.largest for each in errors))
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -170,7 +178,7 @@ def _flops(counted: list[Counted]) -> Flops | None:
     calls = sum(steps for _, _, steps in tallies)
     full = sum(each.tallies.steps * each.uncached for each in counted)
     spent = sum(steps * flops[kind] for flops, kind, steps in tallies)
-    spent += sum(n * each.flops[REUSING] for each in counted if (n := each.tallies.corrections))
+    spent += sum(n * each.flops[REUSING] for each in counted if (n := each.tallies.forecasts))
     spent += sum(n * each.flops[PROBE] for each in counted if (n := each.tallies.probes))
     return Flops(full / calls, spent / calls) if calls and full else None
 

@@ -72,6 +72,20 @@ class Flops:
 
 
 @dataclass(frozen=True)
+class ForecastErrors:
+    """How far forecasts were from the outputs of full steps, relative to these (option `max_error`).
+
+    Attributes:
+        number: how many were measured.
+        mean, largest: of these; 0.1 is 10 %. Each is that of the worst sample of its batch.
+    """
+
+    number: int
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The state of one compiled model when the report was made, in plain values.
 
@@ -91,6 +105,8 @@ class Report:
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
         corrections: number of full steps that made up for the cache steps before them (option `corrector`).
+        forecast_errors: what was found at full steps, and decided when the next one came (option `max_error`); None
+            where nothing was.
         probes: number of probes that ran beside these steps, to decide by the data which of them are full.
         magnitude_ratios: what recipe magcache has measured, a number for each step of a generation; the mean, where
             there are several streams.
@@ -121,6 +137,7 @@ class Report:
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     corrections: int = 0
+    forecast_errors: ForecastErrors | None = None
     probes: int = 0
     magnitude_ratios: tuple[float, ...] = ()
     match_ratio: float | None = None
@@ -182,6 +199,8 @@ class Report:
             known["traces"] = tuple(map(trace_from, known["traces"]))
             if known["flops"] is not None:
                 known["flops"] = Flops(known["flops"]["full_step"], known["flops"]["mean_step"])
+            if known["forecast_errors"] is not None:
+                known["forecast_errors"] = ForecastErrors(**known["forecast_errors"])
             return cls(**known)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"these are not the values of a report of this version ({first_line(error)})") from error
@@ -274,6 +293,12 @@ def _step_lines(report: Report) -> list[str]:
         corrected = f", {report.corrections} of the full ones corrected" if report.corrections else ""
         probed = f", decided by {plural(report.probes, 'probe')}" if report.probes else ""
         lines.append(f"steps: {sum(report.steps.values())} ({kinds}){corrected}{probed}")
+    if report.forecast_errors is not None:
+        errors = report.forecast_errors
+        lines.append(
+            f"forecast errors at {plural(errors.number, 'full step')}: {percent(errors.mean)} on average, "
+            f"{percent(errors.largest)} at most"
+        )
     ratios = {"matched": report.match_ratio, "reused": report.reuse_ratio}
     known = [f"{percent(ratio)} {name}" for name, ratio in ratios.items() if ratio is not None]
     if known:

@@ -27,6 +27,7 @@ from moeca_compile.runtime.arguments import mark
 from moeca_compile.runtime.capacities import Capacities
 from moeca_compile.runtime.corrector import corrected, gain
 from moeca_compile.runtime.cuda_graphs import CudaGraphs, CudaRecorder
+from moeca_compile.runtime.error_control import ErrorControl, relative_error
 from moeca_compile.runtime.late import LateCopy, recording
 from moeca_compile.runtime.layouts import in_one_layout
 from moeca_compile.runtime.ranks import DIFFERENT, SEVERAL, Ranks
@@ -53,6 +54,21 @@ def _on_cpu(weights: tuple[tuple[tuple[float, ...], ...], ...]) -> Tensor:
     """
     with torch.inference_mode(False):  # it serves calls outside inference mode too
         return torch.tensor(weights, dtype=torch.float32, device="cpu")
+
+
+class UseOfError(NamedTuple):
+    """What a full step does with the error that a cache step in its place would have made: nothing, most often.
+
+    Attributes:
+        correction: the weight of the error in the step's outputs (runtime.corrector).
+        measures: whether the next full step depends on its size (runtime.error_control).
+    """
+
+    correction: float = 0.0
+    measures: bool = False
+
+
+NO_USE = UseOfError()
 
 
 class Given(NamedTuple):
@@ -89,7 +105,7 @@ class StepLoop:
         self.compiled, self.compile_step, self.notes = compiled, compile_step, notes
         plan, config, device = compiled.plan, compiled.config, compiled.device
         self.streams = Streams(bounds, config, plan.caches, plan.parts, device)
-        self.may_correct = config.corrector or self.streams.follows_sampler
+        self.may_predict = config.corrector or self.streams.follows_sampler or config.max_error is not None
         self.times = TimestepReader(compiled, notes)
         self.ranks = Ranks(compiled.groups, device)
         self.capacities = Capacities(plan, device, self.ranks)
@@ -123,8 +139,8 @@ class StepLoop:
                     write_step_scalars(stream.state, refresh.share, position.number)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s step at time %g", kind.name, position.time)
-            weight = self.correction(refresh, position, stream) if self.may_correct else 0.0
-            outputs = self._run(kind, stream, inputs, given, weight, position)
+            use = self.use_of_error(refresh, position, stream) if self.may_predict else NO_USE
+            outputs = self._run(kind, stream, inputs, given, use, position)
             if stream.criterion is not None:
                 self.measure(stream.criterion, refresh, position, stream, given)
             stream.note_refreshed(refresh, position.number, position.time)
@@ -216,14 +232,27 @@ class StepLoop:
 
         return self.capacities.kind(refresh, stream, counts)
 
-    def correction(self, refresh: RefreshPlan, position: Position, stream: Stream) -> float:
-        """The weight of the error that a full step makes up for (runtime.corrector); 0 where it makes up for none."""
+    def use_of_error(self, refresh: RefreshPlan, position: Position, stream: Stream) -> UseOfError:
+        """What the error that a cache step would have made is for, where this step is full."""
         if refresh != EVERYTHING or stream.empty:
-            return 0.0
-        if not (self.compiled.config.corrector or self.streams.deterministic(position)):
-            return 0.0
-        order = stream.rule.order if self.compiled.config.forecast else 0
-        return gain(stream.full_at[0][: order + 1], stream.passed, position.time)
+            return NO_USE
+        config, deterministic, control = self.compiled.config, self.streams.deterministic(position), stream.criterion
+        measures = isinstance(control, ErrorControl) and control.measures and deterministic is not False
+        correction = 0.0
+        if config.corrector or deterministic:
+            order = stream.rule.order if config.forecast else 0
+            correction = gain(stream.full_at[0][: order + 1], stream.passed, position.time)
+        return UseOfError(correction, measures) if correction or measures else NO_USE
+
+    def note_error(
+        self, criterion: Criterion, position: Position, outputs: Sequence[Any], predicted: Sequence[Any]
+    ) -> None:
+        """Let error control know the error of a full step's forecast. It is copied while the host goes on."""
+        error = relative_error(outputs, predicted, self.compiled.plan.sizes[0])
+        if error is None:
+            return
+        copy, at = LateCopy(error), StepAt(position.number, position.request.expected, position.time)
+        criterion.measured(at, lambda: self.tallies.errors.add(self.ranks.most(copy.number())))
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
         """The compiled step of this kind, compiled when it is first needed."""
@@ -253,11 +282,11 @@ class StepLoop:
         stream: Stream,
         inputs: Sequence[Any],
         given: Given,
-        correction: float = 0.0,
+        use: UseOfError = NO_USE,
         position: Position | None = None,
     ) -> tuple[Any, ...]:
         """Run a step on the stream's caches, apply its updates to them, and count it."""
-        predicted = self._predicted(stream, given) if correction else ()
+        predicted = self._predicted(stream, given) if use is not NO_USE else ()
         # Not a call is spent on a step that nobody traces.
         tracer = self._tracer() if (OPEN or self.always_traced) and position is not None else None
         if tracer is None or position is None:
@@ -269,10 +298,12 @@ class StepLoop:
         self.tallies.add(kind, result.counts)
         self.capacities.promote(stream, result.counts)
         outputs = self.compiled.write_back(inputs, result.outputs)
-        if not correction:
+        if use.measures and position is not None and stream.criterion is not None:
+            self.note_error(stream.criterion, position, outputs, predicted)
+        if not use.correction:
             return outputs
         self.tallies.corrections += 1
-        return corrected(outputs, predicted, correction)
+        return corrected(outputs, predicted, use.correction)
 
     def _tracer(self) -> Tracer | None:
         """What collects the trace of a step; None unless it was asked for."""
@@ -291,7 +322,8 @@ class StepLoop:
             stream.traced.clear()
 
     def _predicted(self, stream: Stream, given: Given) -> tuple[Any, ...]:
-        """The outputs that a cache step would give here. It changes no cache, and is not counted."""
+        """The outputs that a cache step would give here. It changes no cache, and is no step of its own."""
+        self.tallies.forecasts += 1
         return self._result(REUSING, stream, *given).outputs[len(self.compiled.mutated) :]
 
     def _probed(self, stream: Stream, given: Given) -> LateCopy | None:
@@ -333,8 +365,8 @@ class StepLoop:
 
     def counted(self) -> Counted:
         """What this loop has counted so far."""
-        probes = [PROBE] * (self.tallies.probes > 0)
-        flops = {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind, *probes)}
+        beside = [PROBE] * (self.tallies.probes > 0) + [REUSING] * (self.tallies.forecasts > 0)
+        flops = {kind: self.flops(kind) for kind in (StepKind(), *self.tallies.by_kind, *beside)}
         probe = self.compiled.plan.probe
         handed_on = flops.get(PROBE, 0.0) if probe is not None and probe.handed_on else 0.0
         filling = self.compiled.plan.filling_flops

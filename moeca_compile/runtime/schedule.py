@@ -52,6 +52,25 @@ class DueSteps:
             return DueSteps(every, both, self.planned)
         return other.and_of(self) if other.listed is not None else DueSteps(every)
 
+    def phase(self, step: float) -> float:
+        """The place of a step among the due ones: i for that numbered i from 0, and evenly in between.
+
+        Past a list it ends where the generation does, if that is known.
+        """
+        if self.listed is None:
+            return step / self.every
+        if self.planned is not None and step >= self.planned:
+            return len(self.listed) + (step - self.planned) / self.every
+        place = max(bisect_right(self.listed, step) - 1, 0)
+        end = math.inf if self.planned is None else self.planned
+        start, end = (*self.listed, end)[place : place + 2]
+        return place + (step - start) / (end - start)
+
+    @property
+    def mean_gap(self) -> float:
+        """The number of steps from one due one to the next, on average."""
+        return self.planned / len(self.listed) if self.listed and self.planned else self.every
+
     def _up_to(self, number: int) -> int:
         """How many steps are due from 0 to `number`."""
         if self.listed is None:
@@ -68,7 +87,8 @@ class Schedule:
     is set, else `full_every` and `schedule`. If Part.WHOLE is among the `cached` parts, only full steps compute
     anything anew.
 
-    Where the data decide, the first step is due, and the last one where the number of steps is known.
+    Where a recipe decides by the data, the first step is due, and the last one where the number of steps is known.
+    Under error control (`max_error`) the first one is.
     """
 
     def __init__(self, config: MoecaConfig, cached: Set[Part]) -> None:
@@ -86,16 +106,27 @@ class Schedule:
                 then is due now, also if it was due at a step at which this stream was not called.
             steps: how many the generation is expected to have; None where that is not known.
         """
-        if self.policy.decides is not None:
-            return EVERYTHING if attention_at < 0 or number + 1 == steps else NOTHING
-        by_length = steps is not None and self.config.schedule != "uniform"
-        attention, experts = self.planned(steps) if by_length else self.unplanned
+        if self.policy.decides is not None or self.config.max_error is not None:
+            last = self.policy.decides is not None and number + 1 == steps
+            return EVERYTHING if attention_at < 0 or last else NOTHING
+        attention, experts = self._parts(steps)
         due = attention.within(attention_at, number), experts.within(experts_at, number)
         if all(due):
             return EVERYTHING
         at = CacheStepAt(number, steps, number - max(attention_at, experts_at))
         share = self.policy.share_at(self.config, at) if self.policy.share_at is not None else None
         return RefreshPlan(*due, self.policy.group_at(self.config, at), share)
+
+    def full_steps(self, steps: int | None) -> DueSteps:
+        """The steps that compute everything anew in a generation of so many; None where that is not known.
+
+        For recipes without intervals by part.
+        """
+        return self._parts(steps)[0]
+
+    def _parts(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
+        by_length = steps is not None and self.config.schedule != "uniform"
+        return self.planned(steps) if by_length else self.unplanned
 
     def _due(self, steps: int | None) -> tuple[DueSteps, DueSteps]:
         config = self.config

@@ -14,8 +14,9 @@ from moeca_compile.config import MoecaConfig
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part
-from moeca_compile.policies.criterion import Criterion, Decides, Memory
+from moeca_compile.policies.criterion import Criterion, Memory
 from moeca_compile.policies.forecast import LINEAR, Rule, rule_of, slot_weights
+from moeca_compile.runtime.error_control import ErrorControl
 from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
 from moeca_compile.runtime.tracks import Position, Track
@@ -287,7 +288,7 @@ class Streams:
     def _new_stream(self, name: Hashable) -> Stream:
         """A stream without valid values, in the memory of an ended one (preferably of that name) if there is any."""
         allocator = self._allocator()
-        criterion = self._criterion(name, self.decides) if self.decides is not None else None
+        criterion = self._criterion(name)
         fitting = [(other == name, i) for i, (other, s) in enumerate(self.spare) if s.allocated_by == allocator]
         if not fitting:
             self.bounds.make_room(self.stream_bytes)
@@ -303,8 +304,12 @@ class Streams:
         stream = self.spare.pop(index)[1]
         return stream.emptied(stream.capacity if same_name else None, criterion)
 
-    def _criterion(self, name: Hashable, decides: Decides) -> Criterion:
-        return decides.criterion(self.config, self.memories.setdefault(name, {}))
+    def _criterion(self, name: Hashable) -> Criterion | None:
+        if self.config.max_error is not None:
+            return ErrorControl(self.config, self.schedule.full_steps)
+        if self.decides is not None:
+            return self.decides.criterion(self.config, self.memories.setdefault(name, {}))
+        return None
 
     def _allocator(self) -> Hashable:
         """Inference mode and CUDA stream: one stream must not write to memory that another may still be using."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
 
@@ -33,13 +34,32 @@ class Tally:
         return [value / self.steps for value in column]
 
 
+@dataclass
+class Errors:
+    """Relative errors of forecasts at full steps: their number and sum, and the largest."""
+
+    number: int = 0
+    sum: float = 0.0
+    largest: float = 0.0
+
+    def add(self, error: float) -> float:
+        """Count an error, and return it. One that is not finite is not in the sum."""
+        if math.isfinite(error):
+            self.number, self.sum, self.largest = self.number + 1, self.sum + error, max(self.largest, error)
+        return error
+
+
 class Tallies:
     """Tallies by step kind. Counters stay on the device until a report reads them."""
 
     def __init__(self) -> None:
         self.by_kind: dict[StepKind, Tally] = {}
+        self.forecasts = 0
+        """Cache steps that ran beside full steps, for the error that they would have made."""
         self.corrections = 0
-        """Full steps that made up for cache steps: each ran a cache step besides (runtime.corrector)."""
+        """Full steps that made up for cache steps by such an error (runtime.corrector)."""
+        self.errors = Errors()
+        """The errors that decided when the next step was full (runtime.error_control)."""
         self.probes = 0
         """Probes that ran beside steps, to decide on them."""
 
