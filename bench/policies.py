@@ -17,7 +17,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO
@@ -57,13 +57,17 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Cases that answer one question. `images` per seed set and `sets` are the fewest that an answer needs."""
+    """Cases that answer one question. `images` per seed set and `sets` are the fewest that an answer needs.
+
+    `alone` generates each picture by itself, for decisions that are made for a whole batch.
+    """
 
     name: str
     cases: tuple[Case, ...]
     sampler: str = "euler"
     images: int = 10
     sets: int = 3
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,13 @@ class Costs:
 
 @dataclass
 class Study:
-    """The model, and the uncached pictures by (sampler, images, sets), each generated once."""
+    """The model, and the uncached pictures by (sampler, images, sets, alone), each generated once."""
 
     checkpoint: Path
     steps: int
     guidance: float
     device: torch.device
-    uncached: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
+    uncached: dict[tuple[str, int, int, bool], list[Tensor]] = field(default_factory=dict)
     ratios: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """The magnitude ratios by sampler, measured once."""
 
@@ -129,6 +133,7 @@ def questions() -> tuple[Question, ...]:
         Question("forecasters", tuple(_forecasters((4, 7)))),
         Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
         Question("decisions", (*_evenly_spaced((3, 4)), *_variants_of(_DECIDING))),
+        Question("errors", tuple(_error_controlled()), alone=True),
         Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
@@ -189,6 +194,23 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
             for chosen in ({}, *options):
                 name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
                 yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
+
+
+_BOUNDS: dict[str, dict[int, tuple[float, ...]]] = {
+    "power": {4: (0.105,), 5: (0.15,)},
+    "uniform": {4: (0.09,), 5: (0.13,)},
+}
+"""Bounds of the error by schedule and `full_every`, at which about as many steps are full as without."""
+
+
+def _error_controlled() -> Iterator[Case]:
+    """The corrected forecast by schedules, and with the gaps between full steps scaled by the error."""
+    for schedule, bounds in _BOUNDS.items():
+        for every, chosen in bounds.items():
+            options = {"recipe": "stack-forecast", "full_every": every, "schedule": schedule, "corrector": True}
+            yield Case(f"{schedule}, N = {every}", options)
+            for bound in chosen:
+                yield Case(f"{schedule}, N = {every}, max_error={bound}", {**options, "max_error": bound})
 
 
 _FORECASTERS = (
@@ -344,14 +366,18 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
 def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
     """[images, 1, 8, 8] from one seed, classes 0 to 9 in turn."""
     labels = (torch.arange(question.images) % 10).to(study.device)
-    with moeca_compile.generation(steps=steps):
-        images = generate(model, labels, steps=steps, guidance=study.guidance, sampler=sampler, seed=seed)
-    return images.cpu()
+    every = [slice(i, i + 1) for i in range(question.images)] if question.alone else [slice(None)]
+    found = []
+    for rows in every:
+        with moeca_compile.generation(steps=steps):
+            how = {"steps": steps, "guidance": study.guidance, "sampler": sampler, "seed": seed}
+            found.append(generate(model, labels, rows=rows, **how))
+    return torch.cat(found).cpu()
 
 
 def _uncached(study: Study, question: Question) -> list[Tensor]:
     """Uncached pictures for twice as many seeds: the first half for PSNR, the second for the Frechet distance."""
-    key = (question.sampler, question.images, question.sets)
+    key = (question.sampler, question.images, question.sets, question.alone)
     if key not in study.uncached:
         seeds, model = range(2 * question.sets), study.model()
         study.uncached[key] = [
@@ -456,7 +482,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen_questions(args: argparse.Namespace) -> list[Question]:
     found = [q for q in questions() if not args.question or q.name in args.question]
-    return [Question(q.name, q.cases, q.sampler, args.images or q.images, args.sets or q.sets) for q in found]
+    return [replace(q, images=args.images or q.images, sets=args.sets or q.sets) for q in found]
 
 
 def main(argv: list[str] | None = None) -> int:

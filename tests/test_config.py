@@ -31,6 +31,7 @@ WRONG = [
     ("forecaster", "newton", "'taylorseer'"),
     ("forecast_order", 5, "from 0 to 4"),
     ("corrector", 1, "True | False"),
+    ("max_error", 0.0, "None or a finite number in (0, inf)"),
     ("warmup_steps", -1, ">= 0"),
     ("first_blocks", -1, ">= 0"),
     ("last_blocks", 0.5, "whole number"),

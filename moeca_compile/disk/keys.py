@@ -27,7 +27,17 @@ from moeca_compile.passes.match.regions import Regions
 _SMALL = 1 << 24
 """Bytes of a tensor of integers up to which its values count. Larger ones are packed weights."""
 
-_ELSEWHERE = ("dump", "disk_cache", "progress", "trace", "tuned", "schedule", "schedule_exponent", "full_steps")
+_ELSEWHERE = (
+    "dump",
+    "disk_cache",
+    "progress",
+    "trace",
+    "tuned",
+    "schedule",
+    "schedule_exponent",
+    "full_steps",
+    "max_error",
+)
 """Options that say what people see, or when steps are full, and change nothing within a step."""
 
 

@@ -15,7 +15,8 @@ one, wherever in the generation it lies. After a full step that ended a gap of p
     next phase = d (max_error G / (e_r (r - q)))^(1 / (n+2)),
 
 with the power from 1/2 to 2, and then the phase, too. So there are from half to twice as many full steps as planned.
-Forecasts that lack values, at the beginning, have another order: until there are enough, gaps are the schedule's.
+The first error of a straight line, or of a higher order, is that of a held value, which says little of the next: it
+does not count, so the first two gaps are the schedule's.
 
 The error is copied while the host goes on. It is read at the first later step that could be the next full one.
 """
@@ -59,6 +60,8 @@ class ErrorControl(Criterion):
         self.measures = False
         self.pending: Signal | None = None
         """The last error, where it has not been read."""
+        self.used = self.order
+        """The order of the forecast that made it."""
         self._begin_anew()
 
     def is_full(self, at: StepAt, signal: Signal) -> bool:
@@ -87,8 +90,9 @@ class ErrorControl(Criterion):
 
     def measured(self, at: StepAt, signal: Signal) -> None:
         """The error of this full step, which is known when a later one is decided on."""
-        if self.known > self.order + 1:  # the forecast went through as many full steps as its order asks for
-            self.pending = signal
+        used = min(self.order, self.known - 2)  # as far as there were full steps before this one
+        if used >= min(self.order, 1):
+            self.pending, self.used = signal, used
 
     def _begin_anew(self) -> None:
         self.known, self.last = 0, -1
@@ -121,7 +125,7 @@ class ErrorControl(Criterion):
         """How many times as long the gap should have been."""
         if not error > 0:
             return MOST if error == 0 else LEAST  # NaN is no small error
-        ratio: float = (self.bound / error) ** (1 / (self.order + 2))
+        ratio: float = (self.bound / error) ** (1 / (self.used + 2))
         return ratio
 
 

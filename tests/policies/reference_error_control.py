@@ -21,7 +21,7 @@ class Controlled:
 
     bound: max_error
     forecast: along a straight line through the last two full steps; else values are held
-    fault: plants one: "first sample", "last gap forgotten", "other order", "unweighted", "one step late"
+    fault: plants one: "first sample", "last gap forgotten", "other order", "unweighted", "one step late", "unbounded"
     """
 
     model: TinyDiTMoE
@@ -89,8 +89,9 @@ class Controlled:
             self.errors.append(error)
             counted = error if self.fault == "unweighted" else error * gap / self.mean
             power = 1 / (order + (3 if self.fault == "other order" else 2))
-            longer = min(2.0, max(0.5, (self.bound / counted) ** power))
-            length = min(2.0, max(0.5, (1.0 if self.fault == "last gap forgotten" else done) * longer))
+            most = 9.0 if self.fault == "unbounded" else 2.0
+            longer = min(most, max(1 / most, (self.bound / counted) ** power))
+            length = min(most, max(1 / most, (1.0 if self.fault == "last gap forgotten" else done) * longer))
         self.length, self.target = length, at + length
         self.fulls.append(number)
 

@@ -99,6 +99,9 @@ def generate(engine: Engine, graph: Captured, model: TinyDiTMoE, seed: int = 1, 
         {"recipe": "block-cache", "reuse_threshold": 0.3},
         {"recipe": "magcache", "reuse_threshold": 0.3},
         {"recipe": "none"},
+        {"recipe": "stack", "max_error": 0.2},
+        {"recipe": "fora-forecast", "max_error": 0.2},
+        {"recipe": "stack-forecast", "corrector": True, "max_error": 0.2},
     ],
     ids=str,
 )
@@ -116,7 +119,7 @@ def test_recorded_generations_equal_those_that_run_op_by_op(on_tape, graph, mode
     assert recorder.events.count("rehearse") == kinds
     assert recorder.events.count("record") == kinds + slots - 1  # full steps once for each slot that they fill
     assert (loop.tallies.corrections > 0) == engine.config.corrector
-    assert recorder.events.count("replay") == 3 * 13 + loop.tallies.corrections + loop.tallies.probes - kinds
+    assert recorder.events.count("replay") == 3 * 13 + loop.tallies.forecasts + loop.tallies.probes - kinds
     assert engine.notes.errors["replayed"] == 0.0
 
 
