@@ -12,9 +12,10 @@ like gap^(n+2): an error at the end of a long gap counts more than one at the en
 Gaps are measured in those that the schedule plans there, so that its shape stays: a gap of phase 1 is the planned
 one, wherever in the generation it lies. After a full step that ended a gap of phase d,
 
-    next phase = d (max_error G / (e_r (r - q)))^(1 / (n+2)),
+    wanted phase = d (max_error G / (e_r (r - q)))^(1 / (n+2)), from 1/2 to 2.
 
-with the power from 1/2 to 2, and then the phase, too. So there are from half to twice as many full steps as planned.
+Errors scatter from one gap to the next. So the next phase is the geometric mean of the wanted one and of the one that
+was meant to be the last (docs/policies.md). There are from half to twice as many full steps as planned.
 The first error of a straight line, or of a higher order, is that of a held value, which says little of the next: it
 does not count, so the first two gaps are the schedule's.
 
@@ -23,6 +24,7 @@ The error is copied while the host goes on. It is read at the first later step t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +37,7 @@ from moeca_compile.policies.forecast import rule_of
 from moeca_compile.runtime.schedule import DueSteps
 
 LEAST, MOST = 0.5, 2.0
-"""Bounds of a gap, in planned ones, and of its change from one gap to the next."""
+"""Bounds of a gap, in planned ones."""
 _TIE = 1e-9
 """Rounding must not decide between two steps that are as near to where the next full step should be."""
 
@@ -69,7 +71,7 @@ class ErrorControl(Criterion):
         plan, self.measures = self.plan(at.steps), False
         place = plan.phase(at.number + 0.5) + _TIE
         if at.number >= self.options.warmup_steps:
-            soonest = self.phase if self.pending is None else _bounded(LEAST * self.done)
+            soonest = self.phase if self.pending is None else math.sqrt(self.phase * LEAST)
             if place < self.reached + soonest:
                 return False
             self._settle()
@@ -119,18 +121,15 @@ class ErrorControl(Criterion):
         """Read the last error, if that has not been done, and let it decide on the gap under way."""
         if self.pending is not None:
             error, self.pending = self.pending() * self.weight, None
-            self.phase = _bounded(self.done * _bounded(self._longer(error)))
+            wanted = min(max(self.done * self._longer(error), LEAST), MOST)
+            self.phase = math.sqrt(self.phase * wanted)
 
     def _longer(self, error: float) -> float:
-        """How many times as long the gap should have been."""
+        """How many times as long the last gap should have been."""
         if not error > 0:
-            return MOST if error == 0 else LEAST  # NaN is no small error
+            return math.inf if error == 0 else 0.0  # NaN is no small error
         ratio: float = (self.bound / error) ** (1 / (self.used + 2))
         return ratio
-
-
-def _bounded(phase: float) -> float:
-    return min(max(phase, LEAST), MOST)
 
 
 def relative_error(outputs: Sequence[Any], predicted: Sequence[Any], samples: int) -> Tensor | None:

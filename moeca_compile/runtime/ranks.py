@@ -8,7 +8,8 @@ must run the same kind of step at the same call, whatever their data say:
 - At the first step of a stream, which is full everywhere, ranks compare what they would do: what they cache, the
   options and the time. Where these differ (a region failed its validation on one rank, say), all steps are full.
 - The capacity of a stream is the most that any rank needs, and does not grow.
-- The numbers by which a recipe decides (TeaCache, say) are means over the ranks.
+- The numbers by which a recipe decides (TeaCache, say) are means over the ranks. Under error control the largest
+  error of all ranks counts.
 - Nothing is validated again later, and an error is raised: the model itself would not run in step with the others.
 """
 

@@ -28,8 +28,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run cases of one question on the small model; gives their CSV rows by case."""
 
-    def run(*cases: policies.Case, sampler: str = "euler") -> dict[str, dict[str, str]]:
-        question = policies.Question("test", cases, sampler, images=2, sets=1)
+    def run(*cases: policies.Case, sampler: str = "euler", alone: bool = False) -> dict[str, dict[str, str]]:
+        question = policies.Question("test", cases, sampler, images=2, sets=1, alone=alone)
         monkeypatch.setattr(policies, "questions", lambda: (question,))
         threads, out = torch.get_num_threads(), tmp_path / "rows.csv"
         argv = ["--steps", "6", "--checkpoint", str(checkpoint), "--out", str(out)]
@@ -50,6 +50,13 @@ def test_every_case_has_options_that_the_config_takes():
     }  # fmt: skip
     for question in policies.questions():
         assert len({case.name for case in question.cases}) == len(question.cases)
+
+
+def test_pictures_that_are_made_alone_are_those_of_a_batch(run: Run):
+    case = policies.Case("cached", {"recipe": "stack", "full_every": 3})
+    together, alone = run(case), run(case, alone=True)
+    assert float(alone["cached"]["psnr"]) == pytest.approx(float(together["cached"]["psnr"]), abs=0.01)
+    assert alone["cached"]["flops_speedup"] == together["cached"]["flops_speedup"]
 
 
 def test_rows_hold_quality_costs_and_where_they_were_measured(run: Run):

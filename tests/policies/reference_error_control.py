@@ -21,7 +21,8 @@ class Controlled:
 
     bound: max_error
     forecast: along a straight line through the last two full steps; else values are held
-    fault: plants one: "first sample", "last gap forgotten", "other order", "unweighted", "one step late", "unbounded"
+    fault: plants one: "first sample", "last gap forgotten", "other order", "unweighted", "one step late",
+        "unbounded", "undamped"
     """
 
     model: TinyDiTMoE
@@ -90,8 +91,10 @@ class Controlled:
             counted = error if self.fault == "unweighted" else error * gap / self.mean
             power = 1 / (order + (3 if self.fault == "other order" else 2))
             most = 9.0 if self.fault == "unbounded" else 2.0
-            longer = min(most, max(1 / most, (self.bound / counted) ** power))
-            length = min(most, max(1 / most, (1.0 if self.fault == "last gap forgotten" else done) * longer))
+            longer = (1.0 if self.fault == "last gap forgotten" else done) * (self.bound / counted) ** power
+            length = min(most, max(1 / most, longer))
+            if self.fault != "undamped":
+                length = (length * self.length) ** 0.5
         self.length, self.target = length, at + length
         self.fulls.append(number)
 
