@@ -23,7 +23,7 @@ from moeca_compile.policies.criterion import StepAt
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.error_control import ErrorControl, relative_error
 from moeca_compile.runtime.late import LateCopy
-from moeca_compile.runtime.schedule import Schedule
+from moeca_compile.runtime.schedule import EVERYTHING, Schedule
 from moeca_compile.runtime.tallies import Errors
 from tests.harness import Captured
 from tests.models import TinyDiTMoE, make_inputs
@@ -370,6 +370,16 @@ def test_ranks_decide_by_the_largest_error(model, graph, eager_steps, monkeypatc
     monkeypatch.setattr(ranks, "most", lambda error: 100 * error)
     outputs(joined, graph, model)
     assert full_steps(joined) > full_steps(alone)
+
+
+def test_where_ranks_would_not_do_the_same_no_forecast_runs(model, graph, eager_steps, monkeypatch):
+    """It might exchange rows that no other rank waits for."""
+    engine = graph.engine(max_error=BOUND, **STACK)
+    loop = engine.loop_for(graph.inputs)
+    monkeypatch.setattr(loop.ranks, "joined", True)
+    monkeypatch.setattr(loop, "agreed", lambda refresh, position, stream: EVERYTHING)
+    outputs(engine, graph, model)
+    assert full_steps(engine) == STEPS and loop.tallies.forecasts == 0
 
 
 # The error itself
