@@ -28,6 +28,7 @@ from moeca_compile._torch_private import (
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.fit import config_that_fits
+from moeca_compile.lower.background import EarlyStep, begin
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
 from moeca_compile.lower.found_before import (
     check_key,
@@ -39,7 +40,7 @@ from moeca_compile.lower.found_before import (
     validated,
 )
 from moeca_compile.lower.in_place import write_in_place
-from moeca_compile.lower.program import lower_step, trace_step
+from moeca_compile.lower.program import PartedStep, lower_parts, part_step, trace_step
 from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
 from moeca_compile.lower.waits import why_experts_wait
@@ -229,7 +230,7 @@ def compile_step(
     notes: Notes,
 ) -> StepFunction:
     """Rewrite, trace, lower and check one kind of step. Returns the eager function, and warns, where Inductor's code
-    gives other values.
+    gives other values. With the option `background` it may return an EarlyStep, which is not compiled yet.
 
     Args:
         inputs, state, weights: an example call: inputs of the graph, cached tensors by name, and the forecast weights
@@ -251,14 +252,42 @@ def compile_step(
             traced = write_in_place(traced, state)
         # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
         whole = not (kind.attention or kind.experts or kind.capacity)
-        parts, on_code = compiled.captured.parts, compiled.dump.code_of(kind.name)
+        step = part_step(traced, compiled.config.lowering, whole)
+        finish = partial(_lowered, compiled, kind, step, notes)
+        if compiled.config.background:
+            job = begin(compiled, kind, step, check_key(compiled, kind, step, inputs), notes)
+            if job is not None:
+                return EarlyStep(kind.name, function, job, finish, notes)
+    return finish(inputs, state, weights, compiled.config.all_sizes(compiled.device))
+
+
+def _lowered(
+    compiled: CompiledGraph,
+    kind: StepKind,
+    step: PartedStep,
+    notes: Notes,
+    inputs: Sequence[Any],
+    state: Caches,
+    weights: Tensor,
+    all_sizes: bool,
+    beside: int = 0,
+) -> StepFunction:
+    """Compile the parts of a step and check it.
+
+    Args:
+        all_sizes: whether one code may serve several batch sizes.
+        beside: how many of the parts another process has compiled.
+    """
+    parts = compiled.captured.parts
+    with notes.timed("lower"):
         before = graphs_from_disk(), parts.compiled
-        all_sizes = compiled.config.all_sizes(compiled.device)
-        step = lower_step(traced, compiled.config.lowering, whole, on_code, notes.progress.part, parts, all_sizes)
+        code = lower_parts(step, parts, all_sizes, compiled.dump.code_of(kind.name), notes.progress.part)
+        found = graphs_from_disk() - before[0]
         notes.parts += parts.compiled - before[1]
-        notes.from_disk["compiled parts"] += graphs_from_disk() - before[0]
+        notes.parts_beside += min(beside, found)
+        notes.from_disk["compiled parts"] += max(0, found - beside)
     with notes.timed("validate"):
-        check = partial(same_step, compiled, kind, step, inputs, state, weights, notes)
+        check = partial(same_step, compiled, kind, code, inputs, state, weights, notes)
         with alone():
-            sound = validated(check_key(compiled, kind, step, inputs), notes, check, passed=True)
-    return step if sound else function
+            sound = validated(check_key(compiled, kind, step, inputs, code), notes, check, passed=True)
+    return code if sound else compiled.function(kind)

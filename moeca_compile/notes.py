@@ -38,6 +38,10 @@ class Notes:
     """How much of what was found out or compiled was on disk from before, by kind."""
     parts: int = 0
     """How many parts of steps were compiled."""
+    parts_beside: int = 0
+    """How many of them another process compiled, while their steps ran op by op."""
+    early_runs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """How often steps ran before they were compiled, by kind."""
     progress: Progress = field(default_factory=Progress)
     _outcomes: list[Outcome] = field(default_factory=list)
 

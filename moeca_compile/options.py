@@ -606,6 +606,13 @@ class Options:
         """Keep traced steps and passed validations in Inductor's cache directory, for later processes with the same
         model, shapes, options, versions and machine. False finds them out anew.""",
     )
+    background: bool = setting(
+        False,
+        flag,
+        COMPILATION,
+        """Run steps op by op until another process has compiled them, so that the first picture comes sooner. On a
+        CPU, and where steps are kept on disk; else they are compiled first, as without it.""",
+    )
     progress: bool = setting(
         True,
         flag,

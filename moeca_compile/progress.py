@@ -22,11 +22,15 @@ class Progress:
 
     Args:
         quiet: show nothing.
+
+    Attributes:
+        outcome: what it is in the end, if not compiled.
     """
 
     def __init__(self, quiet: bool = True) -> None:
         self.quiet = quiet
         self.what = self.stage = self.parts = ""
+        self.outcome = "compiled"
         self.since = 0.0
         self._line: Any = None
 
@@ -37,13 +41,14 @@ class Progress:
             yield
             return
         self.what, self.stage, self.parts, self.since = what, "", "", time.perf_counter()
+        self.outcome = "compiled"
         self._line = _line_on_terminal(self)
         try:
             yield
         finally:
             line, self._line = self._line, None
             _quietly(line.stop)
-            _log.info("%s compiled in %s", what, seconds(time.perf_counter() - self.since))
+            _log.info("%s %s in %s", what, self.outcome, seconds(time.perf_counter() - self.since))
 
     def enter(self, stage: str) -> None:
         """A stage begins."""
@@ -52,6 +57,11 @@ class Progress:
     def part(self, number: int, count: int) -> None:
         """Part `number` of `count` of the stage begins."""
         self._now(self.stage, f"part {number} of {count}")
+
+    def say(self, text: str) -> None:
+        """Have the log say something that holds beyond what is being compiled."""
+        if not self.quiet:
+            _log.info("%s", text)
 
     def _now(self, stage: str, parts: str) -> None:
         self.stage, self.parts = stage, parts

@@ -91,6 +91,7 @@ WRONG = [
     ("cuda_graphs", "auto", "True | False"),
     ("lowering", "triton", "'eager'"),
     ("disk_cache", 1, "True | False"),
+    ("background", "yes", "True | False"),
     ("progress", "no", "True | False"),
     ("trace", "yes", "True | False"),
     ("dump", "", "a folder"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copyreg
+import pickle
+import pickletools
 import pkgutil
 import re
 import subprocess
@@ -50,7 +53,7 @@ DOCUMENTED = (
     "torch._check",
     *(f"torch._dynamo.{name}" for name in ("reset", "list_backends", "lookup_backend", "register_backend")),
 )
-OF_PYTHON = ("_asdict", "_fields", "_replace")
+OF_PYTHON = ("_asdict", "_exit", "_fields", "_replace")
 
 
 # Where they are named
@@ -541,6 +544,21 @@ def test_without_a_wrapper_a_record_is_kept_by_module_and_options():
     assert record_for(None, model, config) is record
     assert record_for(None, model, MoecaConfig.from_options({"full_every": 5})) is not record
     assert record_for(None, nn.Linear(1, 1), config) is not record
+
+
+def test_memory_formats_are_pickled_the_same_whatever_was_imported_first():
+    """By itself pickle takes the first module that has imported torch, which a key then depends on."""
+    with private.same_keys_everywhere():
+        with private.same_keys_everywhere():
+            inner = pickle.dumps(torch.channels_last)
+        assert pickle.dumps(torch.channels_last) == inner
+    assert pickle.loads(inner) is torch.channels_last
+    assert {name for _, name, _ in pickletools.genops(inner) if isinstance(name, str)} == {
+        "moeca_compile._torch_private.on_disk",
+        "_memory_format",
+        "channels_last",
+    }
+    assert torch.memory_format not in copyreg.dispatch_table
 
 
 # A whole model, in a fresh process: some names are looked up when the package is imported

@@ -39,6 +39,7 @@ from moeca_compile._torch_private.graphs import (
     is_fake,
     is_module_state,
     is_size,
+    load_inductor,
     tensor_of_number,
     trace_to_graph,
 )
@@ -67,11 +68,13 @@ from moeca_compile._torch_private.on_disk import (
     inductor_identity,
     record_artifact,
     register_artifacts,
+    same_keys_everywhere,
 )
 from moeca_compile._torch_private.one_at_a_time import compiling
 from moeca_compile._torch_private.own_modules import own_modules
 from moeca_compile._torch_private.running import before_each_op, trace_by_running
 from moeca_compile._torch_private.sdp_kernel import trace_sdp_kernel
+from moeca_compile._torch_private.settings import apply_settings, current_settings
 from moeca_compile._torch_private.subclasses import is_sharded, subclass_among, subclass_weight
 from moeca_compile._torch_private.tracing import (
     compilation,
@@ -91,6 +94,7 @@ from moeca_compile._torch_private.wrapped_backend import calls_ours, trace_anew_
 
 __all__ = [
     "add_backend",
+    "apply_settings",
     "before_each_op",
     "cache_folder",
     "calling_code",
@@ -106,6 +110,7 @@ __all__ = [
     "copy_all",
     "cpp_compiler_is_busy",
     "cpp_compiler_made_ready",
+    "current_settings",
     "dynamo_is_running",
     "exchanges_played",
     "export_functional",
@@ -128,6 +133,7 @@ __all__ = [
     "is_sharded",
     "is_size",
     "joined_kernels",
+    "load_inductor",
     "missing",
     "not_on_compile_start",
     "numeric_modes",
@@ -142,6 +148,7 @@ __all__ = [
     "register_artifacts",
     "restore_compiled_call",
     "root_module",
+    "same_keys_everywhere",
     "schema_of",
     "size_of",
     "subclass_among",

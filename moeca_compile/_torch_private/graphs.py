@@ -146,6 +146,11 @@ def compiled_by_inductor(
             return inductor(gm, inputs, inner_compile=_reporting_its_code(on_code))
 
 
+def load_inductor() -> bool:
+    """Import what compiling takes: a second of the processor, once. Returns whether it is there."""
+    return _INNER.value is not None
+
+
 def _reporting_its_code(on_code: Callable[[str], None]) -> Callable[..., Any]:
     """`compile_fx_inner`, which also gives `on_code` the path of the code that it wrote."""
 

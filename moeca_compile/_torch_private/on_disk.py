@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import copyreg
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,33 @@ def inductor_identity() -> list[Any] | None:
         return None
     portable = [sorted(map(repr, each.save_config_portable().items())) for each in (config, _FUNCTORCH.value)]
     return [_SOURCES.value().hex(), *portable, _cpp_compiler(), torch.get_num_threads()]
+
+
+@contextmanager
+def same_keys_everywhere() -> Iterator[None]:
+    """Inside, the keys of Inductor's caches do not depend on which modules were imported first.
+
+    They are hashes of pickles, and pickle looks for a memory format in all modules that have a `torch`.
+    """
+    known = copyreg.dispatch_table
+    if torch.memory_format in known:
+        yield
+        return
+    copyreg.pickle(torch.memory_format, _pickled)
+    try:
+        yield
+    finally:
+        del known[torch.memory_format]
+
+
+def _pickled(value: torch.memory_format) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    return _memory_format, (str(value).removeprefix("torch."),)
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    value = getattr(torch, name)
+    assert isinstance(value, torch.memory_format)
+    return value
 
 
 def _cpp_compiler() -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -110,6 +110,12 @@ def described(value: Any) -> Form:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def examples_of(forms: Sequence[Form]) -> list[Any]:
+    """Fake values like those that `described` described. Raises NoFormError where they cannot be made."""
+    with fake_mode_of(()):
+        return [_example(form) for form in forms]
 
 
 def _example(form: Form) -> Any:

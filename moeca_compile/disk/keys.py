@@ -30,6 +30,7 @@ _SMALL = 1 << 24
 _ELSEWHERE = (
     "dump",
     "disk_cache",
+    "background",
     "progress",
     "trace",
     "tuned",

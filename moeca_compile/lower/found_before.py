@@ -19,7 +19,7 @@ from moeca_compile.disk import store
 from moeca_compile.disk.form import computation, described, graph_form, graph_of
 from moeca_compile.disk.keys import captured_key, digest, graph_key, inputs_form, weight_facts
 from moeca_compile.lower.compiled import CompiledGraph
-from moeca_compile.lower.program import CompiledStep, TracedStep
+from moeca_compile.lower.program import CompiledStep, PartedStep, TracedStep
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.match.regions import Regions
@@ -34,7 +34,7 @@ VALIDATION, STEP, EXPORT = "validation", "step", "export"
 T = TypeVar("T")
 
 
-def _keeps(config: MoecaConfig) -> bool:
+def keeps(config: MoecaConfig) -> bool:
     """Whether anything is kept. A dump shows how everything comes about."""
     return config.disk_cache and config.dump is None and store.folder() is not None
 
@@ -77,7 +77,7 @@ def exported(
     notes: Notes,
 ) -> fx.GraphModule:
     """What `export` returns for Dynamo's graph; without calling it where an earlier process did for an equal one."""
-    if export is not to_functional_aten or not _keeps(config):
+    if export is not to_functional_aten or not keeps(config):
         return export(gm, inputs)
     what = "the exported graph"
     key = _or_none(what, lambda: captured_key(gm, inputs, device))
@@ -108,7 +108,7 @@ def rewrite_key(
     device: torch.device,
 ) -> str | None:
     """The key of a validation of the rewrite; None where there is none to keep."""
-    if not (_keeps(config) and config.validate and config.policy.caches and regions.parts):
+    if not (keeps(config) and config.validate and config.policy.caches and regions.parts):
         return None
 
     def key() -> str:
@@ -118,30 +118,39 @@ def rewrite_key(
     return _or_none("the validation of the rewrite", key)
 
 
-def check_key(compiled: CompiledGraph, kind: StepKind, step: CompiledStep, inputs: Sequence[Any]) -> str | None:
-    """The key of a validation of compiled code."""
-    if not (_keeps(compiled.config) and compiled.config.validate):
+def check_key(
+    compiled: CompiledGraph, kind: StepKind, step: PartedStep, inputs: Sequence[Any], code: CompiledStep | None = None
+) -> str | None:
+    """The key of a validation of compiled code; without the code, that of code for one batch size."""
+    if not (keeps(compiled.config) and compiled.config.validate):
         return None
 
     def key() -> str:
         facts = weight_facts(inputs, compiled.captured.arguments)
         traced = computation(graph_form(step.traced.graph))
-        varying = [compiled.captured.parts.for_all_sizes(code) for _, code in step.partitions]
+        varying = [False for _ in step.calls]
+        if code is not None:
+            varying = [compiled.captured.parts.for_all_sizes(each) for _, each in code.partitions]
         return digest("step", compiled.key, kind.name, traced, _partitions(step), varying, facts)
 
     return _or_none(f"the validation of {kind.name} steps", key)
 
 
-def _partitions(step: CompiledStep) -> list[list[int]]:
+def _partitions(step: PartedStep) -> list[list[int]]:
     number = {node: i for i, node in enumerate(step.traced.graph.graph.nodes)}
-    return [[number[node] for node in call.nodes] for call, _ in step.partitions]
+    return [[number[node] for node in call.nodes] for call in step.calls]
+
+
+def was_validated(key: str | None) -> bool:
+    """Whether an earlier process has validated what this is the key of."""
+    return key is not None and store.read(VALIDATION, key) is not None
 
 
 def step_key(
     compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor
 ) -> str | None:
     """The key of a traced step; None where it is not kept."""
-    if not _keeps(compiled.config) or compiled.recorded:  # how recorded steps write depends on what shares memory
+    if not keeps(compiled.config) or compiled.recorded:  # how recorded steps write depends on what shares memory
         return None
 
     def key() -> str:

@@ -13,7 +13,7 @@ import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,6 @@ from torch.fx.node import map_aggregate
 from moeca_compile._torch_private import compile_for_sizes, compile_graph, size_of
 from moeca_compile.disk.keys import digest
 from moeca_compile.lower.executor import Compiled
-from moeca_compile.lower.partition import Subgraph
 from moeca_compile.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -74,6 +73,16 @@ class _Known:
         return fits and self.holds(size)
 
 
+class Part(Protocol):
+    """A graph that is compiled."""
+
+    def module(self) -> fx.GraphModule:
+        """The graph: (inputs...) -> [outputs]."""
+
+    def examples(self) -> list[Tensor]:
+        """Tensors like the inputs, real or fake."""
+
+
 class Parts:
     """The compiled parts of one model. Call it under Dynamo's lock."""
 
@@ -84,7 +93,7 @@ class Parts:
 
     def code(
         self,
-        subgraph: Subgraph,
+        subgraph: Part,
         random: bool,
         all_sizes: bool,
         on_code: Callable[[str], None] | None = None,
@@ -113,6 +122,21 @@ class Parts:
             code = compile_graph(module, examples, None, random)
             known.append(_Known(weakref.ref(code), numbers))
         return code
+
+    def missing(self, subgraphs: Sequence[Part], random: bool) -> list[tuple[Part, list[tuple[int, ...]]]]:
+        """The subgraphs that are not compiled yet, each with the numbers of those that may differ in a size alone."""
+        found = []
+        for each in subgraphs:
+            structure, numbers = without_sizes(each.module(), each.examples())
+            known = [other for other in self._known.get(digest(structure, random), []) if other.code() is not None]
+            if not any(other.serves(numbers) for other in known):
+                found.append((each, [other.numbers for other in known if not other.terms]))
+        return found
+
+    def note(self, subgraph: Part, random: bool, numbers: Sequence[int]) -> None:
+        """Note that another process has code for a subgraph with other numbers, but the structure of this one."""
+        structure, _ = without_sizes(subgraph.module(), subgraph.examples())
+        self._known.setdefault(digest(structure, random), []).append(_Known(lambda: _elsewhere, tuple(numbers)))
 
     def for_all_sizes(self, code: Compiled) -> bool:
         """Whether this code of a part serves several batch sizes."""
@@ -145,6 +169,10 @@ class Parts:
             return None
         known.append(found)
         return code
+
+
+def _elsewhere(*inputs: Any) -> Any:
+    raise LookupError("this code is in another process")
 
 
 def without_sizes(module: fx.GraphModule, examples: Sequence[Tensor]) -> tuple[list[Any], tuple[int, ...]]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import fake_mode_of, joined_kernels, trace_to_graph
+from moeca_compile._torch_private import fake_mode_of, joined_kernels, same_keys_everywhere, trace_to_graph
 from moeca_compile.disk.keys import source_digest
 from moeca_compile.lower.executor import Compiled, PartitionedExecutor
 from moeca_compile.lower.fuse_routers import fuse_routers
 from moeca_compile.lower.fuse_selections import fuse_selections
 from moeca_compile.lower.multiply_before_widening import multiply_before_widening
 from moeca_compile.lower.partition import Call, Subgraph, partition_graph, whole_graph
-from moeca_compile.lower.parts import Parts
+from moeca_compile.lower.parts import Part, Parts
 from moeca_compile.ops.linear import use_fast_linears
 from moeca_compile.passes.analysis.flops import StepFlops, step_flops
 from moeca_compile.passes.analysis.graph import draws_random_numbers, placeholders
@@ -161,6 +161,24 @@ def _with_constants(tensors: Sequence[Tensor], constants: Mapping[int, Any]) -> 
         yield constants[position] if position in constants else next(given)
 
 
+@dataclass(frozen=True)
+class PartedStep:
+    """A traced step and the calls of subgraphs as which it is compiled; no calls where it runs op by op.
+
+    Attributes:
+        random: whether it draws random numbers.
+    """
+
+    traced: TracedStep
+    calls: tuple[Call, ...]
+    random: bool
+
+    @cached_property
+    def subgraphs(self) -> list[Subgraph]:
+        """The distinct parts."""
+        return list(dict.fromkeys(call.subgraph for call in self.calls))
+
+
 def lower_step(
     traced: TracedStep,
     lowering: str,
@@ -180,21 +198,57 @@ def lower_step(
         parts: those of the model that are compiled already; not looked at where code is to be reported.
         all_sizes: whether one code may serve several batch sizes.
     """
+    return lower_parts(part_step(traced, lowering, whole), parts or Parts(), all_sizes, on_code, on_part)
+
+
+def part_step(traced: TracedStep, lowering: str, whole: bool) -> PartedStep:
+    """Rewrite the traced graph for Inductor, and partition it; `lowering` and `whole` as in `lower_step`."""
     if lowering == "eager":
-        return CompiledStep(traced, traced.graph)
+        return PartedStep(traced, (), False)
     use_fast_linears(traced.graph.graph)
     multiply_before_widening(traced.graph.graph)
     fuse_routers(traced.graph.graph)
     fuse_selections(traced.graph.graph)
     calls = whole_graph(traced.graph) if whole else partition_graph(traced.graph)
-    distinct = dict.fromkeys(call.subgraph for call in calls)
-    _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(distinct))
-    random = any(map(draws_random_numbers, traced.graph.graph.nodes))
-    compiled: dict[Subgraph, Compiled] = {}
-    parts = parts or Parts()
-    with joined_kernels(), torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
-        for number, each in enumerate(distinct, start=1):
-            on_part(number, len(distinct))
-            compiled[each] = parts.code(each, random, all_sizes, on_code)
+    return PartedStep(traced, tuple(calls), any(map(draws_random_numbers, traced.graph.graph.nodes)))
+
+
+def lower_parts(
+    step: PartedStep,
+    parts: Parts,
+    all_sizes: bool,
+    on_code: Callable[[str], None] | None = None,
+    on_part: Callable[[int, int], None] = lambda number, count: None,
+) -> CompiledStep:
+    """Compile what of a step is not compiled yet; the arguments as in `lower_step`."""
+    subgraphs, calls = step.subgraphs, step.calls
+    if not calls:
+        return CompiledStep(step.traced, step.traced.graph)
+    _log.debug("%d partitions, %d distinct subgraphs to compile", len(calls), len(subgraphs))
+    codes = compile_parts(subgraphs, step.random, parts, all_sizes, on_code, on_part)
+    compiled = dict(zip(subgraphs, codes, strict=True))
     partitions = tuple((call, compiled[call.subgraph]) for call in calls)
-    return CompiledStep(traced, PartitionedExecutor(traced.graph, calls, compiled), partitions)
+    return CompiledStep(step.traced, PartitionedExecutor(step.traced.graph, calls, compiled), partitions)
+
+
+def compile_parts(
+    subgraphs: Sequence[Part],
+    random: bool,
+    parts: Parts,
+    all_sizes: bool,
+    on_code: Callable[[str], None] | None = None,
+    on_part: Callable[[int, int], None] = lambda number, count: None,
+) -> list[Compiled]:
+    """The code of parts of a step. What Inductor keeps of it on disk has the same keys in each process.
+
+    Args:
+        random: whether the step draws random numbers.
+        parts, all_sizes, on_code, on_part: as in `lower_step`.
+    """
+    compiled = list[Compiled]()
+    tagged = torch.compiler.config.patch(cache_key_tag=_cache_key_tag())  # type: ignore[attr-defined]
+    with joined_kernels(), tagged, same_keys_everywhere(), torch.inference_mode(False):
+        for number, each in enumerate(subgraphs, start=1):
+            on_part(number, len(subgraphs))
+            compiled.append(parts.code(each, random, all_sizes, on_code))
+    return compiled

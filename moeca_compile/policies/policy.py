@@ -12,7 +12,7 @@ from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
 
 ALWAYS = frozenset(
-    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "progress", "dump", "tuned"}
+    {"validate", "tolerance", "cuda_graphs", "lowering", "disk_cache", "background", "progress", "dump", "tuned"}
     | {"dynamic_batch", "max_shapes"}
 )
 """Options that every recipe uses."""

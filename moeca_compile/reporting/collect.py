@@ -61,6 +61,8 @@ def report(model: Any) -> Report:
         compile_seconds=dict(notes.seconds),
         from_disk=dict(notes.from_disk),
         compiled_parts=notes.parts,
+        parts_beside=notes.parts_beside,
+        early_runs=dict(notes.early_runs),
         pass_matches=dict(notes.matches),
         steps=_steps(counted),
         match_ratio=_ratio(counts["matched"], counts["branches"]),

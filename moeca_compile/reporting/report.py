@@ -102,6 +102,8 @@ class Report:
         compile_seconds: seconds of each stage of compilation, in order.
         from_disk: how much of what was compiled or found out was on disk from an earlier process, by kind.
         compiled_parts: how many parts of steps were compiled, those on disk among them.
+        parts_beside: how many of these another process compiled, while steps ran op by op (option `background`).
+        early_runs: how often steps ran op by op before they were compiled, by step kind.
         pass_matches: how many places each normalizing pass rewrote.
         steps: number of calls by step kind (`full`, `cache`, `cache[16]`, ...).
         corrections: number of full steps that made up for the cache steps before them (option `corrector`).
@@ -134,6 +136,8 @@ class Report:
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
     from_disk: Mapping[str, int] = field(default_factory=dict)
     compiled_parts: int = 0
+    parts_beside: int = 0
+    early_runs: Mapping[str, int] = field(default_factory=dict)
     pass_matches: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     corrections: int = 0
@@ -283,6 +287,9 @@ def _cache_lines(report: Report) -> list[str]:
         found.append(f"{report.from_disk.get(PARTS, 0)} of {report.compiled_parts} {PARTS}")
     if any(report.from_disk.values()):
         lines.append(f"from disk: {', '.join(found)}")
+    if report.early_runs:
+        ran = ", ".join(f"{number} {kind}" for kind, number in report.early_runs.items())
+        lines.append(f"compiled beside: {report.parts_beside} of {report.compiled_parts} {PARTS}; run before: {ran}")
     return lines
 
 

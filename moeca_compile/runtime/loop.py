@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeca_compile._torch_private import compiling
+from moeca_compile.lower.background import EarlyStep
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep
 from moeca_compile.lower.upload import upload, upload_all
@@ -110,6 +111,8 @@ class StepLoop:
         self.ranks = Ranks(compiled.groups, device)
         self.capacities = Capacities(plan, device, self.ranks)
         self.steps: dict[StepKind, StepFunction] = {}
+        self.early: dict[StepKind, EarlyStep] = {}
+        """The steps that run while another process compiles them."""
         self.tallies = Tallies()
         self.graphs = self._cuda_graphs() if compiled.recorded else None
         self.stateless = Stream(Caches((), device))
@@ -255,15 +258,30 @@ class StepLoop:
         criterion.measured(at, lambda: self.tallies.errors.add(self.ranks.most(copy.number())))
 
     def step(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
-        """The compiled step of this kind, compiled when it is first needed."""
+        """The step of this kind: compiled when it is first needed, or until then the step function."""
         step = self.steps.get(kind)
-        if step is None:
-            with compiling():
-                if kind not in self.steps:  # another thread may have compiled it meanwhile
-                    with self.notes.progress.of(f"{kind.name} step"):
-                        self.steps[kind] = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
-                step = self.steps[kind]
-        return step
+        return self._made(kind, inputs, state, weights) if step is None else step
+
+    def _made(self, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor) -> StepFunction:
+        early = self.early.get(kind)
+        if early is not None and early.waits:  # another process compiles it
+            return early
+        with compiling():
+            if kind not in self.steps:  # another thread may have compiled it meanwhile
+                early = self.early.get(kind)
+                if early is not None and early.waits:
+                    return early
+                with self.notes.progress.of(f"{kind.name} step"):
+                    if early is None:
+                        step = self.compile_step(self.compiled, kind, inputs, state, weights, self.notes)
+                    else:
+                        step = early.finished(inputs, state, weights)
+                if isinstance(step, EarlyStep):
+                    self.early[kind] = step
+                    return step
+                self.steps[kind] = step
+                self.early.pop(kind, None)
+            return self.steps[kind]
 
     def weights(self, stream: Stream, number: int, time: float) -> Tensor:
         """The forecast weights of step `number` at `time` (passes.rewrite.step.Step), on the model's device."""
@@ -374,7 +392,7 @@ class StepLoop:
 
     def flops(self, kind: StepKind) -> float:
         """FLOPs of a step of a kind, on average: all kinds as they were traced, else all as they were planned."""
-        traced = all(isinstance(step, CompiledStep) for step in self.steps.values())
+        traced = not self.early and all(isinstance(step, CompiledStep) for step in self.steps.values())
         try:
             return self.tallies.flops(kind, self.steps.get(kind) if traced else None, self.compiled)
         except Exception:  # an op that torch's counter fails on must not keep the user from the report

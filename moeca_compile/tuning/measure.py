@@ -36,6 +36,8 @@ the median of its seconds."""
 _EXPONENTS = {"uniform": 1.0, "power": 1.45}
 _OF_UNCACHED = ("lowering", "validate", "tolerance", "cuda_graphs", "disk_cache", "dynamic_batch", "max_shapes")
 """The options of candidates that the uncached model has, too."""
+_OF_ALL = {"progress": False, "background": False}
+"""Nothing that is timed may run before it is compiled."""
 CACHED_NOTHING = "all its steps were full: {0}"
 FAILED = "a cached step failed, and the rest ran uncached: {0}"
 NOT_COMPARABLE = "its outputs were not finite, or of another shape than the uncached ones"
@@ -110,7 +112,7 @@ class Measure:
     def uncached(self) -> Any:
         """The uncached model as one graph, compiled and run once."""
         chosen = {name: self.options[name] for name in _OF_UNCACHED if name in self.options}
-        options = {"recipe": "none", **chosen, "progress": False}
+        options = {"recipe": "none", **chosen, **_OF_ALL}
         compiled = torch.compile(self.model, backend="moeca", options=options)
         vars(self)["uncached"] = compiled  # so that it is released also where its first run fails
         self.shown.begin("compile the uncached model", 1)
@@ -151,7 +153,7 @@ class Measure:
         uncached = self.uncached
         rounds = self.seeds[:ROUNDS]
         self.shown.begin(candidate.name, 1 + len(rounds) + len(self.seeds) + len(self.held_back))
-        compiled = torch.compile(self.model, backend="moeca", options={**options, "progress": False})
+        compiled = torch.compile(self.model, backend="moeca", options={**options, **_OF_ALL})
         outputs, times, uncached_outputs, uncached_times = {}, [], {}, []
         with _released(compiled):
             first = self._run(compiled, self.seeds[0])[1]

@@ -42,7 +42,8 @@ def test_other_options_have_other_keys(small_graph: Captured, options, eager_ste
 
 
 @pytest.mark.parametrize(
-    "options", [{"progress": False}, {"disk_cache": False}, {"full_steps": (0, 2)}, {"schedule": "power"}]
+    "options",
+    [{"progress": False}, {"background": True}, {"disk_cache": False}, {"full_steps": (0, 2)}, {"schedule": "power"}],
 )
 def test_what_changes_nothing_that_runs_changes_no_key(small_graph: Captured, options, eager_steps):
     assert key_of(small_graph) == key_of(small_graph, **options)

@@ -115,6 +115,7 @@ def test_what_the_report_says_is_on_the_page():
         "full 3 4 GFLOP 20 ms 200 GFLOP/s",
         "experts, routing 1 KiB",
         "lower 12.0 s",
+        "5 of 6 parts were compiled by another process. Steps that ran before: 2 full, 9 cache",
         "full 1.0e-07",
         "the peak beside the weights was 16 MiB (by hand)",
     ):

@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "why experts wait": (backend, "why_experts_wait"),
     "the step function": (backend.CompiledGraph, "function"),
     "tracing": (backend, "trace_step"),
-    "lowering": (backend, "lower_step"),
+    "lowering": (backend, "lower_parts"),
     "checking a step": (backend, "same_step"),
     "the loop": (loop, "Capacities"),
     "the position of a call": (Requests, "enter"),
