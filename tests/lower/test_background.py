@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from moeca_compile._torch_private import settings
 from moeca_compile.backend import compile_graph, compile_step
@@ -322,6 +324,10 @@ def handed_over(step: PartedStep, known: Parts, all_sizes: bool) -> bytes:
     return message_of(known.missing(step.subgraphs, False), False, all_sizes, CPU)
 
 
+def libraries() -> set[Path]:
+    return {*Path(cache_dir()).rglob("*.so")}
+
+
 def test_what_another_process_compiles_is_found_on_disk(folder, monkeypatch):
     """By a process that is really started. A tag makes Inductor's keys new."""
     one, known, x, y = Worker(), Parts(), torch.randn(3, 41), torch.randn(5, 41)
@@ -334,11 +340,14 @@ def test_what_another_process_compiles_is_found_on_disk(folder, monkeypatch):
                 other = handed_over(parted(x), known, False)
             assert job_over(one, other, LONG).compiled == 1  # under a setting that the worker did not have
             counters.clear()
+            compiled = libraries()
             steps = [lower_parts(parted(x), known, False)]
             # With one size at hand, another is compiled for all sizes, here and there.
             job = job_over(one, handed_over(parted(y), known, True), LONG)
             assert (job.failed, job.compiled) == ("", 1)
+            compiled |= libraries()
             steps.append(lower_parts(parted(y), known, True))
+            assert libraries() == compiled  # nor does the C++ compiler run again
             found = counters["aot_autograd"]
             assert (found["autograd_cache_hit"], found["autograd_cache_miss"]) == (2, 0)
         assert not known.missing(parted(torch.randn(7, 41)).subgraphs, False)
