@@ -126,20 +126,20 @@ def begin(compiled: CompiledGraph, kind: StepKind, step: PartedStep, key: str | 
     Args:
         key: of the validation of the step's code for one batch size. What was validated before is compiled before.
     """
-    why, job = why_at_once(compiled), None
+    job, why = None, why_at_once(compiled)
     if why is None:
-        missing = compiled.captured.parts.missing(step.subgraphs, step.random)
-        all_sizes = compiled.config.all_sizes(compiled.device) and any(others for _, others in missing)
-        if not missing or (not all_sizes and was_validated(key)):
-            return None
         try:
+            missing = compiled.captured.parts.missing(step.subgraphs, step.random)
+            all_sizes = compiled.config.all_sizes(compiled.device) and any(others for _, others in missing)
+            if not missing or (not all_sizes and was_validated(key)):
+                return None
             job = Job(message_of(missing, step.random, all_sizes, compiled.device), len(missing), all_sizes)
+            _worker.submit(job)
         except Exception as error:  # ops of the user's, or settings that cannot be handed over
-            why = first_line(error)
+            job, why = None, first_line(error)
     if job is None:
         notes.progress.say(f"{kind.name} steps are compiled before they run: {why}")
         return None
-    _worker.submit(job)
     parts, notes.progress.outcome = plural(job.parts, "part"), "handed over"
     notes.progress.say(f"{kind.name} steps run op by op, until another process has compiled their {parts}")
     return job
@@ -203,11 +203,11 @@ class Worker:
                 continue
             try:
                 self._do(job, self.process or self._started())
+                load_inductor()  # so that the next call need not
             except Exception as error:
                 job.failed = first_line(error)
                 _log.debug("the compile worker failed, so a step is compiled in this process: %s", job.failed)
                 self.end()
-            load_inductor()  # so that the next call need not
             job.seconds, job.over = time.perf_counter() - job.since, True
             self.unfinished.discard(job)
 
