@@ -233,6 +233,7 @@ def test_threads_that_call_at_once_send_a_job_once(small_graph, waiting, given, 
         for thread in threads:
             thread.join()
     assert made == ["full"] and len(waiting.taken) == 1
+    assert kinds(engine) == {"full": EarlyStep} and engine.notes.early_runs == {"full": 3}
     assert_near(found, 3 * [found[0]])
 
 
