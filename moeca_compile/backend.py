@@ -40,6 +40,7 @@ from moeca_compile.lower.found_before import (
     validated,
 )
 from moeca_compile.lower.in_place import write_in_place
+from moeca_compile.lower.passed_sizes import sized_graph
 from moeca_compile.lower.program import PartedStep, lower_parts, part_step, trace_step
 from moeca_compile.lower.upload import upload_all
 from moeca_compile.lower.validate import same_step, sound_regions
@@ -159,6 +160,7 @@ def _cached(
         tuple(map(weakref.ref, modules or ())),
         wrapped_parameters(modules[0]) if modules else (),
         record.parts,
+        record.passed,
     )
     engine = _engine(captured, [inputs[i] for i in kept], record, stages, called_without(kept, inputs, original))
     run = fallback.noticing_parts(engine, record) if engine.partial else engine
@@ -209,10 +211,13 @@ def compile_graph(
             config = config_that_fits(module.graph, regions, config, device, notes)
             regions = regions_that_pay(module.graph, regions, config)
         with notes.timed("validate"):
-            key = rewrite_key(module, regions, config, inputs, captured.arguments, device)
-            check = partial(sound_regions, module.graph, regions, config, inputs, notes)
-            with alone():  # another rank may find on disk that this was validated before
-                regions = validated(key, notes, check, passed=regions)
+            given = module, regions, config, inputs, captured.arguments, device
+            sized, check = sized_graph(*given), partial(sound_regions, module.graph, regions, config, inputs, notes)
+            if not captured.passed.cover(sized):
+                with alone(), notes.watched() as outcome:  # another rank may find this on disk, or know the size
+                    regions = validated(rewrite_key(*given), notes, check, passed=regions)
+                if regions == given[1] and not outcome.warned:
+                    captured.passed.note(sized)
         with notes.timed("plan"):
             plan = plan_steps(module.graph, regions, config)
             plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)

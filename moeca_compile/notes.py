@@ -53,7 +53,7 @@ class Notes:
         try:
             yield outcome
         finally:
-            self._outcomes.remove(outcome)
+            self._outcomes = [other for other in self._outcomes if other is not outcome]
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

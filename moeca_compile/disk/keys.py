@@ -104,10 +104,14 @@ def captured_key(gm: fx.GraphModule, inputs: Sequence[Any], device: torch.device
 
 def graph_key(module: fx.GraphModule, regions: Regions, config: MoecaConfig, device: torch.device) -> str:
     """A key of all that the steps of a graph are made from, but for how their inputs lie. Raises NoFormError."""
+    return digest(environment(device), *graph_facts(module, regions, config, device))
+
+
+def graph_facts(module: fx.GraphModule, regions: Regions, config: MoecaConfig, device: torch.device) -> list[Form]:
+    """The same without the environment, as plain values. Raises NoFormError."""
     number = {node: i for i, node in enumerate(module.graph.nodes)}
     options = {name: str(value) for name, value in asdict(config).items() if name not in _ELSEWHERE}
-    known = [computation(graph_form(module)), record_form(regions, number), options, str(device)]
-    return digest(environment(device), *known)
+    return [computation(graph_form(module)), record_form(regions, number), options, str(device)]
 
 
 def inputs_form(inputs: Sequence[Any]) -> Form:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.keys import graph_key
 from moeca_compile.lower.parts import Parts
+from moeca_compile.lower.passed_sizes import PassedSizes
 from moeca_compile.passes.analysis.graph import ancestors, groups_in, placeholders, shape_of
 from moeca_compile.passes.dump import Dump
 from moeca_compile.passes.match.regions import Regions
@@ -39,6 +40,7 @@ class CapturedGraph:
             several models.
         signature: the parameters of a forward that something wraps, which Dynamo sees as args and kwargs.
         parts: the compiled parts of the model's steps, at whatever input shapes.
+        passed: where the rewrite has passed validation.
     """
 
     gm: fx.GraphModule
@@ -50,6 +52,7 @@ class CapturedGraph:
     modules: tuple[ref[nn.Module], ...] = ()
     signature: tuple[str, ...] = ()
     parts: Parts = field(default_factory=Parts, compare=False, repr=False)
+    passed: PassedSizes = field(default_factory=PassedSizes, compare=False, repr=False)
 
     @property
     def in_parts(self) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower.parts import Parts
+from moeca_compile.lower.passed_sizes import PassedSizes
 from moeca_compile.notes import Notes
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.streams import Bounds, bounds_of
@@ -31,6 +32,8 @@ class Record:
     """Number of graphs that run as under plain torch.compile."""
     parts: Parts = field(default_factory=Parts)
     """The compiled parts of all its graphs."""
+    passed: PassedSizes = field(default_factory=PassedSizes)
+    """Where the rewrite of its graphs has passed validation."""
     breaks: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     """Whether the last graph is only a part of the model, called from plain Python."""

@@ -1,0 +1,130 @@
+"""At which batch sizes the rewrite of a model's graph has passed validation.
+
+A graph that differs from two that passed in the batch size alone is the same function of it, and is not validated
+once more: every number in it, and in what was matched, must be on the line through theirs. One size would not do: a
+batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken for what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from moeca_compile.config import MoecaConfig
+from moeca_compile.disk.form import Form, NoFormError
+from moeca_compile.disk.keys import digest, graph_facts, weight_facts
+from moeca_compile.lower.parts import line_through
+from moeca_compile.passes.analysis.graph import placeholders
+from moeca_compile.passes.match.regions import Regions
+
+
+class SizedGraph(NamedTuple):
+    """A graph with its regions, at one set of shapes.
+
+    Attributes:
+        key: of all but the whole numbers.
+        numbers: these; those of the inputs' sizes and strides are the last.
+        tensors: the inputs, of which the number of dims is read.
+    """
+
+    key: str
+    numbers: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class PassedSizes:
+    """The graphs of one model that passed."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(self, graph: SizedGraph | None) -> None:
+        """This graph has passed."""
+        known = self._numbers.setdefault(graph.key, []) if graph is not None else []
+        if graph is not None and graph.numbers not in known:
+            known.append(graph.numbers)
+
+    def cover(self, graph: SizedGraph | None) -> bool:
+        """Whether two graphs that passed differ from this one in the batch size alone."""
+        known = self._numbers.get(graph.key, []) if graph is not None else []
+        return graph is not None and any(_on_line(*pair, graph) for pair in combinations(known, 2))
+
+
+def _on_line(one: tuple[int, ...], other: tuple[int, ...], graph: SizedGraph) -> bool:
+    line = line_through(one, other, graph.tensors) if len(one) == len(other) == len(graph.numbers) else None
+    if line is None:
+        return False
+    terms, _, variable = line
+    size = graph.numbers[variable]
+    return size > 1 and all(number == term.at(size) for number, term in zip(graph.numbers, terms, strict=True))
+
+
+def sized_graph(
+    module: fx.GraphModule,
+    regions: Regions,
+    config: MoecaConfig,
+    inputs: Sequence[Any],
+    arguments: Sequence[bool],
+    device: torch.device,
+) -> SizedGraph | None:
+    """A normalized graph with what was matched in it; None where nothing is validated, or it has no form."""
+    if not (config.validate and config.policy.caches and regions.parts):
+        return None
+    tensors = tuple(value for value in inputs if isinstance(value, Tensor))
+    try:
+        (lines, values), *more = graph_facts(module, regions, config, device)
+        left = _Numbers(_used(module.graph))
+        facts = [
+            [*left.without(line), left.without(values[place])]
+            for (*line, place), node in zip(lines, module.graph.nodes, strict=True)
+            if node in left.position
+        ]
+        others = [v for v, node in zip(inputs, placeholders(module.graph), strict=True) if node in left.position]
+        others = [v if type(v) is int else repr(v) for v in others if not isinstance(v, Tensor)]
+        kinds = [[str(value.dtype), str(value.device), value.dim()] for value in tensors]
+        key = digest(facts, left.without([more, others]), kinds, weight_facts(inputs, arguments))
+    except NoFormError:
+        return None
+    for tensor in tensors:
+        left.found += [*tensor.size(), *tensor.stride()]
+    return SizedGraph(key, tuple(left.found), tensors)
+
+
+def _used(graph: fx.Graph) -> list[fx.Node | None]:
+    """The nodes of a graph, None in place of a number that nothing reads: Dynamo gives the size of a batch so."""
+    return [
+        None if node.op == "placeholder" and not node.users and not isinstance(node.meta.get("val"), Tensor) else node
+        for node in graph.nodes
+    ]
+
+
+class _Numbers:
+    """Takes the whole numbers out of forms.
+
+    Attributes:
+        found: these, in order.
+        position: the nodes that count, with their places among each other.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node | None]) -> None:
+        self.found: list[int] = []
+        self.nodes = nodes
+        self.position = {node: i for i, node in enumerate(node for node in nodes if node is not None)}
+
+    def without(self, form: Form) -> Any:
+        """A form without its whole numbers."""
+        if type(form) is int:
+            self.found.append(form)
+            return "#"
+        if isinstance(form, (list, tuple)):
+            return [self.without(each) for each in form]
+        if isinstance(form, dict):
+            if form.keys() == {"node"}:
+                node = self.nodes[form["node"]]
+                return f"%{self.position[node] if node is not None else None}"
+            return {name: self.without(each) for name, each in form.items()}
+        return form
