@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import policies
-from examples.digits.metrics import EXACT_DB
+from examples.testbed.metrics import EXACT_DB
 from moeca_compile import MoecaConfig
 from tests.digits import tiny_digits
 
