@@ -2,7 +2,7 @@
 
 python -m bench.policies
 python -m bench.policies --question recipes --question intervals --out figures.csv
-python -m bench.policies --testbed mnist --question compared
+python -m bench.policies --testbed mnist --question overview
 
 Every case generates pictures from the same seeds as the uncached model, and is compared with its pictures. Steps are
 traced as always but run eagerly, without Inductor, so that a case takes seconds. Results equal those of compiled
@@ -126,6 +126,7 @@ class Study:
 
 def questions() -> tuple[Question, ...]:
     return (
+        Question("overview", (*_overview((3, 5)), *_fewer_steps(("euler", "multistep"), (17, 10))), sets=2),
         Question("recipes", (*_recipes((3, 4, 6)), *_fewer_steps(("euler", "multistep")))),
         Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
         Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
@@ -142,6 +143,18 @@ def questions() -> tuple[Question, ...]:
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
     )
+
+
+def _overview(intervals: Sequence[int]) -> Iterator[Case]:
+    """The main recipes, of the paper's one also without any branch recomputed, which costs as much as the others."""
+    for every in intervals:
+        for recipe in ("auto", "stack-forecast", "stack", "fora", "moeca-forecast", "moeca"):
+            told = {"sampler": "deterministic"} if recipe == "auto" else {}
+            yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every, **told})
+        yield Case(f"moeca, N = {every}, budget=0", {"recipe": "moeca", "full_every": every, "budget": 0.0})
+        for chosen in ({"schedule": "power"}, {"corrector": True}):  # what `auto` adds to `stack-forecast`
+            name = f"stack-forecast, N = {every}, {_describe(chosen)}"
+            yield Case(name, {"recipe": "stack-forecast", "full_every": every, **chosen})
 
 
 def _recipes(intervals: Sequence[int]) -> Iterator[Case]:

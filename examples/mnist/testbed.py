@@ -30,7 +30,7 @@ MNIST = Testbed(
     folder=Path(__file__).resolve().parent,
     config=MnistConfig(),
     load_split=load_split,
-    plan=Plan(steps=10_000, batch=64, lr=1e-3, schedule="hold", half=False),
+    plan=Plan(steps=3250, batch=64, lr=1e-3, schedule="hold", half=False),
     classifier_plan=Plan(steps=1500, batch=128, lr=2e-3, schedule="cosine", half=False),
     augmented=shifted,
     stored=torch.float16,  # a file of half the size

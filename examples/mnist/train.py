@@ -2,7 +2,7 @@
 
 python examples/mnist/train.py                # hours on one CPU core
 python examples/mnist/train.py --classifier   # minutes
-python examples/mnist/train.py --resume       # goes on where a run was stopped; may be given another --steps
+python examples/mnist/train.py --resume       # goes on where a run was stopped; or on, with more --steps
 """
 
 import sys

@@ -39,8 +39,12 @@ def random_batches(testbed: Testbed, device: torch.device) -> Draw:
 def train_model(testbed: Testbed, plan: Plan, args: argparse.Namespace, console: Console) -> None:
     training, state = Training(MoEDiT(testbed.config).to(args.device), plan), args.work / "state.pt"
     if args.resume:
-        training.load(state)
+        as_from_the_start = training.load(state)
         console.print(f"goes on after step {training.step}")
+        if not as_from_the_start:
+            console.print(
+                "until there by the learning rates of another number of steps: a run from the start differs"
+            )
     losses: list[Tensor] = []
     start, before = time.perf_counter(), training.step
     steps = training.run(random_batches(testbed, args.device))

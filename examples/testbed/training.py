@@ -128,26 +128,25 @@ class Training:
         torch.save({"step": self.step, "random": random, "plan": asdict(self.plan), **parts}, partial)
         partial.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a saved state. Raises ResumeError where there is none, or it is of another plan."""
+    def load(self, path: Path) -> bool:
+        """Go on from a saved state; returns whether this run would have come to that state by itself.
+
+        Another number of steps is allowed: it would not have, where learning rates until there had been others.
+        Raises ResumeError where there is no state, or it is of another plan.
+        """
         if not path.is_file():
             raise ResumeError(f"there is no state at {path} to go on from; start without --resume")
         state = torch.load(path, weights_only=True)
-        self._check(Plan(**state["plan"]), state["step"], path)
+        before, now, factor = Plan(**state["plan"]), self.plan, SCHEDULES[self.plan.schedule]
+        if replace(before, steps=now.steps) != now:
+            raise ResumeError(f"{path} was made by {before}, which is not {now}; give the same arguments")
         for name, part in self._parts():
             part.load_state_dict(state[name])
         self.step = state["step"]
         torch.set_rng_state(state["random"]["cpu"])
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
-
-    def _check(self, before: Plan, step: int, path: Path) -> None:
-        """Another number of steps is allowed, as long as it would have changed nothing until now."""
-        now, factor = self.plan, SCHEDULES[self.plan.schedule]
-        if replace(before, steps=now.steps) != now:
-            raise ResumeError(f"{path} was made by {before}, which is not {now}; give the same arguments")
-        last = max(0, step - 1)
-        if step < now.steps and factor(last, before.steps) != factor(last, now.steps):
-            raise ResumeError(f"at step {step} the learning rate of {before.steps} steps is not that of {now.steps}")
+        same = all(factor(step, before.steps) == factor(step, now.steps) for step in range(self.step))
+        return same or self.step >= now.steps
 
     def _parts(self) -> Iterator[tuple[str, nn.Module | torch.optim.Optimizer]]:
         yield from (("model", self.model), ("ema", self.ema), ("optimizer", self.optimizer))

@@ -38,7 +38,8 @@ def test_bad_arguments_are_refused_with_what_is_allowed(arguments, message, caps
 
 def test_defaults():
     args = sample.parse_arguments(DIGITS, [])
-    assert args.recipe == list(sample.DEFAULT_RECIPES)
+    assert args.recipe == list(sample.DEFAULT_RECIPES) and "auto" in args.recipe
+    assert args.options == {"full_every": 4}, "schedule and corrector are the recipe's own"
     assert args.steps == 50
 
 
