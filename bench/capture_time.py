@@ -33,10 +33,10 @@ from rich.console import Console
 
 import moeca_compile
 from examples import families
-from examples.digits.arguments import whole_number
-from examples.digits.compare import environment
 from examples.families.dit_moe import DiTMoESizes
 from examples.families.dsmoe import DSMoESizes
+from examples.machine import environment
+from examples.testbed.arguments import whole_number
 from moeca_compile.backend import backend_with, compile_graph
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import trace_step

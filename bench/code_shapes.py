@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.coverage import TIMESTEPS, Row, Subject, look_at, moved
-from examples.digits.arguments import whole_number
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 from tests.variants.blocks import make_inputs
 from tests.variants.shapes import Shape, shapes
 

@@ -39,8 +39,8 @@ from torch import nn
 
 from bench.speed import append
 from examples import families
-from examples.digits.arguments import whole_number
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "compile_time.csv"

@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 import moeca_compile
 from examples import families
-from examples.digits.arguments import whole_number
 from examples.families.common import randomize
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 from moeca_compile import capture
 from moeca_compile.backend import backend_with, compile_graph
 from moeca_compile.lower.compiled import CompiledGraph

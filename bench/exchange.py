@@ -21,9 +21,9 @@ from torch import Tensor
 
 import moeca_compile
 from examples import families
-from examples.digits.arguments import whole_number
 from examples.families.expert_parallel import CountedLayer, DividedLayer, PaddedLayer, divided
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 from moeca_compile.ops.exchange import is_alone
 
 LAYERS: dict[str, type[DividedLayer]] = {"by counts": CountedLayer, "in blocks": PaddedLayer}

@@ -34,8 +34,8 @@ from rich.console import Console
 
 from bench.speed import append
 from examples import families
-from examples.digits.arguments import whole_number
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "first_picture.csv"

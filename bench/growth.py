@@ -27,9 +27,9 @@ import moeca_compile
 from bench.plot import PICTURES, picture, read
 from bench.speed import append, compiled, run_turn
 from examples import families
-from examples.digits.arguments import whole_number
-from examples.digits.compare import environment
 from examples.families.dsmoe import DSMoESizes
+from examples.machine import environment
+from examples.testbed.arguments import whole_number
 
 RESULTS = Path(__file__).resolve().parent / "results" / "growth.csv"
 BASE = DSMoESizes(width=192, depth=4, heads=3, side=32, classes=10, experts=16, expert_width=384, top_k=2, scale=2.5)

@@ -28,8 +28,8 @@ from bench.gpu_sections.common import TINY, Bench, Budget, Settings, build
 from bench.live_bytes import LiveBytes
 from bench.speed import append
 from examples import families
-from examples.digits.arguments import whole_number
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 MODELS = ("DSMoE-S-E16", "DSMoE-S-E48", "DiT-MoE-S")

@@ -1,7 +1,8 @@
-"""The effect of each recipe and option on the digits testbed: quality and FLOPs, no timings.
+"""The effect of each recipe and option on a testbed: quality and FLOPs, no timings.
 
 python -m bench.policies
 python -m bench.policies --question recipes --question intervals --out figures.csv
+python -m bench.policies --testbed mnist --question overview
 
 Every case generates pictures from the same seeds as the uncached model, and is compared with its pictures. Steps are
 traced as always but run eagerly, without Inductor, so that a case takes seconds. Results equal those of compiled
@@ -29,16 +30,18 @@ from rich.table import Table
 from torch import Tensor
 
 import moeca_compile
-from examples.digits import metrics
-from examples.digits.arguments import guidance_scale, usable_device, whole_number
-from examples.digits.checkpoint import MODEL_PATH, CheckpointError, load_classifier, load_model
-from examples.digits.compare import environment
-from examples.digits.data import load_split
-from examples.digits.model import DigitsDiT
-from examples.digits.sampling import generate
+from examples.digits.testbed import DIGITS
+from examples.machine import environment
+from examples.mnist.testbed import MNIST
+from examples.testbed import metrics
+from examples.testbed.arguments import guidance_scale, usable_device, whole_number
+from examples.testbed.checkpoint import CheckpointError
+from examples.testbed.model import MoEDiT
+from examples.testbed.testbed import Testbed
 from moeca_compile.config import RECIPES
 
-RESULTS = Path(__file__).resolve().parent / "results" / "policies.csv"
+RESULTS = Path(__file__).resolve().parent / "results"
+TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST)}
 FORECASTS = ("attention", "experts", "shared")
 
 
@@ -105,6 +108,7 @@ class Costs:
 class Study:
     """The model, and the uncached pictures by (sampler, images, sets, alone), each generated once."""
 
+    testbed: Testbed
     checkpoint: Path
     steps: int
     guidance: float
@@ -113,8 +117,8 @@ class Study:
     ratios: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """The magnitude ratios by sampler, measured once."""
 
-    def model(self) -> DigitsDiT:
-        return load_model(self.checkpoint).to(self.device)
+    def model(self) -> MoEDiT:
+        return self.testbed.load_model(self.checkpoint).to(self.device)
 
 
 # --- the questions ------------------------------------------------------------------------------------------
@@ -122,6 +126,7 @@ class Study:
 
 def questions() -> tuple[Question, ...]:
     return (
+        Question("overview", (*_overview((3, 5)), *_fewer_steps(("euler", "multistep"), (17, 10))), sets=2),
         Question("recipes", (*_recipes((3, 4, 6)), *_fewer_steps(("euler", "multistep")))),
         Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
         Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
@@ -138,6 +143,18 @@ def questions() -> tuple[Question, ...]:
         Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
         Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
     )
+
+
+def _overview(intervals: Sequence[int]) -> Iterator[Case]:
+    """The main recipes, of the paper's one also without any branch recomputed, which costs as much as the others."""
+    for every in intervals:
+        for recipe in ("auto", "stack-forecast", "stack", "fora", "moeca-forecast", "moeca"):
+            told = {"sampler": "deterministic"} if recipe == "auto" else {}
+            yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every, **told})
+        yield Case(f"moeca, N = {every}, budget=0", {"recipe": "moeca", "full_every": every, "budget": 0.0})
+        for chosen in ({"schedule": "power"}, {"corrector": True}):  # what `auto` adds to `stack-forecast`
+            name = f"stack-forecast, N = {every}, {_describe(chosen)}"
+            yield Case(name, {"recipe": "stack-forecast", "full_every": every, **chosen})
 
 
 def _recipes(intervals: Sequence[int]) -> Iterator[Case]:
@@ -364,14 +381,14 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
 
 
 def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
-    """[images, 1, 8, 8] from one seed, classes 0 to 9 in turn."""
+    """[images, 1, S, S] from one seed, classes 0 to 9 in turn."""
     labels = (torch.arange(question.images) % 10).to(study.device)
     every = [slice(i, i + 1) for i in range(question.images)] if question.alone else [slice(None)]
     found = []
     for rows in every:
         with moeca_compile.generation(steps=steps):
             how = {"steps": steps, "guidance": study.guidance, "sampler": sampler, "seed": seed}
-            found.append(generate(model, labels, rows=rows, **how))
+            found.append(study.testbed.generate(model, labels, rows=rows, **how))
     return torch.cat(found).cpu()
 
 
@@ -410,7 +427,7 @@ def _scores(study: Study, question: Question, pictures: list[Tensor]) -> Scores:
         for images, wished in zip(pictures, uncached, strict=False)
     ]
     means = [mean(values) for values in by_set]
-    classifier, everything = load_classifier(), torch.cat(pictures)
+    classifier, everything = study.testbed.load_classifier(), torch.cat(pictures)
     labels = (torch.arange(question.images) % 10).repeat(question.sets)
     other_seeds = torch.cat(uncached[question.sets :])
     return Scores(
@@ -419,7 +436,7 @@ def _scores(study: Study, question: Question, pictures: list[Tensor]) -> Scores:
         psnr_high=max(means),
         psnr_worst=min(min(values) for values in by_set),
         agreement=metrics.agreement(classifier, everything, labels),
-        frechet_real=metrics.frechet_distance(classifier, everything, load_split()[1].images),
+        frechet_real=metrics.frechet_distance(classifier, everything, study.testbed.load_split()[1].images),
         frechet_uncached=metrics.frechet_distance(classifier, everything, other_seeds),
     )
 
@@ -468,16 +485,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
     parser.add_argument("--question", action="append", choices=names, help="may be given several times (all)")
     parser.add_argument("--images", type=whole_number(2), help="images per seed set (10, and 100 for ddpm)")
     parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
     parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
     parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
-    parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
     parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, metavar="CSV", help=f"({_results(DIGITS)}, or that of the testbed)")
+    args = parser.parse_args(argv)
+    args.testbed = TESTBEDS[args.testbed]
+    args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or _results(args.testbed)
+    return args
+
+
+def _results(testbed: Testbed) -> Path:
+    return RESULTS / ("policies.csv" if testbed is DIGITS else f"policies-{testbed.name}.csv")
 
 
 def chosen_questions(args: argparse.Namespace) -> list[Question]:
@@ -488,7 +513,8 @@ def chosen_questions(args: argparse.Namespace) -> list[Question]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    study, console = Study(args.checkpoint, args.steps, args.guidance, args.device), Console(width=180)
+    study = Study(args.testbed, args.checkpoint, args.steps, args.guidance, args.device)
+    console = Console(width=180)
     try:
         study.model()
     except CheckpointError as error:

@@ -41,8 +41,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import moeca_compile
 from examples import families
-from examples.digits.arguments import whole_number
-from examples.digits.compare import environment, private_copy
+from examples.machine import environment, private_copy
+from examples.testbed.arguments import whole_number
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.csv"
 SPLIT = RESULTS.with_name("step_split.csv")

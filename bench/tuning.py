@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 import moeca_compile
-from examples.digits import metrics
-from examples.digits.arguments import guidance_scale, whole_number
-from examples.digits.checkpoint import MODEL_PATH, CheckpointError, load_model
-from examples.digits.sampling import SAMPLERS, generate
+from examples.digits.testbed import DIGITS, load_model
+from examples.testbed import metrics
+from examples.testbed.arguments import guidance_scale, whole_number
+from examples.testbed.checkpoint import CheckpointError
+from examples.testbed.sampling import SAMPLERS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tuning.json"
 FRESH = 1000
@@ -42,7 +43,7 @@ class Loop:
     def __call__(self, model: Any, seed: int) -> Tensor:
         labels = (torch.arange(self.batch) + self.batch * seed) % 10
         options: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
-        return generate(model, labels, seed=seed, **options).clamp(-1, 1)
+        return DIGITS.generate(model, labels, seed=seed, **options).clamp(-1, 1)
 
 
 def schedules(tuned: Path) -> dict[str, Mapping[str, Any]]:
@@ -84,7 +85,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", type=whole_number(1), default=6, help="seeds of the comparison (6)")
     parser.add_argument("--full-every", type=whole_number(1), nargs="+", default=[3, 4, 5, 7], help="(3 4 5 7)")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="of the tune")
-    parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="weights of the model")
+    parser.add_argument("--checkpoint", type=Path, default=DIGITS.model_path, help="weights of the model")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="keep rows here, and go on from them")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw the frontier")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="JSON", help=f"({RESULTS})")

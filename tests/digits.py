@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from examples.digits.checkpoint import save_model
-from examples.digits.model import DigitsConfig, DigitsDiT
+from examples.digits.testbed import DigitsConfig
+from examples.testbed.checkpoint import save_model
+from examples.testbed.model import MoEDiT
 
 
 def tiny_digits(folder: Path, **sizes: int) -> Path:
     """A checkpoint of a small digits model with random weights, none of them zero."""
     torch.manual_seed(0)
-    model = DigitsDiT(DigitsConfig(depth=2, heads=2, **sizes))
+    model = MoEDiT(DigitsConfig(depth=2, heads=2, **sizes))
     for parameter in model.parameters():
         if not parameter.any():  # adaLN-zero would hide every branch
             nn.init.normal_(parameter, std=0.1)

@@ -26,9 +26,9 @@ import httpx
 import torch
 from torch import Tensor
 
-from examples.digits.arguments import whole_number
-from examples.digits.metrics import psnr
 from examples.machine import environment
+from examples.testbed.arguments import whole_number
+from examples.testbed.metrics import psnr
 
 Wish = dict[str, Any]
 PLAIN, CACHED = "plain torch.compile", "moeca"

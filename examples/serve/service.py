@@ -26,9 +26,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
-from examples.digits.arguments import usable_device, whole_number
-from examples.digits.checkpoint import load_model
+from examples.digits.testbed import load_model
 from examples.serve.worker import Full, Request, Worker
+from examples.testbed.arguments import usable_device, whole_number
 
 OPTIONS = {"recipe": "stack-forecast", "schedule": "power", "corrector": True}
 """Its full steps come by step numbers alone: no request decides about those that share its batch."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from examples.digits.sampling import IMAGE_SHAPE, NULL_CLASS, guided_velocity, make_scheduler
+from examples.digits.testbed import DIGITS
+from examples.testbed.sampling import NULL_CLASS, guided_velocity, make_scheduler
 
 logger = logging.getLogger("uvicorn.error")
 WARMUP_STEPS = 20
@@ -56,7 +57,7 @@ def sampled(model: nn.Module, requests: Sequence[Request], rows: int) -> Generat
     """
     steps, device = requests[0].steps, next(model.parameters()).device
     filled = [*requests, *[nobody(steps)] * (rows - len(requests))]
-    noise = [torch.randn(IMAGE_SHAPE, generator=torch.Generator().manual_seed(each.seed)) for each in filled]
+    noise = [torch.randn(DIGITS.image_shape, generator=torch.Generator().manual_seed(each.seed)) for each in filled]
     x = torch.stack(noise).to(device)  # [B, 1, 8, 8]
     labels = torch.tensor([each.label for each in filled], device=device)  # [B]
     guidance = torch.tensor([each.guidance for each in filled], device=device)[:, None, None, None]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import policies
-from examples.digits.metrics import EXACT_DB
+from examples.digits.testbed import DIGITS
+from examples.mnist.testbed import MNIST
+from examples.testbed.checkpoint import save_model
+from examples.testbed.metrics import EXACT_DB
+from examples.testbed.model import MoEDiT
 from moeca_compile import MoecaConfig
 from tests.digits import tiny_digits
 
 pytestmark = pytest.mark.bench
 
-Run = Callable[..., dict[str, dict[str, str]]]
+Rows = dict[str, dict[str, str]]
+Run = Callable[..., Rows]
 
 
 @pytest.fixture
@@ -28,12 +34,12 @@ def checkpoint(tmp_path: Path) -> Path:
 def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run cases of one question on the small model; gives their CSV rows by case."""
 
-    def run(*cases: policies.Case, sampler: str = "euler", alone: bool = False) -> dict[str, dict[str, str]]:
+    def run(*cases: policies.Case, sampler: str = "euler", alone: bool = False, given: Sequence[str] = ()) -> Rows:
         question = policies.Question("test", cases, sampler, images=2, sets=1, alone=alone)
         monkeypatch.setattr(policies, "questions", lambda: (question,))
         threads, out = torch.get_num_threads(), tmp_path / "rows.csv"
         argv = ["--steps", "6", "--checkpoint", str(checkpoint), "--out", str(out)]
-        assert policies.main([*argv, "--threads", str(threads)]) == 0
+        assert policies.main([*argv, "--threads", str(threads), *given]) == 0
         with out.open() as file:
             return {row["case"]: row for row in csv.DictReader(file)}
 
@@ -44,7 +50,7 @@ def test_every_case_has_options_that_the_config_takes():
     cases = [case for question in policies.questions() for case in question.cases]
     configs = [MoecaConfig.from_options(case.options) for case in cases if case.options is not None]
     assert {config.recipe for config in configs} == {
-        "none", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast", "block",
+        "none", "auto", "fora", "fora-forecast", "stack", "stack-forecast", "moeca", "moeca-forecast", "block",
         "block-forecast", "taylorseer", "deepcache", "delta", "toca", "duca",
         "teacache", "block-cache", "magcache",
     }  # fmt: skip
@@ -78,6 +84,22 @@ def test_rows_hold_quality_costs_and_where_they_were_measured(run: Run):
 def test_a_recipe_that_needs_ratios_gets_those_of_another_seed(run: Run):
     rows = run(policies.Case("magcache", {"recipe": "magcache", "reuse_threshold": 1.0, "retention": 0.2}))
     assert float(rows["magcache"]["flops_speedup"]) > 1.5  # nothing of it was spent on measuring
+
+
+def test_a_question_runs_on_the_other_testbed(run: Run, tmp_path: Path):
+    torch.manual_seed(0)
+    model = MoEDiT(replace(MNIST.config, width=16, depth=2, heads=1, experts=5, expert_width=8))
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    save_model(model, tmp_path / "mnist.safetensors")
+    given = ["--testbed", "mnist", "--checkpoint", str(tmp_path / "mnist.safetensors")]
+    rows = run(policies.Case("fewer", None, 3, "euler"), given=given)
+    assert 0 < float(rows["fewer"]["psnr"]) < EXACT_DB and float(rows["fewer"]["flops_speedup"]) == 2
+
+
+def test_each_testbed_has_its_checkpoint_and_its_file_of_rows():
+    digits, mnist = policies.parse_arguments([]), policies.parse_arguments(["--testbed", "mnist"])
+    assert digits.checkpoint == DIGITS.model_path and mnist.checkpoint == MNIST.model_path
+    assert digits.out == policies.RESULTS / "policies.csv" and mnist.out == policies.RESULTS / "policies-mnist.csv"
 
 
 def test_the_stochastic_sampler_gets_the_same_noise(run: Run):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.digits import sample, train
+from examples import digits
+from examples.digits.testbed import DIGITS
+from examples.testbed import sample, train
 
-SCRIPTS = Path(sample.__file__).parent
+SCRIPTS = Path(digits.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -29,29 +31,32 @@ SCRIPTS = Path(sample.__file__).parent
 )
 def test_bad_arguments_are_refused_with_what_is_allowed(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        sample.parse_arguments(arguments)
+        sample.parse_arguments(DIGITS, arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_defaults():
-    args = sample.parse_arguments([])
-    assert args.recipe == list(sample.DEFAULT_RECIPES)
+    args = sample.parse_arguments(DIGITS, [])
+    assert args.recipe == list(sample.DEFAULT_RECIPES) and "auto" in args.recipe
+    assert args.options == {"full_every": 4}, "schedule and corrector are the recipe's own"
     assert args.steps == 50
 
 
 def test_options_of_the_backend():
-    args = sample.parse_arguments(["--recipe", "stack", "--full-every", "7", "--schedule", "power", "--corrector"])
+    args = sample.parse_arguments(
+        DIGITS, ["--recipe", "stack", "--full-every", "7", "--schedule", "power", "--corrector"]
+    )
     assert args.options == {"full_every": 7, "schedule": "power", "corrector": True}
 
 
 def test_recipes_given_twice_run_once():
-    args = sample.parse_arguments(["--recipe", "fora", "--recipe", "moeca", "--recipe", "fora"])
+    args = sample.parse_arguments(DIGITS, ["--recipe", "fora", "--recipe", "moeca", "--recipe", "fora"])
     assert args.recipe == ["fora", "moeca"]
 
 
 def test_missing_checkpoint_stops_before_any_work(tmp_path, capsys):
-    assert sample.main(["--checkpoint", str(tmp_path / "gone.safetensors")]) == 1
+    assert sample.main(DIGITS, ["--checkpoint", str(tmp_path / "gone.safetensors")]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert "gone.safetensors" in err
@@ -61,11 +66,11 @@ def test_missing_checkpoint_stops_before_any_work(tmp_path, capsys):
 def test_damaged_checkpoint_stops_before_any_work(tmp_path, capsys):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(b"\x00" * 40)
-    assert sample.main(["--checkpoint", str(path)]) == 1
+    assert sample.main(DIGITS, ["--checkpoint", str(path)]) == 1
     assert "bad.safetensors is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["digits/sample.py", "digits/train.py", "mnist/sample.py", "mnist/train.py"])
 def test_scripts_run_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / script), "--help"], cwd=tmp_path, capture_output=True, text=True
@@ -76,5 +81,5 @@ def test_scripts_run_from_any_folder(script, tmp_path):
 
 def test_training_refuses_bad_arguments(capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments(["--steps", "0"])
+        train.parse_arguments(DIGITS, ["--steps", "0"])
     assert "at least 1" in capsys.readouterr().err

@@ -1,26 +1,24 @@
 import pytest
 import torch
 
-from examples.digits.checkpoint import (
-    CLASSIFIER_PATH,
-    MODEL_PATH,
+from examples.digits.testbed import DIGITS, DigitsConfig, load_classifier, load_model
+from examples.mnist.testbed import MNIST
+from examples.testbed.checkpoint import (
     CheckpointError,
-    load_classifier,
-    load_model,
     save_model,
     save_weights,
 )
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.data import load_split
-from examples.digits.metrics import agreement, expert_load
-from examples.digits.model import DigitsConfig, DigitsDiT
-from examples.digits.sampling import generate
+from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.metrics import agreement, expert_load
+from examples.testbed.model import MoEDiT
+from examples.testbed.testbed import Testbed
 
 SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
+TESTBEDS = (DIGITS, MNIST)
 
 
 def test_a_saved_model_comes_back_with_its_sizes(tmp_path):
-    model = DigitsDiT(SMALL)
+    model = MoEDiT(SMALL)
     save_model(model, tmp_path / "new" / "model.safetensors")
     again = load_model(tmp_path / "new" / "model.safetensors")
     assert again.cfg == SMALL
@@ -38,7 +36,7 @@ def test_missing_checkpoint_says_which_and_how_to_make_it(load, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", None], ids=["empty", "noise", "cut"])
 def test_damaged_checkpoint_says_so(load, content, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_model(DigitsDiT(SMALL), path)
+    save_model(MoEDiT(SMALL), path)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .*train\.py"):
         load(path)
@@ -52,24 +50,40 @@ def test_checkpoint_of_something_else_says_so(tmp_path):
     save_weights(DigitsClassifier(), path, config={"width": 32})
     with pytest.raises(CheckpointError, match="holds another model's weights"):
         load_model(path)
-    save_weights(DigitsClassifier(), path, config={"patch": 2})
-    with pytest.raises(CheckpointError, match="patch"):
+    save_weights(DigitsClassifier(), path, config={"groups": 2})
+    with pytest.raises(CheckpointError, match="groups"):
         load_model(path)
 
 
-def test_the_shipped_checkpoints_are_small():
-    assert MODEL_PATH.stat().st_size + CLASSIFIER_PATH.stat().st_size < 16e6
+def test_rounded_weights_come_back_in_the_models_own_dtype(tmp_path):
+    torch.manual_seed(0)
+    model, path = MoEDiT(SMALL), tmp_path / "half.safetensors"
+    save_model(model, path, torch.float16)
+    again = load_model(path)
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].dtype == torch.float32
+        assert torch.equal(again.state_dict()[name], value.half().float())
+    save_model(model, tmp_path / "whole.safetensors")
+    assert path.stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
 
 
-def test_the_shipped_classifier_knows_held_out_digits():
-    held_out = load_split()[1]
-    assert agreement(load_classifier(), held_out.images, held_out.labels) > 0.97
+def test_all_shipped_checkpoints_together_are_small():
+    sizes = [path.stat().st_size for testbed in TESTBEDS for path in testbed.folder.glob("*.safetensors")]
+    assert len(sizes) == 4 and sum(sizes) < 25e6
 
 
-def test_the_shipped_model_draws_the_requested_digits_with_all_its_experts():
-    model, labels = load_model(), torch.arange(40) % 10
+@pytest.mark.parametrize("testbed", TESTBEDS, ids=lambda testbed: testbed.name)
+def test_the_shipped_classifier_knows_held_out_digits(testbed: Testbed):
+    held_out = testbed.load_split()[1]
+    assert agreement(testbed.load_classifier(), held_out.images, held_out.labels) > 0.97
+
+
+@pytest.mark.parametrize("testbed", TESTBEDS, ids=lambda testbed: testbed.name)
+def test_the_shipped_model_draws_the_requested_digits_with_all_its_experts(testbed: Testbed):
+    model, labels = testbed.load_model(), torch.arange(40) % 10
     with expert_load(model) as load:
-        images = generate(model, labels, steps=10)
-    assert agreement(load_classifier(), images, labels) >= 0.9
-    assert set(load()) == {"blocks.1.mlp.gate", "blocks.3.mlp.gate", "blocks.5.mlp.gate"}
-    assert all(shares.min() > 0.02 for shares in load().values())
+        images = testbed.generate(model, labels, steps=10)
+    assert agreement(testbed.load_classifier(), images, labels) >= 0.9
+    cfg = testbed.config
+    assert set(load()) == {f"blocks.{block}.mlp.gate" for block in range(1, cfg.depth, cfg.moe_every)}
+    assert all(shares.min() > 0.16 / cfg.experts for shares in load().values())

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.compare import (
+from examples.digits.testbed import DIGITS, DigitsConfig
+from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.compare import (
     BASELINE,
     UNCACHED,
     UNCACHED_WARMUP,
@@ -20,10 +21,10 @@ from examples.digits.compare import (
     step_reductions,
     warmup_steps,
 )
-from examples.digits.model import DigitsConfig, DigitsDiT
-from examples.digits.picture import mosaic, save_picture
+from examples.testbed.model import MoEDiT
+from examples.testbed.picture import mosaic, save_picture
 
-SETTING = Setting(batch=4, steps=4, repeats=2)
+SETTING = Setting(DIGITS.image_shape, batch=4, steps=4, repeats=2)
 CPU = torch.device("cpu")
 
 
@@ -103,11 +104,11 @@ def test_step_reductions_spend_the_targets_flops(sampler, names):
 
 def test_private_copies_are_equal_and_share_no_forward():
     torch.manual_seed(0)
-    model = DigitsDiT(DigitsConfig(width=32, depth=2, heads=2, expert_width=16)).eval()
+    model = MoEDiT(DigitsConfig(width=32, depth=2, heads=2, expert_width=16)).eval()
     torch.nn.init.normal_(model.final_layer.linear.weight)
     first, second = private_copy(model), private_copy(model)
     assert first.forward.__code__ is not second.forward.__code__
-    assert isinstance(first, DigitsDiT)
+    assert isinstance(first, MoEDiT)
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2])
     assert torch.equal(first(x, t, y), model(x, t, y))
     first.pos_embed.data.zero_()
@@ -117,7 +118,7 @@ def test_private_copies_are_equal_and_share_no_forward():
 def test_a_graph_break_in_one_private_copy_leaves_the_others_whole():
     """With plain copies there would be a graph for each block."""
     torch._dynamo.reset()
-    model = DigitsDiT(DigitsConfig(width=32, depth=4, heads=2, expert_width=16)).eval()
+    model = MoEDiT(DigitsConfig(width=32, depth=4, heads=2, expert_width=16)).eval()
     model.blocks[1].mlp = model.blocks[3].mlp = torch.nn.Identity()
     arguments = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2])
     graphs = []

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.metrics import EXACT_DB, agreement, expert_load, frechet_distance, psnr, ssim
-from examples.digits.model import DigitsConfig, DigitsDiT
+from examples.digits.testbed import DigitsConfig
+from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.metrics import EXACT_DB, agreement, expert_load, frechet_distance, psnr, ssim
+from examples.testbed.model import MoEDiT
 
 
 class TwoFeatures(DigitsClassifier):
@@ -59,7 +60,7 @@ def test_frechet_distance_with_fewer_images_than_features_is_finite():
 
 def test_expert_load_counts_branches_while_open():
     torch.manual_seed(0)
-    model = DigitsDiT(DigitsConfig(width=32, depth=2, heads=2, expert_width=16)).eval()
+    model = MoEDiT(DigitsConfig(width=32, depth=2, heads=2, expert_width=16)).eval()
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with torch.no_grad():
         with expert_load(model) as load:

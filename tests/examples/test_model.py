@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from examples.digits.model import DigitsConfig, DigitsDiT, SparseMoE
+from examples.digits.testbed import DigitsConfig
 from examples.dit import rotary_table, rotate
+from examples.testbed.model import MoEDiT, SparseMoE
 
 SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
 
@@ -66,13 +67,13 @@ def test_balance_loss_is_one_when_balanced_and_more_when_not(layer):
 
 def test_forward_shape_and_adaln_zero_start():
     torch.manual_seed(0)
-    model = DigitsDiT(SMALL).eval()
+    model = MoEDiT(SMALL).eval()
     x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 3, 9, model.y_embedder.null_class])
     assert torch.equal(model(x, t, y), torch.zeros_like(x))
 
 
 def test_every_second_block_has_experts():
-    model = DigitsDiT()
+    model = MoEDiT(DigitsConfig())
     assert [name for name, module in model.named_modules() if isinstance(module, SparseMoE)] == [
         "blocks.1.mlp",
         "blocks.3.mlp",

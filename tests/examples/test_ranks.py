@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.digits import ranks, sample
-from examples.digits.sampling import SAMPLERS, generate
+from examples.digits.testbed import DIGITS
+from examples.testbed import ranks, sample
+from examples.testbed.sampling import SAMPLERS
 from tests.digits import tiny_digits
 from tests.processes import torchrun
 
@@ -22,9 +23,10 @@ def velocity(x, t, y):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_of_a_batch_are_the_same_alone(sampler):
     labels = torch.tensor([3, 1, 4, 1, 5])
-    whole = generate(velocity, labels, steps=5, sampler=sampler, seed=7)
+    whole = DIGITS.generate(velocity, labels, steps=5, sampler=sampler, seed=7)
     parts = [
-        generate(velocity, labels, steps=5, sampler=sampler, seed=7, rows=rows) for rows in (slice(2), slice(2, 5))
+        DIGITS.generate(velocity, labels, steps=5, sampler=sampler, seed=7, rows=rows)
+        for rows in (slice(2), slice(2, 5))
     ]
     assert torch.equal(torch.cat(parts), whole) and parts[0].shape == (2, 1, 8, 8)
 
@@ -67,7 +69,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     checkpoint = tiny_digits(tmp_path, width=16, experts=3, expert_width=16)  # it compiles in seconds
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    assert sample.main(arguments(one, checkpoint)) == 0
+    assert sample.main(DIGITS, arguments(one, checkpoint)) == 0
     printed = torchrun(2, "examples/digits/sample.py", *arguments(two, checkpoint), folder=tmp_path)
     assert printed.count("wrote ") == 1 and (two / "p.png").stat().st_size > 0
     alone, together = figures(one), figures(two)

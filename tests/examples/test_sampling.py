@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from examples.digits.sampling import (
+from examples.digits.testbed import DIGITS
+from examples.testbed.sampling import (
     NULL_CLASS,
     SAMPLERS,
     flow_coordinates,
-    generate,
     guided_velocity,
     make_scheduler,
     noise_prediction,
@@ -41,7 +41,7 @@ def test_noise_prediction_is_exact(alpha_bar):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_reach_the_distribution_of_a_model_in_closed_form(sampler):
     labels = torch.zeros(64, dtype=torch.int64)
-    images = generate(exact_velocity, labels, steps=500, sampler=sampler, guidance=1.0)
+    images = DIGITS.generate(exact_velocity, labels, steps=500, sampler=sampler, guidance=1.0)
     assert images.mean().item() == pytest.approx(CENTRE, abs=0.015)
     assert images.std().item() == pytest.approx(SPREAD, abs=0.015)  # DDPM: 0.16 in 50 steps, 0.19 in 500
 
@@ -55,7 +55,7 @@ def test_times_fall_from_noise_to_data_once_a_step(sampler):
         times.append(t[0].item())
         return torch.zeros_like(x)
 
-    generate(model, torch.zeros(1, dtype=torch.int64), steps=20, sampler=sampler)
+    DIGITS.generate(model, torch.zeros(1, dtype=torch.int64), steps=20, sampler=sampler)
     assert len(times) == 20
     assert times == sorted(times, reverse=True)
     assert 0 < times[-1] < 0.2 < 0.9 < times[0] <= 1
@@ -64,7 +64,7 @@ def test_times_fall_from_noise_to_data_once_a_step(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_seed_repeats_and_another_differs(sampler):
     first, again, other = (
-        generate(exact_velocity, torch.zeros(2, dtype=torch.int64), steps=5, sampler=sampler, seed=seed)
+        DIGITS.generate(exact_velocity, torch.zeros(2, dtype=torch.int64), steps=5, sampler=sampler, seed=seed)
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from examples.digits.checkpoint import load_model
-from examples.digits.sampling import generate, guided_velocity
+from examples.digits.testbed import DIGITS, load_model
 from examples.machine import private_copy
 from examples.serve import load, worker
 from examples.serve.service import OPTIONS, Lines, Server, make_app
 from examples.serve.worker import Batch, Request, Worker
+from examples.testbed.sampling import guided_velocity
 
 WISHES = [{"label": n % 10, "seed": n, "steps": (6, 9)[n % 2], "guidance": 1.1 + n / 10} for n in range(10)]
 LONG = {"label": 1, "steps": 200}
@@ -54,7 +54,7 @@ def alone() -> list[Tensor]:
     for wish in WISHES:
         labels, how = torch.tensor([wish["label"]]), {name: wish[name] for name in ("seed", "steps", "guidance")}
         with moeca_compile.generation(steps=wish["steps"]):
-            pictures.append(generate(model, labels, **how)[0, 0])
+            pictures.append(DIGITS.generate(model, labels, **how)[0, 0])
     return pictures
 
 

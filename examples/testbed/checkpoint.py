@@ -4,33 +4,32 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.model import DigitsConfig, DigitsDiT
-
-HERE = Path(__file__).resolve().parent
-MODEL_PATH = HERE / "digits.safetensors"
-CLASSIFIER_PATH = HERE / "classifier.safetensors"
+from examples.testbed.model import Config, MoEDiT
 
 
 class CheckpointError(Exception):
     """A checkpoint is missing, damaged, or of another model; the message says which file and what to do."""
 
 
-def save_weights(module: nn.Module, path: Path, **metadata: object) -> None:
-    """Write ``module``'s parameters and persistent buffers to ``path``, with metadata values as JSON."""
+def save_weights(module: nn.Module, path: Path, dtype: torch.dtype | None = None, **metadata: object) -> None:
+    """Write ``module``'s parameters and persistent buffers to ``path``, with metadata values as JSON.
+
+    With a ``dtype`` they are rounded to it; a model that loads them has them in its own dtype again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in module.state_dict().items()}
     partial = path.with_suffix(".partial")  # so that nobody reads half a file
     save_file(weights, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
     partial.replace(path)
 
 
-def save_model(model: DigitsDiT, path: Path, **metadata: object) -> None:
-    save_weights(model, path, config=asdict(model.cfg), **metadata)
+def save_model(model: MoEDiT, path: Path, dtype: torch.dtype | None = None, **metadata: object) -> None:
+    save_weights(model, path, dtype, config=asdict(model.cfg), **metadata)
 
 
 def read_weights(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -53,23 +52,13 @@ def load_into(module: nn.Module, weights: dict[str, Tensor], path: Path, remedy:
         raise CheckpointError(f"{path} holds another model's weights ({error}); {remedy}") from error
 
 
-def load_model(path: Path = MODEL_PATH) -> DigitsDiT:
-    """The trained DiT in evaluation mode. Raises CheckpointError."""
-    remedy = f"python {HERE / 'train.py'} --out {path} makes it"
+def load_model(path: Path, config: type[Config], remedy: str) -> MoEDiT:
+    """A trained model in evaluation mode, whose sizes are a ``config``. Raises CheckpointError."""
     weights, metadata = read_weights(path, remedy)
     try:
-        config = DigitsConfig(**metadata["config"])  # type: ignore[arg-type]
+        sizes = config(**metadata["config"])  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has no configuration of this model ({error!r}); {remedy}") from error
-    model = DigitsDiT(config)
+    model = MoEDiT(sizes)
     load_into(model, weights, path, remedy)
     return model.eval().requires_grad_(False)
-
-
-def load_classifier(path: Path = CLASSIFIER_PATH) -> DigitsClassifier:
-    """The trained classifier in evaluation mode. Raises CheckpointError."""
-    remedy = f"python {HERE / 'train.py'} --classifier --out {path} makes it"
-    weights, _ = read_weights(path, remedy)
-    classifier = DigitsClassifier()
-    load_into(classifier, weights, path, remedy)
-    return classifier.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A small class-conditional DiT with mixture-of-experts layers, for 8x8 images.
+"""A small class-conditional DiT with mixture-of-experts layers, for images of a few hundred pixels.
 
 It is built like DSMoE: adaLN-zero blocks, 2-D rotary positions, and in every second block a mixture of
 SwiGLU experts with one shared expert. The parts come from examples/dit.py; this file adds what training
@@ -15,21 +15,27 @@ from examples.dit import Block, FinalLayer, Mlp, MoE, Router, TimestepEmbedder
 
 
 @dataclass(frozen=True)
-class DigitsConfig:
+class Config:
     """Sizes of the model. Every ``moe_every``-th block (the second, fourth, ...) holds experts."""
 
-    image_size: int = 8
+    image_size: int
+    width: int
+    depth: int
+    heads: int
+    experts: int
+    experts_per_token: int
+    expert_width: int
+    patch: int = 1
     channels: int = 1
     classes: int = 10
-    width: int = 128
-    depth: int = 6
-    heads: int = 4
     mlp_ratio: int = 4
     moe_every: int = 2
-    experts: int = 8
-    experts_per_token: int = 2
-    expert_width: int = 192
     route_scale: float = 2.0
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch
 
 
 class LabelEmbedder(nn.Module):
@@ -72,7 +78,7 @@ class MoEGate(Router):
 class SparseMoE(MoE):
     """Top-k routed SwiGLU experts plus one shared expert that sees every token; trainable."""
 
-    def __init__(self, cfg: DigitsConfig) -> None:
+    def __init__(self, cfg: Config) -> None:
         gate = MoEGate(cfg.width, cfg.experts, cfg.experts_per_token, cfg.route_scale)
         super().__init__(gate, cfg.expert_width, shared_hidden=cfg.expert_width)
 
@@ -80,28 +86,33 @@ class SparseMoE(MoE):
         return self.forward_train(x) if self.training else super().forward(x)
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """The same in a differentiable form: each expert runs on the rows that chose it."""
+        """The same in a differentiable form: each expert runs on its slice of the rows, sorted by expert.
+
+        Twice as fast on a CPU as a search for each expert's rows, with 48 experts.
+        """
         indices, weights = (each.reshape(-1, self.top_k) for each in self.gate(x))
-        rows = x.reshape(-1, x.shape[-1])  # [R, D]
-        out = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            row, slot = torch.where(indices == number)
-            out = out.index_add(0, row, (expert(rows[row]) * weights[row, slot, None]).to(out.dtype))
-        return out.reshape(x.shape) + self.shared_expert(x)
+        rows, order = x.reshape(-1, x.shape[-1]), indices.reshape(-1).argsort(stable=True)
+        counts = indices.reshape(-1).bincount(minlength=len(self.experts)).tolist()
+        slices = rows.index_select(0, order // self.top_k).split(counts)
+        out = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
+        branches = out.index_select(0, order.argsort()).reshape(-1, self.top_k, x.shape[-1])  # [R, k, D]
+        routed = (branches * weights.unsqueeze(-1)).sum(dim=1)
+        return routed.to(x.dtype).reshape(x.shape) + self.shared_expert(x)
 
 
-class DigitsDiT(nn.Module):
-    """Velocity model v(x_t, t, y) of a rectified flow; every pixel is a token."""
+class MoEDiT(nn.Module):
+    """Velocity model v(x_t, t, y) of a rectified flow; a token is a patch of ``cfg.patch`` x ``cfg.patch`` pixels."""
 
-    def __init__(self, cfg: DigitsConfig | None = None) -> None:
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg = cfg = cfg or DigitsConfig()
-        self.x_embedder = nn.Linear(cfg.channels, cfg.width)
-        self.pos_embed = nn.Parameter(torch.randn(1, cfg.image_size**2, cfg.width) * 0.02)
+        self.cfg = cfg
+        pixels = cfg.channels * cfg.patch**2
+        self.x_embedder = nn.Linear(pixels, cfg.width)
+        self.pos_embed = nn.Parameter(torch.randn(1, cfg.grid**2, cfg.width) * 0.02)
         self.t_embedder = TimestepEmbedder(cfg.width, features=128, scale=1000.0)
         self.y_embedder = LabelEmbedder(cfg.classes, cfg.width)
         self.blocks = nn.ModuleList(self.make_block(i) for i in range(cfg.depth))
-        self.final_layer = FinalLayer(cfg.width, cfg.channels)
+        self.final_layer = FinalLayer(cfg.width, pixels)
         self.initialize_weights()
 
     def make_block(self, index: int) -> Block:
@@ -110,7 +121,7 @@ class DigitsDiT(nn.Module):
         def feedforward() -> nn.Module:
             return SparseMoE(cfg) if experts else Mlp(cfg.width, cfg.mlp_ratio * cfg.width)
 
-        return Block(cfg.width, cfg.heads, feedforward, grid=cfg.image_size)
+        return Block(cfg.width, cfg.heads, feedforward, grid=cfg.grid)
 
     def initialize_weights(self) -> None:
         for module in self.modules():
@@ -130,10 +141,20 @@ class DigitsDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x [B, C, H, W], t [B] in [0, 1] (1 is noise), y [B] class or ``null_class`` -> velocity like x."""
-        batch, channels, height, width = x.shape
-        tokens = self.x_embedder(x.flatten(2).transpose(1, 2)) + self.pos_embed  # [B, T, D]
+        tokens = self.x_embedder(self.patches(x)) + self.pos_embed  # [B, T, D]
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        out = self.final_layer(tokens, c)
-        return out.transpose(1, 2).reshape(batch, channels, height, width)
+        return self.image(self.final_layer(tokens, c))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, T, pixels of a patch]."""
+        grid, patch = self.cfg.grid, self.cfg.patch
+        cut = x.reshape(-1, self.cfg.channels, grid, patch, grid, patch)
+        return cut.permute(0, 2, 4, 3, 5, 1).reshape(-1, grid**2, patch**2 * self.cfg.channels)
+
+    def image(self, patches: Tensor) -> Tensor:
+        """[B, T, pixels of a patch] -> [B, C, H, W]."""
+        cfg, grid, patch = self.cfg, self.cfg.grid, self.cfg.patch
+        cut = patches.reshape(-1, grid, grid, patch, patch, cfg.channels)
+        return cut.permute(0, 5, 1, 3, 2, 4).reshape(-1, cfg.channels, cfg.image_size, cfg.image_size)

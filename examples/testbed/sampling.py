@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
-# (x [B, 1, 8, 8], t [B], y [B]) -> velocity like x
+# (x [B, C, H, W], t [B], y [B]) -> velocity like x
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SAMPLERS = ("euler", "multistep", "ddpm")
 DETERMINISTIC = ("euler", "multistep")
 TRAIN_TIMESTEPS = 1000
 NULL_CLASS = 10
-IMAGE_SHAPE = (1, 8, 8)
 
 
 def make_scheduler(sampler: str, steps: int) -> Any:
@@ -77,6 +76,7 @@ def generate(
     model: VelocityModel,
     labels: Tensor,
     *,
+    shape: tuple[int, int, int],
     steps: int = 50,
     guidance: float = 1.5,
     sampler: str = "euler",
@@ -84,7 +84,7 @@ def generate(
     rows: slice = slice(None),
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Images [B, 1, 8, 8], near [-1, 1], of the classes ``labels`` [B]; only ``rows`` of them, where these are given.
+    """Images [B, *shape], near [-1, 1], of the classes ``labels`` [B]; only ``rows`` of them, where these are given.
 
     Noise is drawn on the CPU, so that a seed gives the same noise on every device, and for the whole batch, so that
     a row is the same with others and alone. ``on_step`` is called after each step. Raises ValueError for an unknown
@@ -92,7 +92,7 @@ def generate(
     """
     scheduler = make_scheduler(sampler, steps)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(labels), *IMAGE_SHAPE, generator=generator).to(labels.device)
+    x = torch.randn(len(labels), *shape, generator=generator).to(labels.device)
     extra = {"generator": generator} if sampler == "ddpm" else {}
 
     def velocity(z: Tensor, time: float) -> Tensor:
@@ -109,9 +109,3 @@ def generate(
         if on_step is not None:
             on_step()
     return x[rows]
-
-
-def sample(model: nn.Module, seed: int) -> Tensor:
-    """Two of each digit, [20, 1, 8, 8], in 50 Euler steps with guidance: for `moeca bench`."""
-    labels = torch.arange(20, device=next(model.parameters()).device) % 10
-    return generate(model, labels, seed=seed)

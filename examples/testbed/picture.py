@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from examples.digits.compare import Policy, Row
+from examples.testbed.compare import Policy, Row
 
 SHOWN = 10
 COLUMNS = 5
@@ -18,11 +18,11 @@ AMPLIFIED = 5  # differences are shown this many times larger
 
 
 def mosaic(images: Tensor, empty: float) -> Tensor:
-    """The first ten images [B, 1, 8, 8] in five columns, separated by lines of value ``empty``: one image [H, W]."""
+    """The first ten images [B, 1, H, W] in five columns, separated by lines of value ``empty``: one image [h, w]."""
     shown = torch.nn.functional.pad(images[:SHOWN, 0].float().cpu(), (0, 1, 0, 1), value=empty)
     missing = -len(shown) % COLUMNS
     shown = torch.cat([shown, torch.full((missing, *shown.shape[1:]), empty)])
-    rows = shown.reshape(-1, COLUMNS, *shown.shape[1:])  # [rows, columns, 9, 9]
+    rows = shown.reshape(-1, COLUMNS, *shown.shape[1:])  # [rows, columns, H + 1, W + 1]
     return rows.permute(0, 2, 1, 3).reshape(rows.shape[0] * rows.shape[2], -1)[:-1, :-1]
 
 

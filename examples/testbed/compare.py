@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import moeca_compile
-from examples.digits import metrics, ranks
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.sampling import DETERMINISTIC, VelocityModel, generate
 from examples.machine import environment as environment  # re-exported
 from examples.machine import private_copy as private_copy
+from examples.testbed import metrics, ranks
+from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.sampling import DETERMINISTIC, VelocityModel, generate
 from moeca_compile.config import RECIPES
 
 BASELINE = "torch.compile"
@@ -30,6 +30,8 @@ UNCACHED_WARMUP = 8
 class Setting:
     """One generation: ``batch`` images in ``steps`` steps. Repeat r has seed ``seed + r``."""
 
+    shape: tuple[int, int, int]
+    """Of one image: (channels, side, side)."""
     batch: int = 20
     steps: int = 50
     guidance: float = 1.5
@@ -91,16 +93,18 @@ def timed_generation(
     """Images of this rank's rows, and wall-clock seconds of one generation."""
     labels = setting.labels.to(device)
     start = time.perf_counter()
-    images = generate(
-        policy.model,
-        labels,
-        steps=policy.steps,
-        guidance=setting.guidance,
-        sampler=policy.sampler,
-        seed=seed,
-        rows=ranks.own_rows(setting.batch),
-        on_step=on_step,
-    )
+    with moeca_compile.generation(steps=policy.steps):
+        images = generate(
+            policy.model,
+            labels,
+            shape=setting.shape,
+            steps=policy.steps,
+            guidance=setting.guidance,
+            sampler=policy.sampler,
+            seed=seed,
+            rows=ranks.own_rows(setting.batch),
+            on_step=on_step,
+        )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images, time.perf_counter() - start
@@ -169,7 +173,7 @@ def paired_speedup(reference: Policy, policy: Policy) -> float:
 
 
 def make_rows(policies: list[Policy], setting: Setting, classifier: DigitsClassifier, real: Tensor) -> list[Row]:
-    """The table's rows. PSNR and SSIM are to the baseline's images, Frechet distance to ``real`` [*, 1, 8, 8]."""
+    """The table's rows. PSNR and SSIM are to the baseline's images, Frechet distance to ``real`` [*, 1, H, W]."""
     by_name = {policy.name: policy for policy in policies}
     baseline, uncached = by_name[BASELINE], by_name[UNCACHED]
     reference = torch.cat(baseline.images)

@@ -8,8 +8,8 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from examples.digits.classifier import DigitsClassifier
-from examples.digits.model import DigitsDiT, MoEGate
+from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.model import MoEDiT, MoEGate
 
 DATA_RANGE = 2.0  # images span [-1, 1]
 EXACT_DB = 150.0  # PSNR of equal images, because JSON cannot express infinity
@@ -34,7 +34,7 @@ def ssim(images: Tensor, reference: Tensor) -> float:
 
 
 @contextmanager
-def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
+def expert_load(model: MoEDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Count routed branches inside. Yields a function that returns, for each layer, the share of each expert [E]."""
     counts = {name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)}
 
@@ -54,14 +54,14 @@ def expert_load(model: DigitsDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
 
 @torch.no_grad()
 def agreement(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images [B, 1, 8, 8] that the classifier assigns to the requested class [B]."""
+    """Share of images [B, 1, H, W] that the classifier assigns to the requested class [B]."""
     predicted = classifier(images.float().cpu().clamp(-1, 1)).argmax(dim=1)
     return (predicted == labels.cpu()).float().mean().item()
 
 
 @torch.no_grad()
 def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, 1, 8, 8].
+    """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, 1, H, W].
 
     It is biased upwards for few images, so compare only figures from the same number of images.
     """
