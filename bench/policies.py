@@ -135,6 +135,7 @@ def questions() -> tuple[Question, ...]:
             "schedules",
             (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
         ),
+        Question("exponents", tuple(_exponents((3, 5))), sets=2),
         Question("forecasters", tuple(_forecasters((4, 7)))),
         Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
         Question("decisions", (*_evenly_spaced((3, 4)), *_variants_of(_DECIDING))),
@@ -211,6 +212,17 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
             for chosen in ({}, *options):
                 name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
                 yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
+
+
+_EXPONENTS = (1.0, 1.15, 1.3, 1.45)
+"""Of the power schedule; 1 is even full steps."""
+
+
+def _exponents(intervals: Sequence[int]) -> Iterator[Case]:
+    for every in intervals:
+        for exponent in _EXPONENTS:
+            options = {"recipe": "stack-forecast", "full_every": every, "schedule": "power", "corrector": True}
+            yield Case(f"N = {every}, exponent {exponent}", {**options, "schedule_exponent": exponent})
 
 
 _BOUNDS: dict[str, dict[int, tuple[float, ...]]] = {
