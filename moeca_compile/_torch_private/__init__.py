@@ -10,7 +10,7 @@ Each use is a `Private` (lookup.py) with what is lost without it. Those without 
 that gives the same numbers. docs/private-apis.md has them all, with the gain of each and the versions it was seen on.
 """
 
-from moeca_compile._torch_private.any_size import compile_for_sizes, size_of
+from moeca_compile._torch_private.any_size import compile_for_sizes
 from moeca_compile._torch_private.backends import add_backend
 from moeca_compile._torch_private.collectives import (
     exchanges_played,
@@ -150,7 +150,6 @@ __all__ = [
     "root_module",
     "same_keys_everywhere",
     "schema_of",
-    "size_of",
     "subclass_among",
     "subclass_weight",
     "tensor_of_number",

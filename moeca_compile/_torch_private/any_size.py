@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from moeca_compile._torch_private.graphs import compiled_by_inductor, tracing_in
@@ -21,10 +20,12 @@ _SOURCE = Private("torch._dynamo.source.ConstantSource", _EACH_SIZE)
 def compile_for_sizes(
     gm: fx.GraphModule, examples: Callable[[Any], Sequence[Tensor]], size: int, eager_random: bool = False
 ) -> tuple[Callable[..., Any], Callable[[int], bool]]:
-    """Inductor's code for a graph of flat tensor inputs that has one size as a variable.
+    """Inductor's code for a graph whose first input is a size, and whose others are tensors.
+
+    The size must be an input: the guards of code that comes from disk are those on numbers among the inputs alone.
 
     Args:
-        examples: the size -> tensors like the inputs; it is called with a symbol, in fake mode.
+        examples: the size -> tensors like the other inputs; it is called with a symbol, in fake mode.
         size: a value of it, at least 2.
 
     Returns the code, and whether it is right for another value of the size. Raises RuntimeError where this version of
@@ -38,7 +39,7 @@ def compile_for_sizes(
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=shapes)
     with tracing_in(mode):
         with mode:
-            inputs = list(examples(variable))
+            inputs = [variable, *examples(variable)]
         code = compiled_by_inductor(gm, inputs, eager_random=eager_random)
 
     def holds(value: int) -> bool:
@@ -48,8 +49,3 @@ def compile_for_sizes(
         return bool(known.lower <= value <= known.upper) and all(guard == True for guard in guards)  # noqa: E712
 
     return code, holds
-
-
-def size_of(graph: fx.Graph, tensor: fx.Node, dim: int) -> fx.Node:
-    """A node for the size of a tensor."""
-    return graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))

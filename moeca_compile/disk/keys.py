@@ -62,12 +62,16 @@ def environment(device: torch.device) -> Form:
     inductor = inductor_identity()
     if inductor is None:
         raise NoFormError("functions of the user's take part in Inductor's compilation")
+    return [source_digest(), torch.__version__, torch.version.git_version, _machine(device.type), modes(), inductor]
+
+
+def modes() -> list[str]:
+    """The global modes that code and its results depend on."""
     deterministic = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    modes = [str(mode) for mode in (*numeric_modes(), *deterministic)]
-    return [source_digest(), torch.__version__, torch.version.git_version, _machine(device.type), modes, inductor]
+    return [str(mode) for mode in (*numeric_modes(), *deterministic)]
 
 
 @cache

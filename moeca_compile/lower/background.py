@@ -181,11 +181,12 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Take a job, which is over at some time, whatever happens."""
         with self.lock:
+            if self.thread is None:
+                thread = Thread(target=self._serve, name="moeca_compile background", daemon=True)
+                thread.start()  # this may raise
+                self.thread = thread
             self.unfinished.add(job)
             self.jobs.put(job)
-            if self.thread is None:
-                self.thread = Thread(target=self._serve, name="moeca_compile background", daemon=True)
-                self.thread.start()
 
     def end(self) -> None:
         """End the process, if there is one. The next job starts another."""

@@ -128,7 +128,7 @@ def check_key(
     def key() -> str:
         facts = weight_facts(inputs, compiled.captured.arguments)
         traced = computation(graph_form(step.traced.graph))
-        varying = [False for _ in step.calls]
+        varying: list[tuple[int, ...]] = [() for _ in step.calls]
         if code is not None:
             varying = [compiled.captured.parts.for_all_sizes(each) for _, each in code.partitions]
         return digest("step", compiled.key, kind.name, traced, _partitions(step), varying, facts)

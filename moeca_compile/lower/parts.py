@@ -2,8 +2,8 @@
 
 A part that equals one at hand is not compiled again, whatever kind of step it is in. One that differs from it in the
 batch size alone is compiled once for all sizes: two graphs of the same ops, in which every number that differs is a
-line through two sizes, are one graph of that size. Whether a third size is on the line is seen by its own graph, as
-it was traced.
+multiple of one size, are one graph of that size. Whether this holds at a third is seen by its own graph, as it was
+traced.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from moeca_compile._torch_private import compile_for_sizes, compile_graph, size_of
-from moeca_compile.disk.keys import digest
+from moeca_compile._torch_private import compile_for_sizes, compile_graph
+from moeca_compile.disk.keys import digest, modes
 from moeca_compile.lower.executor import Compiled
 from moeca_compile.text import first_line
 
@@ -31,7 +31,7 @@ _SMALLEST = 2
 
 
 class Term(NamedTuple):
-    """A number in a graph: constant + factor * size."""
+    """A number in a graph, constant + factor * size; one of the two is 0."""
 
     constant: int
     factor: int
@@ -41,7 +41,7 @@ class Term(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a graph reads the size: a dim of an input."""
+    """What is the size: a dim of an input."""
 
     input: int
     dim: int
@@ -68,9 +68,7 @@ class _Known:
     def serves(self, numbers: tuple[int, ...]) -> bool:
         if not self.terms:
             return numbers == self.numbers
-        size = numbers[self.variable]
-        fits = size >= _SMALLEST and all(n == term.at(size) for n, term in zip(numbers, self.terms, strict=True))
-        return fits and self.holds(size)
+        return is_on(numbers, self.terms, self.variable) and self.holds(numbers[self.variable])
 
 
 class Part(Protocol):
@@ -110,7 +108,7 @@ class Parts:
             return compile_graph(subgraph.module(), subgraph.examples(), on_code, random)
         module, examples = subgraph.module(), subgraph.examples()
         structure, numbers = without_sizes(module, examples)
-        known = self._known.setdefault(digest(structure, random), [])
+        known = self._known.setdefault(_key(structure, random), [])
         known[:] = [each for each in known if each.code() is not None]
         for each in known:
             code = each.code()
@@ -128,7 +126,7 @@ class Parts:
         found = []
         for each in subgraphs:
             structure, numbers = without_sizes(each.module(), each.examples())
-            known = [other for other in self._known.get(digest(structure, random), []) if other.code() is not None]
+            known = [other for other in self._known.get(_key(structure, random), []) if other.code() is not None]
             if not any(other.serves(numbers) for other in known):
                 found.append((each, [other.numbers for other in known if not other.terms]))
         return found
@@ -136,11 +134,12 @@ class Parts:
     def note(self, subgraph: Part, random: bool, numbers: Sequence[int]) -> None:
         """Note that another process has code for a subgraph with other numbers, but the structure of this one."""
         structure, _ = without_sizes(subgraph.module(), subgraph.examples())
-        self._known.setdefault(digest(structure, random), []).append(_Known(lambda: _elsewhere, tuple(numbers)))
+        self._known.setdefault(_key(structure, random), []).append(_Known(lambda: _elsewhere, tuple(numbers)))
 
-    def for_all_sizes(self, code: Compiled) -> bool:
-        """Whether this code of a part serves several batch sizes."""
-        return any(each.terms and each.code() is code for known in self._known.values() for each in known)
+    def for_all_sizes(self, code: Compiled) -> tuple[int, ...]:
+        """Where this code serves several batch sizes, the numbers of the one at which it was compiled; else ()."""
+        every = (each for known in self._known.values() for each in known if each.terms and each.code() is code)
+        return next((each.numbers for each in every), ())
 
     def _for_all_sizes(
         self,
@@ -151,24 +150,32 @@ class Parts:
         known: list[_Known],
     ) -> Compiled | None:
         """Code for all sizes, by the numbers of this one and of one that is known; None where there is none."""
-        lines = (line_through(each.numbers, numbers, examples) for each in known if not each.terms)
+        lines = (multiples_of_a_size(each.numbers, numbers, examples) for each in known if not each.terms)
         line = next(filter(None, lines), None)
         if line is None:
             return None
         terms, place, variable = line
         size = numbers[variable]
         try:
-            graph = with_size(module, terms, place)
-            code, holds = compile_for_sizes(graph, lambda size: _at(examples, terms, size), size, random)
+            graph = with_size(module, terms)
+            sized, holds = compile_for_sizes(graph, lambda size: _at(examples, terms, size), size, random)
         except Exception as error:
             _log.debug("a part is compiled for each size: %s", first_line(error), exc_info=True)
             return None
+
+        def code(*inputs: Any) -> Any:
+            return sized(inputs[place.input].shape[place.dim], *inputs)
+
         found = _Known(weakref.ref(code), numbers, terms, variable, holds)
         if not found.serves(numbers):
             _log.debug("a part is compiled for each size: its code is for one alone")
             return None
         known.append(found)
         return code
+
+
+def _key(structure: list[Any], random: bool) -> str:
+    return digest(structure, random, modes())
 
 
 def _elsewhere(*inputs: Any) -> Any:
@@ -198,13 +205,13 @@ def without_sizes(module: fx.GraphModule, examples: Sequence[Tensor]) -> tuple[l
     return lines, tuple(numbers)
 
 
-def line_through(
+def multiples_of_a_size(
     one: tuple[int, ...], other: tuple[int, ...], examples: Sequence[Tensor]
 ) -> tuple[tuple[Term, ...], Place, int] | None:
     """The numbers of a graph as terms of a size that an input has, by their values at two sizes.
 
     Returns the terms, the input that has the size, and the place of the size among the numbers; None where the
-    numbers are on no line, or no input has the size.
+    numbers that differ are no multiples of one, or no input has it.
     """
     places = _places(examples, len(one))
     varying = [(one[at], at) for at in places if one[at] != other[at] and min(one[at], other[at]) >= _SMALLEST]
@@ -216,7 +223,15 @@ def line_through(
         return None
     factors = [(b - a) // change for a, b in zip(one, other, strict=True)]
     terms = tuple(Term(a - factor * first, factor) for a, factor in zip(one, factors, strict=True))
+    if any(term.constant and term.factor for term in terms):  # two sizes have changed, and two points are a line
+        return None
     return terms, places[variable], variable
+
+
+def is_on(numbers: Sequence[int], terms: Sequence[Term], variable: int) -> bool:
+    """Whether the numbers of a graph are these terms of one of them, a size of 2 or more."""
+    size = numbers[variable]
+    return size >= _SMALLEST and all(n == term.at(size) for n, term in zip(numbers, terms, strict=True))
 
 
 def _places(examples: Sequence[Tensor], count: int) -> dict[int, Place]:
@@ -228,18 +243,16 @@ def _places(examples: Sequence[Tensor], count: int) -> dict[int, Place]:
     return found
 
 
-def with_size(module: fx.GraphModule, terms: Sequence[Term], place: Place) -> fx.GraphModule:
-    """The graph with its whole numbers as terms of the size that it reads of an input."""
-    graph, copies, left = fx.Graph(), dict[fx.Node, fx.Node](), iter(terms)
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    copies |= {node: graph.placeholder(node.name) for node in inputs}
-    size = size_of(graph, copies[inputs[place.input]], place.dim)
+def with_size(module: fx.GraphModule, terms: Sequence[Term]) -> fx.GraphModule:
+    """The graph with its whole numbers as terms of a size, which is its first input."""
+    graph, left = fx.Graph(), iter(terms)
+    size = graph.placeholder("size")
+    copies = {node: graph.placeholder(node.name) for node in module.graph.nodes if node.op == "placeholder"}
     values: dict[Term, Any] = {}
 
     def value_of(term: Term) -> Any:
         if term not in values:
-            scaled = size if term.factor == 1 else graph.call_function(operator.mul, (size, term.factor))
-            values[term] = graph.call_function(operator.add, (scaled, term.constant)) if term.constant else scaled
+            values[term] = size if term.factor == 1 else graph.call_function(operator.mul, (size, term.factor))
         return values[term]
 
     def copied(value: Any) -> Any:

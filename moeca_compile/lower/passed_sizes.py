@@ -1,8 +1,8 @@
 """At which batch sizes the rewrite of a model's graph has passed validation.
 
 A graph that differs from two that passed in the batch size alone is the same function of it, and is not validated
-once more: every number in it, and in what was matched, must be on the line through theirs. One size would not do: a
-batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken for what.
+once more: every number in it, and in what was matched, must be the same multiple of the size. One size would not do:
+a batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken for what.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.form import Form, NoFormError
-from moeca_compile.disk.keys import digest, graph_facts, weight_facts
-from moeca_compile.lower.parts import line_through
+from moeca_compile.disk.keys import digest, graph_facts, modes, weight_facts
+from moeca_compile.lower.parts import is_on, multiples_of_a_size
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.match.regions import Regions
 
@@ -55,12 +55,11 @@ class PassedSizes:
 
 
 def _on_line(one: tuple[int, ...], other: tuple[int, ...], graph: SizedGraph) -> bool:
-    line = line_through(one, other, graph.tensors) if len(one) == len(other) == len(graph.numbers) else None
+    line = multiples_of_a_size(one, other, graph.tensors) if len(one) == len(other) == len(graph.numbers) else None
     if line is None:
         return False
     terms, _, variable = line
-    size = graph.numbers[variable]
-    return size > 1 and all(number == term.at(size) for number, term in zip(graph.numbers, terms, strict=True))
+    return is_on(graph.numbers, terms, variable)
 
 
 def sized_graph(
@@ -86,7 +85,7 @@ def sized_graph(
         others = [v for v, node in zip(inputs, placeholders(module.graph), strict=True) if node in left.position]
         others = [v if type(v) is int else repr(v) for v in others if not isinstance(v, Tensor)]
         kinds = [[str(value.dtype), str(value.device), value.dim()] for value in tensors]
-        key = digest(facts, left.without([more, others]), kinds, weight_facts(inputs, arguments))
+        key = digest(facts, left.without([more, others]), kinds, weight_facts(inputs, arguments), modes())
     except NoFormError:
         return None
     for tensor in tensors:

@@ -42,10 +42,8 @@ def _warn(reason: str) -> None:
 
 
 def _kernel(source: str, dtype: torch.dtype) -> Any:
-    """The function of `source` for a dtype; None where there is none, or none yet: PyTorch's ops run meanwhile."""
-    if dtype not in _NAMES or cpp_compiler_is_busy():
-        return None
-    function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None)
+    """The function of `source` for a dtype; None where there is none."""
+    function = getattr(library(source), f"{source}_{_NAMES[dtype]}", None) if dtype in _NAMES else None
     if function is not None and function.argtypes is None:
         function.argtypes = _ARGUMENTS[source]
     return function
@@ -60,7 +58,7 @@ def takes(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | No
     for shape, operands in wanted:
         if any(v.dtype is not dtype or not v.is_contiguous() or v.shape != shape for v in operands):
             return False
-    return _kernel("grouped_linear", dtype) is not None
+    return not cpp_compiler_is_busy() and _kernel("grouped_linear", dtype) is not None  # PyTorch's ops run meanwhile
 
 
 def grouped_linear(
@@ -114,7 +112,7 @@ def combine(ring: Sequence[Tensor], factors: Tensor) -> Tensor | None:
     first = ring[0]
     known = all(v.is_contiguous() and v.device.type == "cpu" and v.dtype is first.dtype for v in ring)
     fits = all(v.shape == first.shape for v in ring) and factors.shape == (*first.shape[:-1], len(ring))
-    run = _kernel("combine", first.dtype) if known and fits else None
+    run = _kernel("combine", first.dtype) if known and fits and not cpp_compiler_is_busy() else None
     if run is None:
         return None
     factors = factors.to(torch.float32).contiguous()
