@@ -1,8 +1,8 @@
 """At which batch sizes the rewrite of a model's graph has passed validation.
 
 A graph that differs from two that passed in the batch size alone is the same function of it, and is not validated
-once more: every number in it, and in what was matched, must be the same multiple of the size. One size would not do:
-a batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken for what.
+once more: every number in it, and in what was matched, must be the same multiple of the size. One size would not
+do: a batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken.
 """
 
 from __future__ import annotations

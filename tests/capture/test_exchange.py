@@ -55,6 +55,7 @@ FOUND = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer, experts", FOUND)
 def test_it_is_found_however_it_is_written(layer, experts):

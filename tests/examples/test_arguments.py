@@ -70,6 +70,7 @@ def test_damaged_checkpoint_stops_before_any_work(tmp_path, capsys):
     assert "bad.safetensors is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("script", ["digits/sample.py", "digits/train.py", "mnist/sample.py", "mnist/train.py"])
 def test_scripts_run_from_any_folder(script, tmp_path):
     done = subprocess.run(

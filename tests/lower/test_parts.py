@@ -184,6 +184,7 @@ def test_the_numbers_of_a_graph_are_terms_of_a_size() -> None:
     torch.testing.assert_close(list(with_size(one.module(), terms)(5, *inputs)), layer(*inputs))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"recipe": "moeca", "budget": 1 / 8}, {"recipe": "stack-forecast"}], ids=str)
 def test_a_third_batch_size_of_a_model_compiles_nothing(options: dict[str, Any], kinds: list[str]) -> None:
     model = make_model(SMALL)

@@ -46,6 +46,7 @@ def test_every_form(name, tokens):
     assert_same(*make_inputs(tokens, CASES[name], torch.float32, DEVICE), CASES[name])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_in_16_bits_with_its_ties(name, dtype):
