@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_compile._torch_private import cache_folder, current_settings, load_inductor
+from moeca_compile._torch_private import cache_folder, compiling, current_settings, load_inductor
 from moeca_compile.disk.form import described, graph_form
 from moeca_compile.disk.keys import digest, environment
 from moeca_compile.lower.compiled import CompiledGraph
@@ -204,7 +204,8 @@ class Worker:
                 continue
             try:
                 self._do(job, self.process or self._started())
-                load_inductor()  # so that the next call need not
+                with compiling():
+                    load_inductor()  # so that the next call need not
             except Exception as error:
                 job.failed = first_line(error)
                 _log.debug("the compile worker failed, so a step is compiled in this process: %s", job.failed)
