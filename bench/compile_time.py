@@ -156,7 +156,7 @@ def plot(path: Path, picture: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(model)
         axis.set_xlabel("processor seconds over plain torch.compile, cold")
-        axis.legend()
+        axis.legend(loc="lower right")
     figure.savefig(picture, dpi=110)
 
 
