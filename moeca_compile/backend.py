@@ -211,12 +211,13 @@ def compile_graph(
             config = config_that_fits(module.graph, regions, config, device, notes)
             regions = regions_that_pay(module.graph, regions, config)
         with notes.timed("validate"):
-            given = module, regions, config, inputs, captured.arguments, device
-            sized, check = sized_graph(*given), partial(sound_regions, module.graph, regions, config, inputs, notes)
+            matched = regions
+            given = module, matched, config, inputs, captured.arguments, device
+            sized, check = sized_graph(*given), partial(sound_regions, module.graph, matched, config, inputs, notes)
             if not captured.passed.cover(sized):
                 with alone(), notes.watched() as outcome:  # another rank may find this on disk, or know the size
-                    regions = validated(rewrite_key(*given), notes, check, passed=regions)
-                if regions == given[1] and not outcome.warned:
+                    regions = validated(rewrite_key(*given), notes, check, passed=matched)
+                if regions == matched and not outcome.warned:
                     captured.passed.note(sized)
         with notes.timed("plan"):
             plan = plan_steps(module.graph, regions, config)

@@ -18,6 +18,8 @@ from moeca_compile.backend import backend_with, compile_graph, compile_step, wra
 from moeca_compile.config import MoecaConfig
 from moeca_compile.lower import parts
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph
+from moeca_compile.lower.parts import Parts
+from moeca_compile.lower.program import CompiledStep, TracedStep, lower_parts, part_step
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
 from moeca_compile.passes.rewrite.caches import Caches
@@ -181,6 +183,11 @@ def replace_inductor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(parts, "compile_graph", lambda gm, *_: gm)
     patch.setattr(parts, "compile_for_sizes", lambda gm, *_: (gm, lambda size: True))
     patch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
+
+
+def lower_alone(traced: TracedStep, lowering: str, whole: bool) -> CompiledStep:
+    """A traced step, compiled beside no other; `lowering` and `whole` as in `part_step`."""
+    return lower_parts(part_step(traced, lowering, whole), Parts(), all_sizes=False)
 
 
 def eager_step(compiled: CompiledGraph, kind: StepKind, *_: Any) -> StepFunction:

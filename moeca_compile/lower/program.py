@@ -179,30 +179,13 @@ class PartedStep:
         return list(dict.fromkeys(call.subgraph for call in self.calls))
 
 
-def lower_step(
-    traced: TracedStep,
-    lowering: str,
-    whole: bool,
-    on_code: Callable[[str], None] | None = None,
-    on_part: Callable[[int, int], None] = lambda number, count: None,
-    parts: Parts | None = None,
-    all_sizes: bool = False,
-) -> CompiledStep:
-    """Compile the traced graph.
+def part_step(traced: TracedStep, lowering: str, whole: bool) -> PartedStep:
+    """Rewrite the traced graph for Inductor, and partition it.
 
     Args:
         lowering: "inductor", or "eager" to run the graph op by op.
-        whole: compile it as one graph; else partition it and compile equal partitions once.
-        on_code: called with the path of each file of code that Inductor wrote.
-        on_part: called before each distinct part is compiled, with its number from 1 and how many there are.
-        parts: those of the model that are compiled already; not looked at where code is to be reported.
-        all_sizes: whether one code may serve several batch sizes.
+        whole: keep it as one part; else equal partitions are one.
     """
-    return lower_parts(part_step(traced, lowering, whole), parts or Parts(), all_sizes, on_code, on_part)
-
-
-def part_step(traced: TracedStep, lowering: str, whole: bool) -> PartedStep:
-    """Rewrite the traced graph for Inductor, and partition it; `lowering` and `whole` as in `lower_step`."""
     if lowering == "eager":
         return PartedStep(traced, (), False)
     use_fast_linears(traced.graph.graph)
@@ -220,7 +203,14 @@ def lower_parts(
     on_code: Callable[[str], None] | None = None,
     on_part: Callable[[int, int], None] = lambda number, count: None,
 ) -> CompiledStep:
-    """Compile what of a step is not compiled yet; the arguments as in `lower_step`."""
+    """Compile what of a step is not compiled yet.
+
+    Args:
+        parts: those of the model that are compiled already; not looked at where code is to be reported.
+        all_sizes: whether one code may serve several batch sizes.
+        on_code: called with the path of each file of code that Inductor wrote.
+        on_part: called before each distinct part is compiled, with its number from 1 and how many there are.
+    """
     subgraphs, calls = step.subgraphs, step.calls
     if not calls:
         return CompiledStep(step.traced, step.traced.graph)
@@ -243,7 +233,7 @@ def compile_parts(
 
     Args:
         random: whether the step draws random numbers.
-        parts, all_sizes, on_code, on_part: as in `lower_step`.
+        parts, all_sizes, on_code, on_part: as in `lower_parts`.
     """
     compiled = list[Compiled]()
     tagged = torch.compiler.config.patch(cache_key_tag=_cache_key_tag())  # type: ignore[attr-defined]

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moeca_compile.lower.in_place import write_in_place
 from moeca_compile.lower.partition import partition_graph
-from moeca_compile.lower.program import CompiledStep, TracedStep, lower_step, trace_step
+from moeca_compile.lower.program import CompiledStep, TracedStep, trace_step
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import CacheSpec, Part, StepKind, ring_specs
 from moeca_compile.passes.rewrite.step_function import StepResult
-from tests.harness import Captured, caches_of, ops
+from tests.harness import Captured, caches_of, lower_alone, ops
 from tests.models import make_inputs
 
 aten, moeca = torch.ops.aten, torch.ops.moeca
@@ -56,7 +56,7 @@ def test_inputs_that_are_numbers_stay_constants(graph):
         return StepResult((inputs[1] + inputs[0],), {"stack": state["stack"] * 0 + inputs[0]}, None)
 
     traced = write_in_place(trace_step(function, [4, torch.ones(3)], state, weights), state)
-    step = lower_step(traced, "eager", whole=True)
+    step = lower_alone(traced, "eager", whole=True)
     assert step([4, torch.ones(3)], state, weights).outputs[0].tolist() == [5.0] * 3
 
 
@@ -169,7 +169,7 @@ def test_inductor_writes_what_it_would_return(graph, model):
     inputs = graph.arguments(x=noise)
     with torch.no_grad():
         want = CompiledStep(plain, plain.graph)(inputs, state.cloned(), weights)
-        compiled = lower_step(written, "inductor", whole=False)
+        compiled = lower_alone(written, "inductor", whole=False)
         for slot in (0, 1):
             state.filled = [slot, slot]
             found = compiled(inputs, state, weights)

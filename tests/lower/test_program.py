@@ -11,9 +11,10 @@ from torch._inductor.utils import fresh_cache
 
 from moeca_compile._torch_private import compile_graph, trace_to_graph
 from moeca_compile.lower import parts, program
-from moeca_compile.lower.program import lower_step, trace_step
+from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepResult
+from tests.harness import lower_alone
 
 
 def function(x: torch.Tensor) -> list[torch.Tensor]:
@@ -70,6 +71,6 @@ def test_the_sources_of_our_ops_are_part_of_inductors_keys(monkeypatch):
     with torch.compiler.config.patch(cache_key_tag="user's"):
         for digest in ("one", "one", "other"):
             monkeypatch.setattr(program, "source_digest", lambda folder, digest=digest: f"{folder} {digest}")
-            lower_step(trace_step(step, [x], Caches((), x.device), x), "inductor", whole=True)
+            lower_alone(trace_step(step, [x], Caches((), x.device), x), "inductor", whole=True)
         assert torch.compiler.config.cache_key_tag == "user's"
     assert tags[0] == tags[1] != tags[2] and all("user's" in tag for tag in tags)

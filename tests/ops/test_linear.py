@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import moeca_compile.ops.linear as ops_linear
-from moeca_compile.lower.program import lower_step, trace_step
+from moeca_compile.lower.program import trace_step
 from moeca_compile.ops import bodies
 from moeca_compile.ops.body_run import run_by_expert
 from moeca_compile.ops.cpu import library
 from moeca_compile.ops.linear import grouped_linear, linear
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.step_function import StepResult
+from tests.harness import lower_alone
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
 DTYPES = tuple(EPS)
@@ -173,7 +174,7 @@ def test_a_compiled_step_takes_all_but_narrow_linear_layers_so(outputs, target):
 
     traced = trace_step(step, [x, weight], Caches((), x.device), torch.zeros(2, 2, 2))
     with torch.no_grad():
-        lowered = lower_step(traced, "inductor", whole=True)
+        lowered = lower_alone(traced, "inductor", whole=True)
         assert [str(n.target) for n in traced.graph.graph.nodes if "linear" in str(n.target)] == [str(target)]
         (found,) = lowered([x, weight], {}, torch.zeros(2, 2, 2)).outputs
         torch.testing.assert_close(found, F.linear(x, weight).relu())
