@@ -8,8 +8,10 @@ traces, lowers and checks one kind of step, when the runtime first needs it.
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +68,9 @@ from moeca_compile.runtime.engine import Engine, Stages
 from moeca_compile.runtime.original import Original, warn_of_failure
 from moeca_compile.runtime.record import Record, keep_with, record_for
 from moeca_compile.runtime.streams import bounds_of
+from moeca_compile.text import first_line
+
+_log = logging.getLogger(__name__)
 
 
 def moeca_backend(
@@ -245,11 +250,30 @@ def compile_step(
     function = compiled.function(kind)
     if not compiled.regions.finite:  # nothing could be compared: a later call compiles
         return function
+    step, all_sizes = (
+        _parted(compiled, kind, inputs, state, weights, notes),
+        compiled.config.all_sizes(compiled.device),
+    )
+    if all_sizes:
+        _note_other_capacity(compiled, kind, step, inputs, state, weights, notes)
+    finish = partial(_lowered, compiled, kind, step, notes)
+    if compiled.config.background:
+        with notes.timed("lower"):
+            job = begin(compiled, kind, step, check_key(compiled, kind, step, inputs), notes)
+        if job is not None:
+            return EarlyStep(kind.name, function, job, finish, notes)
+    return finish(inputs, state, weights, all_sizes)
+
+
+def _parted(
+    compiled: CompiledGraph, kind: StepKind, inputs: Sequence[Any], state: Caches, weights: Tensor, notes: Notes
+) -> PartedStep:
+    """A step, traced, with the parts as which it is compiled."""
     with notes.timed("rewrite"):
         key = step_key(compiled, kind, inputs, state, weights)
         traced = traced_before(key, notes)
         if traced is None:
-            traced = trace_step(function, inputs, state, weights)
+            traced = trace_step(compiled.function(kind), inputs, state, weights)
             keep_traced(key, traced)
         names = compiled.input_names(traced.state_names, inputs)
         compiled.dump.graph(f"step {kind.name}", traced.graph, inputs=names)
@@ -258,13 +282,32 @@ def compile_step(
             traced = write_in_place(traced, state)
         # A step that recomputes nothing is one chain of sums: partitioned, it took 1.5 times as long.
         whole = not (kind.attention or kind.experts or kind.capacity)
-        step = part_step(traced, compiled.config.lowering, whole)
-        finish = partial(_lowered, compiled, kind, step, notes)
-        if compiled.config.background:
-            job = begin(compiled, kind, step, check_key(compiled, kind, step, inputs), notes)
-            if job is not None:
-                return EarlyStep(kind.name, function, job, finish, notes)
-    return finish(inputs, state, weights, compiled.config.all_sizes(compiled.device))
+        return part_step(traced, compiled.config.lowering, whole)
+
+
+def _note_other_capacity(
+    compiled: CompiledGraph,
+    kind: StepKind,
+    step: PartedStep,
+    inputs: Sequence[Any],
+    state: Caches,
+    weights: Tensor,
+    notes: Notes,
+) -> None:
+    """Let the parts of a cache step be compiled for all capacities, by tracing it with another one that the plan has.
+
+    A trace takes a tenth of what compiling takes.
+    """
+    other, parts = compiled.plan.other_capacity(kind.capacity), compiled.captured.parts
+    if other is None or compiled.config.dump is not None or all(parts.knows(p, step.random) for p in step.subgraphs):
+        return
+    try:
+        beside = _parted(compiled, replace(kind, capacity=other), inputs, state, weights, notes)
+    except Exception as error:  # nobody has asked for that step
+        _log.debug("%s steps are compiled for one capacity: %s", kind.name, first_line(error), exc_info=True)
+        return
+    for part in beside.subgraphs:
+        parts.note(part, beside.random)
 
 
 def _lowered(
@@ -281,7 +324,7 @@ def _lowered(
     """Compile the parts of a step and check it.
 
     Args:
-        all_sizes: whether one code may serve several batch sizes.
+        all_sizes: whether one code may serve several sizes.
         beside: how many of the parts another process has compiled.
     """
     parts = compiled.captured.parts

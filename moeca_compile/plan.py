@@ -90,6 +90,14 @@ class Plan:
         """FLOPs that a full step spends on what it caches alone, beyond the model's own work."""
         return sum(replacement.store_flops for replacement in self.replacements)
 
+    def other_capacity(self, capacity: int) -> int | None:
+        """A bucket whose cache steps differ from those of this one in sizes alone; None if there is none.
+
+        Steps that recompute all tokens have other ops.
+        """
+        alike = [bucket for bucket in self.capacities if 0 < bucket < self.sizes[1]]
+        return next((bucket for bucket in alike if bucket != capacity), None) if capacity in alike else None
+
     @cached_property
     def recomputes(self) -> bool:
         """Whether cache steps recompute chosen tokens or branches."""

@@ -181,7 +181,7 @@ def calls_of(function: Callable[[], object]) -> int:
 def replace_inductor(patch: pytest.MonkeyPatch) -> None:
     """Graphs run op by op wherever Inductor would compile them."""
     patch.setattr(parts, "compile_graph", lambda gm, *_: gm)
-    patch.setattr(parts, "compile_for_sizes", lambda gm, *_: (gm, lambda size: True))
+    patch.setattr(parts, "compile_for_sizes", lambda gm, *_: (gm, lambda sizes: True))
     patch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
 
 

@@ -1,4 +1,4 @@
-"""Inductor's code for a graph in which one size varies."""
+"""Inductor's code for a graph in which sizes vary."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ _SOURCE = Private("torch._dynamo.source.ConstantSource", _EACH_SIZE)
 
 
 def compile_for_sizes(
-    gm: fx.GraphModule, examples: Callable[[Any], Sequence[Tensor]], size: int, eager_random: bool = False
-) -> tuple[Callable[..., Any], Callable[[int], bool]]:
-    """Inductor's code for a graph whose first input is a size, and whose others are tensors.
+    gm: fx.GraphModule,
+    examples: Callable[[Sequence[Any]], Sequence[Tensor]],
+    sizes: Sequence[int],
+    eager_random: bool = False,
+) -> tuple[Callable[..., Any], Callable[[Sequence[int]], bool]]:
+    """Inductor's code for a graph whose first inputs are sizes, and whose others are tensors.
 
-    The size must be an input: the guards of code that comes from disk are those on numbers among the inputs alone.
+    Sizes must be inputs: the guards of code that comes from disk are those on numbers among the inputs alone.
 
     Args:
-        examples: the size -> tensors like the other inputs; it is called with a symbol, in fake mode.
-        size: a value of it, at least 2.
+        examples: the sizes -> tensors like the other inputs; it is called with symbols, in fake mode.
+        sizes: values of them, each at least 2.
 
-    Returns the code, and whether it is right for another value of the size. Raises RuntimeError where this version of
+    Returns the code, and whether it is right for other values of the sizes. Raises RuntimeError where this version of
     torch cannot, and whatever Inductor raises.
     """
     if any(each.value is None for each in (_SHAPES, _DYNAMIC, _FAKE_MODE, _SOURCE)):
         raise RuntimeError("this version of torch does not tell how sizes vary")
-    shapes, source = _SHAPES.value(), _SOURCE.value("batch")
-    symbol = shapes.create_symbol(size, source, _DYNAMIC.value)
-    variable = shapes.create_symintnode(symbol, hint=size, source=source)
+    shapes = _SHAPES.value()
+    sources = [_SOURCE.value(f"size_{i}") for i in range(len(sizes))]
+    symbols = [shapes.create_symbol(*pair, _DYNAMIC.value) for pair in zip(sizes, sources, strict=True)]
+    given = zip(symbols, sizes, sources, strict=True)
+    variables = [shapes.create_symintnode(symbol, hint=size, source=source) for symbol, size, source in given]
     mode = _FAKE_MODE.value(allow_non_fake_inputs=True, shape_env=shapes)
     with tracing_in(mode):
         with mode:
-            inputs = [variable, *examples(variable)]
+            inputs = [*variables, *examples(variables)]
         code = compiled_by_inductor(gm, inputs, eager_random=eager_random)
 
-    def holds(value: int) -> bool:
-        """Whether nothing that the code was specialized for excludes this size."""
-        known = shapes.var_to_range[symbol]
-        guards = (guard.expr.xreplace({symbol: value}) for guard in shapes.guards)
-        return bool(known.lower <= value <= known.upper) and all(guard == True for guard in guards)  # noqa: E712
+    def holds(values: Sequence[int]) -> bool:
+        """Whether nothing that the code was specialized for excludes these sizes."""
+        at = dict(zip(symbols, values, strict=True))
+        known = [(shapes.var_to_range[symbol], value) for symbol, value in at.items()]
+        guards = (guard.expr.xreplace(at) for guard in shapes.guards)
+        within = all(bool(span.lower <= value <= span.upper) for span, value in known)
+        return within and all(guard == True for guard in guards)  # noqa: E712
 
     return code, holds

@@ -34,6 +34,7 @@ from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.found_before import keeps, was_validated
 from moeca_compile.lower.parts import Part
 from moeca_compile.lower.program import PartedStep
+from moeca_compile.lower.sizes import Family
 from moeca_compile.notes import Notes
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.passes.rewrite.step_function import StepFunction, StepResult
@@ -41,8 +42,8 @@ from moeca_compile.text import first_line, plural, seconds
 
 _log = logging.getLogger(__name__)
 
-Missing = Sequence[tuple[Part, Sequence[Sequence[int]]]]
-"""Parts to compile, each with the numbers of those that may differ in a batch size alone (lower.parts)."""
+Missing = Sequence[tuple[Part, Sequence[Family]]]
+"""Parts to compile, each with the families that may differ from it in a size alone (lower.parts)."""
 
 _IDLE = 60.0
 """Seconds without a job after which the worker ends: it takes memory."""
@@ -55,7 +56,7 @@ class Job:
     """Parts of one step that the worker compiles.
 
     Attributes:
-        all_sizes: whether one code may serve several batch sizes.
+        all_sizes: whether one code may serve several sizes.
         over: whether it is done, or failed.
         compiled: how many parts were not on disk before.
         failed: why it failed, if it did.
@@ -150,7 +151,7 @@ def message_of(missing: Missing, random: bool, all_sizes: bool, device: torch.de
 
     Args:
         random: whether the step draws random numbers.
-        all_sizes: whether one code may serve several batch sizes.
+        all_sizes: whether one code may serve several sizes.
     """
     parts = [
         (graph_form(each.module()), [described(value) for value in each.examples()], others)

@@ -90,11 +90,12 @@ def compile_job(job: Mapping[str, Any], on_part: Callable[[int, int], None]) -> 
             raise RuntimeError("what code depends on is not the same in both processes")
         given = [_Given(graph_of(form), examples_of(examples)) for form, examples, _ in job["parts"]]
         for each, (_, _, others) in zip(given, job["parts"], strict=True):
-            for numbers in others:
-                parts.note(each, job["random"], numbers)
+            if others:
+                parts.note(each, job["random"], others)
     before = graphs_from_disk()
     compiled = compile_parts(given, job["random"], parts, job["all_sizes"], on_part=on_part)
-    return max(0, len({id(code) for code in compiled}) - (graphs_from_disk() - before))
+    assert len(compiled) == len(given)  # code is there as long as something holds it
+    return max(0, parts.compiled - (graphs_from_disk() - before))
 
 
 if __name__ == "__main__":

@@ -121,16 +121,15 @@ def rewrite_key(
 def check_key(
     compiled: CompiledGraph, kind: StepKind, step: PartedStep, inputs: Sequence[Any], code: CompiledStep | None = None
 ) -> str | None:
-    """The key of a validation of compiled code; without the code, that of code for one batch size."""
+    """The key of a validation of compiled code; without the code, that of code for its own sizes."""
     if not (keeps(compiled.config) and compiled.config.validate):
         return None
 
     def key() -> str:
         facts = weight_facts(inputs, compiled.captured.arguments)
         traced = computation(graph_form(step.traced.graph))
-        varying: list[tuple[int, ...]] = [() for _ in step.calls]
-        if code is not None:
-            varying = [compiled.captured.parts.for_all_sizes(each) for _, each in code.partitions]
+        codes = [each for _, each in code.partitions] if code is not None else [None for _ in step.calls]
+        varying = [compiled.captured.parts.for_all_sizes(each) for each in codes]
         return digest("step", compiled.key, kind.name, traced, _partitions(step), varying, facts)
 
     return _or_none(f"the validation of {kind.name} steps", key)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.form import Form, NoFormError
 from moeca_compile.disk.keys import digest, graph_facts, modes, weight_facts
-from moeca_compile.lower.parts import is_on, multiples_of_a_size
+from moeca_compile.lower.sizes import Family, Numbers
 from moeca_compile.passes.analysis.graph import placeholders
 from moeca_compile.passes.match.regions import Regions
 
@@ -27,20 +27,18 @@ class SizedGraph(NamedTuple):
 
     Attributes:
         key: of all but the whole numbers.
-        numbers: these; those of the inputs' sizes and strides are the last.
-        tensors: the inputs, of which the number of dims is read.
+        numbers: these.
     """
 
     key: str
-    numbers: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
+    numbers: Numbers
 
 
 class PassedSizes:
     """The graphs of one model that passed."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, list[tuple[int, ...]]] = {}
+        self._numbers: dict[str, list[Numbers]] = {}
 
     def note(self, graph: SizedGraph | None) -> None:
         """This graph has passed."""
@@ -51,15 +49,13 @@ class PassedSizes:
     def cover(self, graph: SizedGraph | None) -> bool:
         """Whether two graphs that passed differ from this one in the batch size alone."""
         known = self._numbers.get(graph.key, []) if graph is not None else []
-        return graph is not None and any(_on_line(*pair, graph) for pair in combinations(known, 2))
+        return graph is not None and any(_are_one(*pair, graph.numbers) for pair in combinations(known, 2))
 
 
-def _on_line(one: tuple[int, ...], other: tuple[int, ...], graph: SizedGraph) -> bool:
-    line = multiples_of_a_size(one, other, graph.tensors) if len(one) == len(other) == len(graph.numbers) else None
-    if line is None:
-        return False
-    terms, _, variable = line
-    return is_on(graph.numbers, terms, variable)
+def _are_one(one: Numbers, other: Numbers, third: Numbers) -> bool:
+    """Whether graphs with these numbers differ in one size alone."""
+    family = Family.of(one).with_another(other) if len(one) == len(other) == len(third) else None
+    return family is not None and family.sizes(third) is not None
 
 
 def sized_graph(
@@ -90,7 +86,7 @@ def sized_graph(
         return None
     for tensor in tensors:
         left.found += [*tensor.size(), *tensor.stride()]
-    return SizedGraph(key, tuple(left.found), tensors)
+    return SizedGraph(key, tuple(left.found))
 
 
 def _used(graph: fx.Graph) -> list[fx.Node | None]:

@@ -207,7 +207,7 @@ def lower_parts(
 
     Args:
         parts: those of the model that are compiled already; not looked at where code is to be reported.
-        all_sizes: whether one code may serve several batch sizes.
+        all_sizes: whether one code may serve several sizes.
         on_code: called with the path of each file of code that Inductor wrote.
         on_part: called before each distinct part is compiled, with its number from 1 and how many there are.
     """

@@ -15,9 +15,12 @@ import moeca_compile
 from moeca_compile._torch_private import trace_to_graph
 from moeca_compile.lower import parts as module
 from moeca_compile.lower.partition import Subgraph, whole_graph
-from moeca_compile.lower.parts import Parts, Place, Term, multiples_of_a_size, with_size, without_sizes
+from moeca_compile.lower.parts import Parts
+from moeca_compile.runtime.loop import StepLoop
+from moeca_compile.runtime.record import find_record
 from tests.harness import own_warnings, replace_inductor
-from tests.models import SMALL, make_inputs, make_model
+from tests.lower.test_sizes import first_rows
+from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 Function = Callable[..., list[Tensor]]
 WEIGHT = torch.randn(6, 8)
@@ -62,8 +65,8 @@ def test_the_code_of_the_second_size_is_that_of_all_later_ones() -> None:
     parts = Parts()
     one, second, third, fourth = compiled(parts, layer, 4, 2, 5, 16)
     assert parts.compiled == 2
-    assert second is third is fourth is not one
-    assert [bool(parts.for_all_sizes(code)) for code in (one, second)] == [False, True]
+    assert second.func is third.func is fourth.func is not one
+    assert [bool(parts.for_all_sizes(code)[0]) for code in (one, second)] == [False, True]
 
 
 def test_equal_parts_are_compiled_once(kinds: list[str]) -> None:
@@ -74,7 +77,7 @@ def test_equal_parts_are_compiled_once(kinds: list[str]) -> None:
 def test_a_size_of_one_is_a_graph_of_its_own(kinds: list[str]) -> None:
     codes = compiled(Parts(), layer, 1, 2, 3, 1, 4)
     assert kinds == ["one size", "one size", "all sizes"]
-    assert codes[0] is codes[3] and codes[2] is codes[4]
+    assert codes[0] is codes[3] and codes[2].func is codes[4].func
 
 
 def rounded(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -93,7 +96,7 @@ def capped(x: Tensor, weight: Tensor) -> list[Tensor]:
 
 def test_a_third_size_at_which_a_number_is_another_is_compiled_by_itself(kinds: list[str]) -> None:
     codes = compiled(Parts(), capped, 4, 5, 7, 6)
-    assert kinds == ["one size", "all sizes", "one size"] and codes[1] is codes[3] is not codes[2]
+    assert kinds == ["one size", "all sizes", "one size"] and codes[1].func is codes[3].func is not codes[2]
 
 
 def test_another_shape_of_the_same_ops_is_no_batch_size(kinds: list[str]) -> None:
@@ -112,12 +115,13 @@ def test_what_does_not_hold_for_a_size_is_compiled_for_it(
     def for_sizes(gm: Any, *_: Any) -> Any:
         if fault == "an error":
             raise RuntimeError(fault)
-        return gm, lambda size: size != 5
+        return gm, lambda sizes: sizes != (5,)
 
     monkeypatch.setattr(module, "compile_for_sizes", for_sizes)
     codes = compiled(Parts(), layer, 2, 3, 5, 6)
     assert kinds == ["one size"] * (2 if fault == "a guard" else 4)
-    assert (codes[1] is codes[3]) == (fault == "a guard")
+    alike = [getattr(codes[at], "func", None) for at in (1, 3)]
+    assert (alike[0] is alike[1] is not None) == (fault == "a guard")
 
 
 def first_ten(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -135,8 +139,28 @@ def test_what_the_code_was_specialized_for_is_asked(state: str) -> None:
             torch._dynamo.reset()
         parts = Parts()
         first, second, third, small = compiled(parts, first_ten, 4, 5, 16, 2)
-        assert first is not second is third is not small
+        assert first is not second.func is third.func is not small
         assert parts.compiled == 3
+
+
+def test_code_for_two_sizes_serves_any() -> None:
+    """Tokens that a step recomputes, and samples; no input has the number of the former."""
+
+    def code(parts: Parts, samples: int, kept: int) -> Any:
+        inputs = torch.randn(samples, 32, 6), WEIGHT
+        (call,) = whole_graph(trace_to_graph(lambda *tensors: first_rows(*tensors, kept), *inputs))
+        found = parts.code(call.subgraph, False, True)
+        torch.testing.assert_close(list(found(*inputs)), first_rows(*inputs, kept))
+        return found
+
+    points = [(2, 3), (2, 5), (4, 5), (7, 4), (3, 16), (6, 2), (5, 32)]
+    with fresh_cache():
+        for _ in ("cold", "from disk"):
+            torch._dynamo.reset()
+            parts = Parts()
+            _, first, *others = [code(parts, *point) for point in points]
+            assert parts.compiled == 3
+            assert first.args == (5,) and [each.args for each in others] == [(k, s) for s, k in points[2:]]
 
 
 def test_other_global_modes_are_other_code(kinds: list[str]) -> None:
@@ -171,19 +195,6 @@ def test_all_sizes_can_be_declined(kinds: list[str]) -> None:
     assert kinds == ["one size"] * 3
 
 
-def test_the_numbers_of_a_graph_are_terms_of_a_size() -> None:
-    (one, _), (other, inputs) = part(layer, 2), part(layer, 5)
-    (lines, numbers), (same, others) = (without_sizes(s.module(), s.examples()) for s in (one, other))
-    assert lines == same and numbers != others
-    line = multiples_of_a_size(numbers, others, one.examples())
-    assert line is not None
-    terms, place, variable = line
-    assert place == Place(0, 0) and (numbers[variable], others[variable]) == (2, 5)
-    assert {Term(0, 1), Term(0, 2), Term(0, 4)} <= set(terms)
-    assert tuple(term.at(5) for term in terms) == others
-    torch.testing.assert_close(list(with_size(one.module(), terms)(5, *inputs)), layer(*inputs))
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"recipe": "moeca", "budget": 1 / 8}, {"recipe": "stack-forecast"}], ids=str)
 def test_a_third_batch_size_of_a_model_compiles_nothing(options: dict[str, Any], kinds: list[str]) -> None:
@@ -202,3 +213,48 @@ def test_a_third_batch_size_of_a_model_compiles_nothing(options: dict[str, Any],
                 torch.testing.assert_close(fast(*given), plain(*given))
     assert len(kinds) == before and "all sizes" in kinds
     assert not own_warnings(moeca_compile.report(fast))
+
+
+def loop_of(model: TinyDiTMoE) -> StepLoop:
+    """The loop of the last input shapes."""
+    record = find_record(None, model)
+    assert record is not None
+    return list(record.engines[-1].loops.values())[-1]
+
+
+@pytest.mark.parametrize("dynamic_batch", [None, False])
+def test_cache_steps_of_all_capacities_are_compiled_once(dynamic_batch: bool | None, kinds: list[str]) -> None:
+    """The first one with a capacity compiles for all but that of all tokens, also at the second batch size."""
+    options = {"recipe": "moeca", "full_every": 100, "capacities": (1 / 8, 1 / 4, 1 / 2, 1)}
+    models = [make_model(SMALL), make_model(SMALL)]
+    fast, plain = (
+        torch.compile(model, backend="moeca", options={**options, **more})
+        for model, more in zip(models, ({"dynamic_batch": dynamic_batch}, {"lowering": "eager"}), strict=True)
+    )
+
+    def step(x: Tensor, y: Tensor, time: float, capacity: int | None = None) -> int:
+        """How many parts are compiled at a step with this capacity; None for a full one."""
+        before = len(kinds)
+        for model in models if capacity is not None else ():
+            for stream in loop_of(model).streams.held():
+                stream.capacity = capacity
+        given = x, torch.full((len(x),), time), y
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*given), plain(*given))
+        return len(kinds) - before
+
+    firsts, later = [], []
+    for batch in (2, 3, 5):
+        x, y = make_inputs(models[0], batch)
+        before = len(kinds)
+        step(x, y, 1.0), step(x, y, 0.95)  # until the direction of time is known
+        *capacities, _ = loop_of(models[0]).compiled.plan.capacities
+        step(x, y, 0.9, capacities[0])
+        firsts.append(len(kinds) - before)
+        later += [step(x, y, 0.8 - 0.1 * at, capacity) for at, capacity in enumerate(capacities[1:])]
+        assert {kind.capacity for kind in loop_of(models[0]).steps} == {0, *capacities}
+    assert len(later) > 3 and not own_warnings(moeca_compile.report(fast))
+    if dynamic_batch is False:
+        assert all(firsts) and all(later)
+    else:
+        assert firsts[0] and not firsts[2] and not any(later)

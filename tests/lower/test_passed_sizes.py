@@ -15,8 +15,7 @@ from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 
 def graph(size: int, *numbers: int, key: str = "key") -> SizedGraph:
-    tensor = torch.empty(size, 3)
-    return SizedGraph(key, (*numbers, *tensor.size(), *tensor.stride()), (tensor,))
+    return SizedGraph(key, (*numbers, size, 3))
 
 
 def passed(*graphs: SizedGraph) -> PassedSizes:
