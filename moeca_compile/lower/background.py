@@ -174,10 +174,11 @@ class Worker:
 
     def __init__(self, command: Sequence[str] = ("-m", "moeca_compile.lower.compile_worker")) -> None:
         self.command = command
-        self.jobs, self.lock = SimpleQueue[Job](), Lock()
+        self.jobs, self.lock, self.starting = SimpleQueue[Job](), Lock(), Lock()
         self.unfinished: set[Job] = set()
         self.thread: Thread | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self.closed = False
 
     def submit(self, job: Job) -> None:
         """Take a job, which is over at some time, whatever happens."""
@@ -195,6 +196,21 @@ class Worker:
         if process is not None:
             process.kill()
             process.wait()
+
+    def close(self) -> None:
+        """End the process for good."""
+        with self.starting:
+            self.closed = True
+        self.end()
+
+    def forget(self) -> None:
+        """In a process that was forked: all jobs are over, and the worker does not wait for this one to end."""
+        for job in self.unfinished:
+            job.over = True
+        if self.process is not None and self.process.stdin is not None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.process.stdin.fileno())
+            os.close(nowhere)
 
     def _serve(self) -> None:
         while True:
@@ -216,14 +232,17 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(map(os.path.abspath, sys.path))
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", *self.command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,  # an interrupt of this process does not reach it; it ends with the pipe
-        )
-        return self.process
+        with self.starting:
+            if self.closed:
+                raise RuntimeError("the process ends")
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", *self.command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                start_new_session=True,  # an interrupt of this process does not reach it; it ends with the pipe
+            )
+            return self.process
 
     def _do(self, job: Job, process: subprocess.Popen[bytes]) -> None:
         """Have a job done. Raises any exception where that fails."""
@@ -235,7 +254,9 @@ class Worker:
                 watch.begin()
                 answer = json.loads(line)
                 if "failed" in answer:
-                    raise RuntimeError(answer["failed"])
+                    job.failed = str(answer["failed"])
+                    _log.debug("the compile worker could not compile a step: %s", job.failed)
+                    return
                 if "compiled" in answer:
                     job.compiled = int(answer["compiled"])
                     return
@@ -269,11 +290,10 @@ _worker = Worker()
 def _forked() -> None:
     """The thread is not in a process that was forked, and the worker is another's."""
     global _worker
-    for job in _worker.unfinished:
-        job.over = True
+    _worker.forget()
     _worker = Worker()
 
 
-atexit.register(lambda: _worker.end())
+atexit.register(lambda: _worker.close())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import threading
 import time
@@ -288,17 +290,46 @@ def test_one_process_does_all_jobs_and_ends_when_it_idles(worker, monkeypatch):
         f"{TAKE}print('nonsense')",
         f"{TAKE}print([3])",
         f'{TAKE}print(\'{{"compiled": "many"}}\')',
-        f'{TAKE}print(\'{{"failed": "no compiler"}}\')',
         f"{TAKE}time.sleep(600)",
         "raise SystemExit(1)",
     ],
-    ids=["killed", "no JSON", "another kind", "no number", "it says so", "silent", "ended"],
+    ids=["killed", "no JSON", "another kind", "no number", "silent", "ended"],
 )
 def test_a_worker_that_fails_has_compiled_nothing(worker, monkeypatch, script):
     monkeypatch.setattr(background, "_SILENT", 0.5 if "sleep" in script else 60.0)
     one = worker(script)
     job = job_over(one)
     assert job.compiled == 0 and job.failed and one.process is None and not one.unfinished
+
+
+def test_a_worker_that_says_why_it_cannot_do_a_job_does_the_next(worker):
+    failed, compiled = """'{"failed": "no compiler"}'""", """'{"compiled": 2}'"""
+    one = worker(f"{TAKE}print({failed}, flush=True); pickle.load(sys.stdin.buffer); print({compiled}, flush=True)")
+    assert (job_over(one).failed, one.process is None) == ("no compiler", False)
+    assert job_over(one).compiled == 2
+
+
+def test_no_process_is_started_once_this_one_ends(worker):
+    one = worker(f"{TAKE}")
+    one.close()
+    assert "ends" in job_over(one).failed and one.process is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_that_was_forked_does_not_keep_the_worker_from_ending(worker, monkeypatch):
+    one = worker(f"""{TAKE}print('{{"compiled": 1}}', flush=True); sys.stdin.read()""")
+    monkeypatch.setattr(background, "_worker", one)
+    assert job_over(one).compiled == 1
+    child = os.fork()
+    if not child:
+        time.sleep(120)
+        os._exit(0)
+    try:
+        one.process.stdin.close()
+        one.process.wait(30)  # less than the worker may idle
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_where_no_process_starts_jobs_are_over(worker, monkeypatch):
