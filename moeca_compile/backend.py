@@ -29,6 +29,7 @@ from moeca_compile._torch_private import (
     traced_wrapper,
 )
 from moeca_compile.config import MoecaConfig
+from moeca_compile.disk.keys import rewrite_facts
 from moeca_compile.fit import config_that_fits
 from moeca_compile.lower.background import EarlyStep, begin
 from moeca_compile.lower.compiled import CapturedGraph, CompiledGraph, device_of, stream_dtype
@@ -217,11 +218,13 @@ def compile_graph(
             regions = regions_that_pay(module.graph, regions, config)
         with notes.timed("validate"):
             matched = regions
-            given = module, matched, config, inputs, captured.arguments, device
-            sized, check = sized_graph(*given), partial(sound_regions, module.graph, matched, config, inputs, notes)
+            facts = rewrite_facts(module, matched, config, inputs, captured.arguments, device)
+            sized = sized_graph(facts, module, inputs)
+            check = partial(sound_regions, module.graph, matched, config, inputs, notes)
             if not captured.passed.cover(sized):
                 with alone(), notes.watched() as outcome:  # another rank may find this on disk, or know the size
-                    regions = validated(rewrite_key(*given), notes, check, passed=matched)
+                    key = rewrite_key(facts, config, inputs, device)
+                    regions = validated(key, notes, check, passed=matched)
                 if regions == matched and not outcome.warned:
                     captured.passed.note(sized)
         with notes.timed("plan"):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -116,6 +116,36 @@ def graph_facts(module: fx.GraphModule, regions: Regions, config: MoecaConfig, d
     number = {node: i for i, node in enumerate(module.graph.nodes)}
     options = {name: str(value) for name, value in asdict(config).items() if name not in _ELSEWHERE}
     return [computation(graph_form(module)), record_form(regions, number), options, str(device)]
+
+
+class RewriteFacts(NamedTuple):
+    """What a verdict on the rewrite of a graph depends on, beside its inputs' shapes and the environment.
+
+    Attributes:
+        graph: graph_facts; weights: weight_facts.
+    """
+
+    graph: list[Form]
+    weights: Form
+
+
+def rewrite_facts(
+    module: fx.GraphModule,
+    regions: Regions,
+    config: MoecaConfig,
+    inputs: Sequence[Any],
+    arguments: Sequence[bool],
+    device: torch.device,
+) -> RewriteFacts | None:
+    """The facts of a normalized graph with what was matched in it; None where nothing is validated, or some has no
+    form. On an accelerator the host waits for the device once.
+    """
+    if not (config.validate and config.policy.caches and regions.parts):
+        return None
+    try:
+        return RewriteFacts(graph_facts(module, regions, config, device), weight_facts(inputs, arguments))
+    except NoFormError:
+        return None
 
 
 def inputs_form(inputs: Sequence[Any]) -> Form:

@@ -17,12 +17,11 @@ from torch import Tensor, fx
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk import store
 from moeca_compile.disk.form import computation, described, graph_form, graph_of
-from moeca_compile.disk.keys import captured_key, digest, graph_key, inputs_form, weight_facts
+from moeca_compile.disk.keys import RewriteFacts, captured_key, digest, environment, inputs_form, weight_facts
 from moeca_compile.lower.compiled import CompiledGraph
 from moeca_compile.lower.program import CompiledStep, PartedStep, TracedStep
 from moeca_compile.notes import Notes
 from moeca_compile.passes.export import to_functional_aten
-from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.caches import Caches
 from moeca_compile.passes.rewrite.kinds import StepKind
 from moeca_compile.text import first_line
@@ -100,20 +99,15 @@ def _exported_graph(known: Any) -> fx.GraphModule:
 
 
 def rewrite_key(
-    module: fx.GraphModule,
-    regions: Regions,
-    config: MoecaConfig,
-    inputs: Sequence[Any],
-    arguments: Sequence[bool],
-    device: torch.device,
+    facts: RewriteFacts | None, config: MoecaConfig, inputs: Sequence[Any], device: torch.device
 ) -> str | None:
     """The key of a validation of the rewrite; None where there is none to keep."""
-    if not (keeps(config) and config.validate and config.policy.caches and regions.parts):
+    if facts is None or not keeps(config):
         return None
 
     def key() -> str:
-        graph = graph_key(module, regions, config, device)
-        return digest("rewrite", graph, inputs_form(inputs), weight_facts(inputs, arguments))
+        graph = digest(environment(device), *facts.graph)
+        return digest("rewrite", graph, inputs_form(inputs), facts.weights)
 
     return _or_none("the validation of the rewrite", key)
 

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 
-from moeca_compile.config import MoecaConfig
-from moeca_compile.disk.form import Form, NoFormError
-from moeca_compile.disk.keys import digest, graph_facts, modes, weight_facts
+from moeca_compile.disk.form import Form
+from moeca_compile.disk.keys import RewriteFacts, digest, modes
 from moeca_compile.lower.sizes import Family, Numbers
 from moeca_compile.passes.analysis.graph import placeholders
-from moeca_compile.passes.match.regions import Regions
 
 
 class SizedGraph(NamedTuple):
@@ -58,32 +55,22 @@ def _are_one(one: Numbers, other: Numbers, third: Numbers) -> bool:
     return family is not None and family.sizes(third) is not None
 
 
-def sized_graph(
-    module: fx.GraphModule,
-    regions: Regions,
-    config: MoecaConfig,
-    inputs: Sequence[Any],
-    arguments: Sequence[bool],
-    device: torch.device,
-) -> SizedGraph | None:
-    """A normalized graph with what was matched in it; None where nothing is validated, or it has no form."""
-    if not (config.validate and config.policy.caches and regions.parts):
+def sized_graph(facts: RewriteFacts | None, module: fx.GraphModule, inputs: Sequence[Any]) -> SizedGraph | None:
+    """A normalized graph with what was matched in it; None where there are no facts of it."""
+    if facts is None:
         return None
-    tensors = tuple(value for value in inputs if isinstance(value, Tensor))
-    try:
-        (lines, values), *more = graph_facts(module, regions, config, device)
-        left = _Numbers(_used(module.graph))
-        facts = [
-            [*left.without(line), left.without(values[place])]
-            for (*line, place), node in zip(lines, module.graph.nodes, strict=True)
-            if node in left.position
-        ]
-        others = [v for v, node in zip(inputs, placeholders(module.graph), strict=True) if node in left.position]
-        others = [v if type(v) is int else repr(v) for v in others if not isinstance(v, Tensor)]
-        kinds = [[str(value.dtype), str(value.device), value.dim()] for value in tensors]
-        key = digest(facts, left.without([more, others]), kinds, weight_facts(inputs, arguments), modes())
-    except NoFormError:
-        return None
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    (lines, values), *more = facts.graph
+    left = _Numbers(_used(module.graph))
+    nodes = [
+        [*left.without(line), left.without(values[place])]
+        for (*line, place), node in zip(lines, module.graph.nodes, strict=True)
+        if node in left.position
+    ]
+    others = [v for v, node in zip(inputs, placeholders(module.graph), strict=True) if node in left.position]
+    others = [v if type(v) is int else repr(v) for v in others if not isinstance(v, Tensor)]
+    kinds = [[str(value.dtype), str(value.device), value.dim()] for value in tensors]
+    key = digest(nodes, left.without([more, others]), kinds, facts.weights, modes())
     for tensor in tensors:
         left.found += [*tensor.size(), *tensor.stride()]
     return SizedGraph(key, tuple(left.found))
