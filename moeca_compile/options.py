@@ -597,7 +597,8 @@ class Options:
         optional(flag),
         COMPILATION,
         """At the second batch size, compile what differs from the first in that size alone for all sizes at once: a
-        third one compiles nothing. False compiles each size for itself. None is True on a CPU, False elsewhere.""",
+        third one compiles nothing. So are cache steps with another number of recomputed tokens, from the first on.
+        False compiles each size for itself. None is True on a CPU, False elsewhere.""",
     )
     disk_cache: bool = setting(
         True,
