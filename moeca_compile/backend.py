@@ -253,10 +253,8 @@ def compile_step(
     function = compiled.function(kind)
     if not compiled.regions.finite:  # nothing could be compared: a later call compiles
         return function
-    step, all_sizes = (
-        _parted(compiled, kind, inputs, state, weights, notes),
-        compiled.config.all_sizes(compiled.device),
-    )
+    step = _parted(compiled, kind, inputs, state, weights, notes)
+    all_sizes = compiled.config.all_sizes(compiled.device)
     if all_sizes:
         _note_other_capacity(compiled, kind, step, inputs, state, weights, notes)
     finish = partial(_lowered, compiled, kind, step, notes)
@@ -302,7 +300,7 @@ def _note_other_capacity(
     A trace takes a tenth of what compiling takes.
     """
     other, parts = compiled.plan.other_capacity(kind.capacity), compiled.captured.parts
-    if other is None or compiled.config.dump is not None or all(parts.knows(p, step.random) for p in step.subgraphs):
+    if other is None or compiled.config.dump is not None or all(parts.joins(p, step.random) for p in step.subgraphs):
         return
     try:
         beside = _parted(compiled, replace(kind, capacity=other), inputs, state, weights, notes)

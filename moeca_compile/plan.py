@@ -93,9 +93,9 @@ class Plan:
     def other_capacity(self, capacity: int) -> int | None:
         """A bucket whose cache steps differ from those of this one in sizes alone; None if there is none.
 
-        Steps that recompute all tokens have other ops.
+        Steps that recompute all tokens have other ops, and tensors of one token broadcast.
         """
-        alike = [bucket for bucket in self.capacities if 0 < bucket < self.sizes[1]]
+        alike = [bucket for bucket in self.capacities if 1 < bucket < self.sizes[1]]
         return next((bucket for bucket in alike if bucket != capacity), None) if capacity in alike else None
 
     @cached_property

@@ -136,6 +136,8 @@ def begin(compiled: CompiledGraph, kind: StepKind, step: PartedStep, key: str | 
                 return None
             job = Job(message_of(missing, step.random, all_sizes, compiled.device), len(missing), all_sizes)
             _worker.submit(job)
+            for part, _ in missing if all_sizes else ():  # so that later jobs rest on what this one compiles
+                compiled.captured.parts.note(part, step.random)
         except Exception as error:  # ops of the user's, or settings that cannot be handed over
             job, why = None, first_line(error)
     if job is None:

@@ -54,6 +54,8 @@ class _Alike:
 
     codes: list[_Code] = field(default_factory=list)
     noted: list[Family] = field(default_factory=list)
+    refused: list[Family] = field(default_factory=list)
+    """Those for which no code could be made."""
 
     def code(self, numbers: Numbers) -> Compiled | None:
         return next(filter(None, (each.at(numbers) for each in self.codes)), None)
@@ -63,6 +65,15 @@ class _Alike:
         """All known, those of the most sizes first."""
         found = [*(each.family for each in self.codes), *self.noted]
         return sorted(found, key=lambda family: -len(family.places))
+
+    def family_for(self, numbers: Numbers) -> Family | None:
+        """The family as which a graph with these numbers is compiled for all sizes; None where it cannot be.
+
+        It may be a noted one: another process has compiled that, or will.
+        """
+        noted = [each for each in self.noted if each.places and each.sizes(numbers) is not None]
+        grown = (each.with_another(numbers) for each in self.families)
+        return next((each for each in (*noted, *filter(None, grown)) if each not in self.refused), None)
 
 
 class Part(Protocol):
@@ -105,23 +116,28 @@ class Parts:
         if found is not None:
             return found
         self.compiled += 1
-        made = _for_all_sizes(part, numbers, random, alike.families) if all_sizes else None
+        family = alike.family_for(numbers) if all_sizes else None
+        made = _for_all_sizes(part, numbers, random, family) if family is not None else None
         if made is None:
+            alike.refused += [family] if family is not None else []
             code = compile_graph(part.module(), part.examples(), None, random)
             alike.codes.append(_Code(weakref.ref(code), Family.of(numbers), numbers))
             return code
-        code, family, holds = made
-        alike.codes.append(_Code(weakref.ref(code), family, numbers, holds))
-        return partial(code, *(family.sizes(numbers) or ()))
+        code, sizes, holds = made
+        alike.codes.append(_Code(weakref.ref(code), family or Family.of(numbers), numbers, holds))
+        return partial(code, *sizes)
 
-    def knows(self, part: Part, random: bool) -> bool:
-        """Whether there is, or was noted, a part of this structure."""
-        return bool(self._alike(part, random)[0].families)
+    def joins(self, part: Part, random: bool) -> bool:
+        """Whether a part is of a family that is known, or differs from one in a size alone."""
+        alike, numbers = self._alike(part, random)
+        known = any(each.sizes(numbers) is not None for each in alike.families)
+        return known or alike.family_for(numbers) is not None
 
     def note(self, part: Part, random: bool, families: Sequence[Family] = ()) -> None:
-        """Note that this part will be needed; or that there are such families of its structure, and not this part."""
+        """Note that this part will be compiled, or those families of its structure."""
         alike, numbers = self._alike(part, random)
-        alike.noted += [each for each in families or [Family.of(numbers)] if each not in alike.noted]
+        given = families or [alike.family_for(numbers) or Family.of(numbers)]
+        alike.noted += [each for each in given if each not in alike.noted]
 
     def missing(self, parts: Sequence[Part], random: bool) -> list[tuple[Part, list[Family]]]:
         """The parts that are not compiled yet, each with the families that may differ from it in a size alone."""
@@ -143,19 +159,15 @@ class Parts:
 
 
 def _for_all_sizes(
-    part: Part, numbers: Numbers, random: bool, families: Sequence[Family]
-) -> tuple[Compiled, Family, Callable[[Numbers], bool]] | None:
-    """Code for all sizes in which this part differs from others; None where there is none.
+    part: Part, numbers: Numbers, random: bool, family: Family
+) -> tuple[Compiled, Numbers, Callable[[Numbers], bool]] | None:
+    """Code of this part for its whole family; None where there is none.
 
-    Args:
-        families: of the others.
-
-    Returns the code, which is called with the sizes first, the graphs that it is for, and whether it is right for
+    Returns the code, which is called with the sizes first, the sizes of this part, and whether it is right for other
     sizes.
     """
-    family = next(filter(None, (each.with_another(numbers) for each in families)), None)
-    sizes = family.sizes(numbers) if family is not None else None
-    if family is None or sizes is None:
+    sizes = family.sizes(numbers)
+    if sizes is None:
         return None
     examples = partial(examples_at, part.examples(), family)
     try:
@@ -166,4 +178,4 @@ def _for_all_sizes(
     if not holds(sizes):
         _log.debug("a part is compiled for each size: its code is for one alone")
         return None
-    return code, family, holds
+    return code, sizes, holds

@@ -3,6 +3,7 @@
 A graph that differs from two that passed in the batch size alone is the same function of it, and is not validated
 once more: every number in it, and in what was matched, must be the same multiple of the size. One size would not
 do: a batch that is as large as something else by chance, such as the number of heads, can hide what was mistaken.
+Other sizes do not count: what a recipe does may depend on whether the tokens form a square.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from moeca_compile.disk.form import Form
 from moeca_compile.disk.keys import RewriteFacts, digest, modes
-from moeca_compile.lower.sizes import Family, Numbers
+from moeca_compile.lower.sizes import Family, Numbers, Term
 from moeca_compile.passes.analysis.graph import placeholders
 
 
@@ -25,10 +26,13 @@ class SizedGraph(NamedTuple):
     Attributes:
         key: of all but the whole numbers.
         numbers: these.
+        samples: the places among them of the first sizes of inputs; rest: of their other sizes.
     """
 
     key: str
     numbers: Numbers
+    samples: tuple[int, ...]
+    rest: tuple[int, ...]
 
 
 class PassedSizes:
@@ -46,13 +50,16 @@ class PassedSizes:
     def cover(self, graph: SizedGraph | None) -> bool:
         """Whether two graphs that passed differ from this one in the batch size alone."""
         known = self._numbers.get(graph.key, []) if graph is not None else []
-        return graph is not None and any(_are_one(*pair, graph.numbers) for pair in combinations(known, 2))
+        return graph is not None and any(_are_one(*pair, graph) for pair in combinations(known, 2))
 
 
-def _are_one(one: Numbers, other: Numbers, third: Numbers) -> bool:
-    """Whether graphs with these numbers differ in one size alone."""
-    family = Family.of(one).with_another(other) if len(one) == len(other) == len(third) else None
-    return family is not None and family.sizes(third) is not None
+def _are_one(one: Numbers, other: Numbers, graph: SizedGraph) -> bool:
+    """Whether a graph and two with these numbers differ in the number of samples alone."""
+    family = Family.of(one).with_another(other) if len(one) == len(other) == len(graph.numbers) else None
+    if family is None or family.sizes(graph.numbers) is None:
+        return False
+    terms = family.terms
+    return Term(1, (0,)) in (terms[at] for at in graph.samples) and not any(terms[at].sizes for at in graph.rest)
 
 
 def sized_graph(facts: RewriteFacts | None, module: fx.GraphModule, inputs: Sequence[Any]) -> SizedGraph | None:
@@ -71,9 +78,13 @@ def sized_graph(facts: RewriteFacts | None, module: fx.GraphModule, inputs: Sequ
     others = [v if type(v) is int else repr(v) for v in others if not isinstance(v, Tensor)]
     kinds = [[str(value.dtype), str(value.device), value.dim()] for value in tensors]
     key = digest(nodes, left.without([more, others]), kinds, facts.weights, modes())
+    samples, rest = list[int](), list[int]()
     for tensor in tensors:
+        first, *others = range(len(left.found), len(left.found) + max(1, tensor.dim()))
+        samples += [first][: tensor.dim()]
+        rest += others
         left.found += [*tensor.size(), *tensor.stride()]
-    return SizedGraph(key, tuple(left.found))
+    return SizedGraph(key, tuple(left.found), tuple(samples), tuple(rest))
 
 
 def _used(graph: fx.Graph) -> list[fx.Node | None]:

@@ -14,7 +14,8 @@ arXiv 2412.18911), for values and chance. Where a block has both s_1 and s_2, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -78,8 +79,19 @@ class TokenStatistic:
 
     def store(self, step: Step) -> None:
         # Under the user's autocast, products of float32 values would be computed in 16 bits.
-        with torch.autocast(step.weights.device.type, enabled=False):
+        with _without_autocast(step.weights.device.type):
             step.updates[self.name] = self.measure.compute(step, self.attention).contiguous()
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    """`torch.autocast(device, enabled=False)`, but for tracing, which would take that for an op of the step."""
+    enabled = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, enabled)
 
 
 def received(step: Step, attention: Attention) -> Tensor:

@@ -108,6 +108,35 @@ def test_another_shape_of_the_same_ops_is_no_batch_size(kinds: list[str]) -> Non
     assert kinds == ["one size"] * 2
 
 
+def test_what_another_process_compiles_is_compiled_here_as_it_is_there(kinds: list[str]) -> None:
+    """Jobs that are handed over before the first is done rest on what that one will have compiled."""
+    here, there, kept = Parts(), Parts(), []
+
+    def handed_over(batch: int) -> None:
+        subgraph, _ = part(layer, batch)
+        ((_, families),) = here.missing([subgraph], False)
+        here.note(subgraph, False)
+        if families:
+            there.note(subgraph, False, families)
+        kept.append(there.code(subgraph, False, True))
+
+    here.note(part(layer, 9)[0], False)  # as another number of recomputed tokens is noted
+    for batch in (4, 2, 7):
+        handed_over(batch)
+    assert kinds == ["all sizes"]
+    found = compiled(here, layer, 4, 2, 7)
+    assert kinds == ["all sizes"] * 2 and found[0].func is found[1].func is found[2].func
+
+
+def test_a_part_that_joins_no_family_that_is_known_is_said_to(kinds: list[str]) -> None:
+    """A batch of one is known, and never of the family of others."""
+    parts = Parts()
+    kept = compiled(parts, layer, 1)
+    assert kept and parts.joins(part(layer, 1)[0], False) and not parts.joins(part(layer, 3)[0], False)
+    kept += compiled(parts, layer, 3)
+    assert parts.joins(part(layer, 5)[0], False)
+
+
 @pytest.mark.parametrize("fault", ["a guard", "an error"])
 def test_what_does_not_hold_for_a_size_is_compiled_for_it(
     fault: str, kinds: list[str], monkeypatch: pytest.MonkeyPatch

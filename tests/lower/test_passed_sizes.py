@@ -15,7 +15,7 @@ from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 
 def graph(size: int, *numbers: int, key: str = "key") -> SizedGraph:
-    return SizedGraph(key, (*numbers, size, 3))
+    return SizedGraph(key, (*numbers, size, 3), (len(numbers),), (len(numbers) + 1,))
 
 
 def passed(*graphs: SizedGraph) -> PassedSizes:
@@ -37,6 +37,15 @@ def test_a_third_size_on_the_line_is_covered() -> None:
 )
 def test_no_other_is(other: SizedGraph | None) -> None:
     assert not passed(graph(2, 8, 5), graph(4, 16, 5)).cover(other)
+
+
+def test_no_other_size_than_that_of_the_batch_counts() -> None:
+    """Where pictures of 4 and 8 passed, one of 6 is square for all that is known."""
+
+    def picture(side: int) -> SizedGraph:
+        return SizedGraph("key", (2 * side, 2, side, side, 1), (1,), (2,))
+
+    assert not passed(picture(4), picture(8)).cover(picture(6))
 
 
 def test_neither_does_one_size_do_nor_the_same_twice() -> None:
