@@ -1,7 +1,7 @@
 """How close each recipe comes to the uncached pictures at each speed-up in FLOPs, by sampler and guidance.
 
 python -m bench.frontier
-python -m bench.frontier --testbed mnist --panel euler-50-1 --panel euler-50-3
+python -m bench.frontier --testbed mnist --panel euler-50-1 --every 3 --every 5 --way auto --way stack-forecast
 
 A panel is a sampler with its number of steps and its guidance. In each, `auto` and its opponents have full steps
 every 2nd to every 6th step; among the opponents are as many uncached steps of the same sampler and of DPM-Solver++.
@@ -79,6 +79,7 @@ SHORT_WAYS: dict[str, dict[str, Any]] = {
     "moeca, budget=1/16": {"recipe": "moeca", "budget": 1 / 16},
 }
 LONG_WAYS = ("stack-forecast", "fora", "taylorseer")
+WAYS = ("auto", *SHORT_WAYS, "teacache", "fewer euler steps", "fewer multistep steps")
 THRESHOLDS = {2: 0.06, 3: 0.11, 4: 0.16, 5: 0.21, 6: 0.26}
 """Of teacache, for about that speed-up on the digits testbed in 50 Euler steps."""
 
@@ -178,6 +179,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [panel.name for panel in panels()]
     parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
     parser.add_argument("--panel", action="append", choices=names, help="may be given several times (all)")
+    parser.add_argument("--every", action="append", type=int, choices=INTERVALS, help="N, several times (all)")
+    parser.add_argument("--way", action="append", choices=WAYS, help="a recipe, or fewer steps; several times (all)")
     parser.add_argument("--images", type=whole_number(2), default=20, help="pictures by a case of 50 steps (20)")
     parser.add_argument("--images-of-long", type=whole_number(2), default=4, help="and by one of 250 steps (4)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
@@ -200,18 +203,26 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     where = environment(args.device, torch.float32)
     rows = Rows(args.out, where | {"checkpoint": fingerprint(args.checkpoint), "sources": sources_fingerprint()})
+    converged: dict[float, Any] = {}
     for panel in panels(args.images, args.images_of_long):
         if not args.panel or panel.name in args.panel:
-            measure(panel, Study(args.testbed, args.checkpoint, panel.steps, panel.guidance, args.device), rows)
+            study = Study(args.testbed, args.checkpoint, panel.steps, panel.guidance, args.device)
+            study.converged = converged.setdefault(panel.guidance, study.converged)
+            measure(panel, [case for case in cases(panel) if _is_chosen(case, args)], study, rows)
     print(f"wrote {args.out}")
     return 0
 
 
-def measure(panel: Panel, study: Study, rows: Rows) -> None:
-    """Run the cases of a panel that have no row yet."""
+def _is_chosen(case: Case, args: argparse.Namespace) -> bool:
+    row = {"case": case.name}
+    return (not args.every or interval_of(row) in args.every) and (not args.way or way_of(row) in args.way)
+
+
+def measure(panel: Panel, chosen: Sequence[Case], study: Study, rows: Rows) -> None:
+    """Run the cases that have no row yet."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns at every compilation
-        for case in cases(panel):
+        for case in chosen:
             if not rows.has(panel, case):
                 scores, costs = run_case(study, panel.setting, case)
                 measured = {name: rounded(value) for name, value in (asdict(scores) | asdict(costs)).items()}

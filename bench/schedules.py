@@ -3,8 +3,8 @@
 python -m bench.schedules                                     # digits and mnist, N = 3, 4, 5, 6
 python -m bench.schedules --testbed mnist --every 5 --gaps --images 20
 
-What `auto` computes is done here in plain PyTorch, without capture and compilation, so that a schedule takes seconds
-(tests/bench/test_schedules.py holds it against the backend's pictures). Printed is the PSNR to the uncached pictures of
+What `auto` computes is done here in plain PyTorch, without capture and compilation, so that a schedule takes seconds;
+tests/bench/test_schedules.py holds it against the backend's pictures. Printed is the PSNR to the uncached pictures of
 the same seeds: median, mean with its standard error, worst image. With --gaps each gap of a schedule is cached alone,
 while all other steps are full.
 """

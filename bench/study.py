@@ -110,7 +110,8 @@ class Study:
     guidance: float
     device: torch.device
     uncached: dict[Setting, list[Tensor]] = field(default_factory=dict)
-    converged: dict[Setting, Tensor] = field(default_factory=dict)
+    converged: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+    """Exact solutions by images, sets, and whether each is generated alone; the sampler makes no difference."""
     ratios: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """The magnitude ratios by sampler, measured once."""
 
@@ -157,11 +158,12 @@ def _uncached(study: Study, setting: Setting) -> list[Tensor]:
 
 def _converged(study: Study, setting: Setting) -> Tensor:
     """The exact solutions from the seeds of the cases."""
-    if setting not in study.converged:
+    key = setting.images, setting.sets, setting.alone
+    if key not in study.converged:
         model, seeds = study.model(), range(setting.sets)
         found = [_pictures(study, model, setting, seed, CONVERGED_STEPS, "multistep") for seed in seeds]
-        study.converged[setting] = torch.cat(found)
-    return study.converged[setting]
+        study.converged[key] = torch.cat(found)
+    return study.converged[key]
 
 
 def _ratios(study: Study, setting: Setting) -> tuple[float, ...]:

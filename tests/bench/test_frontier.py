@@ -64,6 +64,16 @@ def test_every_case_has_options_that_the_config_takes_and_a_name_of_its_own():
             if case.options is not None:
                 MoecaConfig.from_options(case.options)
             assert frontier.interval_of({"case": case.name}) in frontier.INTERVALS
+            assert frontier.way_of({"case": case.name}) in frontier.WAYS
+
+
+def test_some_ways_and_speed_ups_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    names: list[str] = []
+    monkeypatch.setattr(frontier, "measure", lambda panel, chosen, study, rows: names.extend(c.name for c in chosen))
+    argv = ["--panel", "euler-50-1", "--every", "3", "--every", "5", "--way", "auto", "--way", "fewer euler steps"]
+    threads = str(torch.get_num_threads())
+    assert frontier.main([*argv, "--out", str(tmp_path / "rows.csv"), "--threads", threads]) == 0
+    assert names == [f"{way}, N = {every}" for way in ("auto", "fewer euler steps") for every in (3, 5)]
 
 
 def test_a_stochastic_sampler_is_not_compared_with_runs_of_other_noise():
