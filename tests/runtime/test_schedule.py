@@ -71,7 +71,7 @@ def test_a_power_schedule_has_as_many_full_steps_the_closer_the_later():
 
 def test_a_tapered_schedule_starts_evenly_and_ends_like_a_power_schedule():
     # S (1 - (1 - i/F)^1.45 (1 + 0.45 i/F)) for 10 and 13 of 50 steps.
-    assert planned(50, None, schedule="tapered", full_every=5) == [0, 5, 11, 16, 22, 28, 33, 38, 43, 48]
+    assert planned(50, None, schedule="tapered", full_every=5) == [0, 5, 11, 16, 22, 28, 33, 39, 43, 48]
     assert planned(50, None, schedule="tapered") == [
         round(50 * (1 - (1 - i / 13) ** 1.45 * (1 + 0.45 * i / 13))) for i in range(13)
     ]
