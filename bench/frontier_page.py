@@ -111,7 +111,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     names = list(dict.fromkeys(row["panel"] for row in rows))
     ways = list(dict.fromkeys(way_of(row) for row in rows))
     high = -(-len(names) // 2)
-    figure, axes = pyplot.subplots(high, 2, figsize=(10, 3.2 * high), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(high, 2, figsize=(10, 3.4 * high), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         _draw_panel(axis, name, [row for row in rows if row["panel"] == name], ways)
     for axis in axes.flat[len(names) :]:
