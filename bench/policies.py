@@ -14,111 +14,48 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
-import moeca_compile
+from bench.study import (
+    RESULTS,
+    TESTBEDS,
+    Case,
+    Costs,
+    Scores,
+    Setting,
+    Study,
+    described,
+    fingerprint,
+    rounded,
+    run_case,
+)
 from examples.digits.testbed import DIGITS
 from examples.machine import environment
-from examples.mnist.testbed import MNIST
-from examples.testbed import metrics
 from examples.testbed.arguments import guidance_scale, usable_device, whole_number
 from examples.testbed.checkpoint import CheckpointError
-from examples.testbed.model import MoEDiT
 from examples.testbed.testbed import Testbed
 from moeca_compile.config import RECIPES
 
-RESULTS = Path(__file__).resolve().parent / "results"
-TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST)}
 FORECASTS = ("attention", "experts", "shared")
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One way to generate pictures: `options` of the backend, or the uncached model where they are None.
-
-    `steps` and `sampler` differ from the question's only for uncached runs with fewer steps.
-    """
-
-    name: str
-    options: Mapping[str, Any] | None = None
-    steps: int | None = None
-    sampler: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Question:
-    """Cases that answer one question. `images` per seed set and `sets` are the fewest that an answer needs.
-
-    `alone` generates each picture by itself, for decisions that are made for a whole batch.
-    """
+    """Cases that answer one question, and the fewest pictures that an answer needs."""
 
     name: str
     cases: tuple[Case, ...]
-    sampler: str = "euler"
-    images: int = 10
-    sets: int = 3
-    alone: bool = False
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Quality of a case's pictures against the uncached ones from the same seeds.
-
-    Attributes:
-        psnr: mean over images of the PSNR, in dB; psnr_low, psnr_high: that mean for the worst and best seed set.
-        psnr_worst: PSNR of the worst image.
-        agreement: share of pictures that the classifier assigns to the requested class.
-        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out digits, and
-            of uncached pictures from other seeds.
-    """
-
-    psnr: float
-    psnr_low: float
-    psnr_high: float
-    psnr_worst: float
-    agreement: float
-    frechet_real: float
-    frechet_uncached: float
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs and cache bytes of a case; ratios are None where no branch is matched."""
-
-    flops_speedup: float
-    match_ratio: float | None = None
-    reuse_ratio: float | None = None
-    cache_bytes: int = 0
-
-
-@dataclass
-class Study:
-    """The model, and the uncached pictures by (sampler, images, sets, alone), each generated once."""
-
-    testbed: Testbed
-    checkpoint: Path
-    steps: int
-    guidance: float
-    device: torch.device
-    uncached: dict[tuple[str, int, int, bool], list[Tensor]] = field(default_factory=dict)
-    ratios: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The magnitude ratios by sampler, measured once."""
-
-    def model(self) -> MoEDiT:
-        return self.testbed.load_model(self.checkpoint).to(self.device)
+    setting: Setting = field(default_factory=Setting)
 
 
 # --- the questions ------------------------------------------------------------------------------------------
@@ -126,23 +63,23 @@ class Study:
 
 def questions() -> tuple[Question, ...]:
     return (
-        Question("overview", (*_overview((3, 5)), *_fewer_steps(("euler", "multistep"), (17, 10))), sets=2),
+        Question("overview", (*_overview((3, 5)), *_fewer_steps(("euler", "multistep"), (17, 10))), Setting(sets=2)),
         Question("recipes", (*_recipes((3, 4, 6)), *_fewer_steps(("euler", "multistep")))),
-        Question("moeca", _variants("moeca", _MOECA_OPTIONS), sets=2),
-        Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), sets=2),
-        Question("intervals", tuple(_intervals()), sets=2),
+        Question("moeca", _variants("moeca", _MOECA_OPTIONS), Setting(sets=2)),
+        Question("moeca-forecast", _variants("moeca-forecast", _FORECAST_OPTIONS), Setting(sets=2)),
+        Question("intervals", tuple(_intervals()), Setting(sets=2)),
         Question(
             "schedules",
             (*_schedules((3, 4, 5, 7), _CORRECTED), *_fewer_steps(("euler", "multistep"), (17, 13, 10, 8))),
         ),
-        Question("exponents", tuple(_exponents((3, 5))), sets=2),
+        Question("exponents", tuple(_exponents((3, 5))), Setting(sets=2)),
         Question("forecasters", tuple(_forecasters((4, 7)))),
-        Question("rivals", tuple(Case(_describe(options), options) for options in _RIVALS)),
+        Question("rivals", tuple(Case(described(options), options) for options in _RIVALS)),
         Question("decisions", (*_evenly_spaced((3, 4)), *_variants_of(_DECIDING))),
-        Question("errors", tuple(_error_controlled()), alone=True),
-        Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), "multistep"),
-        Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), "ddpm", 100, 2),
-        Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), "ddpm", 100, 2),
+        Question("errors", tuple(_error_controlled()), Setting(alone=True)),
+        Question("schedules-multistep", tuple(_schedules((4, 7), _CORRECTED[-1:])), Setting("multistep")),
+        Question("schedules-ddpm", (*_schedules((4, 6), _SCHEDULED), *_half_slopes((4, 6))), Setting("ddpm", 100, 2)),
+        Question("ddpm", (*_recipes((4, 6)), *_fewer_steps(("ddpm",), (25, 13, 9))), Setting("ddpm", 100, 2)),
     )
 
 
@@ -154,7 +91,7 @@ def _overview(intervals: Sequence[int]) -> Iterator[Case]:
             yield Case(f"{recipe}, N = {every}", {"recipe": recipe, "full_every": every, **told})
         yield Case(f"moeca, N = {every}, budget=0", {"recipe": "moeca", "full_every": every, "budget": 0.0})
         for chosen in ({"schedule": "power"}, {"corrector": True}):  # what `auto` adds to `stack-forecast`
-            name = f"stack-forecast, N = {every}, {_describe(chosen)}"
+            name = f"stack-forecast, N = {every}, {described(chosen)}"
             yield Case(name, {"recipe": "stack-forecast", "full_every": every, **chosen})
 
 
@@ -176,7 +113,7 @@ def _evenly_spaced(intervals: Sequence[int]) -> Iterator[Case]:
 def _variants_of(options: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
     for chosen in options:
         rest = {name: value for name, value in chosen.items() if name != "recipe"}
-        yield Case(", ".join(filter(None, (chosen["recipe"], _describe(rest)))), chosen)
+        yield Case(", ".join(filter(None, (chosen["recipe"], described(rest)))), chosen)
 
 
 _BOTH: dict[str, Any] = {"forecast": ("stack",), "corrector": True}
@@ -210,7 +147,7 @@ def _schedules(intervals: Sequence[int], options: Sequence[Mapping[str, Any]]) -
     for every in intervals:
         for recipe in ("stack", "stack-forecast"):
             for chosen in ({}, *options):
-                name = ", ".join(filter(None, (f"{recipe}, N = {every}", _describe(chosen))))
+                name = ", ".join(filter(None, (f"{recipe}, N = {every}", described(chosen))))
                 yield Case(name, {"recipe": recipe, "full_every": every, **chosen})
 
 
@@ -302,12 +239,8 @@ def _fewer_steps(samplers: Sequence[str], counts: Sequence[int] = (25, 17, 13, 9
 
 def _variants(recipe: str, options: Sequence[Mapping[str, Any]]) -> tuple[Case, ...]:
     """The recipe with its defaults, and with each of these sets of options."""
-    changed = (Case(_describe(option), {"recipe": recipe, **option}) for option in options)
+    changed = (Case(described(option), {"recipe": recipe, **option}) for option in options)
     return (Case(recipe, {"recipe": recipe}), *changed)
-
-
-def _describe(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 _MOECA_OPTIONS: tuple[dict[str, Any], ...] = (
@@ -374,85 +307,6 @@ def _intervals() -> Iterator[Case]:
             yield Case(name, {"recipe": recipe, "attention_every": attention, "experts_every": experts})
 
 
-# --- running them -------------------------------------------------------------------------------------------
-
-
-def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Costs]:
-    """Scores and costs of the pictures of one case."""
-    model: Any = study.model()
-    if case.options is not None:
-        options = {"validate": False, "lowering": "eager", **case.options}
-        if options["recipe"] == "magcache":
-            options["magnitude_ratios"] = _ratios(study, question)
-        model = torch.compile(model, backend="moeca", options=options)
-    steps, sampler = case.steps or study.steps, case.sampler or question.sampler
-    pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
-    costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
-    torch._dynamo.reset()
-    return _scores(study, question, pictures), costs
-
-
-def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
-    """[images, 1, S, S] from one seed, classes 0 to 9 in turn."""
-    labels = (torch.arange(question.images) % 10).to(study.device)
-    every = [slice(i, i + 1) for i in range(question.images)] if question.alone else [slice(None)]
-    found = []
-    for rows in every:
-        with moeca_compile.generation(steps=steps):
-            how = {"steps": steps, "guidance": study.guidance, "sampler": sampler, "seed": seed}
-            found.append(study.testbed.generate(model, labels, rows=rows, **how))
-    return torch.cat(found).cpu()
-
-
-def _uncached(study: Study, question: Question) -> list[Tensor]:
-    """Uncached pictures for twice as many seeds: the first half for PSNR, the second for the Frechet distance."""
-    key = (question.sampler, question.images, question.sets, question.alone)
-    if key not in study.uncached:
-        seeds, model = range(2 * question.sets), study.model()
-        study.uncached[key] = [
-            _pictures(study, model, question, seed, study.steps, question.sampler) for seed in seeds
-        ]
-    return study.uncached[key]
-
-
-def _ratios(study: Study, question: Question) -> tuple[float, ...]:
-    """Magnitude ratios of pictures from a seed that no case uses."""
-    if question.sampler not in study.ratios:
-        options = {"validate": False, "lowering": "eager", "recipe": "magcache"}
-        model = torch.compile(study.model(), backend="moeca", options=options)
-        _pictures(study, model, question, 2 * question.sets, study.steps, question.sampler)
-        study.ratios[question.sampler] = moeca_compile.report(model).magnitude_ratios
-        torch._dynamo.reset()
-    return study.ratios[question.sampler]
-
-
-def _costs(model: Any) -> Costs:
-    report = moeca_compile.report(model)
-    assert report.flops is not None, "a compiled case has run"
-    return Costs(report.flops.speedup, report.match_ratio, report.reuse_ratio, report.planned_cache_bytes)
-
-
-def _scores(study: Study, question: Question, pictures: list[Tensor]) -> Scores:
-    uncached = _uncached(study, question)
-    by_set = [
-        [metrics.psnr(a[None], b[None]) for a, b in zip(images, wished, strict=True)]
-        for images, wished in zip(pictures, uncached, strict=False)
-    ]
-    means = [mean(values) for values in by_set]
-    classifier, everything = study.testbed.load_classifier(), torch.cat(pictures)
-    labels = (torch.arange(question.images) % 10).repeat(question.sets)
-    other_seeds = torch.cat(uncached[question.sets :])
-    return Scores(
-        psnr=mean(means),
-        psnr_low=min(means),
-        psnr_high=max(means),
-        psnr_worst=min(min(values) for values in by_set),
-        agreement=metrics.agreement(classifier, everything, labels),
-        frechet_real=metrics.frechet_distance(classifier, everything, study.testbed.load_split()[1].images),
-        frechet_uncached=metrics.frechet_distance(classifier, everything, other_seeds),
-    )
-
-
 # --- rows, tables, command line -----------------------------------------------------------------------------
 
 
@@ -460,27 +314,23 @@ def row_of(
     study: Study, question: Question, case: Case, scores: Scores, costs: Costs, where: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One line of the CSV file."""
-    options = "" if case.options is None else _describe(case.options)
+    options = "" if case.options is None else described(case.options)
     return {
         "question": question.name,
         "case": case.name,
         "options": options,
-        "sampler": case.sampler or question.sampler,
+        "sampler": case.sampler or question.setting.sampler,
         "steps": case.steps or study.steps,
         "guidance": study.guidance,
-        "images": question.images,
-        "seed_sets": question.sets,
-        **{name: _rounded(value) for name, value in (asdict(scores) | asdict(costs)).items()},
+        "images": question.setting.images,
+        "seed_sets": question.setting.sets,
+        **{name: rounded(value) for name, value in (asdict(scores) | asdict(costs)).items()},
         **where,
     }
 
 
-def _rounded(value: float | int | None) -> float | int | str:
-    return "" if value is None else round(value, 4)
-
-
 def table_of(question: Question, rows: Sequence[Mapping[str, Any]]) -> Table:
-    title = f"{question.name}: {question.sampler}, {question.sets} x {question.images} images"
+    title = f"{question.name}: {question.setting.sampler}, {question.setting.sets} x {question.setting.images} images"
     table = Table(title=title)
     table.add_column("case")
     columns = [item.name for item in (*fields(Costs), *fields(Scores))]
@@ -519,7 +369,11 @@ def _results(testbed: Testbed) -> Path:
 
 def chosen_questions(args: argparse.Namespace) -> list[Question]:
     found = [q for q in questions() if not args.question or q.name in args.question]
-    return [replace(q, images=args.images or q.images, sets=args.sets or q.sets) for q in found]
+    return [replace(q, setting=_resized(q.setting, args)) for q in found]
+
+
+def _resized(setting: Setting, args: argparse.Namespace) -> Setting:
+    return replace(setting, images=args.images or setting.images, sets=args.sets or setting.sets)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -532,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"policies.py: {error}", file=sys.stderr)
         return 1
-    where = environment(args.device, torch.float32) | {"checkpoint": _fingerprint(args.checkpoint)}
+    where = environment(args.device, torch.float32) | {"checkpoint": fingerprint(args.checkpoint)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         tables = _answer(study, chosen_questions(args), where, console, file)
@@ -554,7 +408,7 @@ def _answer(
         task = progress.add_task("", total=len(pairs))
         for question, case in pairs:
             progress.update(task, description=f"{question.name}: {case.name}")
-            scores, costs = run_case(study, question, case)
+            scores, costs = run_case(study, question.setting, case)
             row = row_of(study, question, case, scores, costs, where)
             _write(file, row, header=not any(rows.values()))
             rows[question].append(row)
@@ -568,11 +422,6 @@ def _write(file: TextIO, row: Mapping[str, Any], header: bool) -> None:
         writer.writeheader()
     writer.writerow(row)
     file.flush()
-
-
-def _fingerprint(path: Path) -> str:
-    """First digits of the checkpoint's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

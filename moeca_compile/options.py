@@ -143,7 +143,9 @@ def step_list(value: Any) -> tuple[int, ...]:
     return steps
 
 
-SCHEDULES = ("uniform", "power", "toca")
+SCHEDULES = ("uniform", "power", "tapered", "toca")
+WITH_EXPONENT = ("power", "tapered")
+"""Those that schedule_exponent is for."""
 
 
 def full_step_schedule(value: Any) -> str | Calibrated:
@@ -274,10 +276,10 @@ class Options:
         full_step_schedule,
         SCHEDULE,
         """Where the full steps sit. "uniform" spaces them evenly; "power" takes as many and moves them toward the end
-        of the generation, where the model's output changes faster; "toca" spaces them as that paper's code for DiT
-        does, about N apart: some 4/3 as many at N = 4, and all steps at N = 1. The last two need the number of
-        steps: what generation(model, steps=...) says, else that of the last generation; until it is known, steps are
-        uniform.
+        of the generation, where the model's output changes faster; "tapered" does so too, but no gap at the start is
+        longer than an even one; "toca" spaces them as that paper's code for DiT does, about N apart: some 4/3 as many
+        at N = 4, and all steps at N = 1. The last three need the number of steps: what generation(model, steps=...)
+        says, else that of the last generation; until it is known, steps are uniform.
         The path of a file that moeca_compile.tune(...).save(path) wrote takes as many where this model was found to
         need them ("calibrated"); in a generation of another length they are spread alike.""",
     )
@@ -285,8 +287,9 @@ class Options:
         1.45,
         real(1),
         SCHEDULE,
-        """How far schedule="power" moves full steps toward the end: of F full steps in S, number i is step
-        S (1 - (1 - i/F)^exponent). 1 is uniform.""",
+        """How far schedule="power" and "tapered" move full steps toward the end: of F full steps in S, number i is
+        step S (1 - (1 - i/F)^exponent), with "tapered" S (1 - (1 - i/F)^exponent (1 + (exponent - 1) i/F)). 1 is
+        uniform.""",
     )
     corrector: bool = setting(
         False,

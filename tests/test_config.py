@@ -99,9 +99,9 @@ WRONG = [
 ]
 
 
-def test_the_default_forecasts_by_a_power_schedule():
+def test_the_default_forecasts_by_a_tapered_schedule():
     config = MoecaConfig()
-    assert (config.recipe, config.schedule, config.full_every, config.sampler) == ("auto", "power", 4, None)
+    assert (config.recipe, config.schedule, config.full_every, config.sampler) == ("auto", "tapered", 4, None)
     assert config.forecast == ("stack", "attention", "experts") and not config.corrector
 
 
@@ -152,6 +152,7 @@ def test_recipes_of_one_policy_differ_in_their_forecast(recipe):
         ({"full_steps": (0, 3), "schedule": "power"}, "schedule", "full_steps lists the full steps"),
         ({"schedule_exponent": 2}, "schedule_exponent", 'schedule="power"'),
         ({"schedule": "power", "schedule_exponent": 2}, None, ""),
+        ({"schedule": "tapered", "schedule_exponent": 2}, None, ""),
         ({"attention_every": 2, "experts_every": 3, "schedule": "power"}, "schedule", "take its place"),
         ({"recipe": "stack", "forecast_slope": 0.5}, "forecast_slope", "nothing is forecast"),
         ({"recipe": "stack-forecast", "forecast_slope": 0.5}, None, ""),

@@ -69,7 +69,7 @@ def parse_arguments(testbed: Testbed, argv: list[str] | None = None, text: str |
         help=f"a recipe, may be given several times: {', '.join(RECIPES)} ({', '.join(DEFAULT_RECIPES)})",
     )
     parser.add_argument("--full-every", type=whole_number(1), default=4, help="a full step every N steps (4)")
-    parser.add_argument("--schedule", choices=("uniform", "power"), help="(the recipe's own)")
+    parser.add_argument("--schedule", choices=("uniform", "power", "tapered"), help="(the recipe's own)")
     parser.add_argument(
         "--corrector",
         action="store_true",

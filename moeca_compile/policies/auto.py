@@ -38,7 +38,7 @@ _FORECASTS = (*stack.POLICY.forecasts, *layerwise.POLICY.forecasts)
 
 POLICY = Policy(
     reuses="what `stack-forecast` reuses, or `fora-forecast` where no stream runs through all blocks (the default)",
-    recipes={"auto": {"forecast": _FORECASTS, "schedule": "power"}},
+    recipes={"auto": {"forecast": _FORECASTS, "schedule": "tapered"}},
     options=CACHING | {"sampler"},
     declare=declare,
     forecasts=_FORECASTS,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeca_compile.options import SCHEDULES, Options
+from moeca_compile.options import SCHEDULES, WITH_EXPONENT, Options
 from moeca_compile.passes.match.regions import Regions
 from moeca_compile.passes.rewrite.replacement import Replacement
 from moeca_compile.policies.criterion import Decides
@@ -112,8 +112,8 @@ def ignored_by_all(options: Options, policy: Policy) -> Mapping[str, str]:
         found |= dict.fromkeys({*spaced, "warmup_steps", "max_error"}, listed)
     if options.schedule not in SCHEDULES:
         found["warmup_steps"] = "the schedule lists the full steps, so it has no effect"
-    if options.schedule != "power":
-        found["schedule_exponent"] = 'it is for schedule="power", so it has no effect'
+    if options.schedule not in WITH_EXPONENT:
+        found["schedule_exponent"] = 'it is for schedule="power" and "tapered", so it has no effect'
     if not options.forecast_order:
         found |= dict.fromkeys(("forecaster", "forecast_slope"), "order 0 holds the last value, so it has no effect")
     if not options.forecast:

@@ -151,7 +151,8 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
         if config.schedule == "toca":
             spaced = toca_steps(left, every)
         else:
-            spaced = power_steps(left, math.ceil(steps / every) - start, config.schedule_exponent)
+            full = math.ceil(steps / every) - start
+            spaced = CURVED[config.schedule](left, full, config.schedule_exponent)
         return DueSteps(every, (*range(start), *(start + step for step in spaced)), planned=steps)
     return DueSteps(every, tuple(range(start + 1)), planned=start + every) if start else DueSteps(every)
 
@@ -159,6 +160,24 @@ def _due_steps(config: MoecaConfig, interval: int | None, steps: int | None) -> 
 def power_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
     """The numbers of `full` full steps in a generation of `steps`, the closer together the later they are."""
     return apart([round(steps * (1 - (1 - i / full) ** exponent)) for i in range(full)], steps)
+
+
+def tapered_steps(steps: int, full: int, exponent: float) -> tuple[int, ...]:
+    """The numbers of `full` full steps in a generation of `steps`: evenly spaced at first, closer toward the end.
+
+    Near the end they lie as `power_steps` has them, but no gap at the start is longer than an even one. There a gap
+    does most harm: the first one has no slope to go on, the second one that of the first step, and errors grow from
+    then on.
+    """
+
+    def place(u: float) -> float:
+        return 1 - (1 - u) ** exponent * (1 + (exponent - 1) * u)  # 0 and 1 at the ends, and of slope 1 at 0
+
+    return apart([round(steps * place(i / full)) for i in range(full)], steps)
+
+
+CURVED = {"power": power_steps, "tapered": tapered_steps}
+"""Schedules by their names in options: (steps, full steps, exponent) -> the numbers of the full steps."""
 
 
 def toca_steps(steps: int, every: int) -> tuple[int, ...]:

@@ -44,8 +44,8 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
 
     Where nothing that meets the wish holds up, the best that meets it is taken; where nothing meets it, the nearest.
 
-    The default candidate is what docs/recipes.md says: a forecast of the stack's change (or what else of `recipes`
-    caches anything first), power schedule and corrector.
+    The default candidate is a forecast of the stack's change (or what else of `recipes` caches anything first), power
+    schedule and corrector.
 
     Raises NothingCachedError where no recipe caches anything.
     """

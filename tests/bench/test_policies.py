@@ -35,7 +35,7 @@ def run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     """Run cases of one question on the small model; gives their CSV rows by case."""
 
     def run(*cases: policies.Case, sampler: str = "euler", alone: bool = False, given: Sequence[str] = ()) -> Rows:
-        question = policies.Question("test", cases, sampler, images=2, sets=1, alone=alone)
+        question = policies.Question("test", cases, policies.Setting(sampler, images=2, sets=1, alone=alone))
         monkeypatch.setattr(policies, "questions", lambda: (question,))
         threads, out = torch.get_num_threads(), tmp_path / "rows.csv"
         argv = ["--steps", "6", "--checkpoint", str(checkpoint), "--out", str(out)]

@@ -10,8 +10,8 @@ import moeca_compile
 from tests.models import Sizes, make_inputs, make_model
 
 STEPS = 12
-STACK = {"recipe": "stack-forecast", "schedule": "power"}
-LAYERS = {"recipe": "fora-forecast", "schedule": "power"}
+STACK = {"recipe": "stack-forecast", "schedule": "tapered"}
+LAYERS = {"recipe": "fora-forecast", "schedule": "tapered"}
 
 
 class Widened(nn.Module):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeca_compile.config import MoecaConfig
+from moeca_compile.options import SCHEDULES, WITH_EXPONENT
 from moeca_compile.passes.rewrite.kinds import Part
-from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule, power_steps, toca_steps
+from moeca_compile.runtime.schedule import CURVED, EVERYTHING, RefreshPlan, Schedule, power_steps, toca_steps
 from moeca_compile.tuned_file import Calibrated
 from tests.harness import calls_of
 
@@ -52,7 +53,7 @@ def test_steps(options, attention, experts):
 
 def planned(steps: int, length: int | None, **options) -> list[int]:
     """The full steps of a generation of `length` steps that was expected to have `steps`."""
-    plan = schedule(schedule="power", **options)
+    plan = schedule(**{"schedule": "power", **options})
     return [n for n in range(length or steps) if plan.parts_to_refresh(n - 1, n - 1, n, steps) == EVERYTHING]
 
 
@@ -66,6 +67,33 @@ def test_a_power_schedule_has_as_many_full_steps_the_closer_the_later():
     assert planned(50, None, warmup_steps=2) == [0, *after]
     assert planned(8, None, warmup_steps=4) == [0, 1, 2, 3]
     assert planned(3, None) == [0]
+
+
+def test_a_tapered_schedule_starts_evenly_and_ends_like_a_power_schedule():
+    # S (1 - (1 - i/F)^1.45 (1 + 0.45 i/F)) for 10 and 13 of 50 steps.
+    assert planned(50, None, schedule="tapered", full_every=5) == [0, 5, 11, 16, 22, 28, 33, 39, 43, 48]
+    assert planned(50, None, schedule="tapered") == [
+        round(50 * (1 - (1 - i / 13) ** 1.45 * (1 + 0.45 * i / 13))) for i in range(13)
+    ]
+    assert planned(50, None, schedule="tapered", schedule_exponent=1.0) == [round(50 * i / 13) for i in range(13)]
+    assert planned(4, None, schedule="tapered", full_every=1) == [0, 1, 2, 3]
+    assert planned(3, None, schedule="tapered") == [0]
+    after = [1 + round(49 * (1 - (1 - i / 12) ** 1.45 * (1 + 0.45 * i / 12))) for i in range(12)]
+    assert planned(50, None, schedule="tapered", warmup_steps=2) == [0, *after]
+
+
+@pytest.mark.parametrize("steps", [20, 50, 250, 1000])
+@pytest.mark.parametrize("every", [2, 3, 5, 6, 10])
+def test_no_gap_at_the_start_of_a_tapered_schedule_is_longer_than_an_even_one(steps: int, every: int):
+    tapered, power = (planned(steps, None, schedule=name, full_every=every) for name in ("tapered", "power"))
+    assert len(tapered) == len(power) == -(-steps // every) and tapered[0] == 0
+    gap = steps / len(tapered)
+    assert tapered[1] <= round(gap * 1.15)
+    assert power[1] >= tapered[1] and steps - tapered[-1] <= -(-gap // 1)
+
+
+def test_every_schedule_with_an_exponent_has_a_formula():
+    assert set(CURVED) == set(WITH_EXPONENT) < set(SCHEDULES)
 
 
 @pytest.mark.parametrize("recipe", ["moeca", "stack"])
