@@ -54,6 +54,8 @@ class PaperTable:
 N = 4
 """Full steps every fourth step, as in the paper."""
 _BUDGET = 1 / 8
+_AS_FAST = {"euler": 0.04, "ddpm": 0.3}
+"""Thresholds of TeaCache for about 2.5 times fewer FLOPs on digits; the paper's, 0.4, means something else there."""
 _LARGE = 1e6
 """A weight beside which the others of eq. 9 do not count."""
 
@@ -70,7 +72,7 @@ def _methods(sampler: str) -> tuple[Case, ...]:
         Case("ToCa", {"recipe": "toca"}),
         Case("DuCa", {"recipe": "duca"}),
         Case("TeaCache", {"recipe": "teacache", "reuse_threshold": 0.4}),
-        Case("TeaCache, as many FLOPs", {"recipe": "teacache", "reuse_threshold": 0.016}),
+        Case("TeaCache, about as fast", {"recipe": "teacache", "reuse_threshold": _AS_FAST[sampler]}),
         _moeca("MoECa"),
         _moeca("MoECa, nothing recomputed", budget=0.0),
         Case("auto", {"recipe": "auto", "full_every": N, "sampler": how}),
