@@ -102,7 +102,7 @@ def cache_dit_compiled(model: Any) -> Any:
 
 
 def known_testbed(model: Any) -> Any:
-    """FirstBlockCache looks for an argument hidden_states, whatever name is given here, so its place is given, too."""
+    """FirstBlockCache looks for an argument hidden_states, whatever name is given, so its place is given, too."""
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     metadata = TransformerBlockMetadata(

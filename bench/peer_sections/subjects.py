@@ -66,7 +66,9 @@ def seeded(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def hidream(steps: int = 20, images: int = 2, side: int = 16, width: int = 4, blocks: tuple[int, int] = (4, 8)) -> Subject:
+def hidream(
+    steps: int = 20, images: int = 2, side: int = 16, width: int = 4, blocks: tuple[int, int] = (4, 8)
+) -> Subject:
     """HiDream-I1: blocks of two streams, then of one, all with 4 experts. `width` is in heads of 64."""
 
     def make() -> nn.Module:
