@@ -2,7 +2,8 @@
 
 python -m bench.peers                                       # everything: rows, table in docs/peers.md, picture
 python -m bench.peers --subject digits --way cache-dit      # part of it
-python -m bench.peers --draw                                # table and picture anew from the rows that are there
+python -m bench.peers --subject nucleus --eager             # nothing is compiled: pictures and full steps, in minutes
+python -m bench.peers --draw                                # tables and picture anew from the rows that are there
 
 Needs `pip install -e ".[bench,peers]"`; the rows of a package that is not installed say so. Each way to sample runs
 in a process of its own. Settings are measured one after another, their eager and compiled runs in turns with plain
@@ -11,7 +12,7 @@ subject and way in bench/results/peers.csv.
 
 lines       of code that the user writes, counted from bench/peer_sections/code.py, as it is run
 speed-ups   medians over the seeds of plain torch.compile's time over this way's, by the wall clock and in seconds of
-            the processor, which other processes do not lengthen
+            the processor, which other processes do not lengthen; with --eager over the uncached model in eager
 PSNR        to the uncached model in eager from the same seeds, the mean over pictures and the worst picture
 """
 
@@ -38,7 +39,7 @@ from bench.live_bytes import LiveBytes
 from bench.peer_sections.page import write_page
 from bench.peer_sections.picture import draw
 from bench.peer_sections.subjects import SUBJECTS, Subject
-from bench.peer_sections.ways import COMPILED, EAGER, Way, groups
+from bench.peer_sections.ways import COMPILED, EAGER, OURS, Way, groups, groups_in_eager
 from bench.peer_sections.worker import Found, Generation, Worker
 from examples.machine import environment, installed
 from examples.testbed.arguments import whole_number
@@ -53,7 +54,7 @@ NO_EFFECT = "the pictures equal those of the uncached model, and no step was ski
 
 @dataclass
 class Run:
-    """A way with its generations, one a seed; those of plain torch.compile from the same seeds beside them."""
+    """A way with its generations, one a seed; those of the uncached model from the same seeds beside them."""
 
     way: Way
     failure: str
@@ -62,20 +63,26 @@ class Run:
     beside: list[Generation] = field(default_factory=list)
 
 
-def measure(subject: Subject, chosen: Sequence[tuple[Way, ...]], seeds: Sequence[int]) -> Iterator[Run]:
-    """Run the groups of ways one after another. The first two runs are those of the uncached model."""
-    eager, compiled = groups(subject)[0]
-    with Worker(subject, compiled) as baseline:
+def measure(
+    subject: Subject, uncached: tuple[Way, ...], chosen: Sequence[tuple[Way, ...]], seeds: Sequence[int]
+) -> Iterator[Run]:
+    """Run the groups of ways one after another, beside the last of `uncached`. The first run is that of the first."""
+    first, last = uncached[0], uncached[-1]
+    with Worker(subject, last) as baseline:
         beside = _Beside(baseline, {})
-        yield from _group(subject, (eager,), seeds, beside)
-        yield Run(compiled, baseline.failure, baseline.found, beside.generations(seeds), beside.generations(seeds))
+        if first is not last:
+            yield from _group(subject, (first,), seeds, beside)
+        else:
+            for seed in seeds:
+                beside.run(seed)
+        yield Run(last, baseline.failure, baseline.found, beside.generations(seeds), beside.generations(seeds))
         for group in chosen:
             yield from _group(subject, group, seeds, beside)
 
 
 @dataclass
 class _Beside:
-    """Plain torch.compile, run anew beside each group."""
+    """The uncached model that times are compared with, run anew beside each group."""
 
     worker: Worker
     last: dict[int, Generation]
@@ -112,8 +119,11 @@ def _group(subject: Subject, group: tuple[Way, ...], seeds: Sequence[int], besid
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def row_of(subject: Subject, run: Run, wanted: Sequence[Generation]) -> dict[str, Any]:
-    """A line of the CSV file; figures are empty where the way did not run to its end."""
+def row_of(subject: Subject, run: Run, wanted: Sequence[Generation], eager: bool = False) -> dict[str, Any]:
+    """A line of the CSV file; figures are empty where the way did not run to its end.
+
+    In `eager` speed-ups are over the uncached model in eager, and ours has none: its steps run op by op then.
+    """
     way, found = run.way, run.found
     status, reason = status_of(subject, run, wanted)
     row = {
@@ -132,11 +142,12 @@ def row_of(subject: Subject, run: Run, wanted: Sequence[Generation]) -> dict[str
         "still_compiling": found.still_compiling,
     }
     measured = status in (RAN, IDLE)
-    figures = _figures(subject, run, wanted) if measured else {}
+    figures = _figures(subject, run, wanted, eager) if measured else {}
     return row | {name: figures.get(name, "") for name in FIGURES}
 
 
 FIGURES = (
+    "over_eager_cpu",
     "over_compile",
     "over_compile_cpu",
     "seconds",
@@ -163,21 +174,29 @@ def status_of(subject: Subject, run: Run, wanted: Sequence[Generation]) -> tuple
     return (IDLE, NO_EFFECT) if same and min(near) >= 100 else (RAN, "; ".join(run.found.warnings[:1]))
 
 
-def _figures(subject: Subject, run: Run, wanted: Sequence[Generation]) -> dict[str, Any]:
-    pairs = list(zip(run.beside, run.generations, strict=True))
+def _figures(subject: Subject, run: Run, wanted: Sequence[Generation], eager: bool) -> dict[str, Any]:
     near = _psnr(subject, run.generations, wanted)
     cache = run.found.cache_mib
-    return {
-        "over_compile": round(median(slow.seconds / fast.seconds for slow, fast in pairs), 3),
-        "over_compile_cpu": round(median(slow.cpu_seconds / fast.cpu_seconds for slow, fast in pairs), 3),
-        "seconds": round(median(each.seconds for each in run.generations), 3),
-        "cpu_seconds": round(median(each.cpu_seconds for each in run.generations), 3),
-        "first_seconds": round(run.found.first_seconds, 2),
+    return _costs(run, eager) | {
         "psnr": round(mean(near), 2),
         "psnr_worst": round(min(near), 2),
         "ssim": round(_ssim(subject, run.generations, wanted), 4),
-        "peak_mib": round(max(each.peak_mib for each in run.generations), 2),
         "cache_mib": "" if cache is None else round(cache, 2),
+    }
+
+
+def _costs(run: Run, eager: bool) -> dict[str, Any]:
+    if eager and run.way.tool == OURS:
+        return {}
+    pairs = list(zip(run.beside, run.generations, strict=True))
+    wall = round(median(slow.seconds / fast.seconds for slow, fast in pairs), 3)
+    cpu = round(median(slow.cpu_seconds / fast.cpu_seconds for slow, fast in pairs), 3)
+    over = {"over_eager_cpu": cpu} if eager else {"over_compile": wall, "over_compile_cpu": cpu}
+    return over | {
+        "seconds": round(median(each.seconds for each in run.generations), 3),
+        "cpu_seconds": round(median(each.cpu_seconds for each in run.generations), 3),
+        "first_seconds": round(run.found.first_seconds, 2),
+        "peak_mib": round(max(each.peak_mib for each in run.generations), 2),
     }
 
 
@@ -237,23 +256,16 @@ def machine() -> dict[str, Any]:
     return environment(torch.device("cpu"), torch.float32) | versions
 
 
-Rows = list[dict[str, Any]]
-
-
-def run_subject(subject: Subject, names: Sequence[str], seeds: Sequence[int], console: Console) -> Rows:
-    """Measure the ways whose names hold one of `names`, or all."""
-    asked = (
-        tuple(way for way in group if not names or any(name in way.label for name in names))
-        for group in groups(subject)[1:]
-    )
-    rows: Rows = []
+def run_subject(
+    subject: Subject, names: Sequence[str], seeds: Sequence[int], eager: bool
+) -> Iterator[dict[str, Any]]:
+    """Measure the ways whose names hold one of `names`, or all; a row as soon as it is there."""
+    uncached, *every = (groups_in_eager if eager else groups)(subject)
+    asked = (tuple(way for way in group if not names or any(name in way.label for name in names)) for group in every)
     wanted: list[Generation] = []
-    for run in measure(subject, list(filter(None, asked)), seeds):
+    for run in measure(subject, uncached, list(filter(None, asked)), seeds):
         wanted = wanted or run.generations  # of the uncached model in eager, which comes first
-        row = row_of(subject, run, wanted) | {"seeds": len(seeds), "images": subject.images, **machine()}
-        rows.append(row)
-        console.print("  " + SHOWN.format(**row), soft_wrap=True)
-    return rows
+        yield row_of(subject, run, wanted, eager) | {"seeds": len(seeds), "images": subject.images, **machine()}
 
 
 SHOWN = (
@@ -282,6 +294,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subject", action="append", choices=list(SUBJECTS), help="several times (all)")
     parser.add_argument("--way", action="append", metavar="PART", help="of a name; several times (all)")
     parser.add_argument("--seeds", type=whole_number(1), default=3, help="timed generations of each way (3)")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: no speed-ups over torch.compile")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
     parser.add_argument("--picture", type=Path, default=PICTURE, metavar="PNG", help=f"({PICTURE})")
@@ -296,8 +309,9 @@ def main(argv: list[str] | None = None) -> int:
         import_what_is_compared()
         for name in args.subject or SUBJECTS:
             console.print(name)
-            rows = run_subject(SUBJECTS[name], args.way or [], range(1, 1 + args.seeds), console)
-            replace_rows(args.out, rows)
+            for row in run_subject(SUBJECTS[name], args.way or [], range(1, 1 + args.seeds), args.eager):
+                console.print("  " + SHOWN.format(**row), soft_wrap=True)
+                replace_rows(args.out, [row])
     rows = read(args.out)
     draw(rows, args.picture)
     write_page(rows, args.page)
