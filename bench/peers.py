@@ -135,7 +135,7 @@ def row_of(subject: Subject, run: Run, wanted: Sequence[Generation], eager: bool
         "reason": reason,
         "lines": way.lines,
         "steps": subject.steps,
-        "full_steps": found.full_steps,
+        "full_steps": subject.steps if way.tool in (EAGER, COMPILED) else found.full_steps,
         "graphs": found.graphs,
         "breaks": found.breaks,
         "recompiles": found.recompiles,
@@ -171,7 +171,7 @@ def status_of(subject: Subject, run: Run, wanted: Sequence[Generation]) -> tuple
         return RAN, ""
     same = run.found.full_steps in (None, subject.steps)
     near = _psnr(subject, run.generations, wanted)
-    return (IDLE, NO_EFFECT) if same and min(near) >= 100 else (RAN, "; ".join(run.found.warnings[:1]))
+    return (IDLE, NO_EFFECT) if same and min(near) >= 100 else (RAN, "")
 
 
 def _figures(subject: Subject, run: Run, wanted: Sequence[Generation], eager: bool) -> dict[str, Any]:
@@ -242,7 +242,8 @@ def replace_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     together = sorted([*kept, *new.values()], key=lambda row: order.index(row["subject"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(together[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in together for name in row)
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(together)
 

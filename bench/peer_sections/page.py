@@ -8,10 +8,8 @@ from pathlib import Path
 
 from bench.peer_sections.subjects import SUBJECTS
 
-HEAD = (
-    "| way | lines | graphs, breaks, recompiles | full steps | processor time | wall clock | PSNR dB | worst | SSIM"
-    " | peak MiB |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+TIMES = {"over_compile_cpu": "processor time", "over_compile": "wall clock", "over_eager_cpu": "over eager"}
+"""Speed-ups with their headings; those that no row has are left out."""
 Row = Mapping[str, str]
 
 
@@ -33,13 +31,19 @@ def with_table(text: str, name: str, lines: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    return "\n".join([HEAD, *map(_line, rows)])
+    times = [name for name in TIMES if any(row[name] for row in rows)]
+    headings = ["way", "lines", "graphs, breaks, recompiles", "full steps", *(TIMES[name] for name in times)]
+    headings += ["PSNR dB", "worst", "SSIM", "peak MiB"]
+    return "\n".join(
+        ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|", *(_line(r, times) for r in rows)]
+    )
 
 
-def _line(row: Row) -> str:
-    graphs = ", ".join((row["graphs"], row["breaks"], row["recompiles"]))
+def _line(row: Row, times: Sequence[str]) -> str:
+    graphs = ", ".join((row["graphs"], row["breaks"], row["recompiles"])) if row["graphs"] not in ("", "0") else "-"
     if not row["psnr"]:
-        return f"| {row['way']} | {row['lines']} | - | - | **{row['status']}**: {_cut(row['reason'])} |" + " |" * 5
+        failed = f"**{row['status']}**: {_cut(row['reason'])}"
+        return f"| {row['way']} | {row['lines']} | - | {failed} |" + " |" * (4 + len(times))
     full = f"{row['full_steps'] or '-'} of {row['steps']}"
     idle = " (**idle**)" if row["status"] == "idle" else ""
     near = "equal" if float(row["psnr"]) >= 100 else f"{float(row['psnr']):.1f}"
@@ -49,15 +53,14 @@ def _line(row: Row) -> str:
         row["lines"],
         graphs,
         full,
-        f"{float(row['over_compile_cpu']):.2f}x",
-        f"{float(row['over_compile']):.2f}x",
+        *(f"{float(row[name]):.2f}x" if row[name] else "-" for name in times),
         near,
         worst,
         f"{float(row['ssim']):.4f}",
-        f"{float(row['peak_mib']):.1f}",
+        f"{float(row['peak_mib']):.1f}" if row["peak_mib"] else "-",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def _cut(reason: str) -> str:
-    return reason.replace("|", "/")[:160]
+    return reason.replace("|", "/")[:200]

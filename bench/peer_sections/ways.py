@@ -169,12 +169,14 @@ _CLOSE: dict[str, float] = {"digits": 0.2, "mnist": 0.2, "hidream": 0.2, "nucleu
 
 def cache_dit(subject: Subject) -> list[Way]:
     """DBCache at its defaults, with one block as the condition, and by steps that are given, with a calibrator."""
-    warm = {"max_warmup_steps": 4, "residual_diff_threshold": _CLOSE[subject.name]}
+    close = _CLOSE[subject.name]
+    warm = {"max_warmup_steps": 4, "residual_diff_threshold": close}
     named: dict[str, tuple[dict[str, Any], int]] = {
         "DBCache": ({}, 0),
         "DBCache F1B0": ({**_FIRST}, 0),
         "DBCache F1B0, threshold": ({**_FIRST, **warm}, 0),
         "DBCache F1B0, threshold, TaylorSeer": ({**_FIRST, **warm}, 1),
+        "DBCache F1B0, fewer, TaylorSeer": ({**_FIRST, **warm, "residual_diff_threshold": round(1.5 * close, 3)}, 1),
         "DBCache F1B0, fast steps, TaylorSeer": ({**_FIRST, "steps_computation_policy": "static"}, 1),
     }
     return [
@@ -240,6 +242,12 @@ def hooks(subject: Subject) -> list[Way]:
             prepare=(partial(code.taylorseer, **stack),),
             call=code.in_context,
             settings=told(stack),
+        ),
+        named(
+            "TaylorSeer, whole stack, fewer",
+            prepare=(partial(code.taylorseer, **{**stack, "cache_interval": 6}),),
+            call=code.in_context,
+            settings=told({**stack, "cache_interval": 6}),
         ),
         _mag(subject, named, (known, *lists), {}, "MagCache"),
         _mag(subject, named, (known, *lists), mag, "MagCache, threshold"),
