@@ -67,7 +67,7 @@ def seeded(*shape: int, seed: int) -> Tensor:
 
 
 def hidream(
-    steps: int = 20, images: int = 2, side: int = 16, width: int = 4, blocks: tuple[int, int] = (4, 8)
+    steps: int = 20, images: int = 1, side: int = 16, width: int = 4, blocks: tuple[int, int] = (4, 8)
 ) -> Subject:
     """HiDream-I1: blocks of two streams, then of one, all with 4 experts. `width` is in heads of 64."""
 
@@ -104,7 +104,7 @@ def hidream(
     return Subject("hidream", "hidream", steps, images, make, sample, probe)
 
 
-def nucleus(steps: int = 20, images: int = 2, side: int = 12, width: int = 4, blocks: int = 12) -> Subject:
+def nucleus(steps: int = 20, images: int = 1, side: int = 12, width: int = 4, blocks: int = 12) -> Subject:
     """Nucleus-Image: three dense blocks, then experts that choose their tokens, and a dense block at the end."""
 
     def make() -> nn.Module:
