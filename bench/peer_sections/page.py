@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.peer_sections.subjects import SUBJECTS
+from bench.peer_sections.ways import COMPILED, EAGER, OURS
 
 TIMES = {"over_compile_cpu": "processor time", "over_compile": "wall clock", "over_eager_cpu": "over eager"}
 """Speed-ups with their headings; those that no row has are left out."""
@@ -34,12 +35,24 @@ def table(rows: Sequence[Row]) -> str:
     times = [name for name in TIMES if any(row[name] for row in rows)]
     headings = ["way", "lines", "graphs, breaks, recompiles", "full steps", *(TIMES[name] for name in times)]
     headings += ["PSNR dB", "worst", "SSIM", "peak MiB"]
-    return "\n".join(
-        ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|", *(_line(r, times) for r in rows)]
-    )
+    ahead = {row["way"] for row in ahead_of_ours(rows)}
+    lines = [_line(row, times, row["way"] in ahead) for row in rows]
+    return "\n".join(["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|", *lines])
 
 
-def _line(row: Row, times: Sequence[str]) -> str:
+def ahead_of_ours(rows: Sequence[Row]) -> list[Row]:
+    """Rows of other tools with no row of ours that is at least as fast and at least as near in the mean."""
+    ours = [(speed(row), float(row["psnr"])) for row in rows if row["tool"] == OURS and row["psnr"]]
+    theirs = [row for row in rows if row["tool"] not in (OURS, EAGER, COMPILED) and row["status"] == "ran"]
+    return [row for row in theirs if not any(s >= speed(row) and near >= float(row["psnr"]) for s, near in ours)]
+
+
+def speed(row: Row) -> float:
+    """The speed-up in processor time; where that was not measured, what skipped steps would give at no cost."""
+    return float(row["over_compile_cpu"] or float(row["steps"]) / float(row["full_steps"]))
+
+
+def _line(row: Row, times: Sequence[str], ahead: bool) -> str:
     graphs = ", ".join((row["graphs"], row["breaks"], row["recompiles"])) if row["graphs"] not in ("", "0") else "-"
     if not row["psnr"]:
         failed = f"**{row['status']}**: {_cut(row['reason'])}"
@@ -49,7 +62,7 @@ def _line(row: Row, times: Sequence[str]) -> str:
     near = "equal" if float(row["psnr"]) >= 100 else f"{float(row['psnr']):.1f}"
     worst = "equal" if float(row["psnr_worst"]) >= 100 else f"{float(row['psnr_worst']):.1f}"
     cells = [
-        row["way"] + idle,
+        row["way"] + idle + " †" * ahead,
         row["lines"],
         graphs,
         full,

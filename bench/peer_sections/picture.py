@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from bench.peer_sections.page import speed
 from bench.peer_sections.subjects import SUBJECTS
 from bench.peer_sections.ways import CACHE_DIT, DIFFUSERS, OURS
 
@@ -57,17 +58,11 @@ def panel(name: str, rows: Sequence[Row], axis: Any) -> None:
 
 
 def _points(rows: Sequence[Row], tool: str, compiled: bool) -> list[tuple[float, float]]:
-    timed = any(row["over_compile_cpu"] for row in rows)
     return [
-        (_speed(row, timed), min(EQUAL_DB, float(row["psnr"])))
+        (speed(row), min(EQUAL_DB, float(row["psnr"])))
         for row in rows
         if row["tool"] == tool and row["full_steps"] and _compiled(row) == compiled
     ]
-
-
-def _speed(row: Row, timed: bool) -> float:
-    """Where nothing was timed, what skipped steps would give if they cost nothing."""
-    return float(row["over_compile_cpu"]) if timed else float(row["steps"]) / float(row["full_steps"])
 
 
 def _compiled(row: Row) -> bool:

@@ -191,6 +191,17 @@ def test_every_way_has_its_lines_and_a_name_of_its_own(name: str):
     assert all(way.lines >= 2 for way in every if way.tool in (ways.CACHE_DIT, ways.DIFFUSERS))
 
 
+def test_what_no_row_of_ours_reaches_is_marked():
+    rows = [
+        row("digits", "ours", over_compile_cpu=3.0, psnr=45.0),
+        row("digits", "slower and farther", tool="cache-dit", over_compile_cpu=2.0, psnr=40.0),
+        row("digits", "nearer", tool="cache-dit", over_compile_cpu=2.0, psnr=46.0),
+        row("digits", "faster", tool="diffusers", over_compile_cpu=3.5, psnr=30.0),
+        row("digits", "eager", tool=EAGER, psnr=150.0),
+    ]
+    assert [each["way"] for each in page.ahead_of_ours(rows)] == ["nearer", "faster"]
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +230,9 @@ def test_page_and_picture_come_from_the_rows(tmp_path: Path):
         "tool": "cache-dit",
     }
     path, text = tmp_path / "rows.csv", tmp_path / "page.md"
-    peers.replace_rows(path, [row("digits", "ours", psnr=150.0), row("digits", "theirs", **failed)])
+    peers.replace_rows(
+        path, [row("digits", "ours", psnr=150.0, over_eager_cpu=""), row("digits", "theirs", **failed)]
+    )
     text.write_text("Before\n<!-- digits -->\nold\n<!-- digits -->\nAfter\n")
     argv = ["--draw", "--out", str(path), "--page", str(text), "--picture", str(tmp_path / "picture.png")]
     assert peers.main(argv) == 0
