@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         1, len(names), figsize=(4.2 * len(names) + 1, 4.4), layout="constrained", squeeze=False
     )
     for name, axis in zip(names, axes[0], strict=True):
-        panel(name, [row for row in rows if row["subject"] == name and row["psnr"]], axis)
+        panel(name, [row for row in rows if row["subject"] == name and row["psnr"] and row["status"] == "ran"], axis)
     axes[0][0].set_ylabel("PSNR to the uncached pictures, dB")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
@@ -50,10 +50,15 @@ def panel(name: str, rows: Sequence[Row], axis: Any) -> None:
             label = f"{tool}{'' if compiled else ', eager'}"
             if tool != OURS or compiled:
                 axis.plot(*_columns(points), label=label, **style, fillstyle="full" if compiled else "none")
+    for row in rows:
+        if row["tool"] in COLORS and not row["way"].endswith(", compiled"):
+            at = speed(row), min(EQUAL_DB, float(row["psnr"]))
+            name_of = row["way"].removeprefix(f"{row['tool']} ").removeprefix("moeca ")
+            axis.annotate(name_of, at, xytext=(4, 4), textcoords="offset points", fontsize=6)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     timed = any(row["over_compile_cpu"] for row in rows)
     across = "speed-up over torch.compile, processor time" if timed else "steps over full steps (not timed)"
-    axis.set(title=name, xlabel=across, xlim=(0, None))
+    axis.set(title=name, xlabel=across, xlim=(0, 1.3 * max(map(speed, rows))))
     axis.grid(alpha=0.3)
 
 

@@ -163,7 +163,7 @@ _CACHE_DIT = {
     "nucleus": code.cache_dit_nucleus,
 }
 _FIRST = {"Fn_compute_blocks": 1}
-_CLOSE: dict[str, float] = {"digits": 0.2, "mnist": 0.2, "hidream": 0.2, "nucleus": 0.2}
+_CLOSE: dict[str, float] = {"digits": 0.2, "mnist": 0.2, "hidream": 0.9, "nucleus": 0.59}
 """The threshold of DBCache at which about a quarter of the steps is full."""
 
 
@@ -215,7 +215,7 @@ _WHOLE_STACK = {
     },
     "nucleus": {"use_lite_mode": True},
 }
-_FIRST_BLOCK_CLOSE: dict[str, float] = {"digits": 0.15, "mnist": 0.2, "hidream": 0.2, "nucleus": 0.2}
+_FIRST_BLOCK_CLOSE: dict[str, float] = {"digits": 0.15, "mnist": 0.2, "hidream": 0.9, "nucleus": 0.59}
 _MAG_CLOSE: dict[str, float] = {"digits": 0.2, "mnist": 0.2, "hidream": 0.2, "nucleus": 0.2}
 
 
