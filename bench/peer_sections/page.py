@@ -41,8 +41,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def ahead_of_ours(rows: Sequence[Row]) -> list[Row]:
-    """Rows of other tools with no row of ours that is at least as fast and at least as near in the mean."""
+    """Rows of other tools with no row of ours that is at least as fast and at least as near in the mean.
+
+    None where ours has no rows to compare with.
+    """
     ours = [(speed(row), float(row["psnr"])) for row in rows if row["tool"] == OURS and row["psnr"]]
+    if not ours:
+        return []
     theirs = [row for row in rows if row["tool"] not in (OURS, EAGER, COMPILED) and row["status"] == "ran"]
     return [row for row in theirs if not any(s >= speed(row) and near >= float(row["psnr"]) for s, near in ours)]
 

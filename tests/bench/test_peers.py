@@ -200,6 +200,7 @@ def test_what_no_row_of_ours_reaches_is_marked():
         row("digits", "eager", tool=EAGER, psnr=150.0),
     ]
     assert [each["way"] for each in page.ahead_of_ours(rows)] == ["nearer", "faster"]
+    assert page.ahead_of_ours(rows[1:]) == []
 
 
 # --- files --------------------------------------------------------------------------------------------------
