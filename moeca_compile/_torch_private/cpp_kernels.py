@@ -70,7 +70,7 @@ def joined_kernels() -> Iterator[None]:
         yield
         return
     pending: list[Callable[[], None]] = []
-    module: Any = sys.modules[_ASYNC.value.__module__]
+    module = _module_of(_ASYNC.value)
     original = module.AsyncCompile
     module.AsyncCompile = _joining(original, threading.get_ident(), pending)
     try:
@@ -79,6 +79,10 @@ def joined_kernels() -> Iterator[None]:
         module.AsyncCompile = original
         for finish in pending:
             finish()
+
+
+def _module_of(kind: Any) -> Any:
+    return sys.modules[kind.__module__]
 
 
 def _joining(original: Any, thread: int, pending: list[Callable[[], None]]) -> type:
@@ -103,7 +107,9 @@ def _joining(original: Any, thread: int, pending: list[Callable[[], None]]) -> t
         def _begun(self, kernels: dict[str, _Kernel], scope: dict[str, Any]) -> Callable[[], None] | None:
             """Have one file compiled. Returns what puts its functions into `scope`; None where that fails."""
             try:
-                load = _BINDINGS.value.load_async(joined([k.text for k in kernels.values()]), submit_fn=self.submit)
+                # With one thread `submit` compiles at once, and would wait for the lock under which it is called.
+                submit = None if _module_of(original).get_compile_threads() <= 1 else self.submit
+                load = _BINDINGS.value.load_async(joined([k.text for k in kernels.values()]), submit_fn=submit)
             except Exception:
                 _log.debug("kernels cannot be compiled as one file", exc_info=True)
                 return None

@@ -53,6 +53,15 @@ def test_all_kernels_of_a_graph_are_one_file(
     assert kernels() == 1
 
 
+def test_one_compile_thread_does_not_wait_for_itself(
+    given: tuple[fx.GraphModule, list[Tensor]], kernels: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    monkeypatch.setattr(torch._inductor.codecache, "LOCK_TIMEOUT", 5)  # then kernels are compiled one by one
+    assert_right(compiled(*given), given[1])
+    assert kernels() == 1
+
+
 def test_graphs_share_no_file_and_each_has_its_own_functions(kernels: Callable[[], int]) -> None:
     inputs = [torch.randn(24, 32), torch.randn(32, 40)]
     other = trace_to_graph(lambda x, w: [(x.exp() @ w).tanh()], *inputs)
