@@ -13,7 +13,7 @@ from rich.table import Table
 from examples.testbed import ranks
 from examples.testbed.arguments import guidance_scale, output_file, usable_device, whole_number
 from examples.testbed.checkpoint import CheckpointError
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.compare import (
     BASELINE,
     UNCACHED,
@@ -179,7 +179,7 @@ def main(testbed: Testbed, argv: list[str] | None = None, text: str | None = Non
     return 0
 
 
-def compare(testbed: Testbed, model: MoEDiT, classifier: DigitsClassifier, args: argparse.Namespace) -> None:
+def compare(testbed: Testbed, model: MoEDiT, classifier: Classifier, args: argparse.Namespace) -> None:
     """Run all policies; the first rank prints and writes what was found."""
     console = Console(quiet=not ranks.is_first())
     if not console.is_terminal:
@@ -208,7 +208,7 @@ def write(
     testbed: Testbed,
     policies: list[Policy],
     setting: Setting,
-    classifier: DigitsClassifier,
+    classifier: Classifier,
     where: dict[str, str | int],
     args: argparse.Namespace,
     console: Console,

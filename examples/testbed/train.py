@@ -15,7 +15,7 @@ from torch import Tensor
 
 from examples.testbed.arguments import output_file, usable_device, whole_number
 from examples.testbed.checkpoint import save_model, save_weights
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.metrics import agreement, expert_load
 from examples.testbed.model import MoEDiT
 from examples.testbed.testbed import Testbed
@@ -76,7 +76,7 @@ def evaluate(testbed: Testbed, path: Path, device: torch.device, console: Consol
 
 def train_classifier(testbed: Testbed, plan: Plan, args: argparse.Namespace, console: Console) -> None:
     draw, held_out = random_batches(testbed, args.device), testbed.load_split()[1]
-    classifier = DigitsClassifier(testbed.config.image_size).to(args.device).train()
+    classifier = Classifier(testbed.config.image_size, testbed.config.channels).to(args.device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), plan.lr, weight_decay=1e-2)
     rate = SCHEDULES[plan.schedule]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))

@@ -8,7 +8,7 @@ from examples.testbed.checkpoint import (
     save_model,
     save_weights,
 )
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.metrics import agreement, expert_load
 from examples.testbed.model import MoEDiT
 from examples.testbed.testbed import Testbed
@@ -44,13 +44,13 @@ def test_damaged_checkpoint_says_so(load, content, tmp_path):
 
 def test_checkpoint_of_something_else_says_so(tmp_path):
     path = tmp_path / "other.safetensors"
-    save_weights(DigitsClassifier(), path)
+    save_weights(Classifier(), path)
     with pytest.raises(CheckpointError, match="has no configuration of this model"):
         load_model(path)
-    save_weights(DigitsClassifier(), path, config={"width": 32})
+    save_weights(Classifier(), path, config={"width": 32})
     with pytest.raises(CheckpointError, match="holds another model's weights"):
         load_model(path)
-    save_weights(DigitsClassifier(), path, config={"groups": 2})
+    save_weights(Classifier(), path, config={"groups": 2})
     with pytest.raises(CheckpointError, match="groups"):
         load_model(path)
 

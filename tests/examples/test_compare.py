@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from examples.digits.testbed import DIGITS, DigitsConfig
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.compare import (
     BASELINE,
     UNCACHED,
@@ -80,7 +80,7 @@ def test_speedup_is_the_median_of_paired_ratios():
 
 def test_rows_compare_with_the_base_line(policies):
     torch.manual_seed(0)
-    rows = make_rows(policies, SETTING, DigitsClassifier().eval(), torch.randn(20, 1, 8, 8))
+    rows = make_rows(policies, SETTING, Classifier().eval(), torch.randn(20, 1, 8, 8))
     baseline, uncached, cached = rows
     assert baseline.speedup_over_compile == uncached.speedup_over_uncached == 1.0
     assert uncached.psnr > cached.psnr
@@ -145,6 +145,6 @@ def test_mosaic_places_digits_in_reading_order():
 
 
 def test_picture_is_written(policies, tmp_path):
-    rows = make_rows(policies, SETTING, DigitsClassifier().eval(), torch.randn(20, 1, 8, 8))
+    rows = make_rows(policies, SETTING, Classifier().eval(), torch.randn(20, 1, 8, 8))
     save_picture(tmp_path / "picture.png", policies[0], policies[2:], rows)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from examples.digits.testbed import DigitsConfig
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.metrics import EXACT_DB, agreement, expert_load, frechet_distance, psnr, ssim
 from examples.testbed.model import MoEDiT
 
 
-class TwoFeatures(DigitsClassifier):
+class TwoFeatures(Classifier):
     """Features: the first two pixels, as they are."""
 
     def features(self, x):
@@ -33,7 +33,7 @@ def test_ssim_of_equal_and_of_unlike_images():
 
 
 def test_agreement_counts_hits():
-    class Fixed(DigitsClassifier):
+    class Fixed(Classifier):
         def forward(self, x):
             return torch.eye(10)[[0, 1, 2, 3]]
 
@@ -55,7 +55,7 @@ def test_frechet_distance_of_gaussians_has_its_closed_form():
 
 def test_frechet_distance_with_fewer_images_than_features_is_finite():
     images = torch.randn(5, 1, 8, 8)
-    assert frechet_distance(DigitsClassifier(), images, images) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(Classifier(), images, images) == pytest.approx(0, abs=1e-3)
 
 
 def test_expert_load_counts_branches_while_open():
