@@ -31,6 +31,7 @@ from torch import Tensor
 
 import moeca_compile
 from examples.digits.testbed import DIGITS
+from examples.emoji.testbed import EMOJI
 from examples.machine import environment
 from examples.mnist.testbed import MNIST
 from examples.testbed import metrics
@@ -41,7 +42,7 @@ from examples.testbed.testbed import Testbed
 from moeca_compile.config import RECIPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST)}
+TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST, EMOJI)}
 FORECASTS = ("attention", "experts", "shared")
 
 
@@ -81,7 +82,7 @@ class Scores:
         psnr: mean over images of the PSNR, in dB; psnr_low, psnr_high: that mean for the worst and best seed set.
         psnr_worst: PSNR of the worst image.
         agreement: share of pictures that the classifier assigns to the requested class.
-        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out digits, and
+        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out images, and
             of uncached pictures from other seeds.
     """
 
@@ -379,6 +380,12 @@ def _intervals() -> Iterator[Case]:
 
 def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Costs]:
     """Scores and costs of the pictures of one case."""
+    pictures, costs = pictures_of(study, question, case)
+    return _scores(study, question, pictures), costs
+
+
+def pictures_of(study: Study, question: Question, case: Case) -> tuple[list[Tensor], Costs]:
+    """The pictures of one case, [images, C, S, S] for each seed set, and its costs."""
     model: Any = study.model()
     if case.options is not None:
         options = {"validate": False, "lowering": "eager", **case.options}
@@ -389,11 +396,11 @@ def run_case(study: Study, question: Question, case: Case) -> tuple[Scores, Cost
     pictures = [_pictures(study, model, question, s, steps, sampler) for s in range(question.sets)]
     costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
     torch._dynamo.reset()
-    return _scores(study, question, pictures), costs
+    return pictures, costs
 
 
 def _pictures(study: Study, model: Any, question: Question, seed: int, steps: int, sampler: str) -> Tensor:
-    """[images, 1, S, S] from one seed, classes 0 to 9 in turn."""
+    """[images, C, S, S] from one seed, classes 0 to 9 in turn."""
     labels = (torch.arange(question.images) % 10).to(study.device)
     every = [slice(i, i + 1) for i in range(question.images)] if question.alone else [slice(None)]
     found = []
@@ -502,13 +509,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=whole_number(2), help="images per seed set (10, and 100 for ddpm)")
     parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
     parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
-    parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
+    parser.add_argument("--guidance", type=guidance_scale, help="classifier-free guidance (the testbed's)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
     parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
     parser.add_argument("--out", type=Path, metavar="CSV", help=f"({_results(DIGITS)}, or that of the testbed)")
     args = parser.parse_args(argv)
     args.testbed = TESTBEDS[args.testbed]
+    args.guidance = args.testbed.guidance if args.guidance is None else args.guidance
     args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or _results(args.testbed)
     return args
 

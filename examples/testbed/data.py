@@ -48,7 +48,7 @@ def of_classes(data: LabeledImages, labels: Tensor) -> Tensor:
 
 
 def shifted(images: Tensor, by: int, fill: float) -> Tensor:
-    """Each of the images [B, C, H, W] moved by up to ``by`` pixels in both directions, at random; ``fill`` comes in."""
+    """Each of the images [B, C, H, W] moved by up to ``by`` pixels in both directions at random; ``fill`` is new."""
     batch, channels, height, width = images.shape
     padded = F.pad(images, (by,) * 4, value=fill)
     down, right = torch.randint(2 * by + 1, (2, batch, 1))

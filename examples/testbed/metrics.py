@@ -29,14 +29,16 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 
 def ssim(images: Tensor, reference: Tensor) -> float:
     """Structural similarity, the mean over the images and channels of the batch [B, C, H, W]."""
-    pairs = zip(_displayed(reference), _displayed(images), strict=True)
-    return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE, channel_axis=0) for a, b in pairs]))
+    planes = (_displayed(each).reshape(-1, *each.shape[2:]) for each in (reference, images))
+    return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE) for a, b in zip(*planes, strict=True)]))
 
 
 @contextmanager
 def expert_load(model: MoEDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Count routed branches inside. Yields a function that returns, for each layer, the share of each expert [E]."""
-    counts = {name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, BalancedRouter)}
+    counts = {
+        name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, BalancedRouter)
+    }
 
     def count(name: str, indices: Tensor) -> None:
         counts[name] += indices.flatten().bincount(minlength=model.cfg.experts).cpu()

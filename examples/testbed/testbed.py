@@ -32,6 +32,7 @@ class Testbed:
         load_split: returns the training and the held-out images.
         plan, classifier_plan: how the two are trained unless the command line says otherwise.
         augmented: changes images [B, C, H, W] of each training batch at random.
+        guidance: how much classifier-free guidance samples get unless told otherwise.
         stored: dtype of the shipped checkpoints; None keeps that of training.
     """
 
@@ -44,6 +45,7 @@ class Testbed:
     plan: Plan
     classifier_plan: Plan
     augmented: Callable[[Tensor], Tensor] = field(default=unchanged)
+    guidance: float = 1.5
     stored: torch.dtype | None = None
 
     @property
@@ -75,7 +77,7 @@ class Testbed:
 
     def generate(self, model: VelocityModel, labels: Tensor, **options: Any) -> Tensor:
         """Images [B, C, S, S] of the classes ``labels`` [B]; options are those of ``sampling.generate``."""
-        return sampling.generate(model, labels, shape=self.image_shape, **options)
+        return sampling.generate(model, labels, shape=self.image_shape, **{"guidance": self.guidance, **options})
 
     def sample(self, model: nn.Module, seed: int) -> Tensor:
         """Two of each class, [20, C, S, S], in 50 Euler steps with guidance: for `moeca bench`."""

@@ -144,6 +144,13 @@ def test_mosaic_places_digits_in_reading_order():
     assert (picture[8] == -1).all()
 
 
+def test_mosaic_keeps_colors_and_takes_columns():
+    images = torch.rand(6, 3, 4, 4)
+    picture = mosaic(images, empty=0.0, columns=3)
+    assert picture.shape == (2 * 5 - 1, 3 * 5 - 1, 3)
+    assert torch.equal(picture[5:9, 10:14], images[5].permute(1, 2, 0))
+
+
 def test_picture_is_written(policies, tmp_path):
     rows = make_rows(policies, SETTING, Classifier().eval(), torch.randn(20, 1, 8, 8))
     save_picture(tmp_path / "picture.png", policies[0], policies[2:], rows)
