@@ -1,6 +1,6 @@
-"""A picture of samples: those of the uncached model, and below them those of a recipe with fewer and fewer full steps.
+"""A picture of samples: those of the uncached model, and below them those of a recipe with fewer full steps.
 
-python -m bench.samples --testbed emoji                                   # docs/images/emoji.png
+python -m bench.samples --testbed emoji                                   # docs/images/samples-emoji.png
 python -m bench.samples --testbed mnist --recipe stack-forecast --out samples.png
 
 Steps run eagerly, as in bench.policies. Titles say the FLOPs speed-up, and the mean of the images' PSNR.
@@ -63,12 +63,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=guidance_scale, help="classifier-free guidance (the testbed's)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
-    parser.add_argument("--out", type=output_file(".png"), help=f"({IMAGES.relative_to(IMAGES.parents[1])}/NAME.png)")
+    parser.add_argument(
+        "--out", type=output_file(".png"), help=f"({IMAGES.relative_to(IMAGES.parents[1])}/samples-NAME.png)"
+    )
     args = parser.parse_args(argv)
     args.testbed = TESTBEDS[args.testbed]
     args.checkpoint = args.checkpoint or args.testbed.model_path
     args.guidance = args.testbed.guidance if args.guidance is None else args.guidance
-    args.out = args.out or IMAGES / f"{args.testbed.name}.png"
+    args.out = args.out or IMAGES / f"samples-{args.testbed.name}.png"
     return args
 
 

@@ -42,4 +42,4 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_testbed_brings_its_guidance_and_the_name_of_its_picture():
     args = samples.parse_arguments(["--testbed", "mnist"])
-    assert args.guidance == 1.5 and args.out == samples.IMAGES / "mnist.png"
+    assert args.guidance == 1.5 and args.out == samples.IMAGES / "samples-mnist.png"

@@ -7,11 +7,7 @@ from examples.mnist.testbed import MNIST
 from examples.testbed.data import of_classes, shifted
 
 
-@pytest.mark.parametrize(
-    ("testbed", "images", "again"),
-    [(DIGITS, 1797, 0), (MNIST, 5000, 0), (EMOJI, 1373, 3)],
-    ids=lambda it: str(it)[:20],
-)
+@pytest.mark.parametrize(("testbed", "images", "again"), [(DIGITS, 1797, 0), (MNIST, 5000, 0), (EMOJI, 1373, 3)])
 def test_split_is_disjoint_complete_and_stratified(testbed, images, again):
     """``again`` images were held out that are among those of training, too; they are left out."""
     train, held_out = testbed.load_split()
