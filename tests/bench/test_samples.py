@@ -23,7 +23,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_panels_are_the_same_samples_with_fewer_and_fewer_full_steps(checkpoint: Path):
     study = Study(DIGITS, checkpoint, 6, 1.5, torch.device("cpu"))
     (plain, uncached), (near, few), (far, fewer) = samples.panels(study, "stack", [2, 6], rows=1)
-    assert plain == "uncached, 6 steps" and near.startswith("stack, 1.9x fewer FLOPs, ")
+    assert plain == "uncached, 6 steps" and near.startswith("stack, 2.0x fewer FLOPs, ")
     assert uncached.shape == (10, 1, 8, 8)
     assert (few - uncached).abs().max() > 0 and (few - uncached).norm() < (fewer - uncached).norm()
     assert float(near.split()[-2]) > float(far.split()[-2]) > 10
