@@ -34,6 +34,7 @@ EMOJI = Testbed(
     plan=Plan(steps=5000, batch=64, lr=1e-3, schedule="hold", half=False),
     classifier_plan=Plan(steps=800, batch=128, lr=2e-3, schedule="cosine", half=False),
     augmented=moved,
+    guidance=3.0,
     stored=torch.float16,  # a file of half the size
 )
 load_model, load_classifier, sample = EMOJI.load_model, EMOJI.load_classifier, EMOJI.sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import samples
-from bench.policies import Study
+from bench.policies import Costs, Study
 from examples.digits.testbed import DIGITS
 from tests.digits import tiny_digits
 
@@ -27,6 +27,18 @@ def test_panels_are_the_same_samples_with_fewer_and_fewer_full_steps(checkpoint:
     assert uncached.shape == (10, 1, 8, 8)
     assert (few - uncached).abs().max() > 0 and (few - uncached).norm() < (fewer - uncached).norm()
     assert float(near.split()[-2]) > float(far.split()[-2]) > 10
+
+
+def test_the_sampler_is_told_to_recipes_that_ask(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
+    asked, study = [], Study(DIGITS, checkpoint, 6, 1.5, torch.device("cpu"))
+    images, costs = torch.zeros(10, 1, 8, 8), Costs(2.0)
+    monkeypatch.setattr(
+        samples, "pictures_of", lambda _s, _q, case: (asked.append(case.options), ([images], costs))[1]
+    )
+    list(samples.panels(study, "auto", [3], rows=1))
+    list(samples.panels(study, "fora", [3], rows=1))
+    auto = {"recipe": "auto", "full_every": 3, "sampler": "deterministic"}
+    assert asked == [None, auto, None, {"recipe": "fora", "full_every": 3}]
 
 
 def test_a_picture_is_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
