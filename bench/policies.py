@@ -352,13 +352,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=whole_number(2), help="images per seed set (10, and 100 for ddpm)")
     parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
     parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
-    parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
+    parser.add_argument("--guidance", type=guidance_scale, help="classifier-free guidance (the testbed's)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
     parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
     parser.add_argument("--out", type=Path, metavar="CSV", help=f"({_results(DIGITS)}, or that of the testbed)")
     args = parser.parse_args(argv)
     args.testbed = TESTBEDS[args.testbed]
+    args.guidance = args.testbed.guidance if args.guidance is None else args.guidance
     args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or _results(args.testbed)
     return args
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import moeca_compile
 from examples.digits.testbed import DIGITS
+from examples.emoji.testbed import EMOJI
 from examples.mnist.testbed import MNIST
 from examples.testbed import metrics
 from examples.testbed.model import MoEDiT
@@ -26,7 +27,7 @@ from examples.testbed.sampling import DETERMINISTIC
 from examples.testbed.testbed import Testbed
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST)}
+TESTBEDS = {testbed.name: testbed for testbed in (DIGITS, MNIST, EMOJI)}
 CONVERGED_STEPS = 150
 """So many steps of the multistep solver stand for the exact solution of the flow."""
 
@@ -73,7 +74,7 @@ class Scores:
         psnr_converged: mean PSNR to the exact solution; None where it was not asked for.
         ssim: mean over images of the structural similarity.
         agreement: share of pictures that the classifier assigns to the requested class.
-        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out digits, and
+        frechet_real, frechet_uncached: Frechet distance of the classifier's features to those of held-out images, and
             of uncached pictures from other seeds; None where there are none.
     """
 
@@ -121,6 +122,12 @@ class Study:
 
 def run_case(study: Study, setting: Setting, case: Case) -> tuple[Scores, Costs]:
     """Scores and costs of the pictures of one case."""
+    pictures, costs = pictures_of(study, setting, case)
+    return _scores(study, setting, pictures), costs
+
+
+def pictures_of(study: Study, setting: Setting, case: Case) -> tuple[list[Tensor], Costs]:
+    """The pictures of one case, [images, C, S, S] for each seed set, and its costs."""
     model: Any = study.model()
     if case.options is not None:
         options: dict[str, Any] = {"validate": False, "lowering": "eager", **case.options}
@@ -131,11 +138,11 @@ def run_case(study: Study, setting: Setting, case: Case) -> tuple[Scores, Costs]
     pictures = [_pictures(study, model, setting, s, steps, sampler) for s in range(setting.sets)]
     costs = _costs(model) if case.options is not None else Costs(study.steps / steps)
     torch._dynamo.reset()
-    return _scores(study, setting, pictures), costs
+    return pictures, costs
 
 
 def _pictures(study: Study, model: Any, setting: Setting, seed: int, steps: int, sampler: str) -> Tensor:
-    """[images, 1, S, S] from one seed, classes 0 to 9 in turn."""
+    """[images, C, S, S] from one seed, classes 0 to 9 in turn."""
     labels = (torch.arange(setting.images) % 10).to(study.device)
     every = [slice(i, i + 1) for i in range(setting.images)] if setting.alone else [slice(None)]
     found = []

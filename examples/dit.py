@@ -155,13 +155,27 @@ class Router(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """(B, N, E), in float32 at least."""
+        return self.logits(x).sigmoid()
+
+    def logits(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        return F.linear(x.to(wide), self.weight.to(wide))
 
     def choose(self, scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         weights, ids = torch.topk(scores, self.top_k, dim=-1, sorted=False)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scale
         return ids, weights.to(dtype)
+
+
+class SoftmaxRouter(Router):
+    """The softmax over the experts; the weights are the probabilities of the k best, scaled (DiT-MoE)."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.logits(x).softmax(dim=-1)
+
+    def choose(self, scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weights, ids = torch.topk(scores, self.top_k, dim=-1, sorted=False)
+        return ids, (weights * self.scale).to(dtype)
 
 
 class MoE(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from examples.mnist.data import SIDE, load_split, shifted
+from examples.mnist.data import SIDE, load_split, moved
 from examples.testbed.model import Config
 from examples.testbed.testbed import Testbed
 from examples.testbed.training import Plan
@@ -32,7 +32,7 @@ MNIST = Testbed(
     load_split=load_split,
     plan=Plan(steps=3250, batch=64, lr=1e-3, schedule="hold", half=False),
     classifier_plan=Plan(steps=1500, batch=128, lr=2e-3, schedule="cosine", half=False),
-    augmented=shifted,
+    augmented=moved,
     stored=torch.float16,  # a file of half the size
 )
 load_model, load_classifier, sample = MNIST.load_model, MNIST.load_classifier, MNIST.sample

@@ -1,1 +1,1 @@
-"""What the testbeds digits and mnist share: model, training, sampling, metrics, and the comparison of policies."""
+"""What the testbeds share: model, training, sampling, metrics, and the comparison of policies."""

@@ -17,7 +17,7 @@ import moeca_compile
 from examples.machine import environment as environment  # re-exported
 from examples.machine import private_copy as private_copy
 from examples.testbed import metrics, ranks
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.sampling import DETERMINISTIC, VelocityModel, generate
 from moeca_compile.config import RECIPES
 
@@ -172,8 +172,8 @@ def paired_speedup(reference: Policy, policy: Policy) -> float:
     return median(slow / fast for slow, fast in zip(reference.seconds, policy.seconds, strict=True))
 
 
-def make_rows(policies: list[Policy], setting: Setting, classifier: DigitsClassifier, real: Tensor) -> list[Row]:
-    """The table's rows. PSNR and SSIM are to the baseline's images, Frechet distance to ``real`` [*, 1, H, W]."""
+def make_rows(policies: list[Policy], setting: Setting, classifier: Classifier, real: Tensor) -> list[Row]:
+    """The table's rows. PSNR and SSIM are to the baseline's images, Frechet distance to ``real`` [*, C, H, W]."""
     by_name = {policy.name: policy for policy in policies}
     baseline, uncached = by_name[BASELINE], by_name[UNCACHED]
     reference = torch.cat(baseline.images)

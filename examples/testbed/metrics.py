@@ -8,8 +8,8 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from examples.testbed.classifier import DigitsClassifier
-from examples.testbed.model import MoEDiT, MoEGate
+from examples.testbed.classifier import Classifier
+from examples.testbed.model import BalancedRouter, MoEDiT
 
 DATA_RANGE = 2.0  # images span [-1, 1]
 EXACT_DB = 150.0  # PSNR of equal images, because JSON cannot express infinity
@@ -20,7 +20,7 @@ def _displayed(images: Tensor) -> np.ndarray:
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of the batch [B, 1, H, W]; at most 150."""
+    """Peak signal-to-noise ratio in dB over all pixels of the batch [B, C, H, W]; at most 150."""
     shown, wanted = _displayed(images), _displayed(reference)
     if np.array_equal(shown, wanted):
         return EXACT_DB
@@ -28,15 +28,17 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:
-    """Structural similarity, the mean over the batch [B, 1, H, W]."""
-    pairs = zip(_displayed(reference)[:, 0], _displayed(images)[:, 0], strict=True)
-    return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE) for a, b in pairs]))
+    """Structural similarity, the mean over the images and channels of the batch [B, C, H, W]."""
+    planes = (_displayed(each).reshape(-1, *each.shape[2:]) for each in (reference, images))
+    return float(np.mean([structural_similarity(a, b, data_range=DATA_RANGE) for a, b in zip(*planes, strict=True)]))
 
 
 @contextmanager
 def expert_load(model: MoEDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Count routed branches inside. Yields a function that returns, for each layer, the share of each expert [E]."""
-    counts = {name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, MoEGate)}
+    counts = {
+        name: torch.zeros(model.cfg.experts) for name, m in model.named_modules() if isinstance(m, BalancedRouter)
+    }
 
     def count(name: str, indices: Tensor) -> None:
         counts[name] += indices.flatten().bincount(minlength=model.cfg.experts).cpu()
@@ -53,15 +55,15 @@ def expert_load(model: MoEDiT) -> Iterator[Callable[[], dict[str, Tensor]]]:
 
 
 @torch.no_grad()
-def agreement(classifier: DigitsClassifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images [B, 1, H, W] that the classifier assigns to the requested class [B]."""
+def agreement(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Share of images [B, C, H, W] that the classifier assigns to the requested class [B]."""
     predicted = classifier(images.float().cpu().clamp(-1, 1)).argmax(dim=1)
     return (predicted == labels.cpu()).float().mean().item()
 
 
 @torch.no_grad()
-def frechet_distance(classifier: DigitsClassifier, images: Tensor, reference: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, 1, H, W].
+def frechet_distance(classifier: Classifier, images: Tensor, reference: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to the classifier's features of both sets [*, C, H, W].
 
     It is biased upwards for few images, so compare only figures from the same number of images.
     """

@@ -1,8 +1,9 @@
 """A small class-conditional DiT with mixture-of-experts layers, for images of a few hundred pixels.
 
 It is built like DSMoE: adaLN-zero blocks, 2-D rotary positions, and in every second block a mixture of
-SwiGLU experts with one shared expert. The parts come from examples/dit.py; this file adds what training
-needs. Nothing here depends on caching or on a compiler.
+SwiGLU experts with one shared expert; or like DiT-MoE, with a softmax router and experts in every block. The
+parts come from examples/dit.py; this file adds what training needs. Nothing here depends on caching or on a
+compiler.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.dit import Block, FinalLayer, Mlp, MoE, Router, TimestepEmbedder
+from examples.dit import Block, FinalLayer, Mlp, MoE, Router, SoftmaxRouter, TimestepEmbedder
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model. Every ``moe_every``-th block (the second, fourth, ...) holds experts."""
+    """Sizes of the model.
+
+    Every ``moe_every``-th block (with 2: the second, fourth, ...) holds experts. ``router`` is a name in ROUTERS.
+    ``shared_experts`` are one SwiGLU of so many times the width of an expert.
+    """
 
     image_size: int
     width: int
@@ -31,6 +36,8 @@ class Config:
     mlp_ratio: int = 4
     moe_every: int = 2
     route_scale: float = 2.0
+    router: str = "sigmoid"
+    shared_experts: int = 1
 
     @property
     def grid(self) -> int:
@@ -50,8 +57,8 @@ class LabelEmbedder(nn.Module):
         return self.table(y)
 
 
-class MoEGate(Router):
-    """The router. In training, ``balance_loss`` is the balance loss of the last call.
+class BalancedRouter(Router):
+    """A router that can be trained. In training, ``balance_loss`` is the balance loss of the last call.
 
     It is the sum over experts of (share of the batch's choices that the expert gets, times the number of experts) x
     (its mean normalized score); 1 when balanced.
@@ -75,12 +82,23 @@ class MoEGate(Router):
         return (share * mean_score).sum()
 
 
+class MoEGate(BalancedRouter):
+    """Scores are sigmoids, as in DSMoE."""
+
+
+class SoftmaxGate(BalancedRouter, SoftmaxRouter):
+    """Scores are a softmax, as in DiT-MoE."""
+
+
+ROUTERS: dict[str, type[BalancedRouter]] = {"sigmoid": MoEGate, "softmax": SoftmaxGate}
+
+
 class SparseMoE(MoE):
-    """Top-k routed SwiGLU experts plus one shared expert that sees every token; trainable."""
+    """Top-k routed SwiGLU experts plus a shared expert that sees every token; trainable."""
 
     def __init__(self, cfg: Config) -> None:
-        gate = MoEGate(cfg.width, cfg.experts, cfg.experts_per_token, cfg.route_scale)
-        super().__init__(gate, cfg.expert_width, shared_hidden=cfg.expert_width)
+        gate = ROUTERS[cfg.router](cfg.width, cfg.experts, cfg.experts_per_token, cfg.route_scale)
+        super().__init__(gate, cfg.expert_width, shared_hidden=cfg.shared_experts * cfg.expert_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_train(x) if self.training else super().forward(x)

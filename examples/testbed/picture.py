@@ -17,23 +17,29 @@ COLUMNS = 5
 AMPLIFIED = 5  # differences are shown this many times larger
 
 
-def mosaic(images: Tensor, empty: float) -> Tensor:
-    """The first ten images [B, 1, H, W] in five columns, separated by lines of value ``empty``: one image [h, w]."""
-    shown = torch.nn.functional.pad(images[:SHOWN, 0].float().cpu(), (0, 1, 0, 1), value=empty)
-    missing = -len(shown) % COLUMNS
+def mosaic(images: Tensor, empty: float, columns: int = COLUMNS) -> Tensor:
+    """The images [B, C, H, W] in columns, separated by lines of value ``empty``: one image [h, w, C].
+
+    It is [h, w] where there is one channel.
+    """
+    shown = torch.nn.functional.pad(images.float().cpu(), (0, 1, 0, 1), value=empty)
+    missing = -len(shown) % columns
     shown = torch.cat([shown, torch.full((missing, *shown.shape[1:]), empty)])
-    rows = shown.reshape(-1, COLUMNS, *shown.shape[1:])  # [rows, columns, H + 1, W + 1]
-    return rows.permute(0, 2, 1, 3).reshape(rows.shape[0] * rows.shape[2], -1)[:-1, :-1]
+    rows = shown.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # [rows, H + 1, columns, W + 1, C]
+    return rows.flatten(2, 3).flatten(0, 1)[:-1, :-1].squeeze(-1)
 
 
-def show_samples(axes: Axes, images: Tensor, title: str) -> None:
-    axes.imshow(mosaic(images, empty=-1.0), cmap="gray", vmin=-1, vmax=1)
+def show_samples(axes: Axes, images: Tensor, title: str, columns: int = COLUMNS) -> None:
+    shown = mosaic((images.clamp(-1, 1) + 1) / 2, empty=0.0, columns=columns)
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
     axes.set_title(title, fontsize=9)
 
 
 def show_difference(axes: Axes, images: Tensor, reference: Tensor) -> None:
+    """No difference is white, and in color middle gray."""
     difference = AMPLIFIED * (images.clamp(-1, 1) - reference.clamp(-1, 1))
-    axes.imshow(mosaic(difference, empty=0.0), cmap="RdBu", vmin=-2, vmax=2)
+    shown = mosaic((difference.clamp(-2, 2) + 2) / 4, empty=0.5)
+    axes.imshow(shown, cmap="RdBu", vmin=0, vmax=1)
 
 
 def save_picture(path: Path, reference: Policy, policies: list[Policy], rows: list[Row]) -> None:
@@ -44,12 +50,12 @@ def save_picture(path: Path, reference: Policy, policies: list[Policy], rows: li
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    show_samples(grid[0, 0], reference.images[0], f"uncached, {reference.steps} steps")
+    show_samples(grid[0, 0], reference.images[0][:SHOWN], f"uncached, {reference.steps} steps")
     grid[1, 0].text(0.5, 0.5, f"difference x {AMPLIFIED}", ha="center", va="center", fontsize=9)
     for column, policy in enumerate(policies, start=1):
         row = by_name[policy.name]
         title = f"{policy.name}\n{row.speedup_over_compile:.2f}x, {row.psnr:.1f} dB"
-        show_samples(grid[0, column], policy.images[0], title)
-        show_difference(grid[1, column], policy.images[0], reference.images[0])
+        show_samples(grid[0, column], policy.images[0][:SHOWN], title)
+        show_difference(grid[1, column], policy.images[0][:SHOWN], reference.images[0][:SHOWN])
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -13,7 +13,7 @@ from rich.table import Table
 from examples.testbed import ranks
 from examples.testbed.arguments import guidance_scale, output_file, usable_device, whole_number
 from examples.testbed.checkpoint import CheckpointError
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.compare import (
     BASELINE,
     UNCACHED,
@@ -75,7 +75,8 @@ def parse_arguments(testbed: Testbed, argv: list[str] | None = None, text: str |
         action="store_true",
         help="full steps make up for the cache steps before them (deterministic samplers)",
     )
-    parser.add_argument("--guidance", type=guidance_scale, default=1.5, help="classifier-free guidance (1.5)")
+    guidance = f"classifier-free guidance ({testbed.guidance:g})"
+    parser.add_argument("--guidance", type=guidance_scale, default=testbed.guidance, help=guidance)
     parser.add_argument("--sampler", choices=SAMPLERS, default="euler", help="diffusers' scheduler (euler)")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=usable_device, default=default_device, help=f"({default_device})")
@@ -137,13 +138,13 @@ def run(model: MoEDiT, args: argparse.Namespace, setting: Setting, console: Cons
 
 
 def make_table(rows: list[Row], setting: Setting, real_frechet: float) -> Table:
-    """The table to print. ``real_frechet`` is the Frechet distance of real digits, about the best possible."""
+    """The table to print. ``real_frechet`` is the Frechet distance of real images, about the best possible."""
     images = setting.batch * setting.repeats
     table = Table(
         title=f"{images} images, {setting.sampler}, {setting.steps} steps, guidance {setting.guidance:g}",
         caption="Wall-clock speed-ups are medians of paired runs. PSNR and SSIM are to plain torch.compile "
-        "with the same seeds. Frechet distance is in the classifier's features to held-out digits; "
-        f"as many training digits score {real_frechet:.2f}.",
+        "with the same seeds. Frechet distance is in the classifier's features to held-out images; "
+        f"as many training images score {real_frechet:.2f}.",
     )
     table.add_column("policy", no_wrap=True)
     for header in HEADERS:
@@ -179,7 +180,7 @@ def main(testbed: Testbed, argv: list[str] | None = None, text: str | None = Non
     return 0
 
 
-def compare(testbed: Testbed, model: MoEDiT, classifier: DigitsClassifier, args: argparse.Namespace) -> None:
+def compare(testbed: Testbed, model: MoEDiT, classifier: Classifier, args: argparse.Namespace) -> None:
     """Run all policies; the first rank prints and writes what was found."""
     console = Console(quiet=not ranks.is_first())
     if not console.is_terminal:
@@ -208,7 +209,7 @@ def write(
     testbed: Testbed,
     policies: list[Policy],
     setting: Setting,
-    classifier: DigitsClassifier,
+    classifier: Classifier,
     where: dict[str, str | int],
     args: argparse.Namespace,
     console: Console,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from examples.testbed.arguments import output_file, usable_device, whole_number
 from examples.testbed.checkpoint import save_model, save_weights
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.metrics import agreement, expert_load
 from examples.testbed.model import MoEDiT
-from examples.testbed.testbed import Testbed
+from examples.testbed.testbed import Testbed, unchanged
 from examples.testbed.training import SCHEDULES, Draw, Plan, ResumeError, Training
 
 LOG_EVERY = 100
@@ -27,6 +27,7 @@ EVALUATED = 200  # images sampled after training
 
 
 def random_batches(testbed: Testbed, device: torch.device) -> Draw:
+    """Random training images, augmented as the testbed does."""
     data, _ = testbed.load_split()
 
     def draw(size: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,8 @@ def random_batches(testbed: Testbed, device: torch.device) -> Draw:
 
 
 def train_model(testbed: Testbed, plan: Plan, args: argparse.Namespace, console: Console) -> None:
+    if args.as_they_are:
+        testbed = replace(testbed, augmented=unchanged)
     training, state = Training(MoEDiT(testbed.config).to(args.device), plan), args.work / "state.pt"
     if args.resume:
         as_from_the_start = training.load(state)
@@ -76,7 +79,7 @@ def evaluate(testbed: Testbed, path: Path, device: torch.device, console: Consol
 
 def train_classifier(testbed: Testbed, plan: Plan, args: argparse.Namespace, console: Console) -> None:
     draw, held_out = random_batches(testbed, args.device), testbed.load_split()[1]
-    classifier = DigitsClassifier(testbed.config.image_size).to(args.device).train()
+    classifier = Classifier(testbed.config.image_size, testbed.config.channels).to(args.device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), plan.lr, weight_decay=1e-2)
     rate = SCHEDULES[plan.schedule]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))
@@ -108,9 +111,11 @@ def parse_arguments(testbed: Testbed, argv: list[str] | None = None, text: str |
     parser.add_argument("--out", type=output_file(".safetensors"), help="checkpoint to write")
     parser.add_argument("--work", type=Path, default=testbed.folder / "runs", help="where the state to resume is")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a run of the DiT has left")
+    as_they_are = "do not augment the images, also when another run is resumed that did"
+    parser.add_argument("--as-they-are", action="store_true", help=as_they_are)
     args = parser.parse_args(argv)
-    if args.resume and args.classifier:
-        parser.error("--resume is for the DiT; the classifier trains in a minute")
+    if args.classifier and (args.resume or args.as_they_are):
+        parser.error("--resume and --as-they-are are for the DiT; the classifier trains in a minute")
     args.out = args.out or (testbed.classifier_path if args.classifier else testbed.model_path)
     return args
 

@@ -12,10 +12,12 @@ import torch
 
 from bench import policies
 from examples.digits.testbed import DIGITS
+from examples.emoji.testbed import EMOJI
 from examples.mnist.testbed import MNIST
 from examples.testbed.checkpoint import save_model
 from examples.testbed.metrics import EXACT_DB
 from examples.testbed.model import MoEDiT
+from examples.testbed.testbed import Testbed
 from moeca_compile import MoecaConfig
 from tests.digits import tiny_digits
 
@@ -86,20 +88,24 @@ def test_a_recipe_that_needs_ratios_gets_those_of_another_seed(run: Run):
     assert float(rows["magcache"]["flops_speedup"]) > 1.5  # nothing of it was spent on measuring
 
 
-def test_a_question_runs_on_the_other_testbed(run: Run, tmp_path: Path):
+@pytest.mark.parametrize("testbed", [MNIST, EMOJI], ids=lambda testbed: testbed.name)
+def test_a_question_runs_on_another_testbed(testbed: Testbed, run: Run, tmp_path: Path):
     torch.manual_seed(0)
-    model = MoEDiT(replace(MNIST.config, width=16, depth=2, heads=1, experts=5, expert_width=8))
+    model = MoEDiT(replace(testbed.config, width=16, depth=2, heads=1, experts=5, expert_width=8))
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    save_model(model, tmp_path / "mnist.safetensors")
-    given = ["--testbed", "mnist", "--checkpoint", str(tmp_path / "mnist.safetensors")]
+    save_model(model, tmp_path / "small.safetensors")
+    given = ["--testbed", testbed.name, "--checkpoint", str(tmp_path / "small.safetensors")]
     rows = run(policies.Case("fewer", None, 3, "euler"), given=given)
     assert 0 < float(rows["fewer"]["psnr"]) < EXACT_DB and float(rows["fewer"]["flops_speedup"]) == 2
 
 
-def test_each_testbed_has_its_checkpoint_and_its_file_of_rows():
+def test_each_testbed_has_its_checkpoint_its_guidance_and_its_file_of_rows():
     digits, mnist = policies.parse_arguments([]), policies.parse_arguments(["--testbed", "mnist"])
     assert digits.checkpoint == DIGITS.model_path and mnist.checkpoint == MNIST.model_path
     assert digits.out == policies.RESULTS / "policies.csv" and mnist.out == policies.RESULTS / "policies-mnist.csv"
+    emoji = policies.parse_arguments(["--testbed", "emoji"])
+    assert (digits.guidance, emoji.guidance) == (1.5, EMOJI.guidance)
+    assert policies.parse_arguments(["--testbed", "emoji", "--guidance", "1"]).guidance == 1
 
 
 def test_the_stochastic_sampler_gets_the_same_noise(run: Run):

@@ -70,11 +70,12 @@ def test_damaged_checkpoint_stops_before_any_work(tmp_path, capsys):
     assert "bad.safetensors is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("script", ["digits/sample.py", "digits/train.py", "mnist/sample.py", "mnist/train.py"])
-def test_scripts_run_from_any_folder(script, tmp_path):
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("testbed", ["digits", "mnist", "emoji"])
+def test_scripts_run_from_any_folder(testbed, script, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), "--help"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(SCRIPTS / testbed / script), "--help"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "--steps" in done.stdout

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from examples.digits.testbed import DIGITS, DigitsConfig
-from examples.testbed.classifier import DigitsClassifier
+from examples.testbed.classifier import Classifier
 from examples.testbed.compare import (
     BASELINE,
     UNCACHED,
@@ -80,7 +80,7 @@ def test_speedup_is_the_median_of_paired_ratios():
 
 def test_rows_compare_with_the_base_line(policies):
     torch.manual_seed(0)
-    rows = make_rows(policies, SETTING, DigitsClassifier().eval(), torch.randn(20, 1, 8, 8))
+    rows = make_rows(policies, SETTING, Classifier().eval(), torch.randn(20, 1, 8, 8))
     baseline, uncached, cached = rows
     assert baseline.speedup_over_compile == uncached.speedup_over_uncached == 1.0
     assert uncached.psnr > cached.psnr
@@ -144,7 +144,14 @@ def test_mosaic_places_digits_in_reading_order():
     assert (picture[8] == -1).all()
 
 
+def test_mosaic_keeps_colors_and_takes_columns():
+    images = torch.rand(6, 3, 4, 4)
+    picture = mosaic(images, empty=0.0, columns=3)
+    assert picture.shape == (2 * 5 - 1, 3 * 5 - 1, 3)
+    assert torch.equal(picture[5:9, 10:14], images[5].permute(1, 2, 0))
+
+
 def test_picture_is_written(policies, tmp_path):
-    rows = make_rows(policies, SETTING, DigitsClassifier().eval(), torch.randn(20, 1, 8, 8))
+    rows = make_rows(policies, SETTING, Classifier().eval(), torch.randn(20, 1, 8, 8))
     save_picture(tmp_path / "picture.png", policies[0], policies[2:], rows)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from examples.dit import rotary_table, rotate
 from examples.testbed.model import MoEDiT, SparseMoE
 
 SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
+SOFTMAX = replace(SMALL, router="softmax", shared_experts=2)
 
 
 def routed_by_loop(layer: SparseMoE, x: torch.Tensor) -> torch.Tensor:
@@ -20,10 +23,10 @@ def routed_by_loop(layer: SparseMoE, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.fixture
-def layer() -> SparseMoE:
+@pytest.fixture(params=[SMALL, SOFTMAX], ids=["sigmoid", "softmax"])
+def layer(request: pytest.FixtureRequest) -> SparseMoE:
     torch.manual_seed(0)
-    return SparseMoE(SMALL).eval().requires_grad_(False)
+    return SparseMoE(request.param).eval().requires_grad_(False)
 
 
 def test_inference_dispatch_equals_a_loop_over_branches(layer):
@@ -50,10 +53,25 @@ def test_training_dispatch_gives_the_same_output_and_gradients(layer):
     assert all(layer.experts[e].down_proj.weight.grad.abs().sum() > 0 for e in used)
 
 
-def test_router_weights_are_normalized_and_scaled(layer):
-    indices, weights = layer.gate(torch.randn(2, 5, SMALL.width))
+def test_sigmoid_weights_are_normalized_and_scaled():
+    indices, weights = SparseMoE(SMALL).eval().gate(torch.randn(2, 5, SMALL.width))
     assert indices.shape == weights.shape == (2, 5, SMALL.experts_per_token)
     torch.testing.assert_close(weights.sum(dim=-1), torch.full((2, 5), SMALL.route_scale))
+
+
+def test_softmax_weights_are_the_scaled_probabilities_of_the_best_experts():
+    gate, x = SparseMoE(SOFTMAX).eval().gate, torch.randn(2, 5, SMALL.width)
+    indices, weights = gate(x)
+    probabilities = (x @ gate.weight.T).exp()
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, SOFTMAX.route_scale * probabilities.gather(-1, indices))
+    best = probabilities.sort(descending=True).indices[..., : SOFTMAX.experts_per_token]
+    assert torch.equal(indices.sort().values, best.sort().values)
+
+
+def test_shared_experts_are_one_of_their_common_width():
+    assert SparseMoE(SMALL).shared_expert.up_proj.out_features == 16
+    assert SparseMoE(SOFTMAX).shared_expert.up_proj.out_features == 32
 
 
 def test_balance_loss_is_one_when_balanced_and_more_when_not(layer):
@@ -72,13 +90,11 @@ def test_forward_shape_and_adaln_zero_start():
     assert torch.equal(model(x, t, y), torch.zeros_like(x))
 
 
-def test_every_second_block_has_experts():
-    model = MoEDiT(DigitsConfig())
-    assert [name for name, module in model.named_modules() if isinstance(module, SparseMoE)] == [
-        "blocks.1.mlp",
-        "blocks.3.mlp",
-        "blocks.5.mlp",
-    ]
+@pytest.mark.parametrize(("every", "blocks"), [(2, [1, 3, 5]), (1, [0, 1, 2, 3, 4, 5])])
+def test_every_second_block_has_experts_or_every_one(every: int, blocks: list[int]):
+    model = MoEDiT(DigitsConfig(moe_every=every))
+    found = [name for name, module in model.named_modules() if isinstance(module, SparseMoE)]
+    assert found == [f"blocks.{block}.mlp" for block in blocks]
 
 
 def test_rotary_scores_depend_on_the_offset_in_both_directions_alone():

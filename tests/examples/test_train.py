@@ -13,10 +13,10 @@ SMALL = DigitsConfig(width=32, depth=2, heads=2, expert_width=16)
 TESTBED = replace(DIGITS, config=SMALL)
 
 
-def run(folder, name, *arguments):
+def run(folder, name, *arguments, testbed=TESTBED):
     path = folder / f"{name}.safetensors"
     given = ["--batch", "16", "--device", "cpu", "--out", str(path), "--work", str(folder / "runs"), *arguments]
-    return train.main(TESTBED, given), path
+    return train.main(testbed, given), path
 
 
 def equal(first, again):
@@ -67,6 +67,22 @@ def test_a_state_of_another_run_is_refused(tmp_path, capsys):
     assert run(tmp_path, "same", "--steps", "4", "--resume")[0] == 0
     assert "learning rates of another" not in capsys.readouterr().out
     assert equal(load_model(tmp_path / "same.safetensors"), load_model(tmp_path / "made.safetensors"))
+
+
+def test_images_may_be_left_as_they_are(tmp_path, capsys):
+    upside_down = replace(TESTBED, augmented=lambda images: images.flip(2))
+    made = {
+        name: load_model(run(tmp_path, name, "--steps", "2", *given, testbed=testbed)[1])
+        for name, testbed, given in (
+            ("plain", TESTBED, ()),
+            ("augmented", upside_down, ()),
+            ("left", upside_down, ("--as-they-are",)),
+        )
+    }
+    assert equal(made["left"], made["plain"]) and not equal(made["augmented"], made["plain"])
+    with pytest.raises(SystemExit):
+        train.main(TESTBED, ["--classifier", "--as-they-are"])
+    assert "for the DiT" in capsys.readouterr().err
 
 
 def test_flow_loss_of_the_model_that_knows_nothing_is_the_targets_power():
