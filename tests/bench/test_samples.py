@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import samples
-from bench.policies import Costs, Study
+from bench.study import Costs, Study
 from examples.digits.testbed import DIGITS
 from tests.digits import tiny_digits
 
