@@ -20,6 +20,8 @@ _DB_OF_TWICE = 6.0
 """About how much PSNR twice as many full steps add (docs/policies.md)."""
 STOCHASTIC = ("half slope, no corrector", {"corrector": False, "forecast_slope": 0.5})
 NARROW = ("bfloat16 caches", {"cache_dtype": "bfloat16"})
+_USUAL = "tapered"
+"""The schedule of the default candidate: that of the recipe `auto`."""
 _BESIDE = (0.6, 1.6)
 """The number of full steps of two more rows of the frontier, as multiples of that of the best row."""
 
@@ -44,13 +46,13 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
 
     Where nothing that meets the wish holds up, the best that meets it is taken; where nothing meets it, the nearest.
 
-    The default candidate is a forecast of the stack's change (or what else of `recipes` caches anything first), power
-    schedule and corrector.
+    The default candidate is a forecast of the stack's change (or what else of `recipes` caches anything first),
+    tapered schedule and corrector, as the recipe `auto` has them.
 
     Raises NothingCachedError where no recipe caches anything.
     """
     recipe, default = _default(measure, wish, recipes)
-    best, row = Candidate(recipe, "power", default.full_steps), default
+    best, row = Candidate(recipe, _USUAL, default.full_steps), default
 
     def try_(candidate: Candidate) -> None:
         nonlocal best, row
@@ -63,6 +65,7 @@ def search(measure: Measure, wish: Wish, recipes: Sequence[str]) -> Found:
             best, row = candidate, found
 
     measure.row(replace(best, schedule="uniform"))
+    try_(replace(best, schedule="power"))
     kinds = [kind for kind in WEIGHTS if best.full in measure.tables.get(kind, {})]
     for kind in kinds:
         try_(replace(best, schedule=kind))
@@ -99,9 +102,9 @@ def _default(measure: Measure, wish: Wish, recipes: Sequence[str]) -> tuple[str,
     start = measure.steps / wish.value if wish.kind == "speedup" else measure.steps / 4
     for recipe in recipes:
         hint = min(max(2, round(start)), measure.steps - 1)
-        first = measure.row(Candidate(recipe, "power", hint))
+        first = measure.row(Candidate(recipe, _USUAL, hint))
         if not first.note:
-            return recipe, _fitting(measure, wish, partial(Candidate, recipe, "power"), hint)
+            return recipe, _fitting(measure, wish, partial(Candidate, recipe, _USUAL), hint)
         reasons.append(f"{recipe}: {first.note}")
     raise NothingCachedError("no recipe can be used with this model. " + "; ".join(reasons))
 
@@ -142,9 +145,9 @@ def _predicted(row: Row, wish: Wish, steps: int) -> int:
 
 
 def _with(measure: Measure, candidate: Candidate, full: int) -> Candidate:
-    """The candidate with another number of full steps; by the power schedule where none was calibrated for it."""
+    """The candidate with another number of full steps; by the usual schedule where none was calibrated for it."""
     known = candidate.schedule not in measure.tables or full in measure.tables[candidate.schedule]
-    return replace(candidate, full=full, schedule=candidate.schedule if known else "power")
+    return replace(candidate, full=full, schedule=candidate.schedule if known else _USUAL)
 
 
 def _has_effect(measure: Measure, candidate: Candidate) -> bool:

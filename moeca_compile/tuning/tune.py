@@ -86,10 +86,10 @@ def tune(
     Runs uncached first, which gives the outputs to come near to, the number of steps, and by the inner products of
     the model's outputs calibrated schedules. Then it measures a dozen candidates, each in turns with the uncached
     model, and takes the best that fits the wish. A quarter of the seeds, at least one, is held back: of what meets
-    the wish, what is no worse on them than the default candidate (`stack-forecast`, power schedule, corrector) goes
-    first; for a wish of quality, meeting the wish on them is enough. What is taken because nothing such is there, or
-    because nothing meets the wish, may be worse on them than the default: `Tuned.held_up` and a warning say so.
-    Whether the wish is met is not measured again after the choice.
+    the wish, what is no worse on them than the default candidate (`stack-forecast`, tapered schedule, corrector)
+    goes first; for a wish of quality, meeting the wish on them is enough. What is taken because nothing such is
+    there, or because nothing meets the wish, may be worse on them than the default: `Tuned.held_up` and a warning say
+    so. Whether the wish is met is not measured again after the choice.
 
     Args:
         model: the uncompiled model, in eval mode.

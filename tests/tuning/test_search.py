@@ -12,7 +12,7 @@ from moeca_compile.tuning.search import NothingCachedError, search
 from moeca_compile.tuning.wish import Wish, wish_of
 
 STEPS, FULL, CACHE = 50, 1.0, 0.02
-GAIN = {"uniform": -4.0, "power": 0.0, "calibrated": 1.0, "calibrated-mean": 0.5}
+GAIN = {"uniform": -4.0, "power": -1.0, "tapered": 0.0, "calibrated": 1.0, "calibrated-mean": 0.5}
 
 
 def row_of(name: str, full: int, seconds: float, psnr: float, held: float, options=None, note="") -> Row:
@@ -83,14 +83,14 @@ def test_the_best_that_is_fast_enough():
     found = search(formula, Wish("speedup", 4.0), RECIPES)
     # 50 / (F + 0.02 (50 - F)) >= 4 holds up to F = 11.
     assert found.met and found.chosen.full_steps == found.default.full_steps == 11
-    assert found.default.name == "stack-forecast, power 11"
+    assert found.default.name == "stack-forecast, tapered 11"
     assert found.chosen.name == "stack-forecast, calibrated 11" and found.kind == "calibrated"
     assert len(formula.measured) <= 15
 
 
 def test_the_fastest_that_is_near_enough():
     found = search(Formula(gain=worse_with_more), Wish("psnr", 42.0), RECIPES)
-    # 30 + 6 log2(F / 4) >= 42 from F = 16 on by power; calibrated has 1 dB more, from F = 15 on.
+    # 30 + 6 log2(F / 4) >= 42 from F = 16 on by the default; calibrated has 1 dB more, from F = 15 on.
     assert found.met and (found.default.full_steps, found.chosen.full_steps) == (16, 15)
     assert found.chosen.name == "stack-forecast, calibrated 15"
 
@@ -124,14 +124,14 @@ def test_what_the_user_has_decided_is_left_alone():
 def test_a_recipe_that_caches_nothing_gives_way():
     formula = Formula(idle=("stack-forecast",), gain=worse_with_more)
     found = search(formula, Wish("speedup", 4.0), RECIPES)
-    assert found.default.name.startswith("fora-forecast, power") and found.chosen.note == ""
+    assert found.default.name.startswith("fora-forecast, tapered") and found.chosen.note == ""
     assert sum(candidate.recipe == "stack-forecast" for candidate in formula.measured) == 1
     with pytest.raises(NothingCachedError, match="stack-forecast: nothing to cache; fora-forecast: nothing to cache"):
         search(Formula(idle=RECIPES), Wish("speedup", 4.0), RECIPES)
 
 
 def test_rows_that_cannot_be_chosen_are_not_and_the_search_goes_on():
-    spoilt = [("power", 11), ("calibrated", 10), ("calibrated", 9)]
+    spoilt = [("tapered", 11), ("calibrated", 10), ("calibrated", 9)]
     found = search(Formula(gain=worse_with_more, spoilt=spoilt), Wish("speedup", 4.0), RECIPES)
     assert found.met and not found.chosen.note and not found.default.note and found.kind is not None
     assert found.default.full_steps != 11
