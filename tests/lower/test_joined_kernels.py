@@ -56,9 +56,9 @@ def test_all_kernels_of_a_graph_are_one_file(
 def test_one_compile_thread_does_not_wait_for_itself(
     given: tuple[fx.GraphModule, list[Tensor]], kernels: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     monkeypatch.setattr(torch._inductor.codecache, "LOCK_TIMEOUT", 5)  # then kernels are compiled one by one
-    assert_right(compiled(*given), given[1])
+    with torch._inductor.config.patch(compile_threads=1):
+        assert_right(compiled(*given), given[1])
     assert kernels() == 1
 
 

@@ -33,6 +33,7 @@ STEPS = 24
 BOUND = 0.1
 """About the typical error of these models: gaps get shorter and longer."""
 POWER = [round(STEPS * (1 - (1 - i / 8) ** 1.45)) for i in range(8)]
+TAPERED = [round(STEPS * (1 - (1 - i / 8) ** 1.45 * (1 + 0.45 * i / 8))) for i in range(8)]
 EVEN = list(range(0, STEPS, 3))
 LISTED = [0, 2, 7, 9, 16, 18, 21]
 STACK: dict[str, Any] = {"recipe": "stack-forecast", "full_every": 3}
@@ -42,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any]]] = {
     "calibrated": ({**STACK, "schedule": {"steps": STEPS, "full_steps": LISTED}}, LISTED, {}),
     "even": (STACK, EVEN, {}),
     "held": ({**STACK, "recipe": "stack", "corrector": True}, EVEN, {"forecast": False, "corrector": True}),
-    "auto": ({"recipe": "auto", "full_every": 3, "sampler": "deterministic"}, POWER, {"corrector": True}),
+    "auto": ({"recipe": "auto", "full_every": 3, "sampler": "deterministic"}, TAPERED, {"corrector": True}),
 }
 """Options, the full steps that they plan, and the simulation."""
 
