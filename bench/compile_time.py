@@ -137,12 +137,16 @@ def measure(name: str, ways: Sequence[str], args: argparse.Namespace, console: C
 
 
 def plot(path: Path, picture: Path) -> None:
-    """Bars of the latest rows: processor seconds over those of plain torch.compile's cold start."""
+    """Bars of the latest run's rows: processor seconds over those of plain torch.compile's cold start."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     with path.open(newline="") as file:
-        rows = {(row["model"], row["way"], row["state"]): row for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            if (row["way"], row["state"]) == ("torch.compile", "cold"):  # a new run, perhaps on another machine
+                rows = {key: old for key, old in rows.items() if key[0] != row["model"]}
+            rows[row["model"], row["way"], row["state"]] = row
     models = list(dict.fromkeys(model for model, _, _ in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.2), squeeze=False, layout="constrained")
     for model, axis in zip(models, axes[0], strict=True):
@@ -156,7 +160,7 @@ def plot(path: Path, picture: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(model)
         axis.set_xlabel("processor seconds over plain torch.compile, cold")
-        axis.legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(picture, dpi=110)
 
 
