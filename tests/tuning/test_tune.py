@@ -37,7 +37,7 @@ def test_what_it_finds(tuned):
     assert found.met and found.row.psnr >= 25.0 and found.options["recipe"] in ("stack-forecast", "fora-forecast")
     assert 8 <= len(found.rows) <= 16 and len({row.name for row in found.rows}) == len(found.rows)
     default = found.named(found.default)
-    assert default.name.startswith("stack-forecast, power")
+    assert default.name.startswith("stack-forecast, tapered")
     assert found.row.held_back_psnr >= min(25.0, default.held_back_psnr)
     assert set(found.schedules) == {1, 2, 3}
     speeds, qualities = ([getattr(row, name) for row in found.frontier] for name in ("speedup", "quality"))
@@ -52,8 +52,8 @@ def test_it_leaves_no_record_with_the_model(tuned):
 
 def test_more_full_steps_are_nearer(tuned):
     found, _, _ = tuned
-    power = {row.full_steps: row.psnr for row in found.rows if row.name.startswith("stack-forecast, power")}
-    assert len(power) > 1 and power[max(power)] > power[min(power)]
+    usual = {row.full_steps: row.psnr for row in found.rows if row.name.startswith("stack-forecast, tapered")}
+    assert len(usual) > 1 and usual[max(usual)] > usual[min(usual)]
 
 
 def test_the_file_is_taken_in_the_same_process_and_runs_what_was_measured(tuned, tmp_path):
