@@ -23,10 +23,20 @@ from typing import Any
 
 import torch
 
-from bench.study import RESULTS, TESTBEDS, Case, Setting, Study, described, fingerprint, rounded, run_case
-from examples.digits.testbed import DIGITS
+from bench.study import (
+    RESULTS,
+    Case,
+    Setting,
+    Study,
+    add_study_arguments,
+    described,
+    fingerprint,
+    rounded,
+    run_case,
+    settle,
+)
 from examples.machine import environment
-from examples.testbed.arguments import usable_device, whole_number
+from examples.testbed.arguments import whole_number
 from examples.testbed.checkpoint import CheckpointError
 from examples.testbed.sampling import DETERMINISTIC
 from examples.testbed.testbed import Testbed
@@ -165,6 +175,12 @@ def sources_fingerprint(root: Path = ROOT, sources: Sequence[str] = SOURCES) -> 
     return digest.hexdigest()[:12]
 
 
+def rows_of(args: argparse.Namespace) -> Rows:
+    """The rows of the file that these arguments name, for what is measured as they say."""
+    where = environment(args.device, torch.float32)
+    return Rows(args.out, where | {"checkpoint": fingerprint(args.checkpoint), "sources": sources_fingerprint()})
+
+
 def results_of(testbed: Testbed) -> Path:
     return RESULTS / f"frontier-{testbed.name}.csv"
 
@@ -177,19 +193,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     names = [panel.name for panel in panels()]
-    parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
+    add_study_arguments(parser, results_of)
     parser.add_argument("--panel", action="append", choices=names, help="may be given several times (all)")
     parser.add_argument("--every", action="append", type=int, choices=INTERVALS, help="N, several times (all)")
     parser.add_argument("--way", action="append", choices=WAYS, help="a recipe, or fewer steps; several times (all)")
     parser.add_argument("--images", type=whole_number(2), default=20, help="pictures by a case of 50 steps (20)")
     parser.add_argument("--images-of-long", type=whole_number(2), default=4, help="and by one of 250 steps (4)")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
-    parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help=f"({results_of(DIGITS)}, or that of the testbed)")
     args = parser.parse_args(argv)
-    args.testbed = TESTBEDS[args.testbed]
-    args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or results_of(args.testbed)
+    settle(args, results_of)
     return args
 
 
@@ -201,8 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"frontier.py: {error}", file=sys.stderr)
         return 1
-    where = environment(args.device, torch.float32)
-    rows = Rows(args.out, where | {"checkpoint": fingerprint(args.checkpoint), "sources": sources_fingerprint()})
+    rows = rows_of(args)
     converged: dict[float, Any] = {}
     for panel in panels(args.images, args.images_of_long):
         if not args.panel or panel.name in args.panel:

@@ -20,11 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.frontier import Panel, Row, Rows, measure, sources_fingerprint
-from bench.study import RESULTS, TESTBEDS, Case, Study, fingerprint
-from examples.digits.testbed import DIGITS
-from examples.machine import environment
-from examples.testbed.arguments import usable_device, whole_number
+from bench.frontier import Panel, Row, measure, rows_of
+from bench.study import RESULTS, Case, Study, add_study_arguments, settle
+from examples.testbed.arguments import whole_number
 from examples.testbed.checkpoint import CheckpointError
 from examples.testbed.testbed import Testbed
 
@@ -239,18 +237,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     names = [table.number for table in tables()]
-    parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
+    add_study_arguments(parser, results_of)
     parser.add_argument("--table", action="append", help=f"one of {names}, or the start of its name (all)")
     parser.add_argument("--images", type=whole_number(2), default=20, help="pictures by a case of 50 steps (20)")
     parser.add_argument("--images-of-long", type=whole_number(2), default=10, help="and by one of 250 steps (10)")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
-    parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help=f"({results_of(DIGITS)}, or that of the testbed)")
     parser.add_argument("--show", action="store_true", help="measure nothing, and print the tables in Markdown")
     args = parser.parse_args(argv)
-    args.testbed = TESTBEDS[args.testbed]
-    args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or results_of(args.testbed)
+    settle(args, results_of)
     wanted = tuple(name if not name.isdigit() else f"Table {name}" for name in args.table or names)
     args.tables = [table for table in tables() if table.number.startswith(wanted)]
     if not args.tables:
@@ -273,8 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"paper.py: {error}", file=sys.stderr)
         return 1
-    where = environment(args.device, torch.float32)
-    held = Rows(args.out, where | {"checkpoint": fingerprint(args.checkpoint), "sources": sources_fingerprint()})
+    held = rows_of(args)
     studies: dict[Panel, Study] = {}
     for table in args.tables:
         panel = panel_of(table, args.images, args.images_of_long)

@@ -28,20 +28,21 @@ from rich.table import Table
 
 from bench.study import (
     RESULTS,
-    TESTBEDS,
     Case,
     Costs,
     Scores,
     Setting,
     Study,
+    add_study_arguments,
     described,
     fingerprint,
     rounded,
     run_case,
+    settle,
 )
 from examples.digits.testbed import DIGITS
 from examples.machine import environment
-from examples.testbed.arguments import guidance_scale, usable_device, whole_number
+from examples.testbed.arguments import guidance_scale, whole_number
 from examples.testbed.checkpoint import CheckpointError
 from examples.testbed.testbed import Testbed
 from moeca_compile.config import RECIPES
@@ -347,20 +348,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
+    add_study_arguments(parser, _results)
     parser.add_argument("--question", action="append", choices=names, help="may be given several times (all)")
     parser.add_argument("--images", type=whole_number(2), help="images per seed set (10, and 100 for ddpm)")
     parser.add_argument("--sets", type=whole_number(1), help="seed sets (2, and 3 for recipes)")
     parser.add_argument("--steps", type=whole_number(2, 1000), default=50, help="sampling steps (50)")
     parser.add_argument("--guidance", type=guidance_scale, help="classifier-free guidance (the testbed's)")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
-    parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help=f"({_results(DIGITS)}, or that of the testbed)")
     args = parser.parse_args(argv)
-    args.testbed = TESTBEDS[args.testbed]
+    settle(args, _results)
     args.guidance = args.testbed.guidance if args.guidance is None else args.guidance
-    args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or _results(args.testbed)
     return args
 
 

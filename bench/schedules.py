@@ -1,6 +1,6 @@
 """Where full steps should sit: schedules of the default recipe compared, and the error that each gap leaves.
 
-python -m bench.schedules                                     # digits and mnist, N = 3, 4, 5, 6
+python -m bench.schedules                                     # all testbeds, N = 3, 4, 5, 6
 python -m bench.schedules --testbed mnist --every 5 --gaps --images 20
 
 What `auto` computes is done here in plain PyTorch, without capture and compilation, so that a schedule takes seconds;
@@ -24,12 +24,13 @@ from examples.testbed import metrics, sampling
 from examples.testbed.arguments import guidance_scale, whole_number
 from examples.testbed.model import MoEDiT
 from examples.testbed.testbed import Testbed
+from moeca_compile.config import MoecaConfig
 from moeca_compile.policies.forecast import HALF, LINEAR, Rule
 from moeca_compile.runtime.corrector import gain
 from moeca_compile.runtime.schedule import CURVED, power_steps
 
 BATCH = 20
-EXPONENT = 1.45
+EXPONENT = MoecaConfig().schedule_exponent
 SCHEDULES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "even": lambda steps, full: power_steps(steps, full, 1.0),
     "power 1.15": lambda steps, full: power_steps(steps, full, 1.15),
@@ -105,7 +106,7 @@ class Pictures:
         self.uncached = self.by(range(steps))
 
     def by(self, full: Collection[int], kept: Collection[int] | None = None) -> Tensor:
-        """[images, 1, S, S] with these full steps."""
+        """[images, C, S, S] with these full steps."""
         noisy, found = self.sampler == "ddpm", []
         for seed, start in enumerate(range(0, self.images, BATCH)):
             labels = torch.arange(min(BATCH, self.images - start)) % 10
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--testbed", action="append", choices=list(TESTBEDS), help="may be given twice (both)")
+    parser.add_argument("--testbed", action="append", choices=list(TESTBEDS), help="several times (all)")
     parser.add_argument("--every", action="append", type=whole_number(1), help="N, several times (3, 4, 5, 6)")
     parser.add_argument("--schedule", action="append", choices=list(SCHEDULES), help="several times (all)")
     parser.add_argument("--images", type=whole_number(2), default=40, help="pictures (40)")

@@ -7,8 +7,9 @@ steps up to rounding; times mean nothing.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -22,6 +23,7 @@ from examples.digits.testbed import DIGITS
 from examples.emoji.testbed import EMOJI
 from examples.mnist.testbed import MNIST
 from examples.testbed import metrics
+from examples.testbed.arguments import usable_device, whole_number
 from examples.testbed.model import MoEDiT
 from examples.testbed.sampling import DETERMINISTIC
 from examples.testbed.testbed import Testbed
@@ -215,6 +217,21 @@ def _scores(study: Study, setting: Setting, pictures: list[Tensor]) -> Scores:
 
 def _psnr_of_each(images: Tensor, wished: Tensor) -> list[float]:
     return [metrics.psnr(a[None], b[None]) for a, b in zip(images, wished, strict=True)]
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, results_of: Callable[[Testbed], Path]) -> None:
+    """The arguments that all studies have; `settle` completes them once they are parsed."""
+    parser.add_argument("--testbed", choices=list(TESTBEDS), default=DIGITS.name, help="(digits)")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model (the testbed's)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="(cpu)")
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of torch (1)")
+    parser.add_argument("--out", type=Path, metavar="CSV", help=f"({results_of(DIGITS)}, or that of the testbed)")
+
+
+def settle(args: argparse.Namespace, results_of: Callable[[Testbed], Path]) -> None:
+    """The testbed by its name, and what is the testbed's own where nothing else was given."""
+    args.testbed = TESTBEDS[args.testbed]
+    args.checkpoint, args.out = args.checkpoint or args.testbed.model_path, args.out or results_of(args.testbed)
 
 
 def described(options: Mapping[str, Any]) -> str:

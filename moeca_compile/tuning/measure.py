@@ -19,7 +19,7 @@ from moeca_compile.reporting.collect import report
 from moeca_compile.reporting.found import record_of
 from moeca_compile.reporting.report import Report
 from moeca_compile.runtime.record import forget
-from moeca_compile.runtime.schedule import CURVED
+from moeca_compile.runtime.schedule import CURVED, power_steps
 from moeca_compile.tuned_file import versions
 from moeca_compile.tuning import reference as runs
 from moeca_compile.tuning.quality import BEST, psnr_of_each, ssim
@@ -33,7 +33,7 @@ Metric = Callable[[Tensor, Tensor], float]
 ROUNDS = 3
 """So many generations of each candidate are timed, in turns with the uncached model. All of its generations count for
 the median of its seconds."""
-_EXPONENT = 1.45
+_EXPONENT = MoecaConfig().schedule_exponent
 """Of the schedules that have one: what the option is by default."""
 _OF_UNCACHED = ("lowering", "validate", "tolerance", "cuda_graphs", "disk_cache", "dynamic_batch", "max_shapes")
 """The options of candidates that the uncached model has, too."""
@@ -129,7 +129,7 @@ class Measure:
     def options_of(self, candidate: Candidate) -> dict[str, Any]:
         """The options of a candidate, in plain values."""
         if candidate.schedule == "uniform":
-            listed = CURVED["power"](self.steps, candidate.full, 1.0)
+            listed = power_steps(self.steps, candidate.full, 1.0)
         elif candidate.schedule in CURVED:
             listed = CURVED[candidate.schedule](self.steps, candidate.full, _EXPONENT)
         else:

@@ -9,6 +9,7 @@ from functools import partial
 
 from moeca_compile.config import MoecaConfig
 from moeca_compile.options import ConfigError
+from moeca_compile.policies import RECIPES
 from moeca_compile.tuning.calibrate import WEIGHTS
 from moeca_compile.tuning.measure import Candidate, Measure
 from moeca_compile.tuning.rows import Row
@@ -20,8 +21,8 @@ _DB_OF_TWICE = 6.0
 """About how much PSNR twice as many full steps add (docs/policies.md)."""
 STOCHASTIC = ("half slope, no corrector", {"corrector": False, "forecast_slope": 0.5})
 NARROW = ("bfloat16 caches", {"cache_dtype": "bfloat16"})
-_USUAL = "tapered"
-"""The schedule of the default candidate: that of the recipe `auto`."""
+_USUAL: str = RECIPES["auto"].recipes["auto"]["schedule"]
+"""The schedule of the default candidate."""
 _BESIDE = (0.6, 1.6)
 """The number of full steps of two more rows of the frontier, as multiples of that of the best row."""
 

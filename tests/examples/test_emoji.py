@@ -8,24 +8,15 @@ from importlib.resources import files
 
 import pytest
 import torch
-from torch import nn
 
 import moeca_compile
 from examples.emoji.data import CLASSES, file_name, file_names, read, without
 from examples.emoji.testbed import EMOJI
 from examples.testbed.data import LabeledImages
-from examples.testbed.model import MoEDiT, SoftmaxGate, SparseMoE
+from examples.testbed.model import SoftmaxGate, SparseMoE
+from tests.digits import untrained
 
 SMALL = replace(EMOJI.config, width=32, depth=2, heads=1, experts=5, expert_width=8)
-
-
-def small_model() -> MoEDiT:
-    torch.manual_seed(0)
-    model = MoEDiT(SMALL).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if not parameter.any():  # adaLN-zero would hide every branch
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def test_sizes():
@@ -37,7 +28,7 @@ def test_sizes():
 
 
 def test_a_token_is_a_patch_of_all_channels():
-    model, images = small_model(), torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32)
+    model, images = untrained(SMALL), torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32)
     patches = model.patches(images)
     assert patches.shape == (2, 64, 48)
     assert torch.equal(patches[1, 10].reshape(4, 4, 3), images[1, :, 4:8, 8:12].permute(1, 2, 0))
@@ -46,7 +37,7 @@ def test_a_token_is_a_patch_of_all_channels():
 
 @pytest.mark.parametrize("recipe", ["auto", "moeca"])
 def test_everything_is_found_and_cached(recipe: str):
-    model, steps = small_model(), 4
+    model, steps = untrained(SMALL), 4
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([3, 10])
     compiled = torch.compile(model, backend="moeca", options={"recipe": recipe, "lowering": "eager"})
     with torch.no_grad(), moeca_compile.generation(steps=steps):

@@ -7,22 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 import moeca_compile
 from examples.mnist.testbed import MNIST
 from examples.testbed.model import MoEDiT, SparseMoE
+from tests.digits import untrained
 
 SMALL = replace(MNIST.config, width=32, depth=2, heads=1, experts=7, expert_width=8)
-
-
-def small_model() -> MoEDiT:
-    torch.manual_seed(0)
-    model = MoEDiT(SMALL).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if not parameter.any():  # adaLN-zero would hide every branch
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def test_sizes():
@@ -34,7 +25,7 @@ def test_sizes():
 
 
 def test_a_token_is_a_patch_in_reading_order():
-    model, images = small_model(), torch.arange(2 * 28 * 28.0).reshape(2, 1, 28, 28)
+    model, images = untrained(SMALL), torch.arange(2 * 28 * 28.0).reshape(2, 1, 28, 28)
     patches = model.patches(images)
     assert patches.shape == (2, 49, 16)
     assert torch.equal(patches[1, 9], images[1, 0, 4:8, 8:12].flatten())  # second row, third column
@@ -43,7 +34,7 @@ def test_a_token_is_a_patch_in_reading_order():
 
 @pytest.mark.parametrize("recipe", ["auto", "moeca"])
 def test_everything_is_found_and_cached(recipe: str):
-    model, steps = small_model(), 4
+    model, steps = untrained(SMALL), 4
     x, y = torch.randn(2, 1, 28, 28), torch.tensor([3, 10])
     options = {"recipe": recipe, "lowering": "eager"}
     compiled = torch.compile(model, backend="moeca", options=options)
