@@ -17,16 +17,17 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from moeca_compile import capture, fallback
+from moeca_compile import capture, compiler_ready, fallback
 from moeca_compile._torch_private import (
-    cpp_compiler_made_ready,
     graphs_from_disk,
     is_module_state,
+    make_cpp_compiler_ready,
     own_modules,
     root_module,
     trace_anew_for_ours,
     traced_code,
     traced_wrapper,
+    wait_for_cpp_compiler,
 )
 from moeca_compile.config import MoecaConfig
 from moeca_compile.disk.keys import rewrite_facts
@@ -99,6 +100,7 @@ def moeca_backend(
 
 moeca_backend._moeca_backend = True  # type: ignore[attr-defined]
 capture.install()
+compiler_ready.install()
 
 
 def backend_with(stages: Stages) -> Callable[..., Callable[..., Any]]:
@@ -201,38 +203,38 @@ def compile_graph(
         export: Dynamo's graph and its inputs -> functional ATen.
     """
     device, dump = device_of(inputs), open_dump(config.dump)
-    on_cpu = config.lowering == "inductor" and device.type == "cpu"
-    with cpp_compiler_made_ready(on_cpu, then=partial(library, "grouped_linear")):
-        with notes.timed("capture"):
-            dump.graph("dynamo", captured.gm)
-            graph = exported(export, captured.gm, inputs, config, device, notes)
-            dump.graph("exported", graph)
-            module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
-            inputs = upload_all(inputs, uploaded, device)
-        with notes.timed("match"):
-            notes.add_matches(normalize(module.graph, dump.after_pass))
-            regions = match_regions(module.graph, captured.argument_nodes(module.graph))
-            dtype = stream_dtype(regions, inputs)
-            dump.regions("matched", module.graph, regions)
-            config = config_that_fits(module.graph, regions, config, device, notes)
-            regions = regions_that_pay(module.graph, regions, config)
-        with notes.timed("validate"):
-            matched = regions
-            facts = rewrite_facts(module, matched, config, inputs, captured.arguments, device)
-            sized = sized_graph(facts, module, inputs)
-            check = partial(sound_regions, module.graph, matched, config, inputs, notes)
-            if not captured.passed.cover(sized):
-                with alone(), notes.watched() as outcome:  # another rank may find this on disk, or know the size
-                    key = rewrite_key(facts, config, inputs, device)
-                    regions = validated(key, notes, check, passed=matched)
-                if regions == matched and not outcome.warned:
-                    captured.passed.note(sized)
-        with notes.timed("plan"):
-            plan = plan_steps(module.graph, regions, config)
-            plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
-            dump.regions("planned", module.graph, plan.regions)
-        waits = why_experts_wait(regions, device, notes)
-        return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
+    if config.lowering == "inductor" and device.type == "cpu":
+        make_cpp_compiler_ready(then=partial(library, "grouped_linear"))
+    with notes.timed("capture"):
+        dump.graph("dynamo", captured.gm)
+        graph = exported(export, captured.gm, inputs, config, device, notes)
+        dump.graph("exported", graph)
+        module, uploaded = to_one_device(graph, inputs, captured.arguments, device)
+        inputs = upload_all(inputs, uploaded, device)
+    with notes.timed("match"):
+        notes.add_matches(normalize(module.graph, dump.after_pass))
+        regions = match_regions(module.graph, captured.argument_nodes(module.graph))
+        dtype = stream_dtype(regions, inputs)
+        dump.regions("matched", module.graph, regions)
+        config = config_that_fits(module.graph, regions, config, device, notes)
+        regions = regions_that_pay(module.graph, regions, config)
+    with notes.timed("validate"):
+        matched = regions
+        facts = rewrite_facts(module, matched, config, inputs, captured.arguments, device)
+        sized = sized_graph(facts, module, inputs)
+        check = partial(sound_regions, module.graph, matched, config, inputs, notes)
+        if not captured.passed.cover(sized):
+            with alone(), notes.watched() as outcome:  # another rank may find this on disk, or know the size
+                key = rewrite_key(facts, config, inputs, device)
+                regions = validated(key, notes, check, passed=matched)
+            if regions == matched and not outcome.warned:
+                captured.passed.note(sized)
+    with notes.timed("plan"):
+        plan = plan_steps(module.graph, regions, config)
+        plan = fallback.uncached_without_timestep(plan, captured, module.graph, config, notes)
+        dump.regions("planned", module.graph, plan.regions)
+    waits = why_experts_wait(regions, device, notes)
+    return CompiledGraph(captured, module, device, dtype, uploaded, plan, config, waits, dump)
 
 
 def compile_step(
@@ -332,6 +334,7 @@ def _lowered(
     with notes.timed("lower"):
         before = graphs_from_disk(), parts.compiled
         code = lower_parts(step, parts, all_sizes, compiled.dump.code_of(kind.name), notes.progress.part)
+        wait_for_cpp_compiler()  # from here on the kernels that it compiled run in every step
         found = graphs_from_disk() - before[0]
         notes.parts += parts.compiled - before[1]
         notes.parts_beside += min(beside, found)

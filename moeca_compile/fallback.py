@@ -16,6 +16,7 @@ from moeca_compile._torch_private import (
     forget_code,
     graph_break,
     in_decorated_function,
+    inductor,
     is_sharded,
     missing,
     outermost_module,
@@ -165,7 +166,7 @@ def compile_original(
         return original
     if record.config.lowering == "eager":
         return gm.forward
-    return torch._dynamo.lookup_backend("inductor")(gm, list(inputs))
+    return inductor(gm, list(inputs))
 
 
 def uncached_without_timestep(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from moeca_compile import fallback
 from moeca_compile._torch_private import is_module_state
 from moeca_compile.backend import backend_with, compile_graph, compile_step, wrapped_parameters
 from moeca_compile.config import MoecaConfig
@@ -182,7 +183,7 @@ def replace_inductor(patch: pytest.MonkeyPatch) -> None:
     """Graphs run op by op wherever Inductor would compile them."""
     patch.setattr(parts, "compile_graph", lambda gm, *_: gm)
     patch.setattr(parts, "compile_for_sizes", lambda gm, *_: (gm, lambda sizes: True))
-    patch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda gm, inputs: gm.forward)
+    patch.setattr(fallback, "inductor", lambda gm, inputs: gm.forward)
 
 
 def lower_alone(traced: TracedStep, lowering: str, whole: bool) -> CompiledStep:

@@ -20,7 +20,12 @@ from moeca_compile._torch_private.collectives import (
     with_exchanges_played,
 )
 from moeca_compile._torch_private.compile_start import not_on_compile_start, on_every_compile_start
-from moeca_compile._torch_private.cpp_compiler import compile_cpp, cpp_compiler_is_busy, cpp_compiler_made_ready
+from moeca_compile._torch_private.cpp_compiler import (
+    compile_cpp,
+    cpp_compiler_is_busy,
+    make_cpp_compiler_ready,
+    wait_for_cpp_compiler,
+)
 from moeca_compile._torch_private.cpp_kernels import joined_kernels
 from moeca_compile._torch_private.expert_tensors import tensors_of_others
 from moeca_compile._torch_private.frames import (
@@ -36,6 +41,7 @@ from moeca_compile._torch_private.graphs import (
     export_functional,
     fake_mode_of,
     has_static_value,
+    inductor,
     is_fake,
     is_module_state,
     is_size,
@@ -81,6 +87,7 @@ from moeca_compile._torch_private.tracing import (
     graph_break,
     hand_over_whole,
     numeric_modes,
+    options_for_ours,
     root_module,
     traced_anew,
     traced_code,
@@ -109,7 +116,6 @@ __all__ = [
     "compiling",
     "copy_all",
     "cpp_compiler_is_busy",
-    "cpp_compiler_made_ready",
     "current_settings",
     "dynamo_is_running",
     "exchanges_played",
@@ -127,6 +133,7 @@ __all__ = [
     "has_static_value",
     "hold_while",
     "in_decorated_function",
+    "inductor",
     "inductor_identity",
     "is_fake",
     "is_module_state",
@@ -134,11 +141,13 @@ __all__ = [
     "is_size",
     "joined_kernels",
     "load_inductor",
+    "make_cpp_compiler_ready",
     "missing",
     "not_on_compile_start",
     "numeric_modes",
     "on_every_compile_start",
     "onednn_linear",
+    "options_for_ours",
     "outermost_module",
     "own_modules",
     "pass_idle_logging",
@@ -165,6 +174,7 @@ __all__ = [
     "traces_for_us",
     "tracing_backend",
     "version_of",
+    "wait_for_cpp_compiler",
     "with_exchanges_played",
     "wrapper_of",
     "zero_all",

@@ -1,25 +1,29 @@
 """The C++ compiler as Inductor calls it: for sources of ours, and made ready before Inductor asks.
 
 Inductor asks what the machine's vectors can do, and translates its headers, when it compiles the first kernel of a
-process: on a cold start 10 s of the processor, in which Python waits.
+process: on a cold start 5 to 10 s of the processor, in which Python waits, and on a warm one a second.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import platform
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from ctypes import CDLL
+from typing import Any
 
 from moeca_compile._torch_private.lookup import Private
 
 _log = logging.getLogger(__name__)
 
+_LATER = "Inductor finds out what the C++ compiler can when it compiles the first kernel, and Python waits"
 _CPP = Private("torch._inductor.codecache.CppCodeCache", "PyTorch's own ops stand in for the C++ kernels")
-_BINDINGS = Private(
-    "torch._inductor.codecache.CppPythonBindingsCodeCache", "Inductor finds out what the C++ compiler can by itself"
-)
+_BINDINGS = Private("torch._inductor.codecache.CppPythonBindingsCodeCache", _LATER)
+_VECTORS = Private("torch._inductor.cpu_vec_isa.valid_vec_isa_list", _LATER)
 _KERNEL = """#include <torch/csrc/inductor/cpp_prefix.h>
 extern "C" void kernel(float* out) { *out = 0; }
 """
@@ -32,24 +36,26 @@ def compile_cpp(source: str) -> CDLL:
     """
     if _CPP.value is None:
         raise RuntimeError("this version of torch does not give its C++ compiler away")
-    _wait()
+    wait_for_cpp_compiler()
     library = _CPP.value.load(source)
     assert isinstance(library, CDLL)
     return library
 
 
-@contextmanager
-def cpp_compiler_made_ready(wanted: bool, then: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Make the compiler ready in a thread meanwhile, and call `then` in it, once a process.
+def make_cpp_compiler_ready(then: Callable[[], object] | None = None) -> None:
+    """Make the compiler ready in a thread, once a process, and then call `then` in a thread, once as well.
 
-    Hold Dynamo's lock: while Inductor finds out what the machine can do, nobody else may ask.
+    Whoever asks Inductor what the machine can do meanwhile waits for the answer. What is imported for it is imported
+    here: two threads that import modules that need each other may each get half of them.
     """
-    if wanted and _BINDINGS.value is not None:
-        _thread(then)
-    try:
-        yield
-    finally:
-        _wait()
+    if _BINDINGS.value is None or _VECTORS.value is None:
+        return
+    _have_vectors_asked_for_once()
+    for number, task in enumerate((_ask, then)):
+        if len(_threads) == number and task is not None:
+            before = _threads[-1] if _threads else None
+            _threads.append(threading.Thread(target=_run, args=(task, before), name="moeca_compile C++", daemon=True))
+            _threads[-1].start()
 
 
 def cpp_compiler_is_busy() -> bool:
@@ -57,24 +63,78 @@ def cpp_compiler_is_busy() -> bool:
     return any(thread.is_alive() and thread is not threading.current_thread() for thread in _threads)
 
 
-def _wait() -> None:
-    if cpp_compiler_is_busy():
-        _threads[0].join()
+def wait_for_cpp_compiler() -> None:
+    """Return when the compiler is ready, and `then` has been called. Does not wait within `then`."""
+    if threading.current_thread() not in _threads:
+        for thread in _threads:
+            thread.join()
 
 
 _threads: list[threading.Thread] = []
-"""The thread that makes the compiler ready, once there was one."""
+"""The thread that makes the compiler ready, once there was one, and the one that calls `then`."""
 
 
-def _thread(then: Callable[[], object]) -> None:
-    if not _threads:
-        _threads.append(threading.Thread(target=_make_ready, args=(then,), name="moeca_compile C++", daemon=True))
-        _threads[0].start()
-
-
-def _make_ready(then: Callable[[], object]) -> None:
+def _run(task: Callable[[], object], before: threading.Thread | None) -> None:
+    if before is not None:
+        before.join()
     try:
-        _BINDINGS.value.load_pybinding(["float*"], _KERNEL)
-        then()
+        task()
     except Exception:  # Inductor will say so where it needs a compiler
         _log.debug("the C++ compiler could not be made ready", exc_info=True)
+
+
+def _ask() -> None:
+    _BINDINGS.value.load_pybinding(["float*"], _KERNEL)
+
+
+def _have_vectors_asked_for_once() -> None:
+    """Let one thread at a time try the machine's vectors, and only those that are asked for, for whatever backend.
+
+    Inductor changes the flags of each kind while it tries it, so that two threads that ask at once leave wrong ones
+    behind, with which the kernels of the process are compiled, and which no later process finds on disk. It tries all
+    kinds to take the first: four, with AMX, of 3 s each.
+    """
+    module: Any = sys.modules[_VECTORS.value.__module__]
+    if module.valid_vec_isa_list is not _VECTORS.value:  # is replaced already
+        return
+    lock = threading.RLock()
+
+    @functools.cache
+    def valid_vec_isa_list() -> Any:
+        with lock:
+            kinds = _kinds_of_x86(module)
+            return _VECTORS.value() if kinds is None else _Tried(kinds, lock)
+
+    module.valid_vec_isa_list = valid_vec_isa_list
+
+
+def _kinds_of_x86(module: Any) -> list[Any] | None:
+    """What the processor has by its own word, the best first; None on others than Linux on x86."""
+    kinds, checker = (getattr(module, name, None) for name in ("supported_vec_isa_list", "x86_isa_checker"))
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not kinds or checker is None:
+        return None
+    has = checker()
+    return [kind for kind in kinds if all(flag in has for flag in str(kind).split())]
+
+
+class _Tried(Sequence[Any]):
+    """Those kinds of vectors that the compiler can use, found out one after another as they are asked for."""
+
+    def __init__(self, kinds: Sequence[Any], lock: AbstractContextManager[Any]) -> None:
+        self._kinds, self._lock = kinds, lock
+
+    def __iter__(self) -> Iterator[Any]:
+        for kind in self._kinds:
+            with self._lock:
+                works = bool(kind)  # which it remembers
+            if works:
+                yield kind
+
+    def __getitem__(self, index: Any) -> Any:
+        return next(iter(self)) if index == 0 and self else [*iter(self)][index]
+
+    def __len__(self) -> int:
+        return len([*iter(self)])
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)

@@ -63,10 +63,12 @@ class Compilation(NamedTuple):
 
     values: of its variables and of the variables around it, and of the globals that it names
     codes: its code, and that of all functions that are running. Code that Dynamo has written may have no hash
+    backend: what Dynamo will call with the graph; None where that is not found
     """
 
     values: tuple[Any, ...]
     codes: tuple[CodeType, ...]
+    backend: Any
 
 
 def compilation_at_start() -> Compilation | None:
@@ -84,8 +86,14 @@ def compilation_at_start() -> Compilation | None:
             code, names = each.f_locals["code"], each.f_locals["globals"]
             around = [_content(cell) for cell in each.f_locals.get("closure") or ()]
             values = [*each.f_locals["locals"].values(), *around, *(names.get(name) for name in code.co_names)]
-            return Compilation(tuple(values), (code, *(running.f_code for running in frames)))
+            codes = (code, *(running.f_code for running in frames))
+            return Compilation(tuple(values), codes, _backend_within(frames))
     return None
+
+
+def _backend_within(frames: list[FrameType]) -> Any:
+    names = (each.f_locals for each in frames if each.f_code.co_filename == _DYNAMO)
+    return next((each["compiler_fn"] for each in names if "compiler_fn" in each), None)
 
 
 def _content(cell: Any) -> Any:

@@ -38,6 +38,9 @@ _CONTEXT = Private("torch._guards.TracingContext", _COLD)
 _TRACING = Private("torch._guards.tracing", _COLD)
 _NO_CODE = "dumps do not have Inductor's code"
 _INNER = Private("torch._inductor.compile_fx.compile_fx_inner", _NO_CODE)
+_COMPILE = Private(
+    "torch._inductor.compile_fx.compile_fx", "processes that compile for GPUs are started for models on a CPU, too"
+)
 _CODE = Private("torch._inductor.output_code.CompiledFxGraph", _NO_CODE)
 _FUNCTORCH = Private("torch._functorch.config", _NO_CODE)
 _CONFIG = Private("torch._inductor.config", "a model that draws random numbers draws others where it is compiled")
@@ -137,13 +140,24 @@ def compiled_by_inductor(
     eager_random: bool = False,
 ) -> Callable[..., Any]:
     """The same for fake inputs, within `tracing_in` their mode."""
-    inductor: Callable[..., Callable[..., Any]] = torch._dynamo.lookup_backend("inductor")
     random = _CONFIG.value.patch(fallback_random=True) if eager_random and _CONFIG.value else nullcontext()
     with torch.no_grad(), random, quick_strides():
         if on_code is None or any(each.value is None for each in (_INNER, _CODE, _FUNCTORCH)):
-            return inductor(gm, inputs)
+            return inductor(gm, list(inputs))
         with _FUNCTORCH.value.patch(enable_autograd_cache=False):
-            return inductor(gm, inputs, inner_compile=_reporting_its_code(on_code))
+            return inductor(gm, list(inputs), inner_compile=_reporting_its_code(on_code))
+
+
+def inductor(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """Inductor as torch.compile calls it.
+
+    The backend of this name starts processes that compile Triton's kernels first. Each imports torch, which takes 3 s
+    of the processor, and for a graph on a CPU there is nothing for them to do.
+    """
+    on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor))
+    found: Callable[..., Callable[..., Any]] | None = _COMPILE.value if on_cpu else None
+    compiled: Callable[..., Any] = (found or torch._dynamo.lookup_backend("inductor"))(gm, inputs, **options)
+    return compiled
 
 
 def load_inductor() -> bool:

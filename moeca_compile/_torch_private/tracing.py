@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -35,7 +35,20 @@ def tracing_backend() -> Iterator[Any]:
 
 def traces_for_us() -> bool:
     """Whether Dynamo is tracing for a backend of ours (`_moeca_backend = True`), within whatever wrappers."""
-    return any(getattr(each, "_moeca_backend", False) is True for each in tracing_backend())
+    return any(map(_is_ours, tracing_backend()))
+
+
+def options_for_ours(backend: Any) -> Mapping[str, Any] | None:
+    """The options that a backend of ours is given, within whatever wrappers; None where it is not one of ours."""
+    within = list(_unwrapped(backend))
+    if not any(map(_is_ours, within)):
+        return None
+    found: Mapping[str, Any] = getattr(_made_by_torch_compile(within), "kwargs", {}).get("options", {})
+    return found
+
+
+def _is_ours(backend: Any) -> bool:
+    return getattr(backend, "_moeca_backend", False) is True
 
 
 def hand_over_whole() -> None:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from moeca_compile._torch_private import apply_settings, cpp_compiler_made_ready, graphs_from_disk
+from moeca_compile._torch_private import apply_settings, graphs_from_disk, make_cpp_compiler_ready
 from moeca_compile.disk.form import examples_of, graph_of
 from moeca_compile.disk.keys import digest, environment
 from moeca_compile.lower.parts import Parts
@@ -85,13 +85,14 @@ def compile_job(job: Mapping[str, Any], on_part: Callable[[int, int], None]) -> 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = job["folder"]
     apply_settings(job["settings"])
     device, parts = torch.device(job["device"]), Parts()
-    with cpp_compiler_made_ready(device.type == "cpu"):
-        if digest(environment(device)) != job["environment"]:
-            raise RuntimeError("what code depends on is not the same in both processes")
-        given = [_Given(graph_of(form), examples_of(examples)) for form, examples, _ in job["parts"]]
-        for each, (_, _, others) in zip(given, job["parts"], strict=True):
-            if others:
-                parts.note(each, job["random"], others)
+    if device.type == "cpu":
+        make_cpp_compiler_ready()
+    if digest(environment(device)) != job["environment"]:
+        raise RuntimeError("what code depends on is not the same in both processes")
+    given = [_Given(graph_of(form), examples_of(examples)) for form, examples, _ in job["parts"]]
+    for each, (_, _, others) in zip(given, job["parts"], strict=True):
+        if others:
+            parts.note(each, job["random"], others)
     before = graphs_from_disk()
     compiled = compile_parts(given, job["random"], parts, job["all_sizes"], on_part=on_part)
     assert len(compiled) == len(given)  # code is there as long as something holds it

@@ -16,7 +16,7 @@ from examples.dit import sinusoidal
 from moeca_compile import report, reset
 from moeca_compile.reporting.found import record_of
 from moeca_compile.runtime.engine import Engine
-from tests.harness import own_warnings
+from tests.harness import own_warnings, replace_inductor
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -344,16 +344,13 @@ def test_a_timestep_for_each_token_gets_a_message_that_fits(columns):
         assert len(texts) == 1 and f"only t (2, {columns}), with a number for each token" in texts[0]
 
 
-def test_a_mode_has_no_effect_and_is_spoken_of_once():
+def test_a_mode_has_no_effect_and_is_spoken_of_once(monkeypatch):
+    replace_inductor(monkeypatch)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval().requires_grad_(False)
-    torch._dynamo.lookup_backend, lookup = lambda name: lambda gm, inputs: gm.forward, torch._dynamo.lookup_backend
-    try:
-        fast = torch.compile(model, backend="moeca", mode="reduce-overhead")
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            for batch in (2, 3):
-                fast(torch.randn(batch, 4))
-    finally:
-        torch._dynamo.lookup_backend = lookup
+    fast = torch.compile(model, backend="moeca", mode="reduce-overhead")
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for batch in (2, 3):
+            fast(torch.randn(batch, 4))
     texts = [str(each.message) for each in caught if "mode=" in str(each.message)]
     assert len(texts) == 1 and "mode='reduce-overhead' has no effect" in texts[0]
