@@ -84,10 +84,14 @@ def test_the_default_recipe_corrects_where_the_scheduler_draws_no_noise(enabled)
 
 
 def test_solvers_that_call_twice_a_step_go_back_in_time_or_repeat_a_timestep_need_no_marks(enabled):
+    ancestral = diffusers.KDPM2AncestralDiscreteScheduler()
+    ancestral.set_timesteps(STEPS)
+    *_, last, end = ancestral.timesteps.tolist()
     solvers = {
         diffusers.HeunDiscreteScheduler(): (4, 5),
         diffusers.KDPM2DiscreteScheduler(): (3, 6),
-        diffusers.KDPM2AncestralDiscreteScheduler(): (3, 6),
+        # It rounds the last time but one to 0 on some processors. Calls at one time are two streams of a step.
+        ancestral: (4, 5) if last == end else (3, 6),
         diffusers.PNDMScheduler(skip_prk_steps=True): (3, 3),
     }
     pipe = pixart()
