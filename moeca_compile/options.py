@@ -316,7 +316,8 @@ class Options:
         SCHEDULE,
         """What the sampler is. With a "deterministic" one the corrector is on; of the change that a forecast foresees
         with a "stochastic" one half is believed. None: what generation(model, deterministic=...) says, and in an
-        enabled pipeline of diffusers, whether it draws noise between its steps. Where nothing says, neither.""",
+        enabled pipeline of diffusers, whether it draws noise between its steps. Where nothing says, one without noise
+        is seen from the first pictures of each generation.""",
     )
     attention_every: int | None = setting(
         None, optional(whole(1)), SCHEDULE, "Refresh all attention at this interval instead of full_every."

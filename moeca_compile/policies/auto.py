@@ -3,7 +3,7 @@
 The change over the whole stack is extrapolated: that has the smallest cache and the fastest cache steps, and no finer
 cache is nearer to the uncached pictures. Where blocks lie outside of it, since the tokens change on the way, the
 output of every attention and feed-forward is. The sampler decides about the rest (runtime.loop): a deterministic one
-gets the corrector, of the slope of a stochastic one half is believed.
+gets the corrector, of the slope of a stochastic one half is believed. The former is seen where it is not told.
 """
 
 from __future__ import annotations

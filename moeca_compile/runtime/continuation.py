@@ -76,7 +76,7 @@ class Trajectory:
         self.pending = None
         if not answers_at_once(given.device) and self._comparable(given) and not recording(given.device):
             self.pending = LateCopy(_products(*self._pair(given)))
-        self.last, self.elements = _rows(given).clone(), given.numel() // given.shape[0]
+        self.last, self.elements = compared_elements(given).clone(), given.numel() // given.shape[0]
         if moved:
             faster = len(self.fastest) == len(moved)
             self.fastest = [max(pair) for pair in zip(self.fastest, moved, strict=True)] if faster else moved
@@ -93,7 +93,7 @@ class Trajectory:
 
     def _pair(self, given: Tensor) -> tuple[Tensor, Tensor]:
         """An input and the last one, with as many samples."""
-        now, before = _rows(given), self.last
+        now, before = compared_elements(given), self.last
         assert before is not None
         samples = min(now.shape[0], before.shape[0])
         return (now, before) if now.shape == before.shape else (now[:samples], before[:samples])
@@ -111,7 +111,7 @@ class Trajectory:
         return (Answer.GOES_ON if goes_on else Answer.OTHER), moves
 
 
-def _rows(given: Tensor) -> Tensor:
+def compared_elements(given: Tensor) -> Tensor:
     """(samples, at most _COMPARED elements) float32, evenly spread over each sample."""
     rows = given.detach().reshape(given.shape[0], -1)
     return rows[:, :: -(-rows.shape[1] // _COMPARED)].float() if rows.shape[1] else rows.float()

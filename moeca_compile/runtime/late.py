@@ -21,11 +21,15 @@ class LateCopy:
     def known(self) -> bool:
         return self.event is None or bool(self.event.query())
 
-    def number(self) -> float:
-        """The only element. Waits for the device."""
+    def values(self) -> Tensor:
+        """All of it. Waits for the device."""
         if self.event is not None:
             self.event.synchronize()
-        return float(self.copy)
+        return self.copy
+
+    def number(self) -> float:
+        """The only element. Waits for the device."""
+        return float(self.values())
 
 
 def answers_at_once(device: torch.device) -> bool:

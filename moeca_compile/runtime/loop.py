@@ -144,6 +144,8 @@ class StepLoop:
                 _log.debug("%s step at time %g", kind.name, position.time)
             use = self.use_of_error(refresh, position, stream) if self.may_predict else NO_USE
             outputs = self._run(kind, stream, inputs, given, use, position)
+            if self.may_predict and self.compiled.picture is not None and not self.ranks.joined:
+                self.streams.see_sampler(position, inputs[self.compiled.picture], outputs)
             if stream.criterion is not None:
                 self.measure(stream.criterion, refresh, position, stream, given)
             stream.note_refreshed(refresh, position.number, position.time)

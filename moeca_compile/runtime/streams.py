@@ -19,6 +19,7 @@ from moeca_compile.policies.forecast import LINEAR, Rule, rule_of, slot_weights
 from moeca_compile.runtime.error_control import ErrorControl
 from moeca_compile.runtime.requests import Requests
 from moeca_compile.runtime.schedule import EVERYTHING, RefreshPlan, Schedule
+from moeca_compile.runtime.seen_sampler import SeenSampler
 from moeca_compile.runtime.tracks import Position, Track
 from moeca_compile.text import binary_bytes
 
@@ -208,6 +209,13 @@ class Streams:
             return None
         told = self.config.sampler
         return position.request.deterministic if told is None else told == "deterministic"
+
+    def see_sampler(self, position: Position, picture: Any, outputs: Sequence[Any]) -> None:
+        """Note what the model made of a picture, where nobody has told what the sampler is."""
+        if self.follows_sampler and self.config.sampler is None:
+            with self.requests.lock:
+                position.request.sampler = position.request.sampler or SeenSampler()
+                position.request.sampler.note(position.number, picture, outputs)
 
     def refresh_plan(self, position: Position, stream: Stream) -> RefreshPlan:
         """Which parts the call computes anew."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from moeca_compile.runtime.arguments import Marks
 from moeca_compile.runtime.continuation import Trajectory
 from moeca_compile.runtime.scope import Generation
+from moeca_compile.runtime.seen_sampler import SeenSampler
 from moeca_compile.runtime.timesteps import Timestep
 
 _FAR = 10.0
@@ -88,12 +89,16 @@ class Request:
     """Number of the current step, from 0; -1 before the first call."""
     calls: deque[int] = field(default_factory=lambda: deque(maxlen=3))
     """Calls at this step so far, and those at the two steps before, the latest last."""
+    sampler: SeenSampler | None = None
+    """What is seen of its sampler; None where nobody looks."""
 
     @property
     def deterministic(self) -> bool | None:
-        """Whether its sampler is, as far as its handle says."""
+        """Whether its sampler is, as far as its handle says, or its first pictures."""
         handle = self.handle() if self.handle is not None else None
-        return handle.deterministic if handle is not None else None
+        told = handle.deterministic if handle is not None else None
+        seen = self.sampler.deterministic if self.sampler is not None else None
+        return seen if told is None else told
 
     def moved(self, time: Timestep | None) -> float | None:
         """By how much `time` is further on: 0 at the same time, None where it lies back or far ahead.
