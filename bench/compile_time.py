@@ -1,6 +1,7 @@
 """How long a model takes until it is compiled: plain torch.compile and moeca, cold, warm, and at another batch size.
 
 python -m bench.compile_time                                # DSMoE-S-E16, three times; see --help for other models
+python -m bench.compile_time --model DiT-MoE-S --one-size   # without the other batch sizes
 python -m bench.compile_time --plot                         # docs/images/compile-time.png from the rows at hand
 
 Each start is a process of its own, which imports torch and builds the model before the clock starts. A cold one has
@@ -61,7 +62,7 @@ def _clock() -> tuple[float, float]:
     return time.perf_counter(), sum(os.times()[:4])
 
 
-def start(name: str, way: str, batch: int) -> dict[str, float]:
+def start(name: str, way: str, batch: int, one_size: bool = False) -> dict[str, float]:
     """In a process of its own: seconds until each kind of step has run once, less those of a step that is ready."""
     import moeca_compile
 
@@ -86,8 +87,8 @@ def start(name: str, way: str, batch: int) -> dict[str, float]:
             found["ours"] = sum(stages.get(stage, 0.0) for stage in OURS)
         if options is not None and _take_another_kind(model):
             timed("more", 1, batch, _UNTIL_CACHED)
-        timed("another", _UNTIL_CACHED, batch + 1, _UNTIL_CACHED + 1)
-        timed("third", _UNTIL_CACHED, batch + 2, 2 * _UNTIL_CACHED + 1)
+        for number, step in enumerate(() if one_size else ("another", "third"), start=1):
+            timed(step, _UNTIL_CACHED, batch + number, number * _UNTIL_CACHED + 1)
     return found
 
 
@@ -104,10 +105,11 @@ def _take_another_kind(model: nn.Module) -> bool:
     return False
 
 
-def in_a_process(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
+def in_a_process(name: str, way: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The same, with this folder for all caches."""
-    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "bench.compile_time", "--start", way, "--model", name, "--batch", str(batch)]
+    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": str(args.threads)}
+    given = ["--start", way, "--model", name, "--batch", str(args.batch), *["--one-size"] * args.one_size]
+    command = [sys.executable, "-m", "bench.compile_time", *given]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -122,7 +124,7 @@ def measure(name: str, ways: Sequence[str], args: argparse.Namespace, console: C
         for way in ways:
             with tempfile.TemporaryDirectory() as folder:
                 for state in ("cold", "warm"):
-                    found = in_a_process(name, way, args.batch, args.threads, Path(folder))
+                    found = in_a_process(name, way, args, Path(folder))
                     runs.setdefault((way, state), []).append(found)
                     shown = ", ".join(f"{step} {value:.1f}" for step, value in found.items())
                     console.print(f"  {way}, {state}: {shown}")
@@ -171,6 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", action="append", choices=[*families.PUBLISHED, "tiny"], help="(DSMoE-S-E16)")
     parser.add_argument("--way", action="append", choices=list(WAYS), help="several times (all)")
     parser.add_argument("--batch", type=whole_number(1), default=4, help="samples (4)")
+    parser.add_argument("--one-size", action="store_true", help="leave out the other batch sizes")
     parser.add_argument("--repeats", type=whole_number(1), default=3, help="starts of each kind (3)")
     parser.add_argument("--threads", type=whole_number(1), default=2, help="threads of torch (2)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help=f"({RESULTS})")
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     args, console = parse_arguments(argv), Console(highlight=False)
     models = args.model or ["DSMoE-S-E16"]
     if args.start:
-        print(json.dumps(start(models[0], args.start, args.batch)))
+        print(json.dumps(start(models[0], args.start, args.batch, args.one_size)))
     elif args.plot:
         plot(args.out, args.picture)
     else:

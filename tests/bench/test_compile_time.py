@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.bench
 def test_starts_become_rows_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folders: list[Path] = []
 
-    def started(name: str, way: str, batch: int, threads: int, folder: Path) -> dict[str, float]:
+    def started(name: str, way: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
         folders.append(folder)
         spent = 1.0 + len(folders)
         steps = {f"{step}{unit}": spent for step in compile_time.STEPS for unit in ("", "_cpu")}
@@ -39,5 +40,9 @@ def test_starts_become_rows_and_a_picture(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_start_of_a_tiny_model(tmp_path: Path):
-    found = compile_time.in_a_process("tiny", "moeca", 2, 1, tmp_path)
+    args = compile_time.parse_arguments(["--batch", "2", "--threads", "1"])
+    found = compile_time.in_a_process("tiny", "moeca", args, tmp_path)
     assert all(found[step] > 0 for step in (*compile_time.STEPS, "ours", "full_cpu"))
+    args.one_size = True
+    found = compile_time.in_a_process("tiny", "moeca", args, tmp_path)
+    assert found["cache"] > 0 and "another" not in found
