@@ -103,7 +103,7 @@ class Meaning(Shapes):
         shared: tuple[Any, ...],
     ) -> Tensor:
         """(T, Do) in at least float32: each expert's outputs on its tokens, by its weights, added up."""
-        first = _Bank(body, items, shared) if _is_bank(items) else _Expert(body, [item[0] for item in items], shared)
+        first = _first(body, items, shared)
         require_row_wise(first, rows, first.tensors, self.tolerance)
         out = torch.zeros(0)
         for number in range(counted(items[0])):
@@ -123,8 +123,29 @@ class Meaning(Shapes):
         return shaped((self.scale * out).to(self.dtype), like, rows)
 
 
-def _is_bank(items: tuple[Any, ...]) -> bool:
-    return isinstance(expert_of(items[0], 0), ExpertOf)
+class RoutingAlone(Meaning):
+    """The same for what is routed alone: no expert runs on more than a row, and sums are zeros."""
+
+    def summed(
+        self,
+        rows: list[Tensor],
+        weight: torch.dtype,
+        of_expert: Callable[[int], tuple[Tensor, Tensor]],
+        body: Body,
+        items: tuple[Any, ...],
+        shared: tuple[Any, ...],
+    ) -> Tensor:
+        branch = _first(body, items, shared)(*(each[:1] for each in rows))
+        self.branch, self.product = branch.dtype, torch.promote_types(branch.dtype, weight)
+        wide = torch.promote_types(self.product, torch.float32)
+        return branch.new_zeros(len(rows[0]), branch.shape[-1], dtype=wide)
+
+
+def _first(body: Body, items: tuple[Any, ...], shared: tuple[Any, ...]) -> _Bank | _Expert:
+    """What runs the experts, called as the first of them."""
+    if isinstance(expert_of(items[0], 0), ExpertOf):
+        return _Bank(body, items, shared)
+    return _Expert(body, [item[0] for item in items], shared)
 
 
 class _Bank:

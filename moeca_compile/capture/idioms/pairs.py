@@ -19,7 +19,7 @@ from moeca_compile.capture.idioms.base import Facts, Trusted
 from moeca_compile.capture.idioms.choices import MisreadError
 from moeca_compile.capture.idioms.inline import DTYPES_OF, SEEN, TRIAL_SEED, Inline
 from moeca_compile.capture.idioms.marking import Markers
-from moeca_compile.capture.idioms.meaning import Meaning
+from moeca_compile.capture.idioms.meaning import Meaning, RoutingAlone
 from moeca_compile.capture.idioms.routing import NO_READING, Reading, readings
 from moeca_compile.capture.idioms.trials import cloned, equal, finite, kind, leaves, without_side_effects
 from moeca_compile.capture.numerics import UntrustedError, autocast, tolerance_for, with_random_parameters
@@ -148,7 +148,7 @@ class Pairs(Inline):
         args, kwargs = trial
         seen = []
         for scale in (None, *_OTHER_SCALES):
-            meaning = Meaning("product", 1.0, tolerance, reading)
+            meaning = RoutingAlone("product", 1.0, tolerance, reading)
             given = [_other_half(each, scale) for each in args]
             named = {name: _other_half(each, scale) for name, each in kwargs.items()}
             self.method.function(meaning, module, *cloned(given), **named)
