@@ -1,9 +1,10 @@
 """Whether the input of a call goes on from that of the step before: the check by content.
 
 A sampler changes its picture by a little from step to step, and another picture is far from it, whatever the calls'
-order, threads and times say. Independent noise has a correlation near 0. Successive inputs of a sampler have one
-above 0.85, with four steps a picture too, and less only where a sampler adds much fresh noise at each of few steps:
-such steps are full.
+order, threads and times say. Successive inputs of a sampler have a correlation above 0.85, with four steps a picture
+too. Where it adds fresh noise they have less, at the first of ten DDPM steps 0.4. But then they are mostly noise,
+which has a correlation near 0 with any other picture. What they show beside it may be in another picture too. How
+much that is, neighboring elements tell, which have no correlation in noise.
 
 On an accelerator the host would have to wait for the answer. It is copied from the device meanwhile, and known a step
 later: then the caches are given up, and a warning says which call read another picture's.
@@ -16,14 +17,19 @@ from collections.abc import Sequence
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.runtime.late import LateCopy, answers_at_once, recording
 
 _LEAST = 0.7
-"""The least correlation of two successive inputs, sample by sample."""
+"""The least correlation of two successive inputs, sample by sample, unless less shows that they are related."""
 _SPREAD = 2.5
 """Of n elements it varies by 1 / sqrt(n) where a sampler adds fresh noise: so many times that may be missing."""
+_CHANCE = 5.0
+"""That of independent noise varies by 1 / sqrt(n), and is hardly ever so many times as much."""
+_COMMON = 1.25
+"""What a picture shows has this much more in common with another one, at most, than with itself one element aside."""
 _COMPARED = 1024
 """So many elements of a sample are compared. The correlation of independent noise is then 0.03."""
 _WITHIN = 0.25
@@ -52,7 +58,7 @@ class Trajectory:
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
-        """(samples, compared elements) float32."""
+        """(samples, 3, compared elements) float32: the elements, and two neighbors of each."""
         self.elements = 0
         """How many elements a sample has."""
         self.fastest: Moves = ()
@@ -67,7 +73,8 @@ class Trajectory:
         if given is None or not answers_at_once(given.device) or not self._comparable(given):
             return Answer.UNKNOWN, ()
         now, before = self._pair(given)
-        return (Answer.UNMOVED, ()) if torch.equal(now, before) else self._judged(_products(now, before))
+        unmoved = torch.equal(now, before[:, 0])
+        return (Answer.UNMOVED, ()) if unmoved else self._judged(_products(now, before))
 
     def note(self, given: Tensor | None, moved: Moves) -> None:
         """Take `given` as the last input, whose samples moved that far."""
@@ -76,7 +83,7 @@ class Trajectory:
         self.pending = None
         if not answers_at_once(given.device) and self._comparable(given) and not recording(given.device):
             self.pending = LateCopy(_products(*self._pair(given)))
-        self.last, self.elements = compared_elements(given).clone(), given.numel() // given.shape[0]
+        self.last, self.elements = _with_neighbors(given), given.numel() // given.shape[0]
         if moved:
             faster = len(self.fastest) == len(moved)
             self.fastest = [max(pair) for pair in zip(self.fastest, moved, strict=True)] if faster else moved
@@ -92,32 +99,50 @@ class Trajectory:
         return given.numel() == given.shape[0] * self.elements > 0
 
     def _pair(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """An input and the last one, with as many samples."""
+        """An input (samples, compared elements) and the last one, with as many samples."""
         now, before = compared_elements(given), self.last
         assert before is not None
         samples = min(now.shape[0], before.shape[0])
-        return (now, before) if now.shape == before.shape else (now[:samples], before[:samples])
+        return (now, before) if len(now) == len(before) else (now[:samples], before[:samples])
 
     def _judged(self, products: Tensor) -> tuple[Answer, Moves]:
         assert self.last is not None
-        least = _LEAST - _SPREAD * self.last.shape[1] ** -0.5
+        chance = self.last.shape[-1] ** -0.5
         goes_on, moves = True, []
         limits = self.fastest if len(self.fastest) == len(products) else [math.inf] * len(products)
-        for ((now, both), (_, before)), fastest in zip(products.tolist(), limits, strict=True):
-            moved = math.sqrt(max(0.0, now - 2 * both + before) / before) if before > 0 else math.inf * now
+        for ((now, both, *_), (_, before, *beside), *_), fastest in zip(products.tolist(), limits, strict=True):
+            moved = math.sqrt(max(0.0, now - 2 * both + before) / before) if before > 0 else math.inf if now else 0.0
+            another = _CHANCE * chance + _COMMON * max(map(abs, beside)) / before if before > 0 else math.inf
+            least = min(_LEAST - _SPREAD * chance, another)
             alike = both >= least * math.sqrt(now * before)  # and so no NaN
-            goes_on &= alike and moved <= max(_WITHIN, _FASTER * fastest)
+            goes_on &= alike and moved < max(_WITHIN, _FASTER * fastest)
             moves.append(moved)
         return (Answer.GOES_ON if goes_on else Answer.OTHER), moves
 
 
-def compared_elements(given: Tensor) -> Tensor:
-    """(samples, at most _COMPARED elements) float32, evenly spread over each sample."""
+def compared_elements(given: Tensor, aside: int = 0) -> Tensor:
+    """(samples, at most _COMPARED) elements evenly spread over each sample, or those that lie so much aside of them.
+
+    Beyond the end there are zeros.
+    """
     rows = given.detach().reshape(given.shape[0], -1)
-    return rows[:, :: -(-rows.shape[1] // _COMPARED)].float() if rows.shape[1] else rows.float()
+    every = max(1, -(-rows.shape[1] // _COMPARED))
+    found = rows[:, aside::every]
+    missing = -(-rows.shape[1] // every) - found.shape[1]
+    return (F.pad(found, (0, missing)) if missing else found).float()
+
+
+def _with_neighbors(given: Tensor) -> Tensor:
+    """(samples, 3, compared elements) float32: elements, and two neighbors of each.
+
+    These are the next one, and the one in the next row or token: wherever channels are, one of them is beside it.
+    """
+    width = given.shape[-1]
+    beside = width if 2 * width * len(given) <= given.numel() else 1
+    return torch.stack([compared_elements(given, aside) for aside in (0, 1, beside)], 1)
 
 
 def _products(now: Tensor, before: Tensor) -> Tensor:
-    """(samples, 2, 2) the products of each sample's two inputs with one another."""
-    pair = torch.stack((now, before), 1)
-    return pair @ pair.mT
+    """(samples, 4, 4) products with one another: of a sample's input, the one before, and the neighbors in that."""
+    rows = torch.cat((now[:, None], before), 1)
+    return rows @ rows.mT

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moeca_compile.runtime import scope
@@ -29,6 +29,8 @@ _MOST_MARKED = 256
 """So many requests with a handle are kept: their ends are known, if users close or drop their handles."""
 _REMEMBERED = 4
 """So many requests that gave up their caches for a later one are remembered, to notice if they go on."""
+_AS_FAR = 1.1
+"""A picture that moves by this much more than the least is as near: of equal ones, the order of calls tells."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class _Fit:
     @property
     def rank(self) -> tuple[bool, bool, bool, int]:
         return self.answer is Answer.GOES_ON, self.track is not None, self.here, self.same
+
+    @property
+    def far(self) -> float:
+        """How far its picture moves, as far as that is known."""
+        return max(self.moved, default=0.0)
 
 
 class Requests:
@@ -152,7 +159,9 @@ class Requests:
 
     def _best(self, requests: Iterable[Request], call: Call) -> tuple[Request, _Fit] | None:
         fits = [(request, fit) for request in requests if (fit := self._fit(request, call)) is not None]
-        return max(fits, key=lambda found: found[1].rank, default=None)
+        most = max((fit.rank for _, fit in fits), default=None)
+        best = [(request, fit) for request, fit in fits if fit.rank == most]
+        return best[_nearest([fit for _, fit in best])] if best else None
 
     def _new(self, call: Call) -> tuple[Request, _Fit]:
         """A new request. It takes the place of this thread's last one."""
@@ -215,7 +224,8 @@ class Requests:
             fits = [fit for fit in fits if fit.answer is not Answer.OTHER and (fit.here or fit.sure)]
         if fits:
             most = max(_likeness(fit) for fit in fits)
-            return next(fit for fit in fits if _likeness(fit) == most)
+            likeliest = [fit for fit in fits if _likeness(fit) == most]
+            return likeliest[_nearest(likeliest)]
         if free and step and not marked:
             return None
         return self._beginning(request, call, step, [other for _, _, other in told])
@@ -297,3 +307,9 @@ def _likeness(fit: _Fit) -> tuple[bool, int, bool, int]:
     """Of the tracks that a call may belong to, the likeliest: at a new step, one that was called at the last."""
     assert fit.track is not None
     return fit.answer is Answer.GOES_ON, fit.same, fit.here, fit.track.number if fit.step else 0
+
+
+def _nearest(fits: Sequence[_Fit]) -> int:
+    """Which picture moves the least. At the end pictures may have so much in common that another one goes on too."""
+    least = min(fit.far for fit in fits)
+    return next(i for i, fit in enumerate(fits) if fit.far <= _AS_FAR * least)
