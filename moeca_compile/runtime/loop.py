@@ -239,9 +239,11 @@ class StepLoop:
 
     def use_of_error(self, refresh: RefreshPlan, position: Position, stream: Stream) -> UseOfError:
         """What the error that a cache step would have made is for, where this step is full."""
-        if refresh != EVERYTHING or stream.empty:
+        if refresh != EVERYTHING or stream.empty or (self.ranks.joined and not stream.alike):
             return NO_USE
         config, deterministic, control = self.compiled.config, self.streams.deterministic(position), stream.criterion
+        if self.streams.follows_sampler and config.sampler is None:
+            deterministic = self.ranks.all_say(deterministic)
         measures = isinstance(control, ErrorControl) and control.measures and deterministic is not False
         correction = 0.0
         if config.corrector or deterministic:

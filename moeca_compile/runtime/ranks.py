@@ -9,7 +9,8 @@ must run the same kind of step at the same call, whatever their data say:
   options and the time. Where these differ (a region failed its validation on one rank, say), all steps are full.
 - The capacity of a stream is the most that any rank needs, and does not grow.
 - The numbers by which a recipe decides (TeaCache, say) are means over the ranks. Under error control the largest
-  error of all ranks counts.
+  error of all ranks counts. Where the sampler is stochastic on one rank, or nothing says what it is, so it is on all:
+  a full step's error is found on all ranks or on none.
 - Nothing is validated again later, and an error is raised: the model itself would not run in step with the others.
 """
 
@@ -58,6 +59,13 @@ class Ranks:
         """Whether all ranks call this with the same."""
         digest = int.from_bytes(hashlib.sha256(repr(form).encode()).digest()[:8], "big", signed=True)
         return len(self.groups) == 1 and len({*self._of_all(torch.tensor([digest])).tolist()}) == 1
+
+    def all_say(self, said: bool | None) -> bool | None:
+        """What all ranks say: False where one says so, True where all do, and else None."""
+        if not self.joined:
+            return said
+        doubts = (True, None, False)
+        return doubts[int(self.most(doubts.index(said)))]
 
     def most(self, number: float) -> float:
         """The largest of all ranks' numbers."""

@@ -128,6 +128,32 @@ def decided_by_the_data() -> Found:
     return sampled(model, path_of(WHOLE, False))
 
 
+def controlled_by_the_error() -> Found:
+    """The full steps of the ranks together, and those that each would have by itself: their errors differ."""
+    together, alone = (full_steps_of(model, max_error=0.15) for model in (divided(WHOLE, CountedLayer), WHOLE))
+    return {"together": together, "alone": alone}
+
+
+def told_otherwise() -> Found:
+    """On rank 0 the sampler is said to be stochastic, on the others to be deterministic."""
+    return {"full": full_steps_of(divided(WHOLE, CountedLayer), told=dist.get_rank() > 0, max_error=1e-4)}
+
+
+def full_steps_of(model: Any, max_error: float, told: bool | None = None) -> list[int]:
+    """Those of a generation of 16 steps, which go farther on the other ranks than on the first."""
+    torch._dynamo.reset()
+    own = {"recipe": "auto", "full_every": 3, "max_error": max_error, "lowering": "eager", "disk_cache": False}
+    fast = torch.compile(model, backend="moeca", options=own)
+    handle, (x, t, y), counts = moeca_compile.generation(fast, steps=16, deterministic=told), inputs(), [0]
+    with torch.no_grad():
+        for step in range(16):
+            with handle:
+                out = fast(x, t - 20 * step, y)
+            counts.append(moeca_compile.report(fast).steps["full"])
+            x = x - (0.02 + 0.2 * dist.get_rank()) * out
+    return [step for step in range(16) if counts[step + 1] > counts[step]]
+
+
 def uneven_data() -> Found:
     """On rank 0 alone the picture jumps at step 3, both passes of a step have equal labels, and thresholds decide."""
     model = compiled(divided(WHOLE, CountedLayer), budget=None)
@@ -183,7 +209,13 @@ def agreed() -> Found:
     """What the ranks make of numbers and forms that differ."""
     ranks = Ranks(("0",), torch.device("cpu"))
     number = float(dist.get_rank())
-    return {"most": ranks.most(number), "mean": ranks.mean(number), "alike": [ranks.alike(0), ranks.alike(number)]}
+    told = [(True, True), (True, None), (None, False), (False, True), (False, False)]
+    return {
+        "most": ranks.most(number),
+        "mean": ranks.mean(number),
+        "alike": [ranks.alike(0), ranks.alike(number)],
+        "all say": [ranks.all_say(each[dist.get_rank()]) for each in told],
+    }
 
 
 def cannot_be_compiled() -> Found:
@@ -208,6 +240,8 @@ CASES = {
         with_places_that_run_out,
         whole_layers_cached,
         decided_by_the_data,
+        controlled_by_the_error,
+        told_otherwise,
         uneven_data,
         one_fails_validation,
         one_has_no_numbers,

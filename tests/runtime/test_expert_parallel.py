@@ -18,6 +18,8 @@ from tests.runtime.exchange_worker import CASES, SMALL
 
 FULL, CACHE = (0, 3), (1, 2, 4)
 """The numbers of full steps and of cache steps, where every third step is full."""
+PLANNED = [0, 3, 6, 9, 12, 14]
+"""The full steps of `auto` where a third of 16 are full."""
 ROWS = 2 * SMALL.tokens
 """Tokens of a rank."""
 ROW = 4 * SMALL.width
@@ -115,6 +117,18 @@ def test_what_the_data_decide_is_decided_for_all(two):
     assert one == other and set(one) == {"full", "cache"}
 
 
+def test_the_largest_error_decides_for_all_ranks(two):
+    one, other = (rank["controlled_by_the_error"] for rank in two)
+    assert one["together"] == other["together"] == one["alone"]
+    assert one["alone"] != other["alone"], "each would decide by its own error"
+    assert one["together"] not in (PLANNED, other["alone"])
+
+
+def test_ranks_that_are_told_of_other_samplers_find_errors_on_all_or_on_none(two):
+    """Here on none, so the full steps are the planned ones."""
+    assert [rank["told_otherwise"]["full"] for rank in two] == [PLANNED, PLANNED]
+
+
 def test_data_that_differ_let_no_rank_wait_for_another(two):
     one, other = (rank["uneven_data"]["steps"] for rank in two)
     assert one == other and sum(steps for kind, steps in one.items() if kind != "full") >= 8
@@ -132,7 +146,10 @@ def test_an_error_in_a_step_is_raised(two):
 
 
 def test_numbers_and_forms_are_compared_among_ranks(two):
-    assert [rank["agreed"] for rank in two] == [{"most": 1.0, "mean": 0.5, "alike": [True, False]}] * 2
+    told = [True, None, False, False, False]
+    assert [rank["agreed"] for rank in two] == [
+        {"most": 1.0, "mean": 0.5, "alike": [True, False], "all say": told}
+    ] * 2
 
 
 def test_a_model_that_cannot_be_rewritten_runs_with_its_exchange(two):
