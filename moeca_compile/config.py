@@ -35,6 +35,7 @@ class MoecaConfig(Options):
 
     def __post_init__(self) -> None:
         known = self._from_file(self.tuned)
+        beside = {name for name in known if getattr(self, name) is not UNSET}
         self._set("recipe", one_of(*RECIPES), known.get("recipe", "auto") if self.recipe is UNSET else self.recipe)
         for field in self._settings():
             value = getattr(self, field.name)
@@ -42,6 +43,9 @@ class MoecaConfig(Options):
         self._set("forecast", self._forecastable, self.forecast)
         self._set("schedule", self._planned, self.schedule)
         for name, reason in {**ignored_by_all(self, self.policy), **self.policy.ignored(self)}.items():
+            if name in known.keys() - beside:  # what is given beside the file goes before
+                field = self._setting(name)
+                self._set(name, field.metadata["check"], self._default(field))
             self._reject(name, reason)
 
     @property
@@ -81,6 +85,10 @@ class MoecaConfig(Options):
     @classmethod
     def _settings(cls) -> list[dataclasses.Field[Any]]:
         return [field for field in dataclasses.fields(cls) if "check" in field.metadata]
+
+    @classmethod
+    def _setting(cls, name: str) -> dataclasses.Field[Any]:
+        return next(field for field in cls._settings() if field.name == name)
 
     def _from_file(self, tuned: Any) -> dict[str, Any]:
         """The options that a tuned file has; {} where there is no such file."""
@@ -122,7 +130,7 @@ class MoecaConfig(Options):
 
     def _reject(self, name: str, reason: str) -> None:
         """Raise ConfigError for an option that has no effect, unless it has its default value."""
-        field = next(field for field in self._settings() if field.name == name)
+        field = self._setting(name)
         if getattr(self, name) != field.metadata["check"](self._default(field)):
             raise ConfigError(name, getattr(self, name), reason)
 

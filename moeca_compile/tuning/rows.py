@@ -29,7 +29,8 @@ class Row:
     Attributes:
         name: recipe, schedule, number of full steps and what else differs, in words.
         options: of `torch.compile(model, backend="moeca", options=...)`, in plain values.
-        full_steps: how many of the steps of a generation are full.
+        full_steps: how many of the steps of a generation are full; planned to be, where the option `max_error` lets
+            each picture have its own number.
         seconds: median of a generation's wall-clock time.
         uncached_seconds: that of the uncached model (recipe "none", compiled), in turns with it.
         speedup: median of the ratios of these turns.

@@ -9,7 +9,9 @@ from statistics import median
 import pytest
 import torch
 
+from moeca_compile.reporting.collect import report
 from moeca_compile.runtime.record import _by_module
+from moeca_compile.tuning import measure as module
 from moeca_compile.tuning import reference as runs
 from moeca_compile.tuning.measure import Candidate, Measure
 from moeca_compile.tuning.reference import reference_runs
@@ -219,3 +221,23 @@ def test_what_caches_nothing_says_why(measured):
     measure.known = runs.Reference(outputs, 6, 6, None, None, 2.0)
     row = measure.row(Candidate("stack-forecast", "uniform", 2))
     assert "all its steps were full" in row.note
+
+
+def test_error_control_is_measured_and_runs_alike_with_the_options_of_the_row(monkeypatch):
+    """Each picture has its own full steps, and more than are planned where the error must be small."""
+    model, sample, found = small(), loop(16), []
+    known = reference_runs(model, sample, (*SEEDS, *HELD_BACK), SEEDS, None, CPU, lambda: None)
+    options = {**EAGER, "max_error": 1e-4}
+    measure = Measure(model, sample, known, SEEDS, HELD_BACK, options, None, {}, Store(None, {}), CPU, Said())
+    monkeypatch.setattr(module, "report", lambda compiled: found.append(report(compiled)) or found[-1])
+    row = measure.row(Candidate("stack-forecast", "tapered", 5))
+    measure.release()
+    runs = 2 + len(SEEDS)
+    assert row.options["max_error"] == 1e-4 and row.full_steps == 5
+    assert found[-1].steps["full"] > 6 * runs and not row.note
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="moeca", options=dict(row.options))
+    with torch.no_grad():
+        for seed in (SEEDS[0], *SEEDS, *HELD_BACK):
+            sample(fast, seed)
+    assert report(fast).steps == found[-1].steps

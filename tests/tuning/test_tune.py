@@ -196,6 +196,11 @@ WRONG = {
         ValueError,
     ),
     "recipe 'toca' ignores it": ({"psnr": 40.0, "recipes": ["toca"], "options": {"corrector": True}}, ConfigError),
+    "recipe 'delta' ignores it": ({"psnr": 40.0, "recipes": ["delta"], "options": {"max_error": 0.1}}, ConfigError),
+    "it is for deterministic samplers": (
+        {"psnr": 40.0, "recipes": ["auto"], "options": {"max_error": 0.1, "sampler": "stochastic"}},
+        ConfigError,
+    ),
     "name a file in a folder that exists": ({"psnr": 40.0, "resume": "nowhere/rows.json"}, ValueError),
 }
 

@@ -58,6 +58,17 @@ def test_what_says_where_full_steps_are_replaces_the_schedule_of_the_file(given,
     assert MoecaConfig(**dataclasses.asdict(config)) == config
 
 
+@pytest.mark.parametrize("given", [{"full_steps": [0, 2]}, {"sampler": "stochastic"}], ids=str)
+def test_error_control_of_a_file_gives_way_to_what_is_given_beside_it(given, tmp_path):
+    tuned = {"recipe": "auto", "schedule": {"steps": 8, "full_steps": [0, 3, 6, 7]}, "max_error": 0.1}
+    file = written(tmp_path / "tuned.json", small(), options=tuned)
+    assert MoecaConfig.from_options({"tuned": file}).max_error == 0.1
+    config = MoecaConfig.from_options({"tuned": file, **given})
+    assert config.max_error is None and MoecaConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(ConfigError, match=r"'max_error' = 0\.2"):
+        MoecaConfig.from_options({"tuned": file, "max_error": 0.2, **given})
+
+
 def test_full_steps_given_beside_the_file_are_those_that_run(file):
     assert run({"tuned": file, "full_every": 8})[0] == {"full": 1, "cache": 7}
 
