@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import Enum
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeca_compile.runtime.late import LateCopy, answers_at_once, recording
@@ -81,8 +81,12 @@ class Trajectory:
         if given is None:
             return
         self.pending = None
-        if not answers_at_once(given.device) and self._comparable(given) and not recording(given.device):
-            self.pending = LateCopy(_products(*self._pair(given)))
+        if not answers_at_once(given.device):
+            if recording(given.device):  # what is recorded is not there before it is replayed
+                self.last = None
+                return
+            if self._comparable(given):
+                self.pending = LateCopy(_products(*self._pair(given)))
         self.last, self.elements = _with_neighbors(given), given.numel() // given.shape[0]
         if moved:
             faster = len(self.fastest) == len(moved)
@@ -103,33 +107,27 @@ class Trajectory:
         now, before = compared_elements(given), self.last
         assert before is not None
         samples = min(now.shape[0], before.shape[0])
-        return (now, before) if len(now) == len(before) else (now[:samples], before[:samples])
+        return (now, before) if now.shape[0] == before.shape[0] else (now[:samples], before[:samples])
 
     def _judged(self, products: Tensor) -> tuple[Answer, Moves]:
         assert self.last is not None
         chance = self.last.shape[-1] ** -0.5
         goes_on, moves = True, []
-        limits = self.fastest if len(self.fastest) == len(products) else [math.inf] * len(products)
-        for ((now, both, *_), (_, before, *beside), *_), fastest in zip(products.tolist(), limits, strict=True):
+        limits = self.fastest if len(self.fastest) == products.shape[0] else [math.inf] * products.shape[0]
+        for ((now, both, *_), (_, before, beside, below), *_), fastest in zip(products.tolist(), limits, strict=True):
             moved = math.sqrt(max(0.0, now - 2 * both + before) / before) if before > 0 else math.inf if now else 0.0
-            another = _CHANCE * chance + _COMMON * max(map(abs, beside)) / before if before > 0 else math.inf
-            least = min(_LEAST - _SPREAD * chance, another)
+            common = max(beside, -beside, below, -below) / before if before > 0 else math.inf
+            least = min(_LEAST - _SPREAD * chance, _CHANCE * chance + _COMMON * common)
             alike = both >= least * math.sqrt(now * before)  # and so no NaN
             goes_on &= alike and moved < max(_WITHIN, _FASTER * fastest)
             moves.append(moved)
         return (Answer.GOES_ON if goes_on else Answer.OTHER), moves
 
 
-def compared_elements(given: Tensor, aside: int = 0) -> Tensor:
-    """(samples, at most _COMPARED) elements evenly spread over each sample, or those that lie so much aside of them.
-
-    Beyond the end there are zeros.
-    """
+def compared_elements(given: Tensor) -> Tensor:
+    """(samples, at most _COMPARED elements) float32, evenly spread over each sample."""
     rows = given.detach().reshape(given.shape[0], -1)
-    every = max(1, -(-rows.shape[1] // _COMPARED))
-    found = rows[:, aside::every]
-    missing = -(-rows.shape[1] // every) - found.shape[1]
-    return (F.pad(found, (0, missing)) if missing else found).float()
+    return rows[:, :: -(-rows.shape[1] // _COMPARED)].float() if rows.shape[1] else rows.float()
 
 
 def _with_neighbors(given: Tensor) -> Tensor:
@@ -137,9 +135,17 @@ def _with_neighbors(given: Tensor) -> Tensor:
 
     These are the next one, and the one in the next row or token: wherever channels are, one of them is beside it.
     """
-    width = given.shape[-1]
-    beside = width if 2 * width * len(given) <= given.numel() else 1
-    return torch.stack([compared_elements(given, aside) for aside in (0, 1, beside)], 1)
+    rows = given.detach().reshape(given.shape[0], -1)
+    places = _places(rows.shape[1], given.shape[-1], given.device)
+    return rows.index_select(1, places).view(rows.shape[0], 3, -1).float()
+
+
+@cache
+def _places(elements: int, width: int, device: torch.device) -> Tensor:
+    """Where these are in a sample of so many elements, in rows of `width`: (3 compared elements) int64."""
+    compared = torch.arange(0, elements, max(1, -(-elements // _COMPARED)), device=device)
+    beside = width if 2 * width <= elements else 1
+    return torch.cat([compared, compared + 1, compared + beside]).clamp(max=max(0, elements - 1))
 
 
 def _products(now: Tensor, before: Tensor) -> Tensor:

@@ -159,9 +159,11 @@ class Requests:
 
     def _best(self, requests: Iterable[Request], call: Call) -> tuple[Request, _Fit] | None:
         fits = [(request, fit) for request in requests if (fit := self._fit(request, call)) is not None]
-        most = max((fit.rank for _, fit in fits), default=None)
-        best = [(request, fit) for request, fit in fits if fit.rank == most]
-        return best[_nearest([fit for _, fit in best])] if best else None
+        if not fits:
+            return None
+        most = max(fit.rank for _, fit in fits)
+        best = [found for found in fits if found[1].rank == most]
+        return best[_nearest([fit for _, fit in best])]
 
     def _new(self, call: Call) -> tuple[Request, _Fit]:
         """A new request. It takes the place of this thread's last one."""
@@ -311,5 +313,7 @@ def _likeness(fit: _Fit) -> tuple[bool, int, bool, int]:
 
 def _nearest(fits: Sequence[_Fit]) -> int:
     """Which picture moves the least. At the end pictures may have so much in common that another one goes on too."""
+    if len(fits) == 1:
+        return 0
     least = min(fit.far for fit in fits)
     return next(i for i, fit in enumerate(fits) if fit.far <= _AS_FAR * least)
