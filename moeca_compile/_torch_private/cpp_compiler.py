@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from ctypes import CDLL
 from typing import Any
 
@@ -45,8 +45,8 @@ def compile_cpp(source: str) -> CDLL:
 def make_cpp_compiler_ready(then: Callable[[], object] | None = None) -> None:
     """Make the compiler ready in a thread, once a process, and then call `then` in a thread, once as well.
 
-    Whoever asks Inductor what the machine can do meanwhile waits for the answer. What is imported for it is imported
-    here: two threads that import modules that need each other may each get half of them.
+    Whoever asks Inductor what the machine can do meanwhile waits for the answer. Inductor is imported here and not in
+    the thread: two threads that import modules that need each other may each get half of them.
     """
     if _BINDINGS.value is None or _VECTORS.value is None:
         return
@@ -74,6 +74,22 @@ _threads: list[threading.Thread] = []
 """The thread that makes the compiler ready, once there was one, and the one that calls `then`."""
 
 
+class _Asking:
+    """The lock under which one thread asks for the machine's vectors."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def begin_anew(self) -> None:
+        """In a forked process: the thread that may have held the lock, or compiled, is not there."""
+        self.lock = threading.RLock()
+        _threads.clear()
+
+
+_asking = _Asking()
+os.register_at_fork(after_in_child=_asking.begin_anew)
+
+
 def _run(task: Callable[[], object], before: threading.Thread | None) -> None:
     if before is not None:
         before.join()
@@ -97,13 +113,12 @@ def _have_vectors_asked_for_once() -> None:
     module: Any = sys.modules[_VECTORS.value.__module__]
     if module.valid_vec_isa_list is not _VECTORS.value:  # is replaced already
         return
-    lock = threading.RLock()
 
     @functools.cache
     def valid_vec_isa_list() -> Any:
-        with lock:
+        with _asking.lock:
             kinds = _kinds_of_x86(module)
-            return _VECTORS.value() if kinds is None else _Tried(kinds, lock)
+            return _VECTORS.value() if kinds is None else _Tried(kinds)
 
     module.valid_vec_isa_list = valid_vec_isa_list
 
@@ -120,12 +135,12 @@ def _kinds_of_x86(module: Any) -> list[Any] | None:
 class _Tried(Sequence[Any]):
     """Those kinds of vectors that the compiler can use, found out one after another as they are asked for."""
 
-    def __init__(self, kinds: Sequence[Any], lock: AbstractContextManager[Any]) -> None:
-        self._kinds, self._lock = kinds, lock
+    def __init__(self, kinds: Sequence[Any]) -> None:
+        self._kinds = kinds
 
     def __iter__(self) -> Iterator[Any]:
         for kind in self._kinds:
-            with self._lock:
+            with _asking.lock:
                 works = bool(kind)  # which it remembers
             if works:
                 yield kind

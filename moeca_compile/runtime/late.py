@@ -11,7 +11,7 @@ class LateCopy:
 
     def __init__(self, value: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
-        self.copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        self.copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
         self.copy.copy_(value, non_blocking=True)
         if value.is_cuda:
             self.event = torch.cuda.Event()

@@ -208,7 +208,10 @@ class Streams:
         if not self.follows_sampler:
             return None
         told = self.config.sampler
-        return position.request.deterministic if told is None else told == "deterministic"
+        if told is not None:
+            return told == "deterministic"
+        with self.requests.lock:  # other streams of the request may just see their pictures
+            return position.request.deterministic
 
     def see_sampler(self, position: Position, picture: Any, outputs: Sequence[Any]) -> None:
         """Note what the model made of a picture, where nobody has told what the sampler is."""

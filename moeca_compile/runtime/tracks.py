@@ -97,7 +97,7 @@ class Request:
         """Whether its sampler is, as far as its handle says, or its first pictures."""
         handle = self.handle() if self.handle is not None else None
         told = handle.deterministic if handle is not None else None
-        seen = self.sampler.deterministic if self.sampler is not None else None
+        seen = self.sampler.deterministic() if told is None and self.sampler is not None else None
         return seen if told is None else told
 
     def moved(self, time: Timestep | None) -> float | None:

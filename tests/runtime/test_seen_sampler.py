@@ -66,7 +66,7 @@ def seen(
             return (outputs[0] + 2.5 * (outputs[1] - outputs[0])).float()
 
         x = draw(x, step, model)
-    return sampler.deterministic
+    return sampler.deterministic()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,25 +89,70 @@ def test_nothing_is_said_of_others(draw: Draw, guided: str, shape: str) -> None:
     assert seen(draw, SHAPES[shape], guided=guided) is None
 
 
-def test_methods_that_look_back_are_seen() -> None:
-    """Adams-Bashforth, and Heun, whose second call of a step is at its end."""
+def test_adams_bashforth_is_seen() -> None:
     past: list[Tensor] = []
 
     def adams(x: Tensor, step: int, model: Callable[[Tensor], Tensor]) -> Tensor:
         past.append(model(x))
         return x - (past[-1] if step == 0 else 1.5 * past[-1] - 0.5 * past[-2]) / STEPS
 
-    begun: list[tuple[Tensor, Tensor]] = []
-
-    def heun(x: Tensor, step: int, model: Callable[[Tensor], Tensor]) -> Tensor:
-        if not begun:
-            begun.append((x, model(x)))
-            return x - begun[0][1] / STEPS
-        start, first = begun.pop()
-        return start - (first + model(x)) / 2 / STEPS
-
     assert seen(adams, SHAPES["digits"]) is True
-    assert seen(heun, SHAPES["digits"]) is True
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_heun_whose_second_call_is_at_the_time_of_the_next_first_one(noise: float) -> None:
+    torch.manual_seed(0)
+    x, sampler, weights = torch.randn(1, 4, 16, 16), SeenSampler(), torch.rand(4, 16, 16) + 0.5
+
+    def model(x: Tensor, number: int) -> Tensor:
+        output = torch.tanh(3 * x * weights + number)
+        sampler.note(number, x, (output,))
+        return output
+
+    for step in range(4):
+        first = model(x, step)
+        x = x - (first + model(x - first / STEPS, step + 1)) / 2 / STEPS + noise * torch.randn_like(x)
+    assert sampler.deterministic() is (None if noise else True)
+
+
+def test_noise_that_begins_late_takes_it_back() -> None:
+    sampler, x = SeenSampler(), torch.randn(1, 4, 16, 16)
+    found = []
+    for step in range(20):
+        sampler.note(step, x, (smooth(torch.ones(4, 16, 16), step / 20)(x),))
+        x = euler(x, step, smooth(torch.ones(4, 16, 16), step / 20)) + (step > 6) * 0.05 * torch.randn_like(x)
+        found.append(sampler.deterministic())
+    assert found == [None] * 2 + [True] * 15 + [None] * 3
+
+
+def test_calls_at_one_time_are_kept_up_to_a_bound() -> None:
+    sampler = SeenSampler()
+    for _ in range(100):
+        sampler.note(0, torch.randn(1, 64), (torch.randn(1, 64),))
+    assert len(sampler._steps[0].calls) < 10
+    assert sampler.deterministic() is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.empty(2, 64, device="meta"),
+        torch.eye(8).to_sparse(),
+        torch.zeros(2, 64, dtype=torch.int64),
+        torch.zeros(2, 64, dtype=torch.complex64),
+        torch.zeros(0, 64),
+        torch.zeros(()),
+        torch.full((2, 64), float("inf")),
+        torch.ones(2, 64, requires_grad=True),
+        None,
+    ],
+    ids=["meta", "sparse", "integers", "complex", "no samples", "a number", "infinite", "leaf", "none"],
+)
+def test_what_cannot_be_read_says_nothing_and_raises_nothing(odd: Tensor | None) -> None:
+    sampler = SeenSampler()
+    for step in range(4):
+        sampler.note(step, odd, (odd,))
+        assert sampler.deterministic() is None
 
 
 def test_what_is_not_seen_yet_or_not_comparable_says_nothing() -> None:
@@ -119,7 +164,7 @@ def test_what_is_not_seen_yet_or_not_comparable_says_nothing() -> None:
     for step in range(4):
         sampler.note(step, x, (x[:, :3],))
         sampler.note(step, None, (x,))
-    assert sampler.deterministic is None
+    assert sampler.deterministic() is None
 
 
 def test_a_picture_beside_its_variance() -> None:
@@ -128,7 +173,7 @@ def test_a_picture_beside_its_variance() -> None:
         output = smooth(torch.ones(4, 8, 8), step / STEPS)(x)
         sampler.note(step, x, (torch.cat([output, torch.randn_like(output)], 1),))
         x = x - output / STEPS
-    assert sampler.deterministic is True
+    assert sampler.deterministic() is True
 
 
 # --- in a generation -----------------------------------------------------------------------------------------------
