@@ -27,10 +27,11 @@ from tests.policies.reference_decisions import (
     trajectory_step,
 )
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 14
 
-CASES: list[tuple[dict[str, Any], Callable[..., Simulation]]] = [
-    ({"recipe": "teacache"}, lambda model, **kw: TeaCache(model, 0.4, **kw)),
+CASES: list[Any] = [
+    pytest.param({"recipe": "teacache"}, lambda model, **kw: TeaCache(model, 0.4, **kw), marks=pytest.mark.slow),
     (
         {"recipe": "teacache", "reuse_threshold": 0.2, "warmup_steps": 3, "max_reused": 2},
         lambda model, **kw: TeaCache(model, 0.2, warmup=3, most=2, **kw),
@@ -47,14 +48,19 @@ CASES: list[tuple[dict[str, Any], Callable[..., Simulation]]] = [
         {"recipe": "teacache", "reuse_threshold": 0.25, "corrector": True},
         lambda model, **kw: TeaCache(model, 0.25, corrector=True, **kw),
     ),
-    ({"recipe": "block-cache", "reuse_threshold": 0.3}, lambda model, **kw: BlockCache(model, 0.3, **kw)),
+    pytest.param(
+        {"recipe": "block-cache", "reuse_threshold": 0.3},
+        lambda model, **kw: BlockCache(model, 0.3, **kw),
+        marks=pytest.mark.slow,
+    ),
     (
         {"recipe": "block-cache", "first_blocks": 2, "last_blocks": 1, "reuse_threshold": 0.4, "max_reused": 3},
         lambda model, **kw: BlockCache(model, 0.4, first=2, last=1, most=3, **kw),
     ),
-    (
+    pytest.param(
         {"recipe": "block-cache", "reuse_threshold": 0.5, "warmup_steps": 4, "forecast": ("stack",)},
         lambda model, **kw: BlockCache(model, 0.5, warmup=4, forecast=True, **kw),
+        marks=pytest.mark.slow,
     ),
 ]
 

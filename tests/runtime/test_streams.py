@@ -80,7 +80,7 @@ def test_every_region_is_found_with_its_tokens(kind, recwarn):
     assert not [w for w in recwarn if "moeca" in str(w.message)]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "keys_values"),
     [(kind, "chosen") for kind in MODELS] + [(Streams, "all"), (TextEndsEarly, "none"), (DoubleThenSingle, "all")],
@@ -121,6 +121,7 @@ def called(engine: Engine, graph: Captured) -> Callable[..., Tensor]:
     return run
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "stack-forecast"])
 @pytest.mark.parametrize("kind", [Streams, DoubleThenSingle, TokensForABlock, ExpertsForThePicture])
 def test_a_cached_generation_stays_close(kind, recipe):
@@ -138,6 +139,7 @@ def test_a_cached_generation_stays_close(kind, recipe):
     assert not engine.notes.warnings
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{"shared": "never"}, {"recipe": "fora"}, {"recipe": "stack"}], ids=str)
 def test_costs_are_those_of_the_operations_that_run(kind, options):
@@ -152,7 +154,7 @@ def test_costs_are_those_of_the_operations_that_run(kind, options):
     assert loop.compiled.plan.flops(cache) == counter.get_total_flops()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
 def test_probe_and_step_together_cost_what_the_model_does(kind, recipe):
@@ -173,6 +175,7 @@ def test_probe_and_step_together_cost_what_the_model_does(kind, recipe):
         assert ran[StepKind()] == whole and ran[PROBE] < 0.1 * whole
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_steps_that_the_data_make_full_are_the_model(kind, recipe):
