@@ -29,7 +29,7 @@ from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
 # The models are tiny: threads would only wait for each other, for long where the machine is busy.
 torch.set_num_threads(1)
-# Graphs are made of many small objects, all of which are alive: to look for garbage 30 times less often saves a sixth.
+# Graphs are made of many small objects that live on: to look for garbage 30 times less often saves a sixth.
 gc.set_threshold(20_000, 20, 50)
 
 

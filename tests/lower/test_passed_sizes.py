@@ -13,7 +13,6 @@ from moeca_compile.lower.passed_sizes import PassedSizes, SizedGraph
 from tests.harness import own_warnings
 from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
-
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 

@@ -25,9 +25,7 @@ def test_steps_of_a_recipe_are_those_of_its_step_functions(recipe: str, monkeypa
     replace_inductor(monkeypatch)
     models = [make_model(SMALL), make_model(SMALL)]
     lowered, eager = (
-        torch.compile(
-            model, backend="moeca", options={"recipe": recipe, **how, **MORE.get(recipe, {})}
-        )
+        torch.compile(model, backend="moeca", options={"recipe": recipe, **how, **MORE.get(recipe, {})})
         for model, how in zip(models, ({}, {"lowering": "eager", "validate": False}), strict=True)
     )
     x, y = make_inputs(models[0])

@@ -17,7 +17,7 @@ from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import Captured, caches_of, captured
+from tests.harness import Captured, caches_of, captured, one_in
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
     SIZES,
@@ -65,8 +65,7 @@ def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, St
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.smoke
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", one_in(3, MODELS), ids=lambda kind: kind.__name__)
 def test_every_region_is_found_with_its_tokens(kind, recwarn):
     _, _, loop = prepared(kind)
     regions = loop.compiled.regions
