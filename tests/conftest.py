@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
     # puts off, but not torch's compiler. Inductor writes no Triton code for a CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Dynamo would look for garbage after each compilation.
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
+
 # ruff: isort: split
 from moeca_compile.backend import compile_graph  # registers the ops and installs capture
 from moeca_compile.disk import store

@@ -208,6 +208,7 @@ def test_without_inductor_the_original_runs_op_by_op(model, monkeypatch):
     assert len(texts) == 1
 
 
+@pytest.mark.sampled(3)
 @traced_once
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError("recipe", 1, "planted")], ids=str)
 @pytest.mark.parametrize("stage", ["planning", "running a step"])
@@ -396,6 +397,7 @@ READS = {
 }
 
 
+@pytest.mark.sampled(2)
 @traced_once
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_break_where_python_reads_an_argument_says_what_to_write(model, read):
