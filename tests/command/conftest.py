@@ -7,7 +7,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo(traced_once: None) -> Iterator[None]:
+def fresh_dynamo() -> Iterator[None]:
     """A command is a process of its own: it finds no code that Dynamo gave up for another test, and leaves none."""
     torch._dynamo.reset()
     yield
