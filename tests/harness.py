@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +177,11 @@ def calls_of(function: Callable[[], object]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+def one_in(n: int, cases: Iterable[Any]) -> list[Any]:
+    """The cases, with the mark `smoke` for those that `sampled(n)` lets run with other tests."""
+    return [pytest.param(case, marks=[pytest.mark.smoke] * (at % n == 0)) for at, case in enumerate(cases)]
 
 
 def replace_inductor(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from bench.study import Case
 from moeca_compile import MoecaConfig
 from tests.digits import tiny_digits
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("traced_once")]
 
 Run = Callable[[], dict[str, dict[str, str]]]
 

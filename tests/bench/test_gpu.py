@@ -64,6 +64,7 @@ def test_the_models_that_it_measures_are_published_ones_and_the_targets_come_fir
     assert sum(job.section == "generation" for job in jobs) == len(generation.RECIPES)
 
 
+@pytest.mark.slow  # a minute: its rows, its processes and its table are tested apart
 def test_one_call_prints_a_table_and_keeps_its_rows(tmp_path, capsys):
     """In processes of its own, by kernels in the interpreter."""
     out = tmp_path / "gpu.csv"

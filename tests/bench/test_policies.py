@@ -21,7 +21,7 @@ from examples.testbed.testbed import Testbed
 from moeca_compile import MoecaConfig
 from tests.digits import tiny_digits
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("traced_once")]
 
 Rows = dict[str, dict[str, str]]
 Run = Callable[..., Rows]

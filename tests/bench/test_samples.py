@@ -12,7 +12,7 @@ from bench.study import Costs, Study
 from examples.digits.testbed import DIGITS
 from tests.digits import tiny_digits
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("traced_once")]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from examples.testbed import metrics
 from examples.testbed.testbed import Testbed
 from tests.digits import tiny_digits
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("traced_once")]
 STEPS = 10
 LABELS = torch.arange(2)
 

@@ -127,7 +127,7 @@ NEAR_MISSES = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("layer", "reason"), NEAR_MISSES.items())
 def test_near_misses_stay_as_they_are(layer, reason):
     model = stack(layer())

@@ -21,6 +21,7 @@ from moeca_compile.command.ways import Way
 from tests.command import factories
 from tests.models import SMALL, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 AT = "tests.command.factories:"
 EAGER_STEPS = ("--option", "lowering=eager", "--option", "validate=false")
 

@@ -13,6 +13,7 @@ from moeca_compile.command import explain as command
 from moeca_compile.command.main import main
 from tests.command import factories
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 AT = "tests.command.factories:"
 
 

@@ -32,7 +32,7 @@ def run(folder: Path, pages: dict[str, str], *options: str) -> subprocess.Comple
     files = [folder / f"{name}.py" for name in pages]
     for file, text in zip(files, pages.values(), strict=True):
         file.write_text(program(text))
-    as_tests = ["-c", "pyproject.toml", "--rootdir", ".", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q"]
+    as_tests = ["-c", "pyproject.toml", "--rootdir", ".", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *as_tests, *options, *map(str, files)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -41,7 +41,7 @@ def test_every_page_runs_and_its_tests_pass(tmp_path):
     texts = {str(page.relative_to(ROOT)).replace("/", "_"): page.read_text() for page in PAGES}
     with_code = {name: text for name, text in texts.items() if program(text).strip()}
     assert {"README.md", "docs_extending_idiom.md", "docs_extending_kernel.md"} <= set(with_code)
-    done = run(tmp_path, with_code)
+    done = run(tmp_path, with_code, "-p", "tests.conftest")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -70,7 +70,7 @@ def test_damaged_checkpoint_stops_before_any_work(tmp_path, capsys):
     assert "bad.safetensors is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("script", ["sample.py", "train.py"])
 @pytest.mark.parametrize("testbed", ["digits", "mnist", "emoji"])
 def test_scripts_run_from_any_folder(testbed, script, tmp_path):

@@ -35,8 +35,9 @@ def test_a_token_is_a_patch_of_all_channels():
     assert torch.equal(model.image(patches), images)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["auto", "moeca"])
-def test_everything_is_found_and_cached(recipe: str):
+def test_everything_is_found_and_cached(recipe: str, traced_once: None):
     model, steps = untrained(SMALL), 4
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([3, 10])
     compiled = torch.compile(model, backend="moeca", options={"recipe": recipe, "lowering": "eager"})

@@ -32,8 +32,9 @@ def test_a_token_is_a_patch_in_reading_order():
     assert torch.equal(model.image(patches), images)
 
 
-@pytest.mark.parametrize("recipe", ["auto", "moeca"])
-def test_everything_is_found_and_cached(recipe: str):
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("recipe", ["moeca", "auto"])
+def test_everything_is_found_and_cached(recipe: str, traced_once: None):
     model, steps = untrained(SMALL), 4
     x, y = torch.randn(2, 1, 28, 28), torch.tensor([3, 10])
     options = {"recipe": recipe, "lowering": "eager"}

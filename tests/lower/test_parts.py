@@ -224,6 +224,7 @@ def test_all_sizes_can_be_declined(kinds: list[str]) -> None:
     assert kinds == ["one size"] * 3
 
 
+@pytest.mark.slow  # 20 s: cache steps of all capacities, below, have a third size too
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{"recipe": "moeca", "budget": 1 / 8}, {"recipe": "stack-forecast"}], ids=str)
 def test_a_third_batch_size_of_a_model_compiles_nothing(options: dict[str, Any], kinds: list[str]) -> None:
@@ -251,6 +252,7 @@ def loop_of(model: TinyDiTMoE) -> StepLoop:
     return list(record.engines[-1].loops.values())[-1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dynamic_batch", [None, False])
 def test_cache_steps_of_all_capacities_are_compiled_once(dynamic_batch: bool | None, kinds: list[str]) -> None:
     """The first one with a capacity compiles for all but that of all tokens, also at the second batch size."""

@@ -13,6 +13,8 @@ from moeca_compile.lower.passed_sizes import PassedSizes, SizedGraph
 from tests.harness import own_warnings
 from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def graph(size: int, *numbers: int, key: str = "key") -> SizedGraph:
     return SizedGraph(key, (*numbers, size, 3), (len(numbers),), (len(numbers) + 1,))

@@ -54,6 +54,7 @@ def regions_of(graph: Captured) -> Regions:
     return graph.loop(validate=False).compiled.regions
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", [*RECIPES, "teacache"])
 def test_validation_leaves_no_values_for_the_garbage_collector(graph, recipe, monkeypatch):
     """A cycle would keep its caches, as large as those of a stream, until Python looks for cycles."""

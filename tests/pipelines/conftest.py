@@ -29,7 +29,7 @@ def enabled() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
+def fresh_dynamo(traced_once: None) -> None:
     """Flux and HiDream decorate their forward alike, so Dynamo counts their compilations together. And a model of a
     class that hooks have broken into parts begins in parts."""
     torch._dynamo.reset()

@@ -22,6 +22,7 @@ def offload(pipe: Any) -> Any:
     return accelerate.cpu_offload_with_hook(pipe.transformer, "cpu")[1].remove
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", ["offloaded", "enabled"])
 def test_a_denoiser_that_is_moved_as_a_whole_is_cached_before_and_after(first, enabled):
     pipe = flux()

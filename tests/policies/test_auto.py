@@ -9,6 +9,7 @@ from torch import nn
 import moeca_compile
 from tests.models import Sizes, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 12
 STACK = {"recipe": "stack-forecast", "schedule": "tapered"}
 LAYERS = {"recipe": "fora-forecast", "schedule": "tapered"}
@@ -47,7 +48,7 @@ def pictures(model, options, told=None):
     return torch.stack(found), moeca_compile.report(fast)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["option", "mark"])
 @pytest.mark.parametrize(
     ("told", "same"),

@@ -27,10 +27,11 @@ from tests.policies.reference_decisions import (
     trajectory_step,
 )
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 14
 
-CASES: list[tuple[dict[str, Any], Callable[..., Simulation]]] = [
-    ({"recipe": "teacache"}, lambda model, **kw: TeaCache(model, 0.4, **kw)),
+Case = tuple[dict[str, Any], Callable[..., Simulation]]
+CASES: list[Case] = [
     (
         {"recipe": "teacache", "reuse_threshold": 0.2, "warmup_steps": 3, "max_reused": 2},
         lambda model, **kw: TeaCache(model, 0.2, warmup=3, most=2, **kw),
@@ -47,16 +48,21 @@ CASES: list[tuple[dict[str, Any], Callable[..., Simulation]]] = [
         {"recipe": "teacache", "reuse_threshold": 0.25, "corrector": True},
         lambda model, **kw: TeaCache(model, 0.25, corrector=True, **kw),
     ),
-    ({"recipe": "block-cache", "reuse_threshold": 0.3}, lambda model, **kw: BlockCache(model, 0.3, **kw)),
     (
         {"recipe": "block-cache", "first_blocks": 2, "last_blocks": 1, "reuse_threshold": 0.4, "max_reused": 3},
         lambda model, **kw: BlockCache(model, 0.4, first=2, last=1, most=3, **kw),
     ),
+]
+FURTHER: list[Case] = [  # of what those have
+    ({"recipe": "teacache"}, lambda model, **kw: TeaCache(model, 0.4, **kw)),
+    ({"recipe": "block-cache", "reuse_threshold": 0.3}, lambda model, **kw: BlockCache(model, 0.3, **kw)),
     (
         {"recipe": "block-cache", "reuse_threshold": 0.5, "warmup_steps": 4, "forecast": ("stack",)},
         lambda model, **kw: BlockCache(model, 0.5, warmup=4, forecast=True, **kw),
     ),
 ]
+SMOKE, SLOW = pytest.mark.smoke, pytest.mark.slow
+BOTH = [pytest.param(*case, marks=mark) for cases, mark in ((CASES, SMOKE), (FURTHER, SLOW)) for case in cases]
 
 SIMULATED: dict[str, type[Simulation]] = {"teacache": TeaCache, "block-cache": BlockCache}
 
@@ -101,8 +107,7 @@ def sampler(
     return Sampler(graph, graph.engine(**options), [simulate(model), simulate(model)])
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(("options", "simulate"), CASES, ids=lambda case: str(case) if isinstance(case, dict) else "")
+@pytest.mark.parametrize(("options", "simulate"), BOTH, ids=lambda case: str(case) if isinstance(case, dict) else "")
 def test_generations_are_those_of_the_simulation(model, graph, eager_steps, options, simulate):
     """Two generations, one that is canceled, and one after it: none reads what another has left."""
     each = sampler(graph, options, simulate, model)

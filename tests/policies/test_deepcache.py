@@ -12,6 +12,7 @@ from moeca_compile.reporting.collect import AT_EVERY_STEP
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS, EVERY = 12, 4
 
 
@@ -67,6 +68,7 @@ def test_the_report_says_which_blocks_run_at_every_step():
     assert report.flops is not None and 1.1 < report.flops.speedup < 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (2, 0), (0, 5)])
 def test_a_model_with_too_few_blocks_is_warned_of(eager_steps, first, last):
     model = make_model(Sizes(depth=2))

@@ -12,6 +12,7 @@ from moeca_compile.passes.rewrite.kinds import REUSING, StepKind
 from tests.harness import captured
 from tests.models import Sizes, TinyDiTMoE, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS, EVERY = 12, 4
 
 

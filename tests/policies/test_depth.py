@@ -30,7 +30,7 @@ def of(kind: type[Streams]):
     return captured(model, x, torch.ones(2), y, make_text())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("last", [0, 1])
 @pytest.mark.parametrize(
     ("kind", "streams"),

@@ -142,6 +142,7 @@ def simulated(model, rule: Rule, slots: int, family: str, is_full: Callable[[str
     return simulate(model, values, family, noted)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("times", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize(("forecaster", "order", "rule", "slots"), RULES, ids=[f"{r[0]} {r[1]}" for r in RULES])
 def test_every_forecaster_is_what_its_simulation_says(

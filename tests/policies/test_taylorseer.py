@@ -12,6 +12,7 @@ import moeca_compile
 from tests.models import TinyDiTMoE, make_inputs, make_model
 from tests.policies.test_held_and_extrapolated import run_blocks
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 14
 EVEN = [1 - number / STEPS for number in range(STEPS)]
 UNEVEN = [1 - (number / STEPS) ** 2 for number in range(STEPS)]

@@ -10,9 +10,11 @@ import torch
 import moeca_compile
 from tests.models import CappedAttention, make_inputs, make_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 REASON = "its scores are not products of queries and keys with scales, biases and masks only"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("recipe", "status"), [("moeca", "skipped"), ("fora", "cached"), ("stack", "cached"), ("block", "cached")]
 )

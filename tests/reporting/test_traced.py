@@ -23,6 +23,7 @@ from tests.policies.reference_moeca import Simulation
 from tests.policies.reference_variable_k import PairSimulation
 from tests.policies.variable_k_models import ExpertChoice, Threshold, make_pairs_model, mark
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEPS = 7
 LAYERS = ("blocks.1.mlp",)
 
@@ -61,7 +62,7 @@ def steps_of(run) -> tuple:
     return trace.steps
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora-forecast", "stack"])
 def test_pictures_and_compiled_steps_are_the_same_with_a_trace(model, recipe):
     plain, traced = (compiled(model, recipe=recipe, full_every=3, trace=trace) for trace in (False, True))
@@ -115,7 +116,7 @@ def test_routing_and_drift_of_full_steps_are_the_models_own(model):
         assert step.match == step.tokens == ()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("options", [{}, {"budget": 0.25}, {"tau0": 100.0}, {"mask_source": "previous"}], ids=str)
 def test_match_reuse_and_tokens_of_cache_steps_are_those_of_the_simulation(deep, options):
     model = deep
@@ -177,6 +178,7 @@ def first_outputs(router: nn.Module, step, *inputs: Tensor) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("options", [{}, {"budget": 0.25}], ids=str)
 def test_experts_by_place_are_those_of_the_simulation_in_the_middle_layer(deep, options):
     options = {"recipe": "moeca", "full_every": 4, **options, **capacities(options)}
@@ -197,7 +199,8 @@ def test_experts_by_place_are_those_of_the_simulation_in_the_middle_layer(deep, 
     assert len({places for places in trace.activation}) > 1 and sum(map(sum, trace.activation)) == STEPS * 2 * 16 * 2
 
 
-@pytest.mark.parametrize("recipe", ["stack", "delta", "toca"])
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("recipe", ["toca", "delta", "stack"])
 def test_experts_by_place_add_up_to_the_routing_of_their_layer(deep, recipe):
     run = compiled(deep, recipe=recipe, trace=True)
     with moeca_compile.generation(steps=STEPS):
@@ -225,6 +228,7 @@ def test_the_mapped_layer_is_the_middle_one_of_those_on_the_main_stream(axes, mi
     assert tracing.mapped_layer(SimpleNamespace(regions=regions)) is (None if middle is None else layers[middle])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("router", [ExpertChoice, Threshold])
 def test_layers_without_a_fixed_number_of_experts_are_traced_too(router):
     options = {"recipe": "moeca", "capacities": (1.0,), "full_every": 3}
@@ -280,6 +284,7 @@ def test_what_another_group_of_a_recipe_caches_runs_and_is_traced(deep):
         assert ran == [first, second] if step.full else [first] if step.number < STEPS / 2 else [second]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
 def test_steps_that_the_data_decide_are_traced(deep, recipe):
     plain, traced = (compiled(deep, recipe=recipe, reuse_threshold=0.3, trace=trace) for trace in (False, True))

@@ -539,13 +539,13 @@ def check(model: Sampler, keys_values: tuple[str, ...] = KEYS, idle: int = 0, **
         assert_forced_is_the_model(model, graph, loop)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", SPELLED)
 def test_spelled_out(name):
     check(Sampler(SPELLED[name]), attentions=2, experts=1, feedforwards=1)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", MASKED)
 def test_masked(name):
     check(Sampler(MASKED[name]), attentions=2, experts=1, feedforwards=1)
@@ -557,7 +557,7 @@ def test_grouped_queries(name):
     check(Sampler(GROUPED[name]), attentions=2, experts=1, feedforwards=1)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", POSITIONED)
 def test_positions_and_norms(name):
     check(Sampler(POSITIONED[name]), attentions=2, experts=1, feedforwards=1)
@@ -569,19 +569,19 @@ def test_keys_of_a_text_joined(name):
     check(Sampler(JOINED[name]), attentions=2, experts=1, feedforwards=1)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CROSS)
 def test_attention_to_a_text(name):
     check(Sampler(None, CROSS[name]), attentions=4, experts=1, feedforwards=1)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(name):
     check(WithCondition(None, BLOCKS[name]), ("chosen",), attentions=2, experts=1, feedforwards=1)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("side", [4, 8])
 @pytest.mark.parametrize("name", MIXED)
 def test_values_that_mix_tokens(name, side):

@@ -79,7 +79,7 @@ def generate(engine: Engine, graph: Captured, model: TinyDiTMoE, seed: int = 1, 
     return results
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "options",
     [

@@ -195,7 +195,7 @@ def interleave(examples: int) -> None:
 
 
 def test_no_call_reads_what_another_stream_has_stored():
-    interleave(300)
+    interleave(100)
 
 
 @pytest.mark.slow

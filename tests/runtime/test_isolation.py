@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import moeca_compile
 from moeca_compile.lower.program import CompiledStep
 from tests.models import SMALL, TinyDiTMoE, make_inputs, make_model
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 class Counting(nn.Module):

@@ -179,6 +179,7 @@ def test_a_picture_beside_its_variance() -> None:
 # --- in a generation -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("noise", "options", "corrected"),
     [

@@ -17,7 +17,7 @@ from moeca_compile.lower.program import trace_step
 from moeca_compile.passes.rewrite.kinds import PROBE, REUSING, StepKind
 from moeca_compile.runtime.engine import Engine
 from moeca_compile.runtime.loop import StepLoop
-from tests.harness import Captured, caches_of, captured
+from tests.harness import Captured, caches_of, captured, one_in
 from tests.models import make_inputs
 from tests.runtime.joint_models import (
     SIZES,
@@ -65,8 +65,7 @@ def prepared(kind: type[Streams], **options: Any) -> tuple[Streams, Captured, St
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.smoke
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", one_in(3, MODELS), ids=lambda kind: kind.__name__)
 def test_every_region_is_found_with_its_tokens(kind, recwarn):
     _, _, loop = prepared(kind)
     regions = loop.compiled.regions
@@ -80,7 +79,7 @@ def test_every_region_is_found_with_its_tokens(kind, recwarn):
     assert not [w for w in recwarn if "moeca" in str(w.message)]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "keys_values"),
     [(kind, "chosen") for kind in MODELS] + [(Streams, "all"), (TextEndsEarly, "none"), (DoubleThenSingle, "all")],
@@ -121,6 +120,7 @@ def called(engine: Engine, graph: Captured) -> Callable[..., Tensor]:
     return run
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast", "fora", "stack-forecast"])
 @pytest.mark.parametrize("kind", [Streams, DoubleThenSingle, TokensForABlock, ExpertsForThePicture])
 def test_a_cached_generation_stays_close(kind, recipe):
@@ -138,6 +138,7 @@ def test_a_cached_generation_stays_close(kind, recipe):
     assert not engine.notes.warnings
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("options", [{"shared": "never"}, {"recipe": "fora"}, {"recipe": "stack"}], ids=str)
 def test_costs_are_those_of_the_operations_that_run(kind, options):
@@ -152,7 +153,7 @@ def test_costs_are_those_of_the_operations_that_run(kind, options):
     assert loop.compiled.plan.flops(cache) == counter.get_total_flops()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
 def test_probe_and_step_together_cost_what_the_model_does(kind, recipe):
@@ -173,6 +174,7 @@ def test_probe_and_step_together_cost_what_the_model_does(kind, recipe):
         assert ran[StepKind()] == whole and ran[PROBE] < 0.1 * whole
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("recipe", ["teacache", "block-cache"])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_steps_that_the_data_make_full_are_the_model(kind, recipe):

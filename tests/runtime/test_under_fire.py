@@ -11,6 +11,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -128,9 +129,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("stage", FAULTS)
-def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch, stage):
+def test_whatever_stage_fails_the_model_runs_with_one_warning(model, monkeypatch, request, stage):
+    if stage != "tracing":
+        request.getfixturevalue("traced_once")
     expected = generate(model)
     monkeypatch.setattr(*FAULTS[stage], fails)
     # Classes that were looked through before this fault are captured all the same: then all steps must be full.
@@ -188,7 +191,8 @@ def test_a_step_that_fails_leaves_no_half_written_cache_in_use(model, monkeypatc
                 assert_near(output, model(x, t * (1 - (number + 1) / 8), y))
 
 
-def test_the_original_is_compiled_by_inductor(model, monkeypatch):
+def test_the_original_is_compiled_by_inductor(monkeypatch):
+    model = make_model(replace(SIZES, experts=2))
     model.blocks = model.blocks[1:]  # the one with experts: Inductor takes its time
     monkeypatch.setattr(backend, "plan_steps", fails)
     with told() as texts:
@@ -204,6 +208,7 @@ def test_without_inductor_the_original_runs_op_by_op(model, monkeypatch):
     assert len(texts) == 1
 
 
+@pytest.mark.sampled(3)
 @traced_once
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError("recipe", 1, "planted")], ids=str)
 @pytest.mark.parametrize("stage", ["planning", "running a step"])
@@ -392,6 +397,7 @@ READS = {
 }
 
 
+@pytest.mark.sampled(2)
 @traced_once
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_break_where_python_reads_an_argument_says_what_to_write(model, read):

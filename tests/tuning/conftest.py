@@ -7,7 +7,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
+def fresh_dynamo(traced_once: None) -> Iterator[None]:
     """A tune finds no code that Dynamo gave up for another test, and leaves none."""
     torch._dynamo.reset()
     yield

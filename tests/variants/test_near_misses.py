@@ -218,6 +218,7 @@ def test_experts_of_different_shapes_are_refused():
     )
 
 
+@pytest.mark.slow  # 5 s: of different shapes, above, are refused alike
 def test_experts_of_different_kinds_are_refused():
     refused(with_mlp(MoE(SwiGLU(WIDTH, 8), Mlp(WIDTH, 8))), "expert 1 is built differently from expert 0")
 

@@ -25,6 +25,7 @@ class WithoutResidual(Block):
         return self.called(x, x, context), None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("extra", ["time", "context"])
 @pytest.mark.parametrize("dispatch", ["sorted_extra", "mask_extra"])
 def test_experts_that_take_a_further_row_a_token_are_cached(dispatch, extra):

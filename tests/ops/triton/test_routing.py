@@ -39,6 +39,7 @@ def assert_same(logits: Tensor, bias: Tensor | None, choice: Choice) -> None:
     torch.testing.assert_close(weights, expected, rtol=bound, atol=0, equal_nan=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("name", CASES)
 def test_every_form(name, tokens):
@@ -46,7 +47,7 @@ def test_every_form(name, tokens):
     assert_same(*make_inputs(tokens, CASES[name], torch.float32, DEVICE), CASES[name])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_in_16_bits_with_its_ties(name, dtype):

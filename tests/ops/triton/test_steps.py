@@ -76,10 +76,10 @@ def assert_same_steps(graph: Captured, seconds: list[Any], recipe: str, expected
 
 
 @pytest.mark.parametrize("recipe", ["moeca", "moeca-forecast"])
-def test_token_choice(model: TinyDiTMoE, graph: Captured, recipe: str):
-    noise, labels = make_inputs(model, seed=5)
-    seconds = graph.arguments(x=noise, t=0.9 * torch.ones(len(noise)), y=labels)
-    assert_same_steps(graph, seconds, recipe, {"fixed_k_outputs", "refresh_fixed_k", "attend_rows"})
+def test_token_choice(small_model: TinyDiTMoE, small_graph: Captured, recipe: str):
+    noise, labels = make_inputs(small_model, seed=5)
+    seconds = small_graph.arguments(x=noise, t=0.9 * torch.ones(len(noise)), y=labels)
+    assert_same_steps(small_graph, seconds, recipe, {"fixed_k_outputs", "refresh_fixed_k", "attend_rows"})
 
 
 @pytest.mark.slow
