@@ -104,11 +104,17 @@ def _number(row: Row, name: str) -> float:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Save one panel for each sampler and guidance: the mean PSNR of each way over its speed-up in FLOPs."""
+    """Save one panel for each sampler and guidance: the mean PSNR of each way over its speed-up in FLOPs.
+
+    A panel that was run at one speed-up alone makes no curve: it is in the table.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(row["panel"] for row in rows))
+    run_at: dict[str, set[int]] = {}
+    for row in rows:
+        run_at.setdefault(row["panel"], set()).add(interval_of(row))
+    names = [name for name, intervals in run_at.items() if len(intervals) > 1] or list(run_at)
     ways = list(dict.fromkeys(way_of(row) for row in rows))
     high = -(-len(names) // 2)
     figure, axes = pyplot.subplots(high, 2, figsize=(10, 3.4 * high), layout="constrained", squeeze=False)
