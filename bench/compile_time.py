@@ -150,8 +150,11 @@ def plot(path: Path, picture: Path) -> None:
                 rows = {key: old for key, old in rows.items() if key[0] != row["model"]}
             rows[row["model"], row["way"], row["state"]] = row
     models = list(dict.fromkeys(model for model, _, _ in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.2), squeeze=False, layout="constrained")
-    for model, axis in zip(models, axes[0], strict=True):
+    wide, high = min(2, len(models)), -(-len(models) // 2)
+    figure, axes = plt.subplots(high, wide, figsize=(5 * wide, 2.2 * high + 1), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(models) :]:
+        axis.set_axis_off()
+    for model, axis in zip(models, axes.flat, strict=False):
         base = sum(float(rows[model, "torch.compile", "cold"][step]) for step in ("full_cpu", "cache_cpu"))
         names = [(way, state) for known, way, state in rows if known == model]
         left = [0.0] * len(names)
