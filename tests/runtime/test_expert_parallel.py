@@ -41,7 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[
     return cache(lambda ranks: run(ranks, tmp_path_factory.mktemp("exchange")))
 
 
-@pytest.fixture(params=sorted(CASES))
+# Two ranks show the same as four, which take a minute to start.
+@pytest.fixture(params=[pytest.param(ranks, marks=[pytest.mark.slow] * (ranks > 2)) for ranks in sorted(CASES)])
 def found(request, runs):
     return runs(request.param)
 
