@@ -144,7 +144,7 @@ class StepLoop:
                 _log.debug("%s step at time %g", kind.name, position.time)
             use = self.use_of_error(refresh, position, stream) if self.may_predict else NO_USE
             outputs = self._run(kind, stream, inputs, given, use, position)
-            if self.may_predict and self.compiled.picture is not None and not self.ranks.joined:
+            if self.streams.sees_sampler and self.compiled.picture is not None and not self.ranks.joined:
                 self.streams.see_sampler(position, inputs[self.compiled.picture], outputs)
             if stream.criterion is not None:
                 self.measure(stream.criterion, refresh, position, stream, given)
@@ -242,7 +242,7 @@ class StepLoop:
         if refresh != EVERYTHING or stream.empty or (self.ranks.joined and not stream.alike):
             return NO_USE
         config, deterministic, control = self.compiled.config, self.streams.deterministic(position), stream.criterion
-        if self.streams.follows_sampler and config.sampler is None:
+        if self.streams.sees_sampler:
             deterministic = self.ranks.all_say(deterministic)
         measures = isinstance(control, ErrorControl) and control.measures and deterministic is not False
         correction = 0.0

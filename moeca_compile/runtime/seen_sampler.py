@@ -65,9 +65,9 @@ class SeenSampler:
 
     def _note(self, number: int, picture: Any, outputs: Sequence[Any]) -> None:
         last = self._steps[-1] if self._steps else None
-        again, begins = last is not None and last.number == number, number % _EVERY == 0
-        follows = last is not None and last.number == number - 1
-        if not (again or begins or follows) or (again and last is not None and len(last.calls) >= _MOST_CALLS):
+        again = last if last is not None and last.number == number else None
+        begins, follows = number % _EVERY == 0, last is not None and last.number == number - 1
+        if not (again or begins or follows) or (again and len(again.calls) >= _MOST_CALLS):
             return
         output = _of_picture(picture, outputs)
         if output is None or recording(picture.device):
@@ -75,8 +75,8 @@ class SeenSampler:
         chosen = _beside_the_first(len(picture))
         values = LateCopy(torch.stack((compared_elements(picture)[chosen], compared_elements(output)[chosen])))
         self._device, self._rounding = picture.device, max(_ROUNDING, 2 * torch.finfo(picture.dtype).eps)
-        if again and last is not None:
-            last.calls.append(values)
+        if again:
+            again.calls.append(values)
         else:
             self._steps = [*([] if begins else self._steps), _Step(number, values)]
 

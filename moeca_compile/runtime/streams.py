@@ -172,6 +172,8 @@ class Streams:
         self.bounds, self.requests, self.specs, self.device = bounds, bounds.requests, specs, device
         self.config, self.schedule = config, Schedule(config, parts)
         self.decides, self.follows_sampler = config.policy.decides, "sampler" in config.policy.options
+        self.sees_sampler = self.follows_sampler and config.sampler is None
+        """Whether it asks each generation what its sampler is."""
         self.recycles = config.records_on(device)
         """Whether new streams reuse the memory of ended ones, as CUDA graphs need: they read caches by address."""
         self.spare: list[tuple[Hashable, Stream]] = []
@@ -214,8 +216,8 @@ class Streams:
             return position.request.deterministic
 
     def see_sampler(self, position: Position, picture: Any, outputs: Sequence[Any]) -> None:
-        """Note what the model made of a picture, where nobody has told what the sampler is."""
-        if self.follows_sampler and self.config.sampler is None:
+        """Note what the model made of a picture, where the generation is not told what its sampler is."""
+        if position.request.told is None:
             with self.requests.lock:
                 position.request.sampler = position.request.sampler or SeenSampler()
                 position.request.sampler.note(position.number, picture, outputs)

@@ -93,12 +93,16 @@ class Request:
     """What is seen of its sampler; None where nobody looks."""
 
     @property
-    def deterministic(self) -> bool | None:
-        """Whether its sampler is, as far as its handle says, or its first pictures."""
+    def told(self) -> bool | None:
+        """Whether its sampler is deterministic, as far as its handle says."""
         handle = self.handle() if self.handle is not None else None
-        told = handle.deterministic if handle is not None else None
-        seen = self.sampler.deterministic() if told is None and self.sampler is not None else None
-        return seen if told is None else told
+        return handle.deterministic if handle is not None else None
+
+    @property
+    def deterministic(self) -> bool | None:
+        """The same, where nobody has told as far as it is seen."""
+        told = self.told
+        return self.sampler.deterministic() if told is None and self.sampler is not None else told
 
     def moved(self, time: Timestep | None) -> float | None:
         """By how much `time` is further on: 0 at the same time, None where it lies back or far ahead.

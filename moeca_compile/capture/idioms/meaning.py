@@ -110,11 +110,14 @@ class Meaning(Shapes):
             token, factor = of_expert(number)
             branch = first.of_expert(number, items, [each[token] for each in rows])
             if number == 0:
-                self.branch, self.product = branch.dtype, torch.promote_types(branch.dtype, weight)
-                wide = torch.promote_types(self.product, torch.float32)
-                out = branch.new_zeros(len(rows[0]), branch.shape[-1], dtype=wide)
+                out = self.begun(branch, len(rows[0]), weight)
             out.index_add_(0, token, branch.to(out.dtype) * factor.to(out.dtype))
         return out
+
+    def begun(self, branch: Tensor, count: int, weight: torch.dtype) -> Tensor:
+        """Zeros (count, Do), to which branches are added: in at least float32."""
+        self.branch, self.product = branch.dtype, torch.promote_types(branch.dtype, weight)
+        return branch.new_zeros(count, branch.shape[-1], dtype=torch.promote_types(self.product, torch.float32))
 
     def result(self, out: Tensor, like: Any, rows: Tensor) -> Tensor:
         self.dtype = self.branch if self.dtype_of == "branch" else self.product
@@ -135,10 +138,7 @@ class RoutingAlone(Meaning):
         items: tuple[Any, ...],
         shared: tuple[Any, ...],
     ) -> Tensor:
-        branch = _first(body, items, shared)(*(each[:1] for each in rows))
-        self.branch, self.product = branch.dtype, torch.promote_types(branch.dtype, weight)
-        wide = torch.promote_types(self.product, torch.float32)
-        return branch.new_zeros(len(rows[0]), branch.shape[-1], dtype=wide)
+        return self.begun(_first(body, items, shared)(*(each[:1] for each in rows)), len(rows[0]), weight)
 
 
 def _first(body: Body, items: tuple[Any, ...], shared: tuple[Any, ...]) -> _Bank | _Expert:
